@@ -1,0 +1,8 @@
+"""python -m logitcache."""
+
+import sys
+
+from logitcache.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

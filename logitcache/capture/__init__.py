@@ -1,0 +1,1 @@
+"""Making a cache: corpus → teacher → shards. Needs torch, transformers and an engine."""

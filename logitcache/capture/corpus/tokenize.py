@@ -1,0 +1,133 @@
+"""Documents → token sequences within the teacher's length, counting what is left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from logitcache.capture.corpus.documents import Document, Source
+from logitcache.capture.corpus.layouts import LAYOUTS, BadDocument, find_layout
+from logitcache.errors import UserError
+from logitcache.format.codec import RESERVED_COLUMNS, TEMPERED_PREFIX
+from logitcache.format.sequences import TokenSequence
+
+LONG_POLICIES = ("split", "truncate", "skip")
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """How documents become sequences.
+
+    max_length: tokens of the longest sequence.  layout: a name of LAYOUTS, or None to find it from the first document's
+    columns.  columns: the layout's column name → the source's.  long: what happens to longer documents; None splits
+    `text` and refuses any other layout.  keep: source columns to store.  skip_bad: leave bad documents out, not stop.
+    """
+
+    max_length: int
+    layout: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    long: str | None = None
+    keep: Sequence[str] = ()
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise UserError(f"--layout {self.layout}: choose one of {', '.join(LAYOUTS)}")
+        if self.long is not None and self.long not in LONG_POLICIES:
+            raise UserError(f"--long {self.long}: choose one of {', '.join(LONG_POLICIES)}")
+        if self.max_length < 2:
+            raise UserError(f"--max-length {self.max_length}: at least 2 tokens are needed, one to predict the other")
+        known = {column for needed, _ in LAYOUTS.values() for column in needed} | {"loss_mask", "tools"}
+        if unknown := set(self.columns) - known:
+            raise UserError(
+                f"--columns {sorted(unknown)[0]}=…: no layout has this column; they have {', '.join(sorted(known))}"
+            )
+        for name in self.keep:
+            if name in RESERVED_COLUMNS or name.startswith(TEMPERED_PREFIX):
+                raise UserError(f"--keep {name}: the cache has a column of that name itself; rename the source's")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, for the fingerprint."""
+        return asdict(self) | {"columns": dict(self.columns), "keep": list(self.keep)}
+
+
+class Corpus:
+    """Iterates the sequences of all sources once, in order.
+
+    skipped: documents left out so far, by reason.  layout: found with the first document.
+    """
+
+    def __init__(self, sources: Sequence[Source], tokenizer: Any, vocab_size: int, settings: CorpusSettings) -> None:
+        self._sources = sources
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._settings = settings
+        self.layout = settings.layout
+        self.num_documents = 0
+        self.skipped: Counter[str] = Counter()
+        self.first_bad: str | None = None
+
+    def __iter__(self) -> Iterator[TokenSequence]:
+        for source in self._sources:
+            for document in source.documents():
+                self.num_documents += 1
+                try:
+                    yield from self._sequences(document)
+                except BadDocument as error:
+                    if not self._settings.skip_bad:
+                        raise UserError(
+                            f"{document.where}: {error}; mend it, or leave such documents out with --skip-bad"
+                        ) from error
+                    self.skipped["bad"] += 1
+                    self.first_bad = self.first_bad or f"{document.where}: {error}"
+
+    def _sequences(self, document: Document) -> Iterator[TokenSequence]:
+        if document.error:
+            raise BadDocument(document.error)
+        values = {**document.values, **self._renamed(document.values)}
+        self.layout = self.layout or find_layout(values, document.where)
+        needed, tokenize = LAYOUTS[self.layout]
+        if missing := [self._settings.columns.get(c, c) for c in needed if values.get(c) is None]:
+            raise BadDocument(f"column {missing[0]!r} is missing or null (layout {self.layout})")
+        if self.layout == "messages" and not self._tokenizer.chat_template:
+            raise UserError(f"{document.where}: chat messages, but the teacher's tokenizer has no chat template")
+        ids, mask = tokenize(values, self._tokenizer)
+        if len(ids) and int(ids.max()) >= self._vocab_size:
+            raise BadDocument(f"token id {ids.max()} is outside the teacher's vocabulary of {self._vocab_size}")
+        if len(ids) < 2:
+            self.skipped["empty"] += 1
+            return
+        kept = {name: document.values.get(name) for name in self._settings.keep}
+        pieces = self._within_length(ids, mask, document.where)
+        trainable = [piece for piece in pieces if piece[1].any()]
+        if pieces and not trainable:
+            self.skipped["untrainable"] += 1
+        for piece_ids, piece_mask in trainable:
+            yield TokenSequence(piece_ids, piece_mask, kept)
+
+    def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {ours: values[theirs] for ours, theirs in self._settings.columns.items() if theirs in values}
+
+    def _within_length(self, ids: np.ndarray, mask: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        longest = self._settings.max_length
+        if len(ids) <= longest:
+            return [(ids, mask)]
+        long = self._settings.long or ("split" if self.layout == "text" else None)
+        if long == "skip":
+            self.skipped["too long"] += 1
+            return []
+        if long == "truncate":
+            return [(ids[:longest], mask[:longest])]
+        if long == "split":
+            # Pieces overlap by one token, so that every trained token is predicted in exactly one of them.
+            pieces = [(ids[i : i + longest], mask[i : i + longest].copy()) for i in range(0, len(ids) - 1, longest - 1)]
+            for _, piece_mask in pieces:
+                piece_mask[0] = False
+            return pieces
+        raise BadDocument(
+            f"{len(ids)} tokens, longer than --max-length {longest}; choose --long split, truncate or skip"
+        )

@@ -1,0 +1,1 @@
+"""Token sequences → SparseTargets: one file per engine."""

@@ -1,0 +1,126 @@
+"""What every teacher is: its identity, known before any weight is loaded, and the scoring interface."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from logitcache.errors import UserError
+from logitcache.format.sequences import TokenSequence
+from logitcache.format.targets import SparseTargets
+from logitcache.format.tokenizer import tokenizer_fingerprint
+
+
+class Teacher(Protocol):
+    """An engine with the teacher's weights loaded."""
+
+    window_tokens: int
+    """How many tokens to hand over at a time: enough to keep the engine busy, few enough to hold the results."""
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[SparseTargets]:
+        """SparseTargets of the stored positions of each sequence, in order."""
+
+    def close(self) -> None:
+        """Frees the engine."""
+
+
+class LogitTeacher(Teacher, Protocol):
+    """A teacher that sees the logits, and so can give tail groups, tempered tails, tail entropy and tail samples."""
+
+    def mean_probability(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+        """Mean over the stored positions of the full next-token distribution, float64 [V]."""
+
+    def set_tail_groups(self, tail_groups: np.ndarray) -> None:
+        """Group of each id, int [V]; needed before scoring when groups are captured."""
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A teacher's name, configuration and tokenizer.
+
+    vocab_size: tokens that the tokenizer knows; logit columns beyond them are padding and never normalised over.
+    max_positions: longest context of the architecture, or None where the configuration does not say.
+    dtype: of the weights in the engine, "auto" already resolved to the checkpoint's own.
+    """
+
+    name: str
+    revision: str | None
+    dtype: str
+    trust_remote_code: bool
+    config: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    vocab_size: int
+    num_logits: int
+    max_positions: int | None
+
+    @classmethod
+    def load(cls, name: str, revision: str | None, dtype: str, trust_remote_code: bool) -> TeacherModel:
+        """Reads configuration and tokenizer, no weights. Raises UserError where either is missing."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+            raise UserError(f"--teacher {name}: no such folder")
+        if Path(name).expanduser().is_dir():
+            name = str(Path(name).expanduser())
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--teacher {name}: its configuration or tokenizer does not load ({_one_line(error)})"
+            ) from error
+        text = config.get_text_config()
+        known = max(tokenizer.get_vocab().values()) + 1
+        if known > text.vocab_size:
+            raise UserError(
+                f"--teacher {name}: its tokenizer has {known} tokens, the model only {text.vocab_size} logits"
+            )
+        if dtype == "auto":
+            dtype = str(getattr(text, "dtype", None) or "float32").removeprefix("torch.")
+        return cls(
+            name,
+            getattr(config, "_commit_hash", None) or revision,
+            dtype,
+            trust_remote_code,
+            config,
+            tokenizer,
+            known,
+            text.vocab_size,
+            getattr(text, "max_position_embeddings", None),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides its distributions: name and revision (of a hub) or content hash (of a folder), dtype, vocabulary."""
+        identity: dict[str, Any] = {"name": self.name, "revision": self.revision}
+        if Path(self.name).is_dir():
+            identity = {"name": Path(self.name).resolve().name, "content_sha256": _folder_sha256(Path(self.name))}
+        return {
+            **identity,
+            "architecture": (self.config.architectures or ["?"])[0],
+            "dtype": self.dtype,
+            "vocab_size": self.vocab_size,
+        }
+
+    def tokenizer_fingerprint(self) -> dict[str, Any]:
+        """See `logitcache.format.tokenizer`."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+
+def _folder_sha256(folder: Path) -> str:
+    """SHA-256 over the names and contents of the files that make a model: configuration and weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name == "config.json" or path.suffix in (".safetensors", ".bin", ".gguf"):
+            with path.open("rb") as file:
+                digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

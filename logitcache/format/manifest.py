@@ -1,0 +1,121 @@
+"""logitcache.json: what a cache is and what it was made from. Written last: its presence means a complete cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from fsspec import AbstractFileSystem
+
+from logitcache.errors import UserError
+from logitcache.format.atomic import write_json
+from logitcache.format.codec import FORMAT_VERSION, Layout, check_version
+from logitcache.format.shards import ShardInfo
+
+MANIFEST_NAME = "logitcache.json"
+BUILD_DIRECTORY = ".build"
+TOKENIZER_DIRECTORY = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of logitcache.json.
+
+    layout: the columns.  fingerprint: teacher, tokenizer, corpus and capture settings, as the build recorded them.
+    skipped: documents left out, by reason.  shards: in row order.
+    """
+
+    layout: Layout
+    fingerprint: Mapping[str, Any]
+    shards: tuple[ShardInfo, ...]
+    skipped: Mapping[str, int]
+    created_by: str
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows of the cache."""
+        return sum(shard.num_sequences for shard in self.shards)
+
+    @property
+    def num_positions(self) -> int:
+        """Stored positions of the cache."""
+        return sum(shard.num_positions for shard in self.shards)
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of all positions."""
+        return sum(shard.num_entries for shard in self.shards)
+
+    @property
+    def mean_tail_mass(self) -> float:
+        """Mean over all positions of the teacher's probability outside the entries."""
+        return sum(shard.mean_tail_mass * shard.num_positions for shard in self.shards) / max(self.num_positions, 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; totals are there for people and checked against the shards on reading."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "created_by": self.created_by,
+            "num_sequences": self.num_sequences,
+            "num_positions": self.num_positions,
+            "num_bytes": self.num_bytes,
+            "skipped": dict(self.skipped),
+            "fingerprint": dict(self.fingerprint),
+            "layout": self.layout.to_json(),
+            "shards": [shard.to_json() for shard in self.shards],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
+        """Inverse of `to_json`. Raises UserError for a newer format and shard names that point outside the cache."""
+        try:
+            check_version(data["format_version"], where)
+            shards = tuple(ShardInfo.from_json(shard) for shard in data["shards"])
+            manifest = cls(
+                Layout.from_json(data["layout"]),
+                data["fingerprint"],
+                shards,
+                data["skipped"],
+                data["created_by"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{where} is not a cache manifest of format {FORMAT_VERSION}: {error!r}") from error
+        for shard in shards:
+            name = PurePosixPath(shard.name)
+            if name.is_absolute() or ".." in name.parts or "\\" in shard.name or ":" in shard.name:
+                raise UserError(f"{where} names a shard outside the cache: {shard.name!r}")
+        return manifest
+
+    def write(self, root: Path) -> None:
+        """Writes logitcache.json atomically."""
+        write_json(root / MANIFEST_NAME, self.to_json())
+
+
+def read_manifest(filesystem: AbstractFileSystem, root: str) -> Manifest:
+    """Reads logitcache.json of a finished cache.
+
+    Raises UserError when there is none (saying how to finish an interrupted build), when it does not parse, and for a
+    newer format.
+    """
+    path = f"{root.rstrip('/')}/{MANIFEST_NAME}"
+    if not filesystem.exists(path):
+        if filesystem.exists(f"{root.rstrip('/')}/{BUILD_DIRECTORY}"):
+            raise UserError(
+                f"{root} is an unfinished build: run the same `logitcache build` command again to finish it"
+            )
+        if not filesystem.exists(root):
+            raise UserError(f"{root} does not exist")
+        raise UserError(f"{root} is not a cache: it has no {MANIFEST_NAME}")
+    try:
+        data = json.loads(filesystem.cat_file(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    return Manifest.from_json(data, path)

@@ -1,0 +1,65 @@
+"""Token sequences, as a corpus yields them and as a cache holds them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from logitcache.format.targets import SparseTargets
+
+
+def row_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
+    """128-bit BLAKE2b of the token ids (little-endian int32) and the packed loss mask, as 32 hexadecimal digits."""
+    digest = hashlib.blake2b(input_ids.astype("<i4").tobytes(), digest_size=16)
+    digest.update(np.packbits(loss_mask).tobytes())
+    return digest.hexdigest()
+
+
+def trained_positions(loss_mask: np.ndarray) -> np.ndarray:
+    """Rows of the logits that predict a trained token: int32 [M], ascending. Row i predicts token i + 1."""
+    return np.flatnonzero(loss_mask[1:]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence to score.
+
+    input_ids: int32 [T].  loss_mask: bool [T], True where the token is trained; never for the first token, which
+    nothing predicts.
+    columns: kept columns of the source row.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def row_id(self) -> str:
+        """The hash that names this row wherever it travels."""
+        return row_id(self.input_ids, self.loss_mask)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Stored positions, int32 [M]."""
+        return trained_positions(self.loss_mask)
+
+
+@dataclass(frozen=True)
+class CachedSequence:
+    """One row of a cache.
+
+    input_ids: int32 [T].  loss_mask: bool [T].  positions: int32 [M], the logits row of each row of `targets`.
+    columns: kept columns of the source row.
+    """
+
+    row_id: str
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    positions: np.ndarray
+    targets: SparseTargets
+    columns: Mapping[str, Any] = field(default_factory=dict)

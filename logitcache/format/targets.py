@@ -1,0 +1,127 @@
+"""SparseTargets: the teacher's distributions at some positions, the one in-memory shape that everything hands on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+PAD_ID = -1
+"""Fills `token_ids` beyond a position's entries; `logprobs` holds −inf there."""
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """The stored part of the teacher's next-token distribution at M positions.
+
+    Log-probabilities are natural logarithms at temperature 1, normalised over the teacher's full vocabulary, descending
+    along an entry list. Positions may have fewer than k entries: the rest is `PAD_ID` and −inf.
+
+    token_ids: int32 [M, k].  logprobs: float32 [M, k].  tail_logprob: float32 [M], log of the mass outside the entries.
+    group_logprobs: float32 [M, G] or None, log mass of each tail group outside the entries (−inf where it has none).
+    tempered_tail: {T: float32 [M]}, log Σ p^(1/T) over the tail, for each captured temperature T ≠ 1.
+    tail_entropy: float32 [M] or None, Σ p log p over the tail divided by the tail mass (nats, ≤ 0).
+    sample_ids, sample_logprobs: int32 / float32 [M, s] or None, ids drawn with replacement from the tail, their log p.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    tail_logprob: np.ndarray
+    group_logprobs: np.ndarray | None = None
+    tempered_tail: Mapping[float, np.ndarray] = field(default_factory=dict)
+    tail_entropy: np.ndarray | None = None
+    sample_ids: np.ndarray | None = None
+    sample_logprobs: np.ndarray | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """M, the number of positions."""
+        return len(self.token_ids)
+
+    @property
+    def num_entries(self) -> np.ndarray:
+        """Entries of each position, int32 [M]."""
+        return np.count_nonzero(self.token_ids != PAD_ID, axis=1).astype(np.int32)
+
+    def narrowed(self, k: int) -> SparseTargets:
+        """The same targets with entry lists cut to width k (a view); no position may hold more than k entries."""
+        return replace(self, token_ids=self.token_ids[:, :k], logprobs=self.logprobs[:, :k])
+
+    def __len__(self) -> int:
+        return self.num_positions
+
+    def __getitem__(self, rows: slice | np.ndarray) -> SparseTargets:
+        """The positions that `rows` selects (views where numpy gives views)."""
+        selected: dict[str, Any] = {f.name: _select(getattr(self, f.name), rows) for f in fields(self)}
+        return SparseTargets(**selected)
+
+
+def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
+    """Joins parts along the positions; the widest entry list sets k. All parts hold the same optional fields."""
+    if len(parts) == 1:
+        return parts[0]
+    k = max(part.token_ids.shape[1] for part in parts)
+    first = parts[0]
+
+    def join(name: str) -> np.ndarray | None:
+        if getattr(first, name) is None:
+            return None
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return SparseTargets(
+        token_ids=np.concatenate([_widen(part.token_ids, k, PAD_ID) for part in parts]),
+        logprobs=np.concatenate([_widen(part.logprobs, k, -np.inf) for part in parts]),
+        tail_logprob=np.concatenate([part.tail_logprob for part in parts]),
+        group_logprobs=join("group_logprobs"),
+        tempered_tail={t: np.concatenate([part.tempered_tail[t] for part in parts]) for t in first.tempered_tail},
+        tail_entropy=join("tail_entropy"),
+        sample_ids=join("sample_ids"),
+        sample_logprobs=join("sample_logprobs"),
+    )
+
+
+def find_defect(targets: SparseTargets, vocab_size: int, *, mass_tolerance: float = 1e-4) -> tuple[int, str] | None:
+    """The first position that no teacher can have produced, with the reason, or None.
+
+    Checks ids (range, duplicates), log-probabilities (finite, ≤ 0, descending) and that entries and tail sum to one
+    within `mass_tolerance`. Returns (position, what is wrong).
+    """
+    ids, logprobs = targets.token_ids, targets.logprobs
+    held = ids != PAD_ID
+    probs = np.exp(logprobs, dtype=np.float64, where=held, out=np.zeros(logprobs.shape))
+    ordered_ids = np.sort(ids, axis=1)
+    ascending = np.diff(np.where(held, logprobs, -np.inf), axis=1) > 1e-6 if ids.shape[1] > 1 else held[:, :0]
+    checks = [
+        ("a token id outside the vocabulary", ((ids < PAD_ID) | (ids >= vocab_size)).any(axis=1)),
+        (
+            "the same token id twice",
+            ((np.diff(ordered_ids, axis=1) == 0) & (ordered_ids[:, 1:] != PAD_ID)).any(axis=1),
+        ),
+        ("a log-probability that is not finite", (held & ~np.isfinite(logprobs)).any(axis=1)),
+        ("a log-probability above 0", (held & (logprobs > 1e-6)).any(axis=1)),
+        ("log-probabilities that do not descend", ascending.any(axis=1)),
+        ("a tail log-probability that is not a number", np.isnan(targets.tail_logprob)),
+        (
+            "entries and tail that do not sum to 1",
+            np.abs(probs.sum(axis=1) + np.exp(targets.tail_logprob.astype(np.float64)) - 1) > mass_tolerance,
+        ),
+    ]
+    for reason, wrong in checks:
+        if wrong.any():
+            return int(np.argmax(wrong)), reason
+    return None
+
+
+def _select(value: object, rows: slice | np.ndarray) -> object:
+    if isinstance(value, np.ndarray):
+        return value[rows]
+    if isinstance(value, Mapping):
+        return {key: array[rows] for key, array in value.items()}
+    return value
+
+
+def _widen(array: np.ndarray, k: int, fill: float) -> np.ndarray:
+    missing = k - array.shape[1]
+    return np.pad(array, ((0, 0), (0, missing)), constant_values=fill) if missing else array

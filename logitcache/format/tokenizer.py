@@ -1,0 +1,47 @@
+"""What identifies a tokenizer: hashes that a cache records and a trainer compares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """Hashes of any tokenizer that offers `get_vocab()`.
+
+    vocab_size: tokens, added ones included.  vocabulary_sha256: of (id, token) in order of the ids.
+    merges_sha256: of what cuts text besides the vocabulary (the merges of BPE, the scores of a unigram model), or None
+    where the tokenizer has no `backend_tokenizer` or its model has neither.
+    special_tokens: role → token.  chat_template_sha256: or None without a template.
+    """
+    vocabulary = tokenizer.get_vocab()
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "vocab_size": len(vocabulary),
+        "vocabulary_sha256": _sha256(sorted((number, token) for token, number in vocabulary.items())),
+        "merges_sha256": _merges_sha256(tokenizer),
+        "special_tokens": {role: _plain(token) for role, token in tokenizer.special_tokens_map.items()},
+        "chat_template_sha256": None if template is None else _sha256(template),
+    }
+
+
+def _merges_sha256(tokenizer: Any) -> str | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    model = json.loads(backend.to_str())["model"]
+    if model["type"] == "Unigram":
+        return _sha256(model["vocab"])
+    if "merges" not in model:
+        return None
+    # Older files hold a merge as one string "left right".
+    return _sha256([merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]])
+
+
+def _plain(token: Any) -> Any:
+    return [str(one) for one in token] if isinstance(token, list | tuple) else str(token)
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()

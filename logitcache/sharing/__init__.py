@@ -1,0 +1,1 @@
+"""What makes a cache something that other people can use."""

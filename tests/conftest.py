@@ -1,0 +1,77 @@
+"""The tiny teacher, its tokenizer and the corpora that all tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+VOCAB_SIZE = 512
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEXT = [
+    "The quick brown fox jumps over the lazy dog while the teacher writes log-probabilities to a cache.",
+    "A student reads them again and again; nothing of the teacher stays in memory.",
+    "Distillation needs the whole distribution, so what is not stored is kept as one number: the tail.",
+    "Numbers such as 3.14159, 2.71828 and 42 appear, as do (brackets), [lists] and {sets}.",
+]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Forty documents of different lengths."""
+    return [" ".join(TEXT[(i + j) % len(TEXT)] for j in range(1 + i % 3)) + f" Document {i}." for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A Llama of 2 layers with random weights and a byte-level BPE tokenizer of 512 tokens with a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("teacher")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    letters = ["".join(chr(97 + (i * j) % 26) for j in range(1, 9)) for i in range(200)]
+    backend.train_from_iterator(
+        [*texts, " ".join(letters)],
+        trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    assert backend.get_vocab_size() == VOCAB_SIZE
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>", chat_template=CHAT_TEMPLATE)
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        eos_token_id=0,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """The documents as `text` rows of a .jsonl file."""
+    path = tmp_path_factory.mktemp("corpus") / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    return path
