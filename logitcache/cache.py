@@ -41,7 +41,7 @@ class LogitCache(Sequence[CachedSequence]):
         self._shards = [ShardReader(self._filesystem, self._root, info) for info in self.manifest.shards]
         check_shards(self._shards)
         self._first_rows = np.cumsum([0] + [info.num_sequences for info in self.manifest.shards])
-        self._recent: tuple[tuple[int, int], DecodedRows] | None = None
+        self._recent: tuple[int, DecodedRows] | None = None
 
     def __repr__(self) -> str:
         return f"LogitCache({self.path!r}, {len(self)} sequences, {self.num_positions} positions)"
@@ -62,29 +62,29 @@ class LogitCache(Sequence[CachedSequence]):
     @property
     def tokenizer_path(self) -> str:
         """Folder (or URL) of the teacher's tokenizer."""
-        return f"{self._root.rstrip('/')}/{TOKENIZER_DIRECTORY}"
+        return f"{self.path.rstrip('/')}/{TOKENIZER_DIRECTORY}"
 
     @cached_property
     def tail_groups(self) -> np.ndarray | None:
         """Tail group of each token id, int32 [V], or None where the cache holds no tail groups."""
         if not self.manifest.layout.num_tail_groups:
             return None
-        with self._filesystem.open(f"{self._root.rstrip('/')}/{TAIL_GROUPS_NAME}", "rb") as file:
-            return read_tail_groups(file)
+        path = f"{self._root.rstrip('/')}/{TAIL_GROUPS_NAME}"
+        try:
+            with self._filesystem.open(path, "rb") as file:
+                return read_tail_groups(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or was altered ({error}): fetch it or build the cache again") from error
 
     @cached_property
     def _row_groups(self) -> np.ndarray:
         """(shard, row group, first row, rows) of every row group: int64 [R, 4]."""
         table = []
-        for shard, reader in enumerate(self._shards):
-            first = int(self._first_rows[shard])
-            for index, rows in enumerate(reader.row_group_sizes):
+        first = 0
+        for shard, info in enumerate(self.manifest.shards):
+            for index, rows in enumerate(info.row_group_sizes):
                 table.append((shard, index, first, rows))
                 first += rows
-            if first != self._first_rows[shard + 1]:
-                raise UserError(
-                    f"{reader.path} was altered: its rows are not the manifest's. Fetch or build this shard again"
-                )
         return np.array(table, dtype=np.int64).reshape(-1, 4)
 
     def __getitem__(self, row: int) -> CachedSequence:  # type: ignore[override]
@@ -97,10 +97,11 @@ class LogitCache(Sequence[CachedSequence]):
 
     def _read(self, index: int) -> DecodedRows:
         """Row group `index`; the last one read is kept."""
-        shard, group = (int(value) for value in self._row_groups[index, :2])
-        if self._recent is None or self._recent[0] != (shard, group):
-            self._recent = ((shard, group), self._shards[shard].read_row_group(group))
-        return self._recent[1]
+        recent = self._recent  # read once: another thread may replace it at any time
+        if recent is None or recent[0] != index:
+            shard, group = (int(value) for value in self._row_groups[index, :2])
+            recent = self._recent = (index, self._shards[shard].read_row_group(group))
+        return recent[1]
 
     def __iter__(self) -> Iterator[CachedSequence]:
         return self.iter_sequences()

@@ -16,7 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("logitcache: %(message)s"))
     logger = logging.getLogger("logitcache")
-    logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
     letters = ["".join(chr(97 + (i * j) % 26) for j in range(1, 9)) for i in range(200)]
     backend.train_from_iterator(
         [*texts, " ".join(letters)],
-        trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     assert backend.get_vocab_size() == VOCAB_SIZE
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>", chat_template=CHAT_TEMPLATE)
@@ -67,6 +70,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def teacher_tokenizer(teacher: Path) -> Any:
+    """The tiny teacher's tokenizer; its chat template marks generations."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(teacher)
 
 
 @pytest.fixture(scope="session")

@@ -183,9 +183,9 @@ class _TokensWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self._flush()
-        self._parquet.close()
+        with self._parquet:
+            if kind is None:
+                self._flush()
 
 
 class _ColumnTypes:

@@ -33,12 +33,13 @@ def select(
     group_logprobs = tail_entropy = samples = sample_logprobs = None
     if settings.tail_groups:
         assert tail_groups is not None
-        masses = torch.zeros(len(tail), settings.tail_groups, device=tail.device)
-        group_logprobs = _numpy(masses.index_add_(1, tail_groups, tail.exp()).log())
+        sizes = tail_groups.bincount(minlength=settings.tail_groups).tolist()
+        bands = tail[:, tail_groups.argsort()].split(sizes, dim=1)
+        group_logprobs = _numpy(torch.stack([band.logsumexp(dim=-1) for band in bands], dim=1))
     if settings.tail_entropy:
-        # Σ p log p / t over the tail (LOSSES: s′(1)); an empty tail has none.
-        weighted = torch.where(tail.isinf(), 0.0, tail.exp() * tail).sum(dim=-1)
-        tail_entropy = _numpy(torch.where(tail_logprob.isinf(), 0.0, weighted / tail_logprob.exp()))
+        # Σ (p / t) log p over the tail (LOSSES: s′(1)); an empty tail has none.
+        share = (tail - tail_logprob[:, None]).exp()
+        tail_entropy = _numpy(torch.where(tail.isinf(), 0.0, share * tail).sum(dim=-1))
     if settings.tail_samples:
         assert uniforms is not None
         cumulative = tail.double().exp().cumsum(dim=-1)
@@ -64,25 +65,29 @@ def select_from_top_k(
 
     token_ids: int [N, ≥ top_k].  logprobs: float32 [N, ≥ top_k], descending. Padding columns are left to the tail.
     """
-    values = torch.from_numpy(np.where(token_ids < vocab_size, logprobs, -np.inf)[:, : settings.top_k])
-    held = (_held(values, settings) & ~values.isinf()).numpy()
-    mass = np.where(held, np.exp(logprobs[:, : settings.top_k], dtype=np.float64), 0.0).sum(axis=1)
+    is_padding = token_ids >= vocab_size
+    order = np.argsort(is_padding, axis=1, kind="stable")[:, : settings.top_k]
+    token_ids = np.take_along_axis(token_ids, order, axis=1)
+    logprobs = np.take_along_axis(np.where(is_padding, -np.inf, logprobs).astype(np.float32), order, axis=1)
+    held = _held(torch.from_numpy(logprobs), settings).numpy()
+    mass = np.where(held, np.exp(logprobs, dtype=np.float64), 0.0).sum(axis=1)
     k = int(held.sum(axis=1).max(initial=0))
     return SparseTargets(
-        token_ids=np.where(held, token_ids[:, : settings.top_k], PAD_ID)[:, :k].astype(np.int32),
-        logprobs=np.where(held, logprobs[:, : settings.top_k], -np.inf)[:, :k].astype(np.float32),
+        token_ids=np.where(held, token_ids, PAD_ID)[:, :k].astype(np.int32),
+        logprobs=np.where(held, logprobs, -np.inf)[:, :k],
         # Below float32's resolution of 1 the complement is rounding noise.
         tail_logprob=np.log(np.maximum(1.0 - mass, 2.0**-24)).astype(np.float32),
     )
 
 
 def _held(descending: torch.Tensor, settings: CaptureSettings) -> torch.Tensor:
-    """Which of the top-k log-probabilities [N, k] become entries: bool [N, k], a prefix of each row."""
+    """Which of the top-k log-probabilities [N, k] become entries: bool [N, k], a prefix of each row, without −inf."""
+    possible = ~descending.isneginf()
     if settings.top_p >= 1:
-        return torch.ones_like(descending, dtype=torch.bool)
+        return possible
     mass_before = descending.exp().cumsum(dim=-1) - descending.exp()
     rank = torch.arange(descending.shape[1], device=descending.device)
-    return (mass_before < settings.top_p) | (rank < settings.min_k)
+    return possible & ((mass_before < settings.top_p) | (rank < settings.min_k))
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,8 +54,8 @@ class CaptureSettings:
                 f"--tail-groups {tail_groups}: choose 0…{vocab_size}, the teacher's vocabulary",
             ),
             (
-                all(t > 0 for t in temperatures),
-                f"--temperatures {', '.join(map(str, temperatures))}: all must be positive",
+                all(0 < t < math.inf for t in temperatures),
+                f"--temperatures {', '.join(map(str, temperatures))}: all must be positive and finite",
             ),
             (tail_samples >= 0, f"--tail-samples {tail_samples}: must not be negative"),
         ]:

@@ -36,12 +36,14 @@ def workspace(root: Path, overwrite: bool) -> Iterator[None]:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"--out {root}: another build is writing there") from error
-        for name in OWN_NAMES if overwrite else ():
-            _remove(root / name)
-        yield
+        try:
+            for name in OWN_NAMES if overwrite else ():
+                _remove(root / name)
+            yield
+        finally:
+            if not any(root.iterdir()):
+                root.rmdir()
     finally:
-        if not any(root.iterdir()):
-            root.rmdir()
         os.close(directory)
 
 

@@ -208,12 +208,15 @@ class DecodedRows(Sequence[CachedSequence]):
 
 
 def read_layout(metadata: Mapping[bytes, bytes] | None, where: str) -> Layout:
-    """Layout from a shard's schema metadata. Raises UserError for foreign files and for newer formats."""
+    """Layout from a shard's schema metadata. Raises UserError for foreign and altered files and for newer formats."""
     if not metadata or METADATA_KEY not in metadata:
         raise UserError(f"{where} is not a shard of a logitcache (no such schema metadata)")
-    data = json.loads(metadata[METADATA_KEY])
-    check_version(data["format_version"], where)
-    return Layout.from_json(data)
+    try:
+        data = json.loads(metadata[METADATA_KEY])
+        check_version(data["format_version"], where)
+        return Layout.from_json(data)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} was altered: its schema metadata is unreadable ({error!r})") from error
 
 
 def check_version(found: int, where: str) -> None:
@@ -255,7 +258,7 @@ def _padded(flat: np.ndarray, num_entries: np.ndarray, fill: float) -> np.ndarra
     """[Σ num_entries] → [M, max num_entries]; a view where all positions have equally many."""
     k = int(num_entries.max(initial=0))
     if len(flat) == len(num_entries) * k:
-        return flat.reshape(-1, k)
+        return flat.reshape(len(num_entries), k)
     padded = np.full((len(num_entries), k), fill, dtype=flat.dtype)
     padded[np.arange(k) < num_entries[:, None]] = flat
     return padded

@@ -75,7 +75,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
-        """Inverse of `to_json`. Raises UserError for a newer format and shard names that point outside the cache."""
+        """Inverse of `to_json`.
+
+        Raises UserError for a newer format, shard names that point outside the cache, and totals that are not theirs.
+        """
         try:
             check_version(data["format_version"], where)
             shards = tuple(ShardInfo.from_json(shard) for shard in data["shards"])
@@ -86,12 +89,18 @@ class Manifest:
                 data["skipped"],
                 data["created_by"],
             )
+            totals = {name: data[name] for name in ("num_sequences", "num_positions", "num_bytes")}
         except (KeyError, TypeError) as error:
             raise UserError(f"{where} is not a cache manifest of format {FORMAT_VERSION}: {error!r}") from error
         for shard in shards:
             name = PurePosixPath(shard.name)
             if name.is_absolute() or ".." in name.parts or "\\" in shard.name or ":" in shard.name:
                 raise UserError(f"{where} names a shard outside the cache: {shard.name!r}")
+            if sum(shard.row_group_sizes) != shard.num_sequences:
+                raise UserError(f"{where} was altered: the row groups of {shard.name} have not {shard.num_sequences} rows")
+        for total, value in totals.items():
+            if value != (found := getattr(manifest, total)):
+                raise UserError(f"{where} was altered: {total} is {value}, its shards add up to {found}")
         return manifest
 
     def write(self, root: Path) -> None:
@@ -118,4 +127,6 @@ def read_manifest(filesystem: AbstractFileSystem, root: str) -> Manifest:
         data = json.loads(filesystem.cat_file(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from error
     return Manifest.from_json(data, path)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from logitcache.errors import UserError
 from logitcache.format.atomic import atomic_path, file_sha256
@@ -29,7 +30,8 @@ class ShardInfo:
     """What the manifest records of a shard.
 
     name: relative to the cache, with forward slashes.  num_entries: over all positions.  mean_tail_mass: mean over the
-    positions of the teacher's probability outside the entries.
+    positions of the teacher's probability outside the entries.  row_group_sizes: rows of each row group, so that a reader
+    shuffles without opening shards.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ShardInfo:
     num_positions: int
     num_entries: int
     mean_tail_mass: float
+    row_group_sizes: tuple[int, ...]
     num_bytes: int
     sha256: str
 
@@ -48,7 +51,7 @@ class ShardInfo:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_json`."""
-        return cls(**data)
+        return cls(**{**data, "row_group_sizes": tuple(data["row_group_sizes"])})
 
 
 def shard_name(index: int, count: int, split: str = "train") -> str:
@@ -65,22 +68,42 @@ class ShardWriter:
         self._layout = layout
         self._buffer: list[tuple[TokenSequence, SparseTargets]] = []
         self._buffered_bytes = 0
+        self._bytes_per_position = 4 * sum(count for _, count in layout.values_per_position().values())
         self._counts = {"num_sequences": 0, "num_tokens": 0, "num_positions": 0, "num_entries": 0}
         self._tail_mass = 0.0
+        self._row_group_sizes: list[int] = []
         self._digest = ""
         self._num_bytes = 0
 
     def __enter__(self) -> Self:
-        self._final.parent.mkdir(parents=True, exist_ok=True)
-        self._atomic = atomic_path(self._final)
-        self._temporary = self._atomic.__enter__()
-        self._parquet = pq.ParquetWriter(self._temporary, self._layout.schema(), **self._layout.parquet_options())
+        self._opened = self._open()
+        self._parquet = self._opened.__enter__()
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
+
+    @contextmanager
+    def _open(self) -> Iterator[pq.ParquetWriter]:
+        """The file is closed on every way out: an open one would go on holding its space on a full disk."""
+        self._final.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self._final) as temporary:
+            with (
+                pa.OSFile(str(temporary), "wb") as file,
+                pq.ParquetWriter(file, self._layout.schema(), **self._layout.parquet_options()) as parquet,
+            ):
+                yield parquet
+                self._flush()
+            self._digest = file_sha256(temporary)
+            self._num_bytes = temporary.stat().st_size
 
     def write(self, sequence: TokenSequence, targets: SparseTargets) -> None:
         """Adds a row. `targets` holds the sequence's stored positions, in order."""
         self._buffer.append((sequence, targets))
-        self._buffered_bytes += 4 * len(sequence.input_ids) + 8 * targets.token_ids.size
+        self._buffered_bytes += 5 * len(sequence.input_ids) + 8 * targets.token_ids.size
+        self._buffered_bytes += self._bytes_per_position * len(targets)
         if self._buffered_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
@@ -95,22 +118,9 @@ class ShardWriter:
         self._counts["num_positions"] += sum(len(t) for t in targets)
         self._counts["num_entries"] += len(table["token_ids"].combine_chunks().values)
         self._tail_mass += sum(float(np.exp(t.tail_logprob, dtype=np.float64).sum()) for t in targets)
+        self._row_group_sizes.append(len(table))
         self._buffer.clear()
         self._buffered_bytes = 0
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._flush()
-                self._parquet.close()
-                self._digest = file_sha256(self._temporary)
-                self._num_bytes = self._temporary.stat().st_size
-        except BaseException as failure:
-            self._atomic.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        self._atomic.__exit__(kind, error, trace)
 
     @property
     def info(self) -> ShardInfo:
@@ -118,6 +128,7 @@ class ShardWriter:
         return ShardInfo(
             name=self._name,
             mean_tail_mass=self._tail_mass / max(self._counts["num_positions"], 1),
+            row_group_sizes=tuple(self._row_group_sizes),
             num_bytes=self._num_bytes,
             sha256=self._digest,
             **self._counts,
@@ -125,28 +136,17 @@ class ShardWriter:
 
 
 class ShardReader:
-    """One shard; a local file is checked against its SHA-256 when first read, pages are checked against their CRC."""
+    """One shard; a local file is checked against its SHA-256 when first read, pages are checked against their CRC.
+
+    Holds no file open: a cache may have thousands of shards.
+    """
 
     def __init__(self, filesystem: AbstractFileSystem, root: str, info: ShardInfo) -> None:
         self._filesystem = filesystem
+        self._is_local = isinstance(filesystem, LocalFileSystem)
         self.path = f"{root.rstrip('/')}/{info.name}"
         self._info = info
-        self._lock = threading.Lock()
-        self._file: pq.ParquetFile | None = None
-        self._layout: Layout | None = None
-
-    def _open(self) -> tuple[pq.ParquetFile, Layout]:
-        with self._lock:
-            if self._file is None or self._layout is None:
-                self.check_size()
-                if _is_local(self._filesystem) and file_sha256(Path(self.path)) != self._info.sha256:
-                    raise UserError(
-                        f"{self.path} was altered: its SHA-256 is not the manifest's. Fetch or build this shard again"
-                    )
-                source = self.path if _is_local(self._filesystem) else self._filesystem.open(self.path, "rb")
-                self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True)
-                self._layout = read_layout(self._file.schema_arrow.metadata, self.path)
-            return self._file, self._layout
+        self._verified = False
 
     def check_size(self) -> None:
         """Raises UserError when the file is missing or has not the manifest's size."""
@@ -154,35 +154,33 @@ class ShardReader:
             raise UserError(f"{self.path} is missing, though the manifest names it: fetch or build this shard again")
         size = self._filesystem.size(self.path)
         if size != self._info.num_bytes:
-            raise UserError(
-                f"{self.path} was truncated or altered: {size} bytes, the manifest says {self._info.num_bytes}. "
-                "Fetch or build this shard again"
-            )
-
-    @property
-    def row_group_sizes(self) -> list[int]:
-        """Rows of each row group."""
-        metadata = self._open()[0].metadata
-        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            self._refuse(f"truncated or altered: {size} bytes, the manifest says {self._info.num_bytes}")
 
     def read_row_group(self, index: int) -> DecodedRows:
-        """Decodes a row group. Raises UserError when a page's checksum fails."""
-        file, layout = self._open()
+        """Decodes a row group. Raises UserError where the file is not the one that the manifest names."""
+        if not self._verified:
+            self.check_size()
+            if self._is_local and file_sha256(Path(self.path)) != self._info.sha256:
+                self._refuse("altered: its SHA-256 is not the manifest's")
+            self._verified = True
         try:
-            with self._lock:
+            with (
+                self._filesystem.open(self.path, "rb") as source,
+                pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True) as file,
+            ):
                 table = file.read_row_group(index, use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"{self.path}, row group {index}, was altered: {error}. Fetch or build this shard again"
-            ) from error
+        except (OSError, pa.ArrowException) as error:
+            self._refuse(f"altered: {error} (row group {index})")
+        layout = read_layout(table.schema.metadata, self.path)
+        if len(table) != self._info.row_group_sizes[index]:
+            self._refuse(f"altered: {len(table)} rows in row group {index}")
         return DecodedRows(table, layout)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{self.path} was {what}. Fetch or build this shard again")
 
 
 def check_shards(readers: Sequence[ShardReader]) -> None:
     """Raises UserError for the first shard that is missing or has a wrong size."""
     for reader in readers:
         reader.check_size()
-
-
-def _is_local(filesystem: AbstractFileSystem) -> bool:
-    return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))

@@ -85,20 +85,24 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
 def find_defect(targets: SparseTargets, vocab_size: int, *, mass_tolerance: float = 1e-4) -> tuple[int, str] | None:
     """The first position that no teacher can have produced, with the reason, or None.
 
-    Checks ids (range, duplicates), log-probabilities (finite, ≤ 0, descending) and that entries and tail sum to one
-    within `mass_tolerance`. Returns (position, what is wrong).
+    Checks ids (range, duplicates, padding at the end only), log-probabilities (finite, ≤ 0, descending) and that entries
+    and tail sum to one within `mass_tolerance`. Returns (position, what is wrong).
     """
     ids, logprobs = targets.token_ids, targets.logprobs
     held = ids != PAD_ID
     probs = np.exp(logprobs, dtype=np.float64, where=held, out=np.zeros(logprobs.shape))
     ordered_ids = np.sort(ids, axis=1)
-    ascending = np.diff(np.where(held, logprobs, -np.inf), axis=1) > 1e-6 if ids.shape[1] > 1 else held[:, :0]
+    both_held = held[:, 1:] & held[:, :-1]
+    ascending = np.greater(
+        logprobs[:, 1:], logprobs[:, :-1], where=both_held, out=np.zeros(both_held.shape, dtype=bool)
+    )
     checks = [
         ("a token id outside the vocabulary", ((ids < PAD_ID) | (ids >= vocab_size)).any(axis=1)),
         (
             "the same token id twice",
             ((np.diff(ordered_ids, axis=1) == 0) & (ordered_ids[:, 1:] != PAD_ID)).any(axis=1),
         ),
+        ("an entry after padding", (held[:, 1:] & ~held[:, :-1]).any(axis=1)),
         ("a log-probability that is not finite", (held & ~np.isfinite(logprobs)).any(axis=1)),
         ("a log-probability above 0", (held & (logprobs > 1e-6)).any(axis=1)),
         ("log-probabilities that do not descend", ascending.any(axis=1)),
@@ -108,10 +112,8 @@ def find_defect(targets: SparseTargets, vocab_size: int, *, mass_tolerance: floa
             np.abs(probs.sum(axis=1) + np.exp(targets.tail_logprob.astype(np.float64)) - 1) > mass_tolerance,
         ),
     ]
-    for reason, wrong in checks:
-        if wrong.any():
-            return int(np.argmax(wrong)), reason
-    return None
+    found = [(int(np.argmax(wrong)), reason) for reason, wrong in checks if wrong.any()]
+    return min(found, key=lambda defect: defect[0], default=None)
 
 
 def _select(value: object, rows: slice | np.ndarray) -> object:

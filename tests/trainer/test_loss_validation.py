@@ -148,6 +148,9 @@ def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
 def test_rounding_of_half_precision_log_probabilities_is_no_error() -> None:
     arguments = valid()
     arguments["logprobs"] = arguments["logprobs"] + 3e-3
+    with pytest.raises(ValueError, match="more than 1"):
+        trainer.sparse_divergence(**arguments)
+    arguments["logprobs"] = arguments["logprobs"].half()
     assert trainer.sparse_divergence(**arguments).isfinite().all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -84,40 +84,43 @@ def _dataset_source(name: str, split: str, config_name: str | None) -> Source:
     def documents() -> Iterator[Document]:
         from datasets import load_dataset
 
+        row = 0
         try:
-            rows = load_dataset(name, config_name, split=split, streaming=True)
+            for values in load_dataset(name, config_name, split=split, streaming=True):
+                yield Document(values, f"{name} ({split}), row {row}")
+                row += 1
         except Exception as error:  # whatever the hub client, a builder or the network raises
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--data {name}: neither a file nor a dataset that loads ({reason})") from error
-        for row, values in enumerate(rows):
-            yield Document(values, f"{name} ({split}), row {row}")
+            what = f"reading stops after row {row}" if row else "neither a file nor a dataset that loads"
+            raise UserError(f"--data {name}: {what} ({reason})") from error
 
     return Source(name, lambda: {"name": name, "config_name": config_name, "split": split}, documents)
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with fsspec.open(str(path), "rb", compression="infer") as file:
-        lines = enumerate(file, start=1)
-        number = 0
-        while True:
-            try:
-                number, line = next(lines)
-            except StopIteration:
-                return
-            except Exception as error:  # gzip, zlib and zstandard each raise their own
-                raise UserError(f"{path}, after line {number}: the compressed data is damaged ({error})") from error
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield Document({}, where, f"not JSON ({error})")
-                continue
-            if isinstance(values, dict):
-                yield Document(values, where)
-            else:
-                yield Document({}, where, f"a JSON object is wanted, this is {type(values).__name__}")
+    number = 0
+    try:
+        with io.BufferedReader(pa.input_stream(path, compression="detect")) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _parse_line(line, f"{path}, line {number}")
+    except OSError as error:
+        raise UserError(
+            f"{path}, after line {number}: not readable, or its compressed data is damaged ({error})"
+        ) from error
+
+
+def _parse_line(line: bytes, where: str) -> Document:
+    try:
+        text = line.decode("utf-8-sig")
+        values = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        return Document({}, where, f"not JSON ({error})")
+    if not isinstance(values, dict):
+        return Document({}, where, f"a JSON object is wanted, this is {type(values).__name__}")
+    return Document(values, where)
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
@@ -128,7 +131,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
             for values in batch.to_pylist():
                 yield Document(values, f"{path}, row {row}")
                 row += 1
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}, after row {row}: not readable as Parquet ({error})") from error
 
 

@@ -48,6 +48,8 @@ def tokenize_messages(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
     messages = document["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise BadDocument("`messages` must be a list of objects with a `role`")
+    if not messages:
+        return _tokens([], [])
     template = tokenizer.get_chat_template(tools=document.get("tools"))
     try:
         if re.search(r"\{%-?\s*generation\b", template):
@@ -70,8 +72,8 @@ def tokenize_input_ids(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
         raise BadDocument("`input_ids` must be a list of integers")
     if mask is None:
         mask = [True] * len(ids)
-    if not isinstance(mask, list) or len(mask) != len(ids):
-        raise BadDocument(f"`loss_mask` must be a list as long as `input_ids`, {len(ids)}")
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
+        raise BadDocument(f"`loss_mask` must be a list of true and false as long as `input_ids`, {len(ids)}")
     if ids and not 0 <= min(ids) <= max(ids) < 2**31:
         raise BadDocument(f"`input_ids` must lie in 0…{2**31 - 1}, found {min(ids)} and {max(ids)}")
     return _tokens(ids, mask)

@@ -16,15 +16,15 @@ from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets, concatenate
 
-LOGITS_PER_BATCH = 1 << 28
-"""Logits that one forward pass may produce: 1 GiB in float32."""
+LOGITS_PER_BATCH = 1 << 26
+"""Logits that one forward pass may produce, unless a single sequence has more: 256 MiB in float32."""
 ROWS_PER_SELECTION = 1024
 
 
 class TransformersTeacher:
     """A causal language model of transformers. Batches are of similar lengths, at most `LOGITS_PER_BATCH` logits each."""
 
-    window_tokens = 1 << 15
+    window_tokens = 1 << 14
 
     def __init__(self, model: TeacherModel, settings: CaptureSettings) -> None:
         self._vocab_size = model.vocab_size
@@ -44,7 +44,7 @@ class TransformersTeacher:
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
         """Group of each id, int [V]; needed before scoring when groups are captured."""
-        self._tail_groups = torch.from_numpy(tail_groups).long().to(self._device)
+        self._tail_groups = torch.tensor(tail_groups, dtype=torch.long).to(self._device)
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[SparseTargets]:
         """SparseTargets of the stored positions of each sequence, in order."""

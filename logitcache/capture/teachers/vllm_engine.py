@@ -14,6 +14,7 @@ import numpy as np
 from logitcache.capture.selection import select_from_top_k
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.teachers.vllm_plugin import BUILD_PID
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
@@ -51,6 +52,7 @@ class VllmTeacher:
     ) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ[BUILD_PID] = str(os.getpid())
         from vllm import LLM, SamplingParams
         from vllm.platforms import current_platform
 

@@ -1,0 +1,29 @@
+"""Runs in every process that vLLM starts: the engine must not outlive a build that was killed.
+
+vLLM's engine process does not notice when its front end is killed: it would keep its GPU memory for ever, and the build that
+continues would find none. Installed as an entry point of `vllm.general_plugins`; does nothing in engines of other programs.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+
+BUILD_PID = "LOGITCACHE_BUILD_PID"
+
+
+def die_with_the_build() -> None:
+    """Makes this process end when the build that started it does; its own workers then end by themselves.
+
+    A thread waits on the build's process descriptor (pidfd_open(2)): its whole process, not the thread that started vLLM.
+    """
+    if os.environ.get(BUILD_PID) == str(os.getppid()):
+        build = os.pidfd_open(os.getppid())
+        threading.Thread(target=_end_after, args=(build,), name="logitcache-build-watch", daemon=True).start()
+
+
+def _end_after(process: int) -> None:
+    select.select([process], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,220 @@
+"""logitcache.build with the transformers teacher: what it writes, what it refuses, how it continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from references import assert_scores_agree, full_logprobs
+
+import logitcache
+from logitcache import UserError
+from logitcache.capture import build as build_module
+
+
+def build(teacher: Path, corpus: Path, out: Path, **settings: Any) -> logitcache.LogitCache:
+    defaults: dict[str, Any] = {"backend": "transformers", "top_k": 16, "shard_positions": 400}
+    return logitcache.build(str(teacher), str(corpus), out, **{**defaults, **settings})
+
+
+def rows(cache: logitcache.LogitCache) -> list[tuple[Any, ...]]:
+    return [
+        (
+            s.row_id,
+            s.input_ids.tolist(),
+            s.loss_mask.tolist(),
+            s.targets.token_ids.tolist(),
+            s.targets.logprobs.tolist(),
+        )
+        for s in cache
+    ]
+
+
+def test_a_build_agrees_with_the_full_distribution(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    cache = build(teacher, corpus, tmp_path / "cache")
+    assert len(cache) == 40
+    assert len(cache.manifest.shards) > 2
+    assert cache.num_positions == sum(len(s.input_ids) - 1 for s in cache)
+    assert_scores_agree(cache, teacher, [0, 7, 39])
+
+
+def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distribution(
+    teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    cache = build(
+        teacher, corpus, tmp_path / "c", tail_groups=8, temperatures=(1, 2), tail_entropy=True, tail_samples=3
+    )
+    sequence = cache[5]
+    full = full_logprobs(teacher, sequence.input_ids)[sequence.positions.astype(np.int64)]
+    targets = sequence.targets
+    tail = full.scatter(1, torch.from_numpy(targets.token_ids.astype(np.int64)), float("-inf"))
+    groups = torch.from_numpy(cache.tail_groups)
+    for g in range(8):
+        expected = tail[:, groups == g].logsumexp(dim=-1).numpy()
+        assert np.allclose(np.exp(targets.group_logprobs[:, g]), np.exp(expected), atol=1e-4)
+    assert np.allclose(targets.tempered_tail[2.0], (tail / 2).logsumexp(dim=-1).numpy(), atol=1e-4)
+    weighted = torch.where(tail.isinf(), 0.0, tail.exp() * tail).sum(dim=-1) / tail.exp().sum(dim=-1)
+    assert np.allclose(targets.tail_entropy, weighted.numpy(), atol=1e-3)
+    drawn = tail.gather(1, torch.from_numpy(targets.sample_ids.astype(np.int64))).numpy()
+    assert np.allclose(targets.sample_logprobs, drawn, atol=1e-4)
+
+
+def test_padding_columns_are_no_part_of_the_distribution(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    padded = tmp_path / "padded"
+    model = LlamaForCausalLM.from_pretrained(teacher)
+    model.resize_token_embeddings(576, mean_resizing=False)
+    model.save_pretrained(padded)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(padded)
+    cache = build(padded, corpus, tmp_path / "cache")
+    assert cache.vocab_size == 512
+    assert_scores_agree(cache, teacher, [3])
+
+
+def test_top_p_gives_ragged_entries_with_a_floor(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    cache = build(teacher, corpus, tmp_path / "cache", top_k=64, top_p=0.3, min_k=4)
+    counts = np.concatenate([s.targets.num_entries for s in cache])
+    assert counts.min() >= 4
+    assert counts.max() <= 64
+    assert len(np.unique(counts)) > 3
+
+
+def test_an_interrupted_build_continues_to_the_same_cache(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"tail_groups": 4, "tail_samples": 2}
+    whole = build(teacher, corpus, tmp_path / "whole", **settings)
+
+    calls = iter(range(100))
+    real = build_module._capture_shard
+
+    def fails_at_the_third(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(build_module, "_capture_shard", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        build(teacher, corpus, tmp_path / "cut", **settings)
+    with pytest.raises(UserError, match="unfinished build: run the same"):
+        logitcache.open(tmp_path / "cut")
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut/data").iterdir()}
+    assert len(kept) == 2
+    continued = build(teacher, corpus, tmp_path / "cut", **settings)
+    assert rows(continued) == rows(whole)
+    assert all(
+        np.array_equal(a.targets.sample_ids, b.targets.sample_ids) for a, b in zip(continued, whole, strict=True)
+    )
+    assert {name: (tmp_path / "cut/data" / name).stat().st_mtime_ns for name in kept} == kept
+    assert not (tmp_path / "cut/.build").exists()
+
+
+def test_a_finished_build_is_left_as_it_is(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    build(teacher, corpus, tmp_path / "c")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*") if p.is_file()}
+    build(teacher, corpus, tmp_path / "c")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_changed_setting_is_refused_by_name_and_overwrite_starts_anew(
+    teacher: Path, corpus: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if finished:
+        build(teacher, corpus, tmp_path / "c")
+    else:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(build_module, "_capture_shard", stop)
+            build(teacher, corpus, tmp_path / "c")
+    with pytest.raises(UserError, match=r"capture\.top_k was 16, now 8"):
+        build(teacher, corpus, tmp_path / "c", top_k=8)
+    assert build(teacher, corpus, tmp_path / "c", top_k=8, overwrite=True)[0].targets.token_ids.shape[1] == 8
+
+
+def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "train.jsonl"
+    shutil.copy(corpus, copy)
+    build(teacher, copy, tmp_path / "c")
+    copy.write_text(copy.read_text() + '{"text": "One more."}\n')
+    with pytest.raises(UserError, match=r"corpus\.sources\[0\]\.num_bytes"):
+        build(teacher, copy, tmp_path / "c")
+    other = tmp_path / "teacher"
+    shutil.copytree(teacher, other)
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(UserError, match=r"teacher\.content_sha256"):
+        build(other, corpus, tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 513}, "--top-k 513: the teacher's vocabulary has 512"),
+        ({"top_p": 0.0}, "--top-p 0.0"),
+        ({"top_k": 8, "min_k": 9}, "--min-k 9"),
+        ({"temperatures": (1, -2)}, "--temperatures"),
+        ({"backend": "vllm", "tail_groups": 4}, "--tail-groups needs the teacher's logits"),
+        ({"backend": "jax"}, "--backend jax: choose auto"),
+        ({"max_length": 300}, "--max-length 300: with a context of 256"),
+        ({"max_length": 1}, "--max-length 1"),
+        ({"long": "wrap"}, "--long wrap: choose one of split"),
+        ({"keep": ("token_ids",)}, "--keep token_ids"),
+        ({"layout": "chat"}, "--layout chat"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size is an option of vLLM"),
+    ],
+)
+def test_contradictions_are_refused_before_the_weights_load(
+    teacher: Path, corpus: Path, tmp_path: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "_load_teacher", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=message):
+        build(teacher, corpus, tmp_path / "c", **settings)
+    assert not (tmp_path / "c").exists()
+
+
+def test_auto_takes_transformers_for_what_vllm_cannot_give(
+    teacher: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "logitcache")
+    cache = build(teacher, corpus, tmp_path / "c", backend="auto", temperatures=(1, 2))
+    assert cache.manifest.fingerprint["teacher"]["engine"] == "transformers"
+    assert "backend: transformers, for --temperatures" in caplog.text
+
+
+def test_kept_columns_and_counts_of_what_was_left_out(teacher: Path, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    lines = [{"text": "A first one.", "id": 1}, {"text": ""}, "{broken", {"text": "A last one.", "id": 4, "url": "u"}]
+    source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 3: not JSON"):
+        build(teacher, source, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    cache = build(teacher, source, tmp_path / "c", keep=("id", "url"), skip_bad=True)
+    assert [dict(s.columns) for s in cache] == [{"id": 1, "url": None}, {"id": 4, "url": "u"}]
+    assert cache.manifest.skipped == {"empty": 1, "bad": 1}
+
+
+def test_a_document_longer_than_the_teacher_scores_is_refused(teacher: Path, tmp_path: Path) -> None:
+    source = tmp_path / "long.jsonl"
+    source.write_text(json.dumps({"input_ids": [5] * 300}) + "\n")
+    with pytest.raises(
+        UserError, match=r"long\.jsonl, line 1: 300 tokens, longer than --max-length 255; choose --long"
+    ):
+        build(teacher, source, tmp_path / "c")
+    assert len(build(teacher, source, tmp_path / "c", long="split")) == 2
+
+
+def test_an_id_outside_the_vocabulary_is_refused(teacher: Path, tmp_path: Path) -> None:
+    source = tmp_path / "ids.jsonl"
+    source.write_text(json.dumps({"input_ids": [5, 512]}) + "\n")
+    with pytest.raises(UserError, match=r"ids\.jsonl, line 1: token id 512 is outside the teacher's vocabulary of 512"):
+        build(teacher, source, tmp_path / "c")

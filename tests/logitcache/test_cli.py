@@ -1,0 +1,66 @@
+"""The `logitcache` command: exit statuses and messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import logitcache
+from logitcache.cli import main
+
+
+def arguments(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
+    return ["build", "--teacher", str(teacher), "--data", str(corpus), "--out", str(out), *more]
+
+
+def test_build_prints_what_it_made(
+    teacher: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cache"
+    assert (
+        main(arguments(teacher, corpus, out, "--backend", "transformers", "--top-k", "4", "--columns", "text=text"))
+        == 0
+    )
+    printed = capsys.readouterr()
+    assert "positions  1,780" in printed.out
+    assert "plan: 1,780 positions in 40 sequences" in printed.err
+    assert len(logitcache.open(out)) == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file"),
+        (["--teacher", "./nowhere"], "--teacher ./nowhere: no such folder"),
+        (["--top-k", "0"], "--top-k 0"),
+        (["--tail-groups", "4", "--backend", "vllm"], "--tail-groups needs the teacher's logits"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    teacher: Path, corpus: Path, tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments(teacher, corpus, tmp_path / "c"), *change]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert errors[0].startswith("logitcache: error: ")
+    assert message in errors[0]
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_empty_corpus_is_refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    assert main(arguments(teacher, empty, tmp_path / "c", "--backend", "transformers")) == 2
+    assert "no sequence to train on: 0 documents" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_continue(
+    teacher: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("logitcache.capture.build._capture_shard", interrupted)
+    assert main(arguments(teacher, corpus, tmp_path / "c", "--backend", "transformers")) == 130
+    assert "run the same command again to continue" in capsys.readouterr().err

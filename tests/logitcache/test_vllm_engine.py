@@ -1,0 +1,78 @@
+"""The real vLLM engine as teacher: its numbers against transformers, kill -9 and resume, options passed through."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from references import assert_scores_agree
+
+import logitcache
+
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")]
+
+
+def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
+    # Fewer tokens a step than the longest sequence has: prompts are prefilled in chunks.
+    passed_on = ["--max-num-batched-tokens", "64", "--max-num-seqs=32"]
+    return [
+        *(sys.executable, "-m", "logitcache", "build", "--backend", "vllm", "--top-k", "16", "--shard-positions", "60"),
+        *("--teacher", str(teacher), "--data", str(corpus), "--out", str(out), *passed_on),
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> logitcache.LogitCache:
+    """Built by two processes: the first was killed after its first shards."""
+    out = tmp_path_factory.mktemp("vllm") / "cache"
+    first = subprocess.Popen(command(teacher, corpus, out), stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and len(list(out.glob(".build/shards/*.json"))) < 2:
+        time.sleep(0.001)
+    children = psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []
+    os.kill(first.pid, signal.SIGKILL)
+    errors = first.communicate(timeout=60)[1]
+    assert first.returncode == -signal.SIGKILL, errors
+    assert children, "the engine runs in a process of its own"
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, "the engine outlived the build"
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("data/*.parquet")}
+    second = subprocess.run(command(teacher, corpus, out), capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
+    assert "continuing: " in second.stderr
+    recorded = {path for path, written in kept.items() if path.stat().st_mtime_ns == written}
+    assert len(recorded) >= 2
+    return logitcache.open(out)
+
+
+def test_scores_are_those_of_transformers_in_float32(cache: logitcache.LogitCache, teacher: Path) -> None:
+    assert cache.manifest.fingerprint["teacher"]["engine"] == "vllm"
+    assert_scores_agree(cache, teacher, list(range(0, 40, 3)))
+
+
+def test_rows_are_those_of_a_build_with_transformers(
+    cache: logitcache.LogitCache, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    reference = logitcache.build(str(teacher), str(corpus), tmp_path / "c", backend="transformers", top_k=16)
+    assert len(cache) == len(reference)
+    for ours, theirs in zip(cache, reference, strict=True):
+        assert ours.row_id == theirs.row_id
+        assert np.array_equal(ours.positions, theirs.positions)
+        assert np.allclose(ours.targets.logprobs, theirs.targets.logprobs, atol=1e-4)
+        assert np.allclose(np.exp(ours.targets.tail_logprob), np.exp(theirs.targets.tail_logprob), atol=1e-5)
+
+
+def test_an_option_that_vllm_does_not_know_is_refused_in_one_line(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [*command(teacher, corpus, tmp_path / "c"), "--no-such-option", "1"], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    errors = [line for line in run.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert "--no-such-option" in errors[0]

@@ -1,0 +1,255 @@
+"""`trainer fit` from its command line: a run from cache to student, and everything that it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cachemaking import VOCAB, llama, random_sequences, tokenizer, write_cache
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
+
+from logitcache import LogitCache
+from trainer.arguments import parse
+from trainer.cli import main
+from trainer.evaluate import evaluate
+from trainer.fit import StopOnInterrupt
+
+STEPS = ["--use_cpu", "--max_steps", "6", "--learning_rate", "5e-3", "--disable_tqdm", "true"]
+
+
+def test_a_run_leaves_a_better_student_its_settings_and_its_evaluation(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["--cache", cache.path, "--eval_cache", heldout.path, "--student", student_folder, "--kd-weight", "1"]
+    before = evaluate(AutoModelForCausalLM.from_pretrained(student_folder), heldout)
+    assert main(["fit", *arguments, "--output_dir", str(out), *STEPS]) == 0
+
+    after = json.loads((out / "eval.json").read_text())["metrics"]
+    assert after["fkl"] < 0.98 * before["fkl"]
+    saved = evaluate(AutoModelForCausalLM.from_pretrained(out), heldout)
+    assert saved["fkl"] == pytest.approx(after["fkl"], rel=1e-5)
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer().get_vocab()
+    run = json.loads((out / "run.json").read_text())
+    assert run["settings"]["loss"] == "todi"
+    assert run["settings"]["kd_weight"] == 1.0
+    assert run["tail"] == "groups"
+    assert run["cache"]["fingerprint"]["teacher"] == "random"
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_fkl" in entry for entry in history) >= 6
+
+    printed = capsys.readouterr().out
+    assert "the cache's (the student has none)" in printed
+    assert "groups (chosen: the cache holds groups)" in printed
+    assert "6 of 8 sequences" in printed
+
+
+def test_from_scratch_draws_other_weights_for_another_seed(
+    tmp_path: Path, cache: LogitCache, student_folder: str
+) -> None:
+    def weights(seed: str, name: str) -> Any:
+        common = ["--cache", cache.path, "--student", student_folder, "--from_scratch", "--learning_rate", "0"]
+        options = ["--seed", seed, "--output_dir", str(tmp_path / name), "--use_cpu", "--max_steps", "1"]
+        assert main(["fit", *common, *options]) == 0
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).lm_head.weight
+
+    first = weights("1", "a")
+    assert first.equal(weights("1", "b"))
+    assert not first.equal(weights("2", "c"))
+    assert not first.equal(AutoModelForCausalLM.from_pretrained(student_folder).lm_head.weight)
+
+
+def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "loss: rkl\nkd-weight: 0.25\nlearning_rate: 1e-4\nt_squared: false\nuse_cpu: true\ntf32: null\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nlabel_names: [a, b]\n"
+    )
+    config = parse(["--config", str(path), "--loss", "akl", "--output_dir", str(tmp_path)])
+    assert config.loss == "akl"
+    assert config.kd_weight == 0.25
+    assert config.learning_rate == 1e-4
+    assert config.t_squared is False
+    assert config.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert config.label_names == ["a", "b"]
+
+
+def test_evaluations_are_spread_over_the_run_where_a_heldout_cache_is_named(tmp_path: Path) -> None:
+    common = ["--output_dir", str(tmp_path), "--use_cpu"]
+    assert parse([*common]).eval_strategy == "no"
+    assert parse([*common, "--eval_cache", "x"]).eval_strategy == "steps"
+    assert parse([*common, "--eval_cache", "x"]).eval_steps == 0.1
+    assert parse([*common, "--eval_cache", "x", "--eval_strategy", "epoch"]).eval_strategy == "epoch"
+    assert parse([*common, "--eval_cache", "x", "--eval_steps", "7"]).eval_steps == 7
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(
+    tmp_path: Path,
+    cache: LogitCache,
+    student_folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = [
+        "fit",
+        "--cache",
+        cache.path,
+        "--student",
+        student_folder,
+        "--output_dir",
+        str(tmp_path / "a b"),
+        *STEPS,
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnInterrupt, "on_step_begin", press)
+        assert main(arguments) == 130
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert "stopped after step 3" in last[0]
+    again = shlex.split(last[1])
+    assert again == ["trainer", *arguments, "--resume_from_checkpoint", str(tmp_path / "a b" / "checkpoint-3")]
+    assert not (tmp_path / "a b" / "model.safetensors").exists()
+
+    assert main(again[1:]) == 0
+    assert main(["fit", *arguments[1 : -len(STEPS) - 1], str(tmp_path / "through"), *STEPS]) == 0
+    through, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("through", "a b"))
+    assert resumed.lm_head.weight.allclose(through.lm_head.weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--loss", "hinge"], ["--loss", "hinge", "fkl", "todi"]),
+        (["--kd_weight", "1.5"], ["--kd_weight 1.5", "between 0", "and 1"]),
+        (["--kd_weight", "half"], ["--kd_weight", "half"]),
+        (["--temperature", "0"], ["--temperature 0", "positive"]),
+        (["--temperature", "4"], ["--temperature 4", "T = 1, 2 only", "logitcache build --temperatures 4"]),
+        (["--loss", "rkl", "--tail", "ignore"], ["--loss rkl --tail ignore", "--ablation"]),
+        (["--tail", "renormalise"], ["--tail renormalise", "--ablation"]),
+        (["--tail", "groups", "--temperature", "2"], ["--tail groups --temperature 2", "bucket"]),
+        (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1"]),
+        (["--train_sampling_strategy", "group_by_length"], ["group_by_length", "random, sequential"]),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], ["--eval_strategy steps", "--eval_cache"]),
+        (["--cache", "nowhere"], ["nowhere", "does not exist"]),
+        (["--student", "nowhere"], ["nowhere", "no such folder"]),
+        (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint nowhere"]),
+        (["--resume_from_checkpoint", "true"], ["holds no checkpoint"]),
+        (["--los", "fkl"], ["unknown option --los", "is loss meant?"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--load_best_model_at_end"], ["--load_best_model_at_end"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_what_cannot_be_meant_ends_in_one_line_and_status_2(
+    options: list[str],
+    said: list[str],
+    tmp_path: Path,
+    cache: LogitCache,
+    student_folder: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = ["--cache", cache.path, "--student", student_folder, "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    refused(["fit", *common, *options], said, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def refused(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("trainer: error: ")
+    for words in said:
+        assert words in lines[0]
+
+
+def test_groups_that_the_cache_does_not_hold_are_refused(
+    heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fit", "--cache", heldout.path, "--student", student_folder, "--use_cpu", "--tail", "groups"]
+    refused(arguments, ["holds no tail groups", "--tail bucket"], capsys)
+
+
+def test_a_student_with_another_tokenizer_is_refused_before_its_weights_load(
+    tmp_path: Path, cache: LogitCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama().config.save_pretrained(tmp_path)
+    tokenizer(["<eos>", *(f"other{i}" for i in range(1, VOCAB))]).save_pretrained(tmp_path)
+    arguments = ["fit", "--cache", cache.path, "--student", str(tmp_path), "--use_cpu"]
+    refused(arguments, ["63 ids differ", "'word1'", "'other1'"], capsys)
+
+
+def test_a_student_with_fewer_columns_than_the_teacher_has_tokens_is_refused(
+    tmp_path: Path, cache: LogitCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(vocab_size=VOCAB - 1).save_pretrained(tmp_path)
+    refused(
+        ["fit", "--cache", cache.path, "--student", str(tmp_path), "--use_cpu"], ["63 columns", "64 tokens"], capsys
+    )
+
+
+def test_a_student_that_is_no_causal_language_model_is_refused(
+    tmp_path: Path, cache: LogitCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    T5Config().save_pretrained(tmp_path)
+    refused(["fit", "--cache", cache.path, "--student", str(tmp_path), "--use_cpu"], ["t5", "causal"], capsys)
+
+
+def test_a_student_without_weights_is_told_of_from_scratch(
+    tmp_path: Path, cache: LogitCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama().config.save_pretrained(tmp_path)
+    refused(["fit", "--cache", cache.path, "--student", str(tmp_path), "--use_cpu"], ["--from_scratch"], capsys)
+
+
+def test_missing_settings_unknown_commands_and_bad_yaml_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["fit", "--use_cpu"], ["--cache is missing"], capsys)
+    refused(["fit", "--cache", "x", "--use_cpu"], ["--student is missing"], capsys)
+    refused(["train"], ["unknown command train", "fit, eval, compare"], capsys)
+    refused(["eval", "model"], ["--cache"], capsys)
+    path = tmp_path / "run.yaml"
+    path.write_text("loss: fkl\nkd_wieght: 1\n")
+    refused(["fit", "--config", str(path)], [str(path), "kd_wieght", "is kd_weight meant?"], capsys)
+    path.write_text("loss: [fkl\nkd_weight: 1\n")
+    refused(["fit", "--config", str(path)], [str(path), "line 2", "not YAML"], capsys)
+    path.write_text("just words\n")
+    refused(["fit", "--config", str(path)], [str(path), "mapping"], capsys)
+
+
+def test_a_heldout_cache_of_another_teacher_is_refused(
+    tmp_path: Path, cache: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["<eos>", *(f"other{i}" for i in range(1, VOCAB))]
+    other = write_cache(tmp_path, random_sequences(2, seed=0), teacher_tokenizer=tokenizer(words))
+    arguments = ["--cache", cache.path, "--student", student_folder, "--eval_cache", other.path, "--use_cpu"]
+    refused(["fit", *arguments], [other.path, "63 ids differ"], capsys)
+
+
+def test_an_empty_cache_is_refused(tmp_path: Path, student_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = write_cache(tmp_path, [])
+    refused(["fit", "--cache", empty.path, "--student", student_folder, "--use_cpu"], ["is an empty cache"], capsys)
+
+
+@pytest.mark.parametrize("command", [[], ["--help"]])
+def test_help_names_the_commands(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("trainer fit", "trainer eval", "trainer compare"))
+
+
+def test_help_of_fit_lists_distillation_and_training_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("--kd_weight", "--kd-weight", "--gradient_accumulation_steps", "--config"))

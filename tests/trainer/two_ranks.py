@@ -1,0 +1,24 @@
+"""What each of two processes runs in test_distill: one optimizer step over the whole cache."""
+
+import sys
+from pathlib import Path
+
+import torch
+from cachemaking import llama
+from test_distill import CatchGradient, config
+
+import logitcache
+from trainer.distill import DistillTrainer
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cache, folder = logitcache.open(sys.argv[1]), Path(sys.argv[2])
+    catch = CatchGradient()
+    settings = config(
+        folder, max_steps=1, logging_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=12
+    )
+    trainer = DistillTrainer(llama(seed=7), cache, settings, callbacks=[catch])
+    trainer.train()
+    if settings.process_index == 0:
+        gradient = {name.removeprefix("module."): value for name, value in catch.gradient.items()}
+        torch.save({"gradient": gradient, "logged": trainer.state.log_history[0]}, folder / "gradient.pt")

@@ -1,0 +1,109 @@
+"""Peak memory of `logitcache build` and `trainer fit` as the corpus grows: it must not.
+
+    python tools/bench_memory.py [--positions 10000 100000 1000000] [--backend transformers|vllm]
+
+A tiny teacher and student, so that a million positions take minutes; whole commands, each in a process of its own. With vLLM
+the figure is the largest single process, engine included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import machine, table
+
+DEMO = Path(__file__).parent / "demo"
+LENGTH = 257
+
+
+def write_corpus(path: Path, positions: int, vocab_size: int) -> None:
+    random = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(-(-positions // (LENGTH - 1))):
+            file.write(json.dumps({"input_ids": random.integers(0, vocab_size, LENGTH).tolist()}) + "\n")
+
+
+def write_model(path: Path) -> int:
+    """A one-layer Llama with random weights and the demo's tokenizer; returns its vocabulary."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "teacher")
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 32,
+    }
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, **shape)
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return len(tokenizer)
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident MiB of the largest process of a command."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(errors)
+    return time.perf_counter() - began, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positions", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--backend", default="transformers")
+    options = parser.parse_args()
+    rows = [["positions", "build: peak MiB", "s", "cache MiB", "fit: peak MiB", "s"]]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        vocab_size = write_model(folder / "model")
+        for positions in options.positions:
+            write_corpus(folder / "corpus.jsonl", positions, vocab_size)
+            cache = folder / "cache"
+            build_s, build_mib = run(
+                [
+                    *(sys.executable, "-m", "logitcache", "build", "--backend", options.backend, "--out", str(cache)),
+                    *("--teacher", str(folder / "model"), "--data", str(folder / "corpus.jsonl")),
+                ]
+            )
+            fit_s, fit_mib = run(
+                [
+                    *(
+                        sys.executable,
+                        "-m",
+                        "trainer",
+                        "fit",
+                        "--cache",
+                        str(cache),
+                        "--student",
+                        str(folder / "model"),
+                    ),
+                    *("--output_dir", str(folder / "run"), "--num_train_epochs", "1", "--save_strategy", "no"),
+                    *("--per_device_train_batch_size", "8"),
+                ]
+            )
+            cache_mib = sum(path.stat().st_size for path in cache.rglob("*.parquet")) / 2**20
+            figures = [build_mib, build_s, cache_mib, fit_mib, fit_s]
+            rows.append([f"{positions:,}", *(f"{figure:,.0f}" for figure in figures)])
+            shutil.rmtree(cache)
+    print(f"teacher on {options.backend}, k = 64, vocabulary {vocab_size:,} ({machine()})")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

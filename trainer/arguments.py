@@ -1,0 +1,102 @@
+"""The command line of `trainer fit`, and the same settings in a YAML file, as a DistillConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from transformers import HfArgumentParser
+
+from logitcache import UserError
+from trainer.config import DistillConfig
+from trainer.errors import Parser, one_line
+
+DESCRIPTION = """Train a student from a cache. Every field of transformers.TrainingArguments is an option under its own
+name, listed first; what distillation adds comes last. Options may be written with _ or -."""
+EXAMPLE = """example: trainer fit --cache my-cache --eval_cache my-heldout-cache --student Qwen/Qwen3-0.6B --loss todi
+--output_dir runs/todi --learning_rate 5e-5 --num_train_epochs 1 --bf16"""
+
+
+def parse(argv: Sequence[str]) -> DistillConfig:
+    """Settings from a command line; where it names a YAML file with --config, the command line wins.
+
+    Raises UserError for unknown settings, values that do not parse and contradictions.
+    """
+    only_config = Parser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    path = only_config.parse_known_args(argv)[0].config
+    parser = _FitParser(
+        cast(Any, DistillConfig),
+        prog="trainer fit",
+        usage="trainer fit --cache DIR --student NAME [--config FILE] [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings.")
+    from_file = [] if path is None else _arguments_of(Path(path))
+    try:
+        config, _, unknown = parser.parse_args_into_dataclasses(
+            [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0])}; `trainer fit --help` lists all")
+    return config
+
+
+class _FitParser(Parser, HfArgumentParser):
+    pass
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _arguments_of(path: Path) -> list[str]:
+    """The settings of a YAML file as command-line arguments, so that both are read by the same rules."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}, line {line}: not YAML ({error.problem})") from error
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{path}: a mapping of settings to values is expected, such as `loss: todi`")
+    arguments: list[str] = []
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in _NAMES:
+            raise UserError(f"{path}: unknown setting {key}{_suggestion(name)}; `trainer fit --help` lists all")
+        arguments += _argument(name, value)
+    return arguments
+
+
+def _argument(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, Mapping):
+        return [f"--{name}={json.dumps(value)}"]
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
+
+
+def _suggestion(name: str) -> str:
+    close = get_close_matches(name.lstrip("-").partition("=")[0].replace("-", "_"), _NAMES, n=1)
+    return f" (is {close[0]} meant?)" if close else ""
+
+
+_NAMES = [field.name for field in dataclasses.fields(DistillConfig) if field.init]

@@ -1,0 +1,131 @@
+"""What a run is: every field of transformers.TrainingArguments, and what distillation adds. Contradictions end here."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from logitcache import LogitCache, UserError
+from trainer.losses.divergences import AKL_SPLITS, DIVERGENCES
+from trainer.losses.tail import TAILS
+
+ABLATION_TAILS = ("ignore", "renormalise")
+SAMPLING_STRATEGIES = ("random", "sequential")
+EVALUATIONS_PER_RUN = 10
+
+
+def _setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help} | ({"choices": list(choices)} if choices else {}))
+
+
+def _redefault(name: str, default: Any) -> Any:
+    """A field of TrainingArguments with its help and another default."""
+    return dataclasses.field(default=default, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """Settings of a run; their help texts say what each is.
+
+    Raises UserError for values and combinations that cannot be meant. What depends on a cache is refused by
+    `choose_tail`.
+    """
+
+    cache: str | None = _setting(None, "The cache to learn from: a folder or URL that `logitcache build` made.")
+    eval_cache: str | None = _setting(None, "A held-out cache, evaluated during training and at the end.")
+    student: str | None = _setting(None, "The student: a model folder or a name on the Hub.")
+    from_scratch: bool = _setting(False, "Draw the student's weights at random instead of loading them.")
+    loss: str = _setting("todi", "The divergence from the teacher.", list(DIVERGENCES))
+    kd_weight: float = _setting(
+        0.5, "λ in (1−λ)·CE + λ·KD: 0 learns from the hard labels only, 1 from the teacher only."
+    )
+    temperature: float = _setting(1.0, "T of both distributions in KD; the cache must hold the tail at this T.")
+    tail: str | None = _setting(
+        None,
+        "What becomes of the teacher's mass outside the stored entries. Default: groups where the cache has them and "
+        "T is 1, else bucket. ignore and renormalise are ablations.",
+        list(TAILS),
+    )
+    ablation: bool = _setting(False, f"Allow --tail {' and --tail '.join(ABLATION_TAILS)}.")
+    akl_split: str = _setting(
+        "official", "AKL: whose code decides where the token that crosses half of the mass goes.", list(AKL_SPLITS)
+    )
+    todi_beta: float = _setting(1.0, "ToDi: steepness β of its token weights.")
+    t_squared: bool = _setting(True, "Multiply KD by T², so that its gradient keeps its size as T grows.")
+
+    logging_steps: float = _redefault("logging_steps", 10)
+    remove_unused_columns: bool = _redefault("remove_unused_columns", False)
+    eval_strategy: IntervalStrategy | str = dataclasses.field(
+        default="auto",
+        metadata={
+            "help": f"When to evaluate on --eval_cache: no, steps or epoch. Default: {EVALUATIONS_PER_RUN} times a run "
+            "where --eval_cache is given."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.eval_strategy == "auto":
+            self.eval_strategy = "steps" if self.eval_cache else "no"
+            self.eval_steps = self.eval_steps or 1 / EVALUATIONS_PER_RUN
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        for name, value, accepted in (
+            ("loss", self.loss, DIVERGENCES),
+            ("tail", self.tail or "bucket", TAILS),
+            ("akl_split", self.akl_split, AKL_SPLITS),
+            ("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES),
+        ):
+            if value not in accepted:
+                raise UserError(f"--{name} {value}: accepted are {', '.join(accepted)}")
+        if not 0 <= self.kd_weight <= 1:
+            raise UserError(
+                f"--kd_weight {self.kd_weight:g}: it must lie between 0 (hard labels only) and 1 (the teacher only)"
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UserError(f"--temperature {self.temperature:g}: it must be a positive number")
+        if not (math.isfinite(self.todi_beta) and self.todi_beta > 0):
+            raise UserError(f"--todi_beta {self.todi_beta:g}: it must be a positive number")
+        if self.tail in ABLATION_TAILS and not self.ablation:
+            raise UserError(
+                f"--loss {self.loss} --tail {self.tail}: with this tail the loss does not vanish where the student "
+                "equals the teacher, and rkl is destroyed. Take --tail bucket, or add --ablation to study that"
+            )
+        if self.tail == "groups" and self.temperature != 1:
+            raise UserError(
+                f"--tail groups --temperature {self.temperature:g}: at T ≠ 1 a cache holds the tail's total only, not "
+                "its groups. Take --tail bucket, or --temperature 1"
+            )
+        if self.label_smoothing_factor:
+            raise UserError(
+                f"--label_smoothing_factor {self.label_smoothing_factor:g} has no place in this loss: the teacher is "
+                "what smooths the labels. Leave it at 0 and raise --kd_weight"
+            )
+
+
+def choose_tail(config: DistillConfig, cache: LogitCache) -> str:
+    """The tail treatment of a run. Raises UserError where the cache does not hold what --tail and --temperature need."""
+    T = config.temperature
+    layout = cache.manifest.layout
+    if T != 1 and T not in layout.temperatures and config.tail != "renormalise":
+        held = ", ".join(f"{t:g}" for t in sorted({1.0, *layout.temperatures}))
+        raise UserError(
+            f"--temperature {T:g}: {cache.path} holds the teacher's tail at T = {held} only. Take one of these, or "
+            f"build the cache with `logitcache build --temperatures {T:g}`"
+        )
+    if config.tail == "groups" and not layout.num_tail_groups:
+        raise UserError(
+            f"--tail groups: {cache.path} holds no tail groups. Take --tail bucket, or build the cache with "
+            "`logitcache build --tail-groups 32`"
+        )
+    if config.tail is not None:
+        return config.tail
+    return "groups" if layout.num_tail_groups and T == 1 else "bucket"

@@ -1,0 +1,224 @@
+"""DistillTrainer: transformers.Trainer whose loss is (1−λ)·CE + λ·T²·KD against a cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from logitcache import LogitCache, UserError
+from trainer.batches import Batch, BatchLoader, Collator, EpochRows
+from trainer.config import DistillConfig, choose_tail
+from trainer.losses.sparse import DistillationTerms, distillation_terms
+from trainer.losses.tail import TeacherTargets
+from trainer.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
+from trainer.student import StoredLogits
+
+logger = logging.getLogger(__name__)
+
+
+class DistillTrainer(Trainer):
+    """Trains `model` on a cache.
+
+    The loss is a sum over stored positions divided by their number in the whole global batch: all accumulation steps
+    and ranks. Every rank reads its own share of the rows. Beside the loss it logs what `metrics.position_means` names.
+    """
+
+    args: DistillConfig
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: LogitCache,
+        args: DistillConfig,
+        *,
+        eval_cache: LogitCache | None = None,
+        **options: Any,
+    ) -> None:
+        """options: of transformers.Trainer, such as processing_class, callbacks and optimizers.
+
+        Raises UserError where a cache does not hold what the settings need.
+        """
+        self.tail = choose_tail(args, cache)
+        if args.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible and one process uses one: torchrun --nproc-per-node %d uses all",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            args._n_gpu = 1
+        super().__init__(model=model, args=args, train_dataset=cache, eval_dataset=eval_cache, **options)
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise UserError("tensor, context and sequence parallelism are not supported: use data parallelism or FSDP")
+        self._stored_logits = StoredLogits(model, args.student or type(model).__name__)
+        self._cache = cache
+        groups = cache.tail_groups if self.tail == "groups" else None
+        self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)
+        self._window = Sums()
+        self._values_checked = False
+
+    def get_train_dataloader(self) -> BatchLoader:
+        """This rank's batches. accelerate must not shard them again, so they do not pass through it."""
+        args = self.args
+        return self._loader(
+            self._cache,
+            self._train_batch_size,
+            Collator(tail_groups=self.tail == "groups", temperature=args.temperature),
+            shuffle=args.train_sampling_strategy == "random",
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
+        """This rank's batches of a held-out cache, in the cache's order."""
+        cache: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(cache, self.args.per_device_eval_batch_size, Collator())
+
+    def _loader(self, cache: LogitCache, batch_size: int, collator: Collator, **options: Any) -> BatchLoader:
+        return BatchLoader(
+            cache,
+            batch_size,
+            collator,
+            shard=(self.args.process_index, self.args.world_size),
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            **options,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The batches of one optimizer step, and their stored positions over all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        positions = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
+        return batches, self._over_ranks(positions)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # Trainer's own would round the teacher's log-probabilities to the model's dtype under DeepSpeed.
+        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This rank's share of the loss, scaled such that the mean of its gradients over the ranks is the gradient."""
+        terms = self._terms(self._stored_logits(model, inputs), inputs, self.tail, self.args.temperature)
+        self._window.add(position_sums(terms, inputs))
+        positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
+        loss = self._objective(terms, self.args.temperature) / positions * self.accelerator.num_processes
+        return (loss, terms) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Trainer's step. Raises UserError before the optimizer sees a loss that is no number."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}, so the student's logits hold NaN or "
+                "infinity. Lower --learning_rate, add --warmup_steps, or train with --bf16 in place of --fp16, from "
+                "the last checkpoint before this step"
+            )
+        return loss
+
+    def _terms(self, logits: Tensor, batch: Batch, tail: str, temperature: float) -> DistillationTerms:
+        args = self.args
+        targets = TeacherTargets(
+            batch["token_ids"],
+            batch["logprobs"],
+            batch["tail_logprob"],
+            batch.get("tempered_tail"),
+            self._tail_groups,
+            batch.get("group_logprobs"),
+        )
+        try:
+            terms = distillation_terms(
+                logits,
+                targets,
+                batch["labels"],
+                loss=args.loss,
+                tail=tail,
+                temperature=temperature,
+                akl_split=args.akl_split,
+                beta=args.todi_beta,
+                vocab_size=self._cache.vocab_size,
+                validate=not self._values_checked,  # waits for the device; shards have checksums, so once is enough
+            )
+        except ValueError as error:
+            raise UserError(f"the cache holds a batch that cannot be learned from: {error}") from error
+        self._values_checked = True
+        return terms
+
+    def _objective(self, terms: DistillationTerms, temperature: float) -> Tensor:
+        """(1−λ)·CE + λ·T²·KD, summed over the positions; a term of weight 0 costs no backward pass."""
+        assert terms.cross_entropy is not None
+        weight = self.args.kd_weight
+        kd_factor = weight * (temperature**2 if self.args.t_squared else 1.0)
+        weighted = ((1 - weight, terms.cross_entropy), (kd_factor, terms.kd))
+        return torch.stack([factor * term.sum() for factor, term in weighted if factor > 0]).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the means over the positions since the last one."""
+        if "loss" in logs:
+            logs |= position_means(self._window.totals(self._over_ranks))
+            self._window = Sums()
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """`metrics.evaluation_metrics` of a cache, each with the prefix.
+
+        And `loss`: the run's mixture with the bucket at T = 1, so that runs with other tails and temperatures compare.
+        """
+        args = self.args
+        model = self.model_wrapped if self.is_in_train else self.model
+        assert model is not None
+        if not self.is_in_train and (args.bf16_full_eval or args.fp16_full_eval):
+            model.to(device=args.device, dtype=torch.bfloat16 if args.bf16_full_eval else torch.float16)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        sums = Sums()
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = self._stored_logits(model, batch)
+                terms = self._terms(logits, batch, tail="bucket", temperature=1.0)
+            objective = {"objective": self._objective(terms, temperature=1.0)}
+            sums.add(evaluation_sums(terms, logits, batch, self._cache.vocab_size) | objective)
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        metrics = evaluation_metrics(sums.totals(self._over_ranks))
+        metrics["loss"] = metrics.pop("objective")
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(np.empty(0), None, prefixed, num_samples=self.num_examples(dataloader))
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Rows of the cache behind a loader."""
+        assert isinstance(dataloader.dataset, EpochRows)
+        return len(dataloader.dataset)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), "sum")

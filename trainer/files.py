@@ -1,0 +1,5 @@
+"""Names of what a run leaves in its output folder."""
+
+RUN_NAME = "run.json"  # settings, cache, student
+EVALUATION_NAME = "eval.json"  # metrics on the held-out cache
+STATE_NAME = "trainer_state.json"  # transformers' log history

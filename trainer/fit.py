@@ -1,0 +1,190 @@
+"""A run of `trainer fit`: checked, trained, saved, evaluated."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+
+import logitcache
+from logitcache import LogitCache, UserError
+from logitcache.format.atomic import write_json
+from trainer.config import DistillConfig, choose_tail
+from trainer.description import describe_run
+from trainer.distill import DistillTrainer
+from trainer.evaluate import write_evaluation
+from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.progress import use_short_lines
+from trainer.student import check_vocabulary, load_student, student_config
+from trainer.tokenizers import cache_tokenizer, check_tokenizer, student_tokenizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose settings, caches and tokenizers agree; the student's weights are not loaded yet.
+
+    choices: what was settled, for people.  warnings: what does not stop it.  checkpoint: where it continues from.
+    """
+
+    config: DistillConfig
+    cache: LogitCache
+    eval_cache: LogitCache | None
+    student_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    choices: dict[str, str]
+    warnings: list[str]
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. metrics: of the held-out cache.  stopped_at: checkpoint written on Ctrl-C, or None."""
+
+    steps: int
+    metrics: dict[str, float] | None
+    stopped_at: str | None
+
+
+def prepare(config: DistillConfig) -> Run:
+    """Opens and compares everything that a run needs, but the student's weights.
+
+    Raises UserError for a missing setting, a cache or checkpoint that is not there, and whatever does not agree.
+    """
+    if not config.cache:
+        raise UserError("--cache is missing: name the cache to learn from")
+    if not config.student:
+        raise UserError("--student is missing: name a model folder or a model on the Hub")
+    if config.eval_strategy != "no" and not config.eval_cache:
+        raise UserError(
+            f"--eval_strategy {IntervalStrategy(config.eval_strategy).value}: name the held-out cache with --eval_cache"
+        )
+    cache = logitcache.open(config.cache)
+    eval_cache = logitcache.open(config.eval_cache) if config.eval_cache else None
+    caches = [cache] if eval_cache is None else [cache, eval_cache]
+    for opened in caches:
+        if not len(opened):
+            raise UserError(f"{opened.path} is an empty cache")
+    tail = choose_tail(config, cache)
+    checkpoint = _checkpoint(config)
+    model_config = student_config(config.student)
+    check_vocabulary(model_config, cache, config.student)
+    warnings: list[str] = []
+    tokenizer, whose_tokenizer = student_tokenizer(config.student), "the student's"
+    if tokenizer is None:
+        tokenizer = cache_tokenizer(cache)
+        whose_tokenizer = "the cache's (the student has none)" if tokenizer else "none"
+    if tokenizer is not None:
+        for opened in caches:
+            warnings += check_tokenizer(tokenizer, opened, config.student)
+    if eval_cache is not None and eval_cache.vocab_size != cache.vocab_size:
+        raise UserError(
+            f"--eval_cache {eval_cache.path}: its teacher has {eval_cache.vocab_size} tokens, that of {cache.path} has "
+            f"{cache.vocab_size}. Both must come from one teacher"
+        )
+    choices = describe_run(config, cache, eval_cache, tail, whose_tokenizer, checkpoint)
+    return Run(config, cache, eval_cache, model_config, tokenizer, choices, warnings, checkpoint)
+
+
+def fit(run: Run) -> Outcome:
+    """Trains, saves model, tokenizer and run.json in --output_dir, evaluates into eval.json beside them."""
+    config = run.config
+    assert config.student and config.output_dir
+    set_seed(config.seed)
+    model = load_student(config.student, run.student_config, from_scratch=config.from_scratch, dtype=torch.float32)
+    interrupt = StopOnInterrupt()
+    trainer = DistillTrainer(
+        model,
+        run.cache,
+        config,
+        eval_cache=run.eval_cache,
+        processing_class=run.tokenizer,
+        callbacks=[interrupt] if config.world_size == 1 else [],
+    )
+    use_short_lines(trainer)
+    output = Path(config.output_dir)
+    if config.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / RUN_NAME, _record(run, trainer.tail, model.num_parameters()))
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    steps = trainer.state.global_step
+    if interrupt.requested:
+        return Outcome(steps, None, str(output / f"checkpoint-{steps}"))
+    trainer.save_model()
+    metrics = None
+    if run.eval_cache is not None:
+        prefixed = {name: value for name, value in trainer.evaluate().items() if name.startswith("eval_")}
+        metrics = {name.removeprefix("eval_"): value for name, value in prefixed.items()}
+        if config.should_save:
+            write_evaluation(output / EVALUATION_NAME, str(output), run.eval_cache.path, metrics)
+    trainer.save_state()
+    return Outcome(steps, metrics, None)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """On Ctrl-C: finishes the step, writes a checkpoint and stops. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listens for Ctrl-C."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the trainer to save and stop."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps a run that was asked to stop from evaluating first."""
+        control.should_evaluate = control.should_evaluate and not self.requested
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listens no more."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _checkpoint(config: DistillConfig) -> str | None:
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted.lower() == "true":
+        last = get_last_checkpoint(config.output_dir) if Path(str(config.output_dir)).is_dir() else None
+        if last is None:
+            raise UserError(f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint to continue from")
+        return last
+    if not (Path(wanted) / STATE_NAME).is_file():
+        raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint of a run (it has no {STATE_NAME})")
+    return wanted
+
+
+def _record(run: Run, tail: str, num_parameters: int) -> dict[str, Any]:
+    return {
+        "settings": json.loads(run.config.to_json_string()),
+        "tail": tail,
+        "cache": {"path": run.cache.path, "num_positions": run.cache.num_positions}
+        | {"fingerprint": dict(run.cache.manifest.fingerprint)},
+        "student": {"name": run.config.student, "num_parameters": num_parameters},
+        "choices": run.choices,
+        "warnings": run.warnings,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}
+        | {"logitcache": logitcache.__version__},
+    }

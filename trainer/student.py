@@ -1,0 +1,88 @@
+"""The student: loading it, and its logits where the cache has targets."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from logitcache import LogitCache, UserError
+from trainer.batches import Batch
+from trainer.errors import one_line
+
+
+def student_config(name: str) -> PretrainedConfig:
+    """Configuration of a model folder or name. Raises UserError where it is none, or of no causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        hint = "" if Path(name).exists() else " (no such folder here)"
+        raise UserError(f"{name}: no model can be loaded from this{hint}: {one_line(error)}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name}: a {config.model_type} is no causal language model that transformers knows")
+    return config
+
+
+def check_vocabulary(config: PretrainedConfig, cache: LogitCache, name: str) -> None:
+    """Raises UserError where the student has fewer columns of logits than the teacher has tokens."""
+    columns = config.get_text_config().vocab_size
+    if columns < cache.vocab_size:
+        raise UserError(
+            f"{name}: its output has {columns} columns, the teacher of the cache {cache.path} has {cache.vocab_size} "
+            "tokens. Take a student with at least as many (more are masked)"
+        )
+
+
+def load_student(
+    name: str, config: PretrainedConfig, *, from_scratch: bool, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    """The student's weights: loaded, or drawn from torch's generator. dtype: of the weights, or "auto"."""
+    if from_scratch:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: the weights do not load: {one_line(error)} (--from_scratch draws them at random)"
+        ) from error
+
+
+class StoredLogits:
+    """Calls a model for the logits of a batch's stored positions.
+
+    model: as it was loaded, before anything wraps it; what it says of itself decides how it is called.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        wrapped: Any = model
+        base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped  # of PEFT
+        self._name = name
+        self._max_length = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        # Models that take `logits_to_keep` never compute the logits of prompts.
+        self._keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits [N, V'] of the stored positions. Raises UserError where a sequence is longer than the model takes."""
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        length = inputs["input_ids"].shape[1]
+        if self._max_length is not None and length > self._max_length:
+            raise UserError(
+                f"{self._name}: a cached sequence has {length} tokens, the model takes {self._max_length} "
+                f"(max_position_embeddings). Build the cache with `logitcache build --max-length {self._max_length}`"
+            )
+        if self._keeps:
+            logits = model(**inputs, logits_to_keep=batch["columns"]).logits  # [B, C, V']
+        else:
+            logits = model(**inputs).logits[:, batch["columns"]]
+        flat = logits.flatten(0, 1)
+        return flat if len(flat) == len(batch["rows"]) else flat[batch["rows"]]
