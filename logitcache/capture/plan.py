@@ -147,6 +147,8 @@ def _cut(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_positions
     if not shards:
         left_out = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items()) or "none at all"
         raise UserError(f"the corpus holds no sequence to train on: {corpus.num_documents} documents ({left_out})")
+    if corpus.never_kept:
+        raise UserError(f"--keep {', '.join(sorted(corpus.never_kept))}: no document has this column")
     plan = Plan(
         root=root,
         request=request,

@@ -97,7 +97,9 @@ class Manifest:
             if name.is_absolute() or ".." in name.parts or "\\" in shard.name or ":" in shard.name:
                 raise UserError(f"{where} names a shard outside the cache: {shard.name!r}")
             if sum(shard.row_group_sizes) != shard.num_sequences:
-                raise UserError(f"{where} was altered: the row groups of {shard.name} have not {shard.num_sequences} rows")
+                raise UserError(
+                    f"{where} was altered: the row groups of {shard.name} have not {shard.num_sequences} rows"
+                )
         for total, value in totals.items():
             if value != (found := getattr(manifest, total)):
                 raise UserError(f"{where} was altered: {total} is {value}, its shards add up to {found}")

@@ -52,7 +52,7 @@ def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distrib
     full = full_logprobs(teacher, sequence.input_ids)[sequence.positions.astype(np.int64)]
     targets = sequence.targets
     tail = full.scatter(1, torch.from_numpy(targets.token_ids.astype(np.int64)), float("-inf"))
-    groups = torch.from_numpy(cache.tail_groups)
+    groups = torch.tensor(cache.tail_groups)
     for g in range(8):
         expected = tail[:, groups == g].logsumexp(dim=-1).numpy()
         assert np.allclose(np.exp(targets.group_logprobs[:, g]), np.exp(expected), atol=1e-4)

@@ -233,3 +233,24 @@ def test_the_layout_is_found_by_the_columns(columns: list[str], layout: str) -> 
 def test_columns_that_fit_no_layout_are_refused_naming_them_and_the_layouts() -> None:
     with pytest.raises(UserError, match=r"a\.jsonl, line 1: the columns prompt, answer fit no layout; .*--columns"):
         find_layout({"prompt": "", "answer": ""}, "a.jsonl, line 1")
+
+
+def test_a_token_that_reaches_from_the_prompt_into_the_answer_belongs_to_the_prompt(teacher_tokenizer: Any) -> None:
+    merging = with_template(
+        teacher_tokenizer,
+        "{% for m in messages %}{{ m['role'] }} teac{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant teac{% endif %}",
+    )
+    chat = [{"role": "user", "content": "k"}, {"role": "assistant", "content": "her writes"}]
+    assert teacher_tokenizer.tokenize(" teacher") != teacher_tokenizer.tokenize(" teac") + teacher_tokenizer.tokenize(
+        "her"
+    )
+    ids, mask = tokenize_messages({"messages": chat}, merging)
+    assert teacher_tokenizer.decode(ids) == merging.apply_chat_template(chat, tokenize=False)
+    assert trained_text(teacher_tokenizer, ids, mask) == " writes<|end|>"
+
+
+def test_columns_named_by_the_user_decide_between_layouts() -> None:
+    columns = dict.fromkeys(["prompt", "completion", "text"])
+    assert find_layout(columns, "x") == "prompt-completion"
+    assert find_layout(columns, "x", renamed=["text"]) == "text"

@@ -153,3 +153,11 @@ def test_a_shard_is_finished_when_it_was_recorded_and_is_there(tmp_path: Path) -
     assert plan.finished(0) is None
     shard.unlink()
     assert plan.finished(0) is None
+
+
+def test_a_kept_column_that_no_document_has_is_refused(tmp_path: Path) -> None:
+    source = Source("x", dict, lambda: iter([Document({"input_ids": [1, 2, 3], "id": 1}, "x, row 0")]))
+    corpus = Corpus([source], None, 10, CorpusSettings(max_length=8, keep=("id", "ulr")))
+    with pytest.raises(UserError, match="--keep ulr: no document has this column"):
+        make_plan(tmp_path, {}, corpus, 100)
+    assert not list(tmp_path.iterdir())

@@ -57,7 +57,7 @@ def find_sources(data: str | Sequence[str], split: str = "train", config_name: s
             if not matches:
                 raise UserError(f"--data {item}: no file matches (of {', '.join(_READERS)})")
             sources += [_file_source(p, p.name) for p in matches]
-        elif path.is_dir() or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", item) and not _reader(path)):
+        elif path.is_dir() or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", item) and path.suffix not in _DATA_SUFFIXES):
             sources.append(_dataset_source(item, split, config_name))
         else:
             raise UserError(f"--data {item}: no such file or folder")
@@ -154,6 +154,10 @@ _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }
+
+
+_DATA_SUFFIXES = {".jsonl", ".json", ".gz", ".zst", ".parquet", ".txt", ".csv", ".tsv", ".arrow"}
+"""A missing file of such a name is no dataset of the hub."""
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Document]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,9 @@ Tokens = tuple[np.ndarray, np.ndarray]
 
 def tokenize_text(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
     """`text`: every token is trained; the tokenizer's own special tokens, and its end-of-text token at the end."""
-    ids = _encode(tokenizer, document["text"], add_special_tokens=True)
-    if not ids:
+    if document["text"] == "":
         return _tokens([], [])
-    ids = _ended(ids, tokenizer)
+    ids = _ended(_encode(tokenizer, document["text"], add_special_tokens=True), tokenizer)
     return _tokens(ids, [True] * len(ids))
 
 
@@ -88,9 +87,12 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Any], Tok
 """Layout name → the columns that it needs and its tokenising function; the first whose columns are there is taken."""
 
 
-def find_layout(columns: Mapping[str, Any], where: str) -> str:
-    """Name of the layout that a document's columns have. Raises UserError where none fits."""
-    for name, (needed, _) in LAYOUTS.items():
+def find_layout(columns: Mapping[str, Any], where: str, renamed: Collection[str] = ()) -> str:
+    """Name of the layout that a document's columns have, first of those with `renamed` columns.
+
+    Raises UserError where none fits.
+    """
+    for name, (needed, _) in sorted(LAYOUTS.items(), key=lambda item: not set(item[1][0]) & set(renamed)):
         if all(column in columns for column in needed):
             return name
     raise UserError(
@@ -101,40 +103,42 @@ def find_layout(columns: Mapping[str, Any], where: str) -> str:
 
 
 def _tokens_by_prefix(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> Tokens:
-    def render(count: int, add_generation_prompt: bool = False) -> list[int]:
-        ids: list[int] = tokenizer.apply_chat_template(
-            messages[:count], tools=tools, add_generation_prompt=add_generation_prompt, return_dict=False
+    """Tokens that begin inside the text which an assistant turn adds to the rendering of the turns before it."""
+
+    def render(count: int, add_generation_prompt: bool = False) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages[:count], tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
         )
-        return ids
+        return text
 
     whole = render(len(messages))
-    mask = np.zeros(len(whole), dtype=bool)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = np.array([start for start, _ in encoded["offset_mapping"]])
+    mask = np.zeros(len(starts), dtype=bool)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(turn, add_generation_prompt=True) if turn else []
+        before = render(turn, add_generation_prompt=True) if turn else ""
         after = render(turn + 1)
-        if after[: len(before)] != before or whole[: len(after)] != after:
+        if not after.startswith(before) or not whole.startswith(after):
             raise BadDocument(
                 f"message {turn}: this chat template renders earlier turns differently once later ones follow, "
                 "so the assistant's tokens cannot be told apart; use a template with {% generation %} marks"
             )
-        mask[len(before) : len(after)] = True
-    return _tokens(whole, mask)
+        mask |= (starts >= len(before)) & (starts < len(after))
+    return _tokens(encoded["input_ids"], mask)
 
 
 def _encode(tokenizer: Any, text: Any, add_special_tokens: bool) -> list[int]:
     if not isinstance(text, str):
         raise BadDocument(f"text is wanted, found {type(text).__name__}")
-    if not text:
-        return []
     ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     return ids
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1] == end else [*ids, end]
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def _tokens(ids: Any, mask: Any) -> Tokens:

@@ -58,7 +58,8 @@ class CorpusSettings:
 class Corpus:
     """Iterates the sequences of all sources once, in order.
 
-    skipped: documents left out so far, by reason.  layout: found with the first document.
+    skipped: documents left out so far, by reason.  layout: found with the first document.  never_kept: columns of
+    `keep` that no document has had.
     """
 
     def __init__(self, sources: Sequence[Source], tokenizer: Any, vocab_size: int, settings: CorpusSettings) -> None:
@@ -70,6 +71,7 @@ class Corpus:
         self.num_documents = 0
         self.skipped: Counter[str] = Counter()
         self.first_bad: str | None = None
+        self.never_kept = set(settings.keep)
 
     def __iter__(self) -> Iterator[TokenSequence]:
         for source in self._sources:
@@ -89,7 +91,7 @@ class Corpus:
         if document.error:
             raise BadDocument(document.error)
         values = {**document.values, **self._renamed(document.values)}
-        self.layout = self.layout or find_layout(values, document.where)
+        self.layout = self.layout or find_layout(values, document.where, self._settings.columns)
         needed, tokenize = LAYOUTS[self.layout]
         if missing := [self._settings.columns.get(c, c) for c in needed if values.get(c) is None]:
             raise BadDocument(f"column {missing[0]!r} is missing or null (layout {self.layout})")
@@ -101,6 +103,7 @@ class Corpus:
         if len(ids) < 2:
             self.skipped["empty"] += 1
             return
+        self.never_kept -= document.values.keys()
         kept = {name: document.values.get(name) for name in self._settings.keep}
         pieces = self._within_length(ids, mask, document.where)
         trainable = [piece for piece in pieces if piece[1].any()]
