@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import fsspec
@@ -71,8 +73,10 @@ class LogitCache(Sequence[CachedSequence]):
             return None
         path = f"{self._root.rstrip('/')}/{TAIL_GROUPS_NAME}"
         try:
-            with self._filesystem.open(path, "rb") as file:
-                return read_tail_groups(file)
+            content = self._filesystem.cat_file(path)
+            if self.manifest.files.get(TAIL_GROUPS_NAME) != hashlib.sha256(content).hexdigest():
+                raise ValueError("its SHA-256 is not the manifest's")
+            return read_tail_groups(BytesIO(content))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is missing or was altered ({error}): fetch it or build the cache again") from error
 

@@ -21,7 +21,7 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher, TeacherModel
 from logitcache.capture.workspace import workspace
 from logitcache.errors import UserError
-from logitcache.format.atomic import TEMPORARY_SUFFIX, write_text
+from logitcache.format.atomic import TEMPORARY_SUFFIX, file_sha256, write_text
 from logitcache.format.codec import Layout
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,
@@ -252,12 +252,14 @@ def _finish(plan: Plan, model: TeacherModel, settings: CaptureSettings) -> Logit
     shards = tuple(cast(ShardInfo, plan.finished(index)) for index in range(len(plan.shards)))
     fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": plan.sequences_sha256}}
     version = importlib.metadata.version("logitcache")
-    layout = _layout(plan, model, settings)
-    manifest = Manifest(layout, fingerprint, shards, plan.skipped, f"logitcache {version}")
     model.tokenizer.save_pretrained(plan.root / TOKENIZER_DIRECTORY)
     if settings.tail_groups:
         groups = read_tail_groups(plan.root / BUILD_DIRECTORY / TAIL_GROUPS_NAME)
         write_tail_groups(plan.root / TAIL_GROUPS_NAME, groups)
+    files = [*sorted((plan.root / TOKENIZER_DIRECTORY).iterdir()), plan.root / TAIL_GROUPS_NAME]
+    digests = {path.relative_to(plan.root).as_posix(): file_sha256(path) for path in files if path.exists()}
+    layout = _layout(plan, model, settings)
+    manifest = Manifest(layout, fingerprint, shards, plan.skipped, f"logitcache {version}", digests)
     write_text(plan.root / CARD_NAME, dataset_card(manifest))
     manifest.write(plan.root)
     shutil.rmtree(plan.root / BUILD_DIRECTORY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -25,7 +25,8 @@ class Manifest:
     """Content of logitcache.json.
 
     layout: the columns.  fingerprint: teacher, tokenizer, corpus and capture settings, as the build recorded them.
-    skipped: documents left out, by reason.  shards: in row order.
+    skipped: documents left out, by reason.  shards: in row order.  files: SHA-256 of every other file that a reader
+    trusts, by its name in the cache (tokenizer, tail groups).
     """
 
     layout: Layout
@@ -33,6 +34,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     skipped: Mapping[str, int]
     created_by: str
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -70,6 +72,7 @@ class Manifest:
             "skipped": dict(self.skipped),
             "fingerprint": dict(self.fingerprint),
             "layout": self.layout.to_json(),
+            "files": dict(self.files),
             "shards": [shard.to_json() for shard in self.shards],
         }
 
@@ -88,6 +91,7 @@ class Manifest:
                 shards,
                 data["skipped"],
                 data["created_by"],
+                data["files"],
             )
             totals = {name: data[name] for name in ("num_sequences", "num_positions", "num_bytes")}
         except (KeyError, TypeError) as error:

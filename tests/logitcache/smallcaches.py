@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from logitcache import CachedSequence, LogitCache, SparseTargets
 from logitcache.format import shards
+from logitcache.format.atomic import file_sha256
 from logitcache.format.codec import LOGPROB_STEP, Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
 
 VOCAB = 50
 COLUMNS = {"id": "int64", "url": "string", "score": "double", "flag": "bool"}
@@ -120,7 +122,11 @@ def write_cache(
                 for sequence, targets in part:
                     writer.write(sequence, targets)
             infos.append(writer.info)
-    Manifest(layout, FINGERPRINT, tuple(infos), {"empty": 2}, "tests").write(root)
+    files = {}
+    if layout.num_tail_groups:
+        write_tail_groups(root / TAIL_GROUPS_NAME, tail_groups(layout))
+        files[TAIL_GROUPS_NAME] = file_sha256(root / TAIL_GROUPS_NAME)
+    Manifest(layout, FINGERPRINT, tuple(infos), {"empty": 2}, "tests", files).write(root)
     return LogitCache(str(root))
 
 

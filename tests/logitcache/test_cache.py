@@ -170,14 +170,20 @@ def test_a_cache_opens_at_a_url(cache: LogitCache) -> None:
 
 
 def test_tail_groups_are_read_from_their_file(tmp_path: Path) -> None:
-    cache = write_cache(tmp_path, ROWS, EVERYTHING)
-    with pytest.raises(UserError, match=r"tail_groups\.parquet is missing"):
-        _ = cache.tail_groups
-    write_tail_groups(tmp_path / TAIL_GROUPS_NAME, tail_groups(EVERYTHING))
-    read = cache.tail_groups
+    read = write_cache(tmp_path, ROWS, EVERYTHING).tail_groups
     assert read is not None
     assert read.dtype == np.int32
     assert read.tolist() == [0, 1, *[2] * (VOCAB - 2)]
+
+
+def test_tail_groups_that_are_missing_or_not_the_manifests_are_refused(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, ROWS, EVERYTHING)
+    write_tail_groups(tmp_path / TAIL_GROUPS_NAME, tail_groups(EVERYTHING)[::-1])
+    with pytest.raises(UserError, match=r"tail_groups\.parquet is missing or was altered \(its SHA-256"):
+        _ = cache.tail_groups
+    (tmp_path / TAIL_GROUPS_NAME).unlink()
+    with pytest.raises(UserError, match=r"tail_groups\.parquet is missing"):
+        _ = cache.tail_groups
 
 
 def test_a_cache_without_tail_groups_has_none(long_cache: LogitCache) -> None:

@@ -10,11 +10,10 @@ import duckdb
 import numpy as np
 import polars
 import pytest
-from smallcaches import EVERYTHING, random_rows, tail_groups, write_cache
+from smallcaches import EVERYTHING, random_rows, write_cache
 
 from logitcache import CachedSequence, LogitCache
 from logitcache.format.manifest import TOKENIZER_DIRECTORY
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
 from logitcache.sharing.card import CARD_NAME, dataset_card
 
 
@@ -24,7 +23,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     root = tmp_path_factory.mktemp("cache")
     written = write_cache(root, random_rows(20, EVERYTHING), EVERYTHING, rows_per_shard=8, row_group_bytes=2000)
     (root / CARD_NAME).write_text(dataset_card(written.manifest), encoding="utf-8")
-    write_tail_groups(root / TAIL_GROUPS_NAME, tail_groups(EVERYTHING))
     (root / TOKENIZER_DIRECTORY).mkdir()
     (root / TOKENIZER_DIRECTORY / "tokenizer.json").write_text("{}")
     return written

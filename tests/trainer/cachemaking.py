@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import logitcache
+from logitcache.format.atomic import file_sha256
 from logitcache.format.codec import Layout
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.sequences import TokenSequence
@@ -98,10 +99,12 @@ def write_cache(
     with ShardWriter(path, shard_name(0, 1), layout) as writer:
         for sequence in sequences:
             writer.write(sequence, sparse(teacher_logprobs(teacher, sequence), k, groups, temperatures))
+    files = {}
     if groups is not None:
         write_tail_groups(path / TAIL_GROUPS_NAME, groups)
+        files[TAIL_GROUPS_NAME] = file_sha256(path / TAIL_GROUPS_NAME)
     teacher_tokenizer = teacher_tokenizer or tokenizer()
     teacher_tokenizer.save_pretrained(path / TOKENIZER_DIRECTORY)
     fingerprint = {"teacher": "random", "tokenizer": tokenizer_fingerprint(teacher_tokenizer)}
-    Manifest(layout, fingerprint, (writer.info,), {}, "tests").write(path)
+    Manifest(layout, fingerprint, (writer.info,), {}, "tests", files).write(path)
     return logitcache.open(path)
