@@ -35,6 +35,7 @@ def _build(options: argparse.Namespace, rest: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of vLLM's processes
     from logitcache.capture.build import build
     from logitcache.capture.engine_options import parse_engine_options
 
