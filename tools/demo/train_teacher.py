@@ -237,7 +237,9 @@ def main() -> None:
     if args.pairs_only:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
         model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-        history = [stage for stage in load_history(args.out) if stage.name == "source"]
+        history = load_history(args.out)
+        if any(stage.name == "pairs" for stage in history):
+            parser.error(f"--pairs-only: the teacher in {args.out} has learned pairs already; train anew without it")
     else:
         sources = [source for module, source in modules().items() if not is_heldout(module)]
         tokenizer = train_tokenizer(sources)
