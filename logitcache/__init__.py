@@ -9,14 +9,14 @@ from logitcache.cache import LogitCache, open_cache
 from logitcache.errors import UserError
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.targets import SparseTargets
+from logitcache.version import __version__
 
 if TYPE_CHECKING:
     from logitcache.capture.build import build
 
 open = open_cache
 
-__version__ = "0.1.0"
-__all__ = ["CachedSequence", "LogitCache", "SparseTargets", "UserError", "build", "open"]
+__all__ = ["CachedSequence", "LogitCache", "SparseTargets", "UserError", "__version__", "build", "open"]
 
 
 def __getattr__(name: str) -> Any:

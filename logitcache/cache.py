@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
 from logitcache.format.codec import DecodedRows
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
 from logitcache.format.sequences import CachedSequence
@@ -37,7 +37,10 @@ class LogitCache(Sequence[CachedSequence]):
     """
 
     def __init__(self, path: str) -> None:
-        self._filesystem, self._root = fsspec.url_to_fs(path)
+        try:
+            self._filesystem, self._root = fsspec.url_to_fs(path)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{path}: no file system for such a URL ({one_line(error)})") from error
         self.path = path
         self.manifest: Manifest = read_manifest(self._filesystem, self._root)
         self._shards = [ShardReader(self._filesystem, self._root, info) for info in self.manifest.shards]

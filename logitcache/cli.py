@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from logitcache.errors import UserError
+from logitcache.errors import Parser, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,15 +18,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger = logging.getLogger("logitcache")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
     try:
+        options, rest = _parser().parse_known_args(arguments)
         return _build(options, rest)
     except UserError as error:
         print(f"logitcache: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("logitcache: stopped; run the same command again to continue", file=sys.stderr)
+        print("logitcache: stopped; the same command continues with the first shard that is missing", file=sys.stderr)
         return 130
 
 
@@ -36,10 +35,13 @@ def _build(options: argparse.Namespace, rest: list[str]) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of vLLM's processes
-    from logitcache.capture.build import build
-    from logitcache.capture.engine_options import parse_engine_options
+    try:
+        from logitcache.capture.build import build
+        from logitcache.capture.engine_options import parse_engine_options
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'logitcache[capture]' (or [vllm])") from error
 
-    settings = {name: value for name, value in vars(options).items() if value is not None and name != "command"}
+    settings = {name: value for name, value in vars(options).items() if name != "command"}
     cache = build(**settings, **parse_engine_options(rest))
     manifest = cache.manifest
     print(f"cache      {cache.path}")
@@ -53,9 +55,7 @@ def _build(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="logitcache", description="Caches of teacher log-probabilities.", allow_abbrev=False
-    )
+    parser = Parser(prog="logitcache", description="Caches of teacher log-probabilities.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     build = commands.add_parser(
         "build",
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help=".jsonl[.gz|.zst], .parquet, .txt, folder, glob, or dataset name",
     )
     add("--out", required=True, metavar="DIR", help="the cache directory")
-    add("--overwrite", action="store_true", help="delete what DIR holds of a cache and start anew")
+    add("--overwrite", action="store_true", help="replace the cache that DIR holds")
 
     group = build.add_argument_group("teacher")
     group.add_argument("--backend", choices=["auto", "vllm", "transformers"], help="auto: vLLM where it is installed")
@@ -132,7 +132,10 @@ def _names(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between them") from error
 
 
 def _mapping(text: str) -> dict[str, str]:

@@ -1,5 +1,21 @@
-"""The one exception that means: the user can fix this. Command lines print it as one line and exit with status 2."""
+"""Errors that the user can mend. Command lines print them as one line and exit with status 2."""
+
+from argparse import ArgumentParser
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """Bad input or contradictory settings; the message says what, where and what to do."""
+
+
+class Parser(ArgumentParser):
+    """An ArgumentParser that raises UserError in place of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message} (`{self.prog} --help` lists the options)")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())

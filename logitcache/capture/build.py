@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import shutil
 import time
@@ -14,15 +13,15 @@ from logitcache.cache import LogitCache, open_cache
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.partition import CALIBRATION_POSITIONS, rank_bands
-from logitcache.capture.plan import Plan, make_plan, read_plan
+from logitcache.capture.plan import Plan, make_plan, read_plan, read_request
 from logitcache.capture.progress import Progress, duration
-from logitcache.capture.request import choose_backend, engine_identity, longest_sequence, refuse_changes
+from logitcache.capture.request import choose_backend, differences, engine_identity, longest_sequence, refuse_changes
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher, TeacherModel
-from logitcache.capture.workspace import workspace
+from logitcache.capture.workspace import remove_former, workspace
 from logitcache.errors import UserError
-from logitcache.format.atomic import TEMPORARY_SUFFIX, file_sha256, write_text
-from logitcache.format.codec import Layout
+from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path, file_sha256, space_needed, write_text
+from logitcache.format.codec import FORMAT_VERSION, LOGPROB_STEP, Layout
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,
     MANIFEST_NAME,
@@ -34,6 +33,7 @@ from logitcache.format.shards import ShardInfo, ShardWriter
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups, write_tail_groups
 from logitcache.format.targets import find_defect
 from logitcache.sharing.card import CARD_NAME, dataset_card
+from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")
 
@@ -75,7 +75,7 @@ def build(
     the teacher can score, at most 4096.  top_k … tail_samples: see `CaptureSettings`.
     backend: "vllm", "transformers", or "auto": vLLM where it imports and can capture what is asked for.
     shard_positions: stored positions of a shard, the most that an interruption loses.
-    overwrite: delete what `out` holds instead of continuing it.  engine_options: vLLM's, under their own names.
+    overwrite: replace what `out` holds, once the new corpus is read.  engine_options: vLLM's, under their own names.
 
     The same call continues an interrupted build. Raises UserError for bad input, contradictory settings, and an `out` that
     holds something else. vLLM runs in a process of its own: call this under `if __name__ == "__main__":`.
@@ -101,18 +101,17 @@ def build(
         "corpus": corpus_settings.to_json() | {"sources": [source.identity() for source in sources]},
         "capture": settings.to_json() | {"shard_positions": shard_positions},
     }
-    with workspace(root, overwrite):
-        if finished := _finished(root, request):
+    request |= {"format": {"version": FORMAT_VERSION, "logprob_step": LOGPROB_STEP}}
+    with workspace(root):
+        if not overwrite and (finished := _finished(root, request)):
             logger.info("%s is already complete", root)
             return finished
-        plan = read_plan(root)
+        plan = _begun(root, request, overwrite)
         if plan is None:
             logger.info("reading %s", ", ".join(source.name for source in sources))
-            plan = make_plan(
-                root, request, Corpus(sources, model.tokenizer, model.vocab_size, corpus_settings), shard_positions
-            )
-        else:
-            refuse_changes(plan.request, request, root, "an unfinished build")
+            corpus = Corpus(sources, model.tokenizer, model.vocab_size, corpus_settings)
+            plan = make_plan(root, request, corpus, shard_positions)
+            remove_former(root)
         _announce(plan, settings, backend, model)
         _capture(plan, model, settings, backend, engine_options)
         return _finish(plan, model, settings)
@@ -122,10 +121,30 @@ def _finished(root: Path, request: Mapping[str, Any]) -> LogitCache | None:
     """The cache in `root`, if it is complete and was made from the same request."""
     if not (root / MANIFEST_NAME).exists():
         return None
-    cache = open_cache(root)
-    refuse_changes(cache.manifest.fingerprint, request, root, "a finished cache")
+    try:
+        cache = open_cache(root)
+    except UserError as error:
+        raise UserError(f"{error}, or make the whole cache anew with --overwrite") from error
+    refuse_changes(_without_result(cache.manifest.fingerprint), request, root, "a finished cache")
     shutil.rmtree(root / BUILD_DIRECTORY, ignore_errors=True)
     return cache
+
+
+def _begun(root: Path, request: Mapping[str, Any], overwrite: bool) -> Plan | None:
+    """The plan of an interrupted build that this request continues; under `overwrite` no other is refused."""
+    recorded = read_request(root)
+    if recorded is None or (overwrite and differences(recorded, request)):
+        return None
+    refuse_changes(recorded, request, root, "an unfinished build")
+    if (root / MANIFEST_NAME).exists():
+        remove_former(root)  # interrupted between planning and removing the cache that it overwrites
+    return read_plan(root)
+
+
+def _without_result(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The request in a finished cache's fingerprint."""
+    corpus = {name: value for name, value in fingerprint["corpus"].items() if name != "sequences_sha256"}
+    return {**fingerprint, "corpus": corpus}
 
 
 def _announce(plan: Plan, settings: CaptureSettings, backend: str, model: TeacherModel) -> None:
@@ -251,16 +270,28 @@ def _finish(plan: Plan, model: TeacherModel, settings: CaptureSettings) -> Logit
     """Tokenizer, partition and card, then the manifest: from then on the cache exists."""
     shards = tuple(cast(ShardInfo, plan.finished(index)) for index in range(len(plan.shards)))
     fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": plan.sequences_sha256}}
-    version = importlib.metadata.version("logitcache")
-    model.tokenizer.save_pretrained(plan.root / TOKENIZER_DIRECTORY)
+    _save_tokenizer(plan.root, model)
     if settings.tail_groups:
         groups = read_tail_groups(plan.root / BUILD_DIRECTORY / TAIL_GROUPS_NAME)
         write_tail_groups(plan.root / TAIL_GROUPS_NAME, groups)
     files = [*sorted((plan.root / TOKENIZER_DIRECTORY).iterdir()), plan.root / TAIL_GROUPS_NAME]
     digests = {path.relative_to(plan.root).as_posix(): file_sha256(path) for path in files if path.exists()}
     layout = _layout(plan, model, settings)
-    manifest = Manifest(layout, fingerprint, shards, plan.skipped, f"logitcache {version}", digests)
+    manifest = Manifest(layout, fingerprint, shards, plan.skipped, f"logitcache {__version__}", digests)
+    for path in (plan.root / "data").iterdir():
+        if path.relative_to(plan.root).as_posix() not in {shard.name for shard in shards}:
+            path.unlink()  # of a cache that was overwritten
     write_text(plan.root / CARD_NAME, dataset_card(manifest))
     manifest.write(plan.root)
     shutil.rmtree(plan.root / BUILD_DIRECTORY)
     return open_cache(plan.root)
+
+
+def _save_tokenizer(root: Path, model: TeacherModel) -> None:
+    with space_needed(root):
+        draft = root / BUILD_DIRECTORY / TOKENIZER_DIRECTORY
+        model.tokenizer.save_pretrained(draft)
+        (root / TOKENIZER_DIRECTORY).mkdir(exist_ok=True)
+        for path in draft.iterdir():
+            with atomic_path(root / TOKENIZER_DIRECTORY / path.name) as temporary:
+                shutil.copyfile(path, temporary)

@@ -1,11 +1,62 @@
-"""vLLM's own command-line options, read with vLLM's own parser, so that all of them pass through under their own names."""
+"""vLLM's own options: read with vLLM's own parser, so that all pass through under their own names, and told apart."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from logitcache.errors import UserError
+
+PLACEMENT_OPTIONS = frozenset(
+    {
+        "block_size",
+        "cpu_offload_gb",
+        "distributed_executor_backend",
+        "download_dir",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "load_format",
+        "max_model_len",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "pipeline_parallel_size",
+        "swap_space",
+        "tensor_parallel_size",
+    }
+)
+"""Engine options that say where and how fast, not what: no part of the fingerprint."""
+
+OWN_OPTIONS = frozenset(
+    {
+        "dtype",
+        "enable_prefix_caching",
+        "logprobs_mode",
+        "max_logprobs",
+        "model",
+        "revision",
+        "runner",
+        "skip_tokenizer_init",
+        "tokenizer",
+        "trust_remote_code",
+    }
+)
+"""Engine options that a build sets itself."""
+
+
+def check_engine_options(options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that contradicts what a build does."""
+    if taken := sorted(OWN_OPTIONS & set(options)):
+        raise UserError(f"--{taken[0].replace('_', '-')}: a build sets this option of vLLM itself, leave it out")
+
+
+def decisive_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that can change a number, as plain JSON types, for the fingerprint."""
+    return {
+        name: value if isinstance(value, bool | int | float | str | None) else str(value)
+        for name, value in sorted(options.items())
+        if name not in PLACEMENT_OPTIONS
+    }
 
 
 def parse_engine_options(arguments: list[str]) -> dict[str, Any]:

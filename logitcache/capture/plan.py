@@ -1,5 +1,6 @@
 """The plan of a build: the corpus tokenised once and cut into shards, kept beside the cache until it is finished.
 
+    OUT/.build/logitcache           marks the folder as ours
     OUT/.build/plan.json            settings, shards, counts; its presence means that planning is complete
     OUT/.build/tokens/00000.parquet token sequences of shard 0, and so on
     OUT/.build/shards/00000.json    what the manifest will say of shard 0, once it is written
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache.capture.corpus.tokenize import Corpus
+from logitcache.capture.progress import Progress
+from logitcache.capture.workspace import abandon, begin
 from logitcache.errors import UserError
 from logitcache.format.atomic import atomic_path, write_json
 from logitcache.format.codec import flat
@@ -40,7 +42,6 @@ class PlannedShard:
     """Counts of one shard's rows, known before any is scored."""
 
     num_sequences: int
-    num_tokens: int
     num_positions: int
 
 
@@ -99,12 +100,18 @@ class Plan:
         write_json(self.root / BUILD_DIRECTORY / "plan.json", data)
 
 
-def read_plan(root: Path) -> Plan | None:
-    """The plan of an unfinished build, if it got that far."""
+def read_request(root: Path) -> dict[str, Any] | None:
+    """What an unfinished build was asked to do, if it got as far as a plan."""
     path = root / BUILD_DIRECTORY / "plan.json"
     if not path.exists():
         return None
-    data = json.loads(path.read_text())
+    request: dict[str, Any] = json.loads(path.read_text())["request"]
+    return request
+
+
+def read_plan(root: Path) -> Plan:
+    """The plan of an unfinished build whose request is this format's."""
+    data = json.loads((root / BUILD_DIRECTORY / "plan.json").read_text())
     shards = tuple(PlannedShard(**shard) for shard in data.pop("shards"))
     return Plan(root=root, shards=shards, **data)
 
@@ -117,22 +124,22 @@ def make_plan(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_posi
     try:
         return _cut(root, request, corpus, shard_positions)
     except BaseException:
-        shutil.rmtree(root / BUILD_DIRECTORY, ignore_errors=True)
+        abandon(root)
         raise
 
 
 def _cut(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_positions: int) -> Plan:
-    tokens = root / BUILD_DIRECTORY / "tokens"
-    shutil.rmtree(tokens, ignore_errors=True)
-    tokens.mkdir(parents=True)
-    (root / BUILD_DIRECTORY / "shards").mkdir(exist_ok=True)
+    begin(root)
+    (root / BUILD_DIRECTORY / "tokens").mkdir()
+    (root / BUILD_DIRECTORY / "shards").mkdir()
+    progress = Progress("reading", None, 0, "positions")
     shards: list[PlannedShard] = []
     digest, longest = hashlib.sha256(), 0
     types = _ColumnTypes()
     sequences = iter(corpus)
     pending = next(sequences, None)
     while pending is not None:
-        counts = {"num_sequences": 0, "num_tokens": 0, "num_positions": 0}
+        counts = {"num_sequences": 0, "num_positions": 0}
         with atomic_path(_tokens_path(root, len(shards))) as path, _TokensWriter(path) as writer:
             while pending is not None and counts["num_positions"] < shard_positions:
                 writer.write(pending)
@@ -140,10 +147,11 @@ def _cut(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_positions
                 digest.update(pending.row_id.encode())
                 longest = max(longest, len(pending.input_ids))
                 counts["num_sequences"] += 1
-                counts["num_tokens"] += len(pending.input_ids)
                 counts["num_positions"] += len(pending.positions)
+                progress.advance(len(pending.positions))
                 pending = next(sequences, None)
         shards.append(PlannedShard(**counts))
+    progress.close()
     if not shards:
         left_out = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items()) or "none at all"
         raise UserError(f"the corpus holds no sequence to train on: {corpus.num_documents} documents ({left_out})")

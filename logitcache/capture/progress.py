@@ -14,9 +14,9 @@ logger = logging.getLogger("logitcache")
 
 
 class Progress:
-    """Counts units of work; shows the rate and the time left."""
+    """Counts units of work; shows the rate, and the time left where the total is known."""
 
-    def __init__(self, label: str, total: int, done: int, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, done: int, unit: str) -> None:
         self._label, self._total, self._done, self._unit = label, total, done, unit
         self._first, self._began, self._last_line = done, time.monotonic(), time.monotonic()
         self._bar = None
@@ -31,18 +31,15 @@ class Progress:
         elif time.monotonic() - self._last_line >= LINE_INTERVAL_S:
             self._last_line = time.monotonic()
             rate = (self._done - self._first) / (self._last_line - self._began)
-            left_s = (self._total - self._done) / rate
-            logger.info(
-                "%s: %s of %s %s (%.0f %%), %s %s/s, %s left",
-                self._label,
-                f"{self._done:,}",
-                f"{self._total:,}",
-                self._unit,
-                100 * self._done / self._total,
-                f"{rate:,.0f}",
-                self._unit,
-                duration(left_s),
-            )
+            logger.info("%s: %s, %s %s/s%s", self._label, self._so_far(), f"{rate:,.0f}", self._unit, self._left(rate))
+
+    def _so_far(self) -> str:
+        if self._total is None:
+            return f"{self._done:,} {self._unit}"
+        return f"{self._done:,} of {self._total:,} {self._unit} ({100 * self._done / self._total:.0f} %)"
+
+    def _left(self, rate: float) -> str:
+        return "" if self._total is None else f", {duration((self._total - self._done) / rate)} left"
 
     def close(self) -> None:
         """Ends the bar."""

@@ -17,6 +17,19 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
+def space_needed(final: Path) -> Iterator[None]:
+    """Turns the failures of a full disk into a UserError that names `final`."""
+    try:
+        yield
+    except Exception as error:  # the Rust tokenizer raises a bare Exception
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or "os error 28" in str(error):
+            message = f"no space left for {final}: free some and run the same command again to continue"
+            raise UserError(message) from error
+        raise
+
+
+@contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yields a temporary path beside `final`; on success fsyncs and renames it, on any exception removes it.
 
@@ -24,18 +37,12 @@ def atomic_path(final: Path) -> Iterator[Path]:
     """
     temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(final)
-        _sync_directory(final.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"no space left for {final}: free some and run the same command again to continue"
-            ) from error
-        raise
+        with space_needed(final):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(final)
+            _sync_directory(final.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

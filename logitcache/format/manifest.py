@@ -52,6 +52,11 @@ class Manifest:
         return sum(shard.num_entries for shard in self.shards)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((shard.longest for shard in self.shards), default=0)
+
+    @property
     def mean_tail_mass(self) -> float:
         """Mean over all positions of the teacher's probability outside the entries."""
         return sum(shard.mean_tail_mass * shard.num_positions for shard in self.shards) / max(self.num_positions, 1)

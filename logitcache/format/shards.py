@@ -29,9 +29,9 @@ ROW_GROUP_BYTES = 4 << 20
 class ShardInfo:
     """What the manifest records of a shard.
 
-    name: relative to the cache, with forward slashes.  num_entries: over all positions.  mean_tail_mass: mean over the
-    positions of the teacher's probability outside the entries.  row_group_sizes: rows of each row group, so that a reader
-    shuffles without opening shards.
+    name: relative to the cache, with forward slashes.  num_entries: over all positions.  longest: tokens of the longest
+    sequence.  mean_tail_mass: mean over the positions of the teacher's probability outside the entries.
+    row_group_sizes: rows of each row group, so that a reader shuffles without opening shards.
     """
 
     name: str
@@ -39,6 +39,7 @@ class ShardInfo:
     num_tokens: int
     num_positions: int
     num_entries: int
+    longest: int
     mean_tail_mass: float
     row_group_sizes: tuple[int, ...]
     num_bytes: int
@@ -54,9 +55,9 @@ class ShardInfo:
         return cls(**{**data, "row_group_sizes": tuple(data["row_group_sizes"])})
 
 
-def shard_name(index: int, count: int, split: str = "train") -> str:
+def shard_name(index: int, count: int) -> str:
     """Name of shard `index` of `count`, relative to the cache: data/train-00000-of-00128.parquet."""
-    return f"data/{split}-{index:05d}-of-{count:05d}.parquet"
+    return f"data/train-{index:05d}-of-{count:05d}.parquet"
 
 
 class ShardWriter:
@@ -70,6 +71,7 @@ class ShardWriter:
         self._buffered_bytes = 0
         self._bytes_per_position = 4 * sum(count for _, count in layout.values_per_position().values())
         self._counts = {"num_sequences": 0, "num_tokens": 0, "num_positions": 0, "num_entries": 0}
+        self._longest = 0
         self._tail_mass = 0.0
         self._row_group_sizes: list[int] = []
         self._digest = ""
@@ -119,6 +121,7 @@ class ShardWriter:
         self._counts["num_entries"] += len(table["token_ids"].combine_chunks().values)
         self._tail_mass += sum(float(np.exp(t.tail_logprob, dtype=np.float64).sum()) for t in targets)
         self._row_group_sizes.append(len(table))
+        self._longest = max(self._longest, *(len(s.input_ids) for s in sequences))
         self._buffer.clear()
         self._buffered_bytes = 0
 
@@ -127,6 +130,7 @@ class ShardWriter:
         """What was written; valid after the block."""
         return ShardInfo(
             name=self._name,
+            longest=self._longest,
             mean_tail_mass=self._tail_mass / max(self._counts["num_positions"], 1),
             row_group_sizes=tuple(self._row_group_sizes),
             num_bytes=self._num_bytes,

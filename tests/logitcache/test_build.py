@@ -139,6 +139,48 @@ def test_a_changed_setting_is_refused_by_name_and_overwrite_starts_anew(
     assert build(teacher, corpus, tmp_path / "c", top_k=8, overwrite=True)[0].targets.token_ids.shape[1] == 8
 
 
+def test_a_setting_that_is_left_out_on_resume_is_a_change(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    build(teacher, corpus, tmp_path / "c", columns={"text": "text"})
+    with pytest.raises(UserError, match=r"corpus\.columns\.text was text, now None"):
+        build(teacher, corpus, tmp_path / "c")
+
+
+def test_overwriting_keeps_the_old_cache_until_the_new_corpus_is_read(
+    teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    build(teacher, corpus, tmp_path / "c")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "A b."}\n{oops\n')
+    with pytest.raises(UserError, match="line 2"):
+        build(teacher, broken, tmp_path / "c", overwrite=True)
+    assert len(logitcache.open(tmp_path / "c")) == 40
+
+
+def test_an_interrupted_overwrite_is_continued_by_the_same_command(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(teacher, corpus, tmp_path / "c")
+    scored: list[int] = []
+    real = build_module._capture_shard
+
+    def stops_at(stop: int) -> Any:
+        def capture(plan: Any, index: int, *rest: Any) -> Any:
+            if index == stop:
+                raise KeyboardInterrupt
+            scored.append(index)
+            return real(plan, index, *rest)
+
+        return capture
+
+    monkeypatch.setattr(build_module, "_capture_shard", stops_at(2))
+    with pytest.raises(KeyboardInterrupt):
+        build(teacher, corpus, tmp_path / "c", top_k=8, shard_positions=300, overwrite=True)
+    monkeypatch.setattr(build_module, "_capture_shard", stops_at(-1))
+    cache = build(teacher, corpus, tmp_path / "c", top_k=8, shard_positions=300, overwrite=True)
+    assert scored == list(range(len(cache.manifest.shards)))
+    assert {p.name for p in (tmp_path / "c/data").iterdir()} == {Path(s.name).name for s in cache.manifest.shards}
+
+
 def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -171,6 +213,9 @@ def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpu
         ({"keep": ("token_ids",)}, "--keep token_ids"),
         ({"layout": "chat"}, "--layout chat"),
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size is an option of vLLM"),
+        ({"backend": "vllm", "model": "other"}, "--model: a build sets this option of vLLM itself"),
+        ({"dtype": "bf16"}, "--dtype bf16: choose one of auto"),
+        ({"max_length": 0}, "--max-length 0"),
     ],
 )
 def test_contradictions_are_refused_before_the_weights_load(

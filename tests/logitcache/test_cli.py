@@ -34,6 +34,8 @@ def test_build_prints_what_it_made(
         (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file"),
         (["--teacher", "./nowhere"], "--teacher ./nowhere: no such folder"),
         (["--top-k", "0"], "--top-k 0"),
+        (["--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
+        (["--temperatures", "1,b"], "'1,b': write numbers with commas between them"),
         (["--tail-groups", "4", "--backend", "vllm"], "--tail-groups needs the teacher's logits"),
     ],
 )
@@ -63,4 +65,4 @@ def test_ctrl_c_says_how_to_continue(
 
     monkeypatch.setattr("logitcache.capture.build._capture_shard", interrupted)
     assert main(arguments(teacher, corpus, tmp_path / "c", "--backend", "transformers")) == 130
-    assert "run the same command again to continue" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -39,18 +40,21 @@ def test_ten_kills_and_then_the_same_rows_as_an_uninterrupted_build(
     context = multiprocessing.get_context("forkserver")  # its server imports once, so that a start takes milliseconds
     context.set_forkserver_preload(["logitcache.capture.build", "logitcache.capture.teachers.hf"])
     out, moments = tmp_path / "killed", random.Random(0)
-    for _ in range(KILLS):
+    kills = 0
+    while kills < KILLS:
         process = context.Process(target=run_build, args=(str(teacher), str(corpus), out))
         process.start()
         wanted = num_finished_shards(out) + moments.randint(0, 2)
         while process.is_alive() and num_finished_shards(out) < wanted:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.05))
-        assert process.is_alive(), "the build ended before it was killed: give it more shards"
+        finished = (out / "logitcache.json").exists()
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
-        assert not (out / "logitcache.json").exists()
-    assert 0 < num_finished_shards(out) < len(whole.manifest.shards)
+        kills += not finished
+        if (out / "logitcache.json").exists():
+            assert logitcache.open(out).num_positions == whole.num_positions
+            shutil.rmtree(out)  # a fast machine: begin another one
     cache = logitcache.build(str(teacher), str(corpus), **settings(out))
     assert not list(out.rglob("*.tmp"))
     for ours, theirs in zip(cache, whole, strict=True):
@@ -58,4 +62,5 @@ def test_ten_kills_and_then_the_same_rows_as_an_uninterrupted_build(
         assert np.array_equal(ours.input_ids, theirs.input_ids)
         assert np.array_equal(ours.loss_mask, theirs.loss_mask)
         assert np.array_equal(ours.targets.token_ids, theirs.targets.token_ids)
+        assert np.allclose(ours.targets.tail_logprob, theirs.targets.tail_logprob, atol=1e-4)
         assert np.allclose(ours.targets.logprobs, theirs.targets.logprobs, atol=1e-4)

@@ -49,6 +49,8 @@ def tokenize_messages(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
         raise BadDocument("`messages` must be a list of objects with a `role`")
     if not messages:
         return _tokens([], [])
+    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     template = tokenizer.get_chat_template(tools=document.get("tools"))
     try:
         if re.search(r"\{%-?\s*generation\b", template):

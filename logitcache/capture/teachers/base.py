@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import tokenizer_fingerprint
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Teacher(Protocol):
@@ -43,7 +45,7 @@ class LogitTeacher(Teacher, Protocol):
 class TeacherModel:
     """A teacher's name, configuration and tokenizer.
 
-    vocab_size: tokens that the tokenizer knows; logit columns beyond them are padding and never normalised over.
+    vocab_size: tokens that the tokenizer knows; logit columns beyond them are padding. num_logits: columns with padding.
     max_positions: longest context of the architecture, or None where the configuration does not say.
     dtype: of the weights in the engine, "auto" already resolved to the checkpoint's own.
     """
@@ -73,7 +75,7 @@ class TeacherModel:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--teacher {name}: its configuration or tokenizer does not load ({_one_line(error)})"
+                f"--teacher {name}: its configuration or tokenizer does not load ({one_line(error)})"
             ) from error
         text = config.get_text_config()
         known = max(tokenizer.get_vocab().values()) + 1
@@ -81,6 +83,8 @@ class TeacherModel:
             raise UserError(
                 f"--teacher {name}: its tokenizer has {known} tokens, the model only {text.vocab_size} logits"
             )
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
         if dtype == "auto":
             dtype = str(getattr(text, "dtype", None) or "float32").removeprefix("torch.")
         return cls(
@@ -120,7 +124,3 @@ def _folder_sha256(folder: Path) -> str:
             with path.open("rb") as file:
                 digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

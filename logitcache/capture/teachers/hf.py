@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from logitcache.capture.selection import select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets, concatenate
 
@@ -35,9 +35,7 @@ class TransformersTeacher:
                 model.name, revision=model.revision, dtype=model.dtype, trust_remote_code=model.trust_remote_code
             )
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"--teacher {model.name}: its weights do not load ({' '.join(str(error).split())})"
-            ) from error
+            raise UserError(f"--teacher {model.name}: its weights do not load ({one_line(error)})") from error
         self._model.eval().to(self._device)
         self._batch_tokens = max(LOGITS_PER_BATCH // model.num_logits, 1)
         self._tail_groups: torch.Tensor | None = None

@@ -1,6 +1,7 @@
 """vLLM as teacher, through its flat prompt log-probabilities: public interface only, no detokenisation.
 
-Gives top-k and the tail as 1 − Σp. Prefix caching stays off: rows that it serves have no log-probabilities.
+Gives top-k and the tail as 1 − Σp, at least 2⁻²⁴. vLLM's softmax runs over padding columns too: what they hold falls into the
+tail. Prefix caching stays off: rows that it serves have no log-probabilities.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from logitcache.capture.selection import select_from_top_k
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm_plugin import BUILD_PID
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
 
@@ -23,25 +24,6 @@ SUBMITTED_ENTRIES = 1 << 20
 """Entries that one `LLM.generate` call may hold in the front end, about 85 bytes each."""
 SCHEDULED_LOGITS = 1 << 28
 """Logits that vLLM may compute per step; its runner holds them twice, unseen by its own memory profiling."""
-
-PLACEMENT_OPTIONS = frozenset(
-    {
-        "block_size",
-        "cpu_offload_gb",
-        "distributed_executor_backend",
-        "download_dir",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "load_format",
-        "max_model_len",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "pipeline_parallel_size",
-        "swap_space",
-        "tensor_parallel_size",
-    }
-)
-"""Engine options that say where and how fast, not what: no part of the fingerprint."""
 
 
 class VllmTeacher:
@@ -78,7 +60,7 @@ class VllmTeacher:
         try:
             self._engine = LLM(**options)
         except (ValueError, OSError, TypeError, RuntimeError) as error:
-            raise UserError(f"vLLM does not start with this teacher: {' '.join(str(error).split())[:500]}") from error
+            raise UserError(f"vLLM does not start with this teacher: {one_line(error)}") from error
         self._sampling = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=settings.top_k, flat_logprobs=True, detokenize=False
         )

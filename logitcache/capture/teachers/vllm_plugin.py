@@ -15,13 +15,18 @@ BUILD_PID = "LOGITCACHE_BUILD_PID"
 
 
 def die_with_the_build() -> None:
-    """Makes this process end when the build that started it does; its own workers then end by themselves.
+    """Makes this process end when the build that started it does.
 
     A thread waits on the build's process descriptor (pidfd_open(2)): its whole process, not the thread that started vLLM.
     """
-    if os.environ.get(BUILD_PID) == str(os.getppid()):
-        build = os.pidfd_open(os.getppid())
-        threading.Thread(target=_end_after, args=(build,), name="logitcache-build-watch", daemon=True).start()
+    build = int(os.environ.get(BUILD_PID, os.getpid()))
+    if build == os.getpid():
+        return
+    try:
+        descriptor = os.pidfd_open(build)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=_end_after, args=(descriptor,), name="logitcache-build-watch", daemon=True).start()
 
 
 def _end_after(process: int) -> None:
