@@ -87,6 +87,7 @@ def main() -> None:
     rows = [["", "front-end CPU µs/token", "ratio", "wall µs/token", "peak MiB"]]
     for name, (cpu, wall, peak) in measured.items():
         rows.append([name, f"{cpu:.1f}", f"1/{default_us / cpu:.1f}", f"{wall:.1f}", f"{peak:,.0f}"])
+    teacher.close()
     print(f"k = {k}, {PROMPTS} prompts of {LENGTH} tokens, vocabulary {model.vocab_size:,} ({machine()})")
     print(table(rows))
 

@@ -14,8 +14,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from logitcache import UserError
+from logitcache.errors import Parser, one_line
 from trainer.config import DistillConfig
-from trainer.errors import Parser, one_line
 
 DESCRIPTION = """Train a student from a cache. Every field of transformers.TrainingArguments is an option under its own
 name, listed first; what distillation adds comes last. Options may be written with _ or -."""
@@ -28,7 +28,7 @@ def parse(argv: Sequence[str]) -> DistillConfig:
 
     Raises UserError for unknown settings, values that do not parse and contradictions.
     """
-    only_config = Parser(add_help=False, allow_abbrev=False)
+    only_config = Parser(prog="trainer fit", add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
     path = only_config.parse_known_args(argv)[0].config
     parser = _FitParser(
@@ -73,6 +73,8 @@ def _arguments_of(path: Path) -> list[str]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}, line {line}: not YAML ({error.problem})") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not YAML in UTF-8 ({one_line(error)})") from error
     if not isinstance(settings, Mapping):
         raise UserError(f"{path}: a mapping of settings to values is expected, such as `loss: todi`")
     arguments: list[str] = []

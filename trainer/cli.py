@@ -9,14 +9,16 @@ usage: trainer fit --cache DIR --student NAME [options]     train
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import logitcache
 from logitcache import UserError
-from trainer.errors import Parser, one_line
+from logitcache.errors import Parser, one_line
 from trainer.files import EVALUATION_NAME
 from trainer.table import aligned
 
@@ -82,26 +84,31 @@ def _eval(argv: Sequence[str]) -> int:
     parser = Parser(prog="trainer eval", description="Measures a model against the teacher of a held-out cache.")
     parser.add_argument("model", help="a folder that `trainer fit` wrote, or any model folder or name")
     parser.add_argument("--cache", required=True, metavar="DIR", help="the held-out cache")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
+    parser.add_argument(
+        "--batch_size", "--batch-size", type=_positive, default=8, help="sequences at a time (default: 8)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with the numbers (default: MODEL/eval.json)")
     args = parser.parse_args(argv)
     out = _evaluation_path(args)
     _quieten()
-    from trainer.evaluate import evaluate_folder, write_evaluation
+    from trainer.evaluate import check_overwrites_same_cache, evaluate_folder, write_evaluation
 
-    metrics = evaluate_folder(args.model, args.cache, batch_size=args.batch_size)
-    write_evaluation(out, args.model, args.cache, metrics)
-    print(_metrics(metrics))
+    cache = logitcache.open(args.cache)
+    if args.out is None:
+        check_overwrites_same_cache(out, cache)
+    metrics = evaluate_folder(args.model, cache, batch_size=args.batch_size)
+    print(_metrics(metrics), flush=True)
+    write_evaluation(out, args.model, cache, metrics)
     print(f"written to {out}")
     return 0
 
 
 def _evaluation_path(args: Namespace) -> Path:
-    if args.out is not None:
-        return args.out
-    if not Path(args.model).is_dir():
+    if args.out is None and not Path(args.model).is_dir():
         raise UserError(f"{args.model} is no folder here: name the JSON file to write with --out")
-    return Path(args.model) / EVALUATION_NAME
+    out = args.out or Path(args.model) / EVALUATION_NAME
+    _check_writable(out)
+    return out
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -111,6 +118,7 @@ def _compare(argv: Sequence[str]) -> int:
         "--out", type=Path, default=Path("compare.png"), metavar="FILE", help="picture (default: compare.png)"
     )
     args = parser.parse_args(argv)
+    _check_writable(args.out)
     from trainer.compare import compare
 
     print(compare(args.runs, args.out))
@@ -119,6 +127,19 @@ def _compare(argv: Sequence[str]) -> int:
 
 
 COMMANDS = {"fit": _fit, "eval": _eval, "compare": _compare}
+
+
+def _check_writable(out: Path) -> None:
+    if out.is_dir():
+        raise UserError(f"--out {out}: this is a folder; name a file")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: no file can be written in {out.parent}: name an existing folder")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text}: a whole number of at least 1 is expected")
+    return int(text)
 
 
 def _quieten() -> None:

@@ -16,6 +16,8 @@ from trainer.table import aligned
 
 # Settings that may differ between the seeds of one group.
 NOT_COMPARED = {"seed", "data_seed", "output_dir", "run_name", "resume_from_checkpoint", "logging_dir"}
+# Settings without effect where kd_weight is 0.
+KD_ONLY = {"loss", "tail", "ablation", "temperature", "t_squared", "akl_split", "todi_beta"}
 
 DISPLAYED = {"todi": "ToDi"}  # every other loss in capitals
 
@@ -41,6 +43,8 @@ class FinishedRun:
     path: Path
     settings: Mapping[str, Any]
     tail: str
+    eval_cache: str
+    eval_cache_sha256: str
     metrics: Mapping[str, float]
     curves: Mapping[str, Mapping[int, float]]
 
@@ -62,7 +66,15 @@ def _read(path: Path) -> FinishedRun:
     curves = {
         metric: {int(entry["step"]): float(entry[metric]) for entry in history if metric in entry} for metric in CURVES
     }
-    return FinishedRun(path, record["settings"], record["tail"], evaluation["metrics"], curves)
+    return FinishedRun(
+        path,
+        record["settings"],
+        record["tail"],
+        evaluation["cache"],
+        evaluation["cache_sha256"],
+        evaluation["metrics"],
+        curves,
+    )
 
 
 def _json(path: Path, name: str) -> Any:
@@ -79,10 +91,10 @@ def _json(path: Path, name: str) -> Any:
 
 def _named_groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     for run in runs[1:]:
-        if run.metrics["positions"] != runs[0].metrics["positions"]:
+        if run.eval_cache_sha256 != runs[0].eval_cache_sha256:
             raise UserError(
-                f"{run.path} was evaluated on {run.metrics['positions']} positions, {runs[0].path} on "
-                f"{runs[0].metrics['positions']}: compare runs with the same --eval_cache"
+                f"{run.path} was evaluated on the cache {run.eval_cache}, {runs[0].path} on another one, "
+                f"{runs[0].eval_cache}: compare runs with the same --eval_cache"
             )
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
@@ -93,7 +105,8 @@ def _named_groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
 
 
 def _compared(run: FinishedRun) -> dict[str, Any]:
-    return {key: value for key, value in run.settings.items() if key not in NOT_COMPARED} | {"tail": run.tail}
+    ignored = NOT_COMPARED | KD_ONLY if _hard(run) else NOT_COMPARED
+    return {key: value for key, value in (*run.settings.items(), ("tail", run.tail)) if key not in ignored}
 
 
 def _hard(run: FinishedRun) -> bool:

@@ -86,6 +86,9 @@ class DistillConfig(TrainingArguments):
         ):
             if value not in accepted:
                 raise UserError(f"--{name} {value}: accepted are {', '.join(accepted)}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least 1")
         if not 0 <= self.kd_weight <= 1:
             raise UserError(
                 f"--kd_weight {self.kd_weight:g}: it must lie between 0 (hard labels only) and 1 (the teacher only)"

@@ -20,7 +20,7 @@ from trainer.config import DistillConfig, choose_tail
 from trainer.losses.sparse import DistillationTerms, distillation_terms
 from trainer.losses.tail import TeacherTargets
 from trainer.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
-from trainer.student import StoredLogits
+from trainer.student import StoredLogits, check_student
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,12 @@ class DistillTrainer(Trainer):
     ) -> None:
         """options: of transformers.Trainer, such as processing_class, callbacks and optimizers.
 
-        Raises UserError where a cache does not hold what the settings need.
+        Raises UserError where a cache does not hold what the settings need, and where it does not suit the model.
         """
         self.tail = choose_tail(args, cache)
+        for opened in (cache, eval_cache):
+            if opened is not None:
+                check_student(model.config, opened, args.student or type(model).__name__)
         if args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible and one process uses one: torchrun --nproc-per-node %d uses all",
@@ -59,7 +62,7 @@ class DistillTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=cache, eval_dataset=eval_cache, **options)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise UserError("tensor, context and sequence parallelism are not supported: use data parallelism or FSDP")
-        self._stored_logits = StoredLogits(model, args.student or type(model).__name__)
+        self._stored_logits = StoredLogits(model)
         self._cache = cache
         groups = cache.tail_groups if self.tail == "groups" else None
         self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import logitcache
 from logitcache import LogitCache, UserError
 from logitcache.format.atomic import write_json
 from trainer.batches import BatchLoader, Collator
 from trainer.losses.sparse import distillation_terms
 from trainer.losses.tail import TeacherTargets
 from trainer.metrics import Sums, evaluation_metrics, evaluation_sums
-from trainer.student import StoredLogits, check_vocabulary, load_student, student_config
+from trainer.student import StoredLogits, check_student, load_student, student_config
 from trainer.tokenizers import check_tokenizer, student_tokenizer
 
 
@@ -24,7 +25,8 @@ def evaluate(
     model: PreTrainedModel, cache: LogitCache, *, batch_size: int = 8, name: str = "model"
 ) -> dict[str, float]:
     """`metrics.evaluation_metrics` of a model on a cache, on the model's device; holds one batch at a time."""
-    stored_logits = StoredLogits(model, name)
+    check_student(model.config, cache, name)
+    stored_logits = StoredLogits(model)
     model.eval()
     model.config.use_cache = False
     sums = Sums()
@@ -40,16 +42,15 @@ def evaluate(
     return evaluation_metrics(sums.totals())
 
 
-def evaluate_folder(name: str, cache_path: str, *, batch_size: int = 8) -> dict[str, float]:
+def evaluate_folder(name: str, cache: LogitCache, *, batch_size: int = 8) -> dict[str, float]:
     """`evaluate` of a model folder or name, in the dtype it is stored in, on a GPU where there is one.
 
     Raises UserError where model, tokenizer and cache do not belong together.
     """
-    cache = logitcache.open(cache_path)
     if not len(cache):
         raise UserError(f"{cache.path} is an empty cache")
     config = student_config(name)
-    check_vocabulary(config, cache, name)
+    check_student(config, cache, name)
     tokenizer = student_tokenizer(name)
     if tokenizer is not None:
         check_tokenizer(tokenizer, cache, name)
@@ -59,6 +60,27 @@ def evaluate_folder(name: str, cache_path: str, *, batch_size: int = 8) -> dict[
     return evaluate(model, cache, batch_size=batch_size, name=name)
 
 
-def write_evaluation(path: Path, model: str, cache_path: str, metrics: dict[str, float]) -> None:
+def cache_sha256(cache: LogitCache) -> str:
+    """Identity of a cache wherever it lies: SHA-256 of its manifest's content, which names every shard's."""
+    content = json.dumps(cache.manifest.to_json(), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def check_overwrites_same_cache(path: Path, cache: LogitCache) -> None:
+    """Raises UserError where `path` holds an evaluation, but not on this cache."""
+    if not path.exists():
+        return
+    try:
+        former = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        former = {}
+    if former.get("cache_sha256") != cache_sha256(cache):
+        raise UserError(
+            f"{path} is the evaluation on another cache ({former.get('cache', 'unknown')}) than {cache.path}: name "
+            "another file to write with --out"
+        )
+
+
+def write_evaluation(path: Path, model: str, cache: LogitCache, metrics: dict[str, float]) -> None:
     """Writes metrics as JSON, with what they are of."""
-    write_json(path, {"model": model, "cache": cache_path, "metrics": metrics})
+    write_json(path, {"model": model, "cache": cache.path, "cache_sha256": cache_sha256(cache), "metrics": metrics})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 import logitcache
 from logitcache import LogitCache, UserError
@@ -25,7 +25,8 @@ from trainer.distill import DistillTrainer
 from trainer.evaluate import write_evaluation
 from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
 from trainer.progress import use_short_lines
-from trainer.student import check_vocabulary, load_student, student_config
+from trainer.resume import cache_record, check_same_run, find_checkpoint
+from trainer.student import check_student, load_student, student_config
 from trainer.tokenizers import cache_tokenizer, check_tokenizer, student_tokenizer
 
 
@@ -75,17 +76,19 @@ def prepare(config: DistillConfig) -> Run:
         if not len(opened):
             raise UserError(f"{opened.path} is an empty cache")
     tail = choose_tail(config, cache)
-    checkpoint = _checkpoint(config)
+    checkpoint = find_checkpoint(config)
+    warnings = check_same_run(checkpoint, config, cache, tail) if checkpoint else []
     model_config = student_config(config.student)
-    check_vocabulary(model_config, cache, config.student)
-    warnings: list[str] = []
-    tokenizer, whose_tokenizer = student_tokenizer(config.student), "the student's"
+    for opened in caches:
+        check_student(model_config, opened, config.student)
+    tokenizer, whose_tokenizer, where = student_tokenizer(config.student), "the student's", config.student
     if tokenizer is None:
         tokenizer = cache_tokenizer(cache)
         whose_tokenizer = "the cache's (the student has none)" if tokenizer else "none"
+        where = cache.tokenizer_path
     if tokenizer is not None:
         for opened in caches:
-            warnings += check_tokenizer(tokenizer, opened, config.student)
+            warnings += check_tokenizer(tokenizer, opened, where)
     if eval_cache is not None and eval_cache.vocab_size != cache.vocab_size:
         raise UserError(
             f"--eval_cache {eval_cache.path}: its teacher has {eval_cache.vocab_size} tokens, that of {cache.path} has "
@@ -114,10 +117,13 @@ def fit(run: Run) -> Outcome:
     output = Path(config.output_dir)
     if config.should_save:
         output.mkdir(parents=True, exist_ok=True)
+        if run.checkpoint is None:
+            for name in (EVALUATION_NAME, STATE_NAME):  # of a former run in this folder
+                (output / name).unlink(missing_ok=True)
         write_json(output / RUN_NAME, _record(run, trainer.tail, model.num_parameters()))
     trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = trainer.state.global_step
-    if interrupt.requested:
+    if interrupt.requested and steps < trainer.state.max_steps:
         return Outcome(steps, None, str(output / f"checkpoint-{steps}"))
     trainer.save_model()
     metrics = None
@@ -125,7 +131,7 @@ def fit(run: Run) -> Outcome:
         prefixed = {name: value for name, value in trainer.evaluate().items() if name.startswith("eval_")}
         metrics = {name.removeprefix("eval_"): value for name, value in prefixed.items()}
         if config.should_save:
-            write_evaluation(output / EVALUATION_NAME, str(output), run.eval_cache.path, metrics)
+            write_evaluation(output / EVALUATION_NAME, str(output), run.eval_cache, metrics)
     trainer.save_state()
     return Outcome(steps, metrics, None)
 
@@ -162,26 +168,11 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self._before)
 
 
-def _checkpoint(config: DistillConfig) -> str | None:
-    wanted = config.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted.lower() == "true":
-        last = get_last_checkpoint(config.output_dir) if Path(str(config.output_dir)).is_dir() else None
-        if last is None:
-            raise UserError(f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint to continue from")
-        return last
-    if not (Path(wanted) / STATE_NAME).is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint of a run (it has no {STATE_NAME})")
-    return wanted
-
-
 def _record(run: Run, tail: str, num_parameters: int) -> dict[str, Any]:
     return {
         "settings": json.loads(run.config.to_json_string()),
         "tail": tail,
-        "cache": {"path": run.cache.path, "num_positions": run.cache.num_positions}
-        | {"fingerprint": dict(run.cache.manifest.fingerprint)},
+        "cache": cache_record(run.cache),
         "student": {"name": run.config.student, "num_parameters": num_parameters},
         "choices": run.choices,
         "warnings": run.warnings,

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from logitcache import LogitCache, UserError
+from logitcache.errors import one_line
 from trainer.batches import Batch
-from trainer.errors import one_line
 
 
 def student_config(name: str) -> PretrainedConfig:
@@ -33,13 +33,19 @@ def student_config(name: str) -> PretrainedConfig:
     return config
 
 
-def check_vocabulary(config: PretrainedConfig, cache: LogitCache, name: str) -> None:
-    """Raises UserError where the student has fewer columns of logits than the teacher has tokens."""
-    columns = config.get_text_config().vocab_size
+def check_student(config: PretrainedConfig, cache: LogitCache, name: str) -> None:
+    """Raises UserError for fewer columns of logits than the teacher has tokens, and sequences the student can't take."""
+    text_config = config.get_text_config()
+    columns, max_length = text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
     if columns < cache.vocab_size:
         raise UserError(
             f"{name}: its output has {columns} columns, the teacher of the cache {cache.path} has {cache.vocab_size} "
             "tokens. Take a student with at least as many (more are masked)"
+        )
+    if max_length is not None and cache.manifest.longest > max_length:
+        raise UserError(
+            f"{name}: the longest sequence of {cache.path} has {cache.manifest.longest} tokens, the student takes "
+            f"{max_length} (max_position_embeddings). Build the cache with `logitcache build --max-length {max_length}`"
         )
 
 
@@ -63,23 +69,15 @@ class StoredLogits:
     model: as it was loaded, before anything wraps it; what it says of itself decides how it is called.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         wrapped: Any = model
         base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped  # of PEFT
-        self._name = name
-        self._max_length = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         # Models that take `logits_to_keep` never compute the logits of prompts.
         self._keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits [N, V'] of the stored positions. Raises UserError where a sequence is longer than the model takes."""
+        """Logits [N, V'] of the stored positions."""
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        length = inputs["input_ids"].shape[1]
-        if self._max_length is not None and length > self._max_length:
-            raise UserError(
-                f"{self._name}: a cached sequence has {length} tokens, the model takes {self._max_length} "
-                f"(max_position_embeddings). Build the cache with `logitcache build --max-length {self._max_length}`"
-            )
         if self._keeps:
             logits = model(**inputs, logits_to_keep=batch["columns"]).logits  # [B, C, V']
         else:

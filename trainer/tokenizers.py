@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from logitcache import LogitCache, UserError
-from logitcache.format.manifest import TOKENIZER_DIRECTORY
+from logitcache.errors import one_line
 from logitcache.format.tokenizer import tokenizer_fingerprint
-from trainer.errors import one_line
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 NAMED_DIFFERENCES = 3
@@ -33,7 +34,7 @@ def student_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
 
 def cache_tokenizer(cache: LogitCache) -> PreTrainedTokenizerBase | None:
     """The teacher's tokenizer as it lies in the cache, or None where the cache has none."""
-    filesystem, root = fsspec.url_to_fs(f"{cache.path.rstrip('/')}/{TOKENIZER_DIRECTORY}")
+    filesystem, root = fsspec.url_to_fs(cache.tokenizer_path)
     if not filesystem.exists(root):
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -45,24 +46,18 @@ def cache_tokenizer(cache: LogitCache) -> PreTrainedTokenizerBase | None:
 
 
 def check_tokenizer(student: PreTrainedTokenizerBase, cache: LogitCache, name: str) -> list[str]:
-    """Compares the student's tokenizer with the cache's; returns warnings.
+    """Compares the student's tokenizer with the teacher's as the manifest records it; returns warnings.
 
     Raises UserError where an id of the teacher's stands for another token, and where merges differ. Ids that only the
     student has are no difference. Special tokens and chat template change what is made of text, not what the stored
     ids mean: they give warnings. name: of the student, for messages.
     """
-    teacher = cache_tokenizer(cache)
-    expected = tokenizer_fingerprint(teacher) if teacher else cache.manifest.fingerprint.get("tokenizer")
+    expected = cache.manifest.fingerprint.get("tokenizer")
     if not expected:
-        return [f"{cache.path} holds no tokenizer to compare with: nothing checks that its ids are the student's"]
+        return [f"the tokenizer could not be checked: {cache.path} does not say which tokenizer its ids are of"]
     found = tokenizer_fingerprint(student)
     if found["vocabulary_sha256"] != expected["vocabulary_sha256"]:
-        if teacher is None:
-            raise UserError(
-                f"{name}: its tokenizer has another vocabulary ({found['vocab_size']} tokens) than the cache "
-                f"{cache.path} ({expected['vocab_size']} tokens): {REMEDY}"
-            )
-        _check_vocabulary(student, teacher, name, cache.path)
+        _check_vocabulary(student, expected, name, cache)
     if None not in (found["merges_sha256"], expected["merges_sha256"]) and (
         found["merges_sha256"] != expected["merges_sha256"]
     ):
@@ -81,8 +76,16 @@ def check_tokenizer(student: PreTrainedTokenizerBase, cache: LogitCache, name: s
 
 
 def _check_vocabulary(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str, cache_path: str
+    student: PreTrainedTokenizerBase, expected: Mapping[str, Any], name: str, cache: LogitCache
 ) -> None:
+    """Names the ids that differ. The cache's own files count only where they are what the manifest records."""
+    teacher = cache_tokenizer(cache)
+    if teacher is None or tokenizer_fingerprint(teacher)["vocabulary_sha256"] != expected["vocabulary_sha256"]:
+        altered = f" ({cache.tokenizer_path} was altered and does not show which ids differ)" if teacher else ""
+        raise UserError(
+            f"{name}: its tokenizer has another vocabulary ({len(student.get_vocab())} tokens) than that of the cache "
+            f"{cache.path} ({expected['vocab_size']} tokens){altered}: {REMEDY}"
+        )
     tokens = {number: token for token, number in student.get_vocab().items()}
     pairs = ((number, token, tokens.get(number)) for token, number in teacher.get_vocab().items())
     differing = sorted(pair for pair in pairs if pair[1] != pair[2])
@@ -94,7 +97,7 @@ def _check_vocabulary(
     )
     more = f" and {len(differing) - NAMED_DIFFERENCES} more" if len(differing) > NAMED_DIFFERENCES else ""
     raise UserError(
-        f"{name}: its tokenizer is not that of the cache {cache_path}. {len(differing)} ids differ: "
+        f"{name}: its tokenizer is not that of the cache {cache.path}. {len(differing)} ids differ: "
         f"{named}{more}. Token ids must mean the same to both: {REMEDY}"
     )
 

@@ -207,9 +207,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path: Pat
 
 
 def test_a_sequence_longer_than_the_student_takes_is_refused(tmp_path: Path, cache: LogitCache) -> None:
-    trainer = DistillTrainer(llama(seed=7, max_length=8), cache, config(tmp_path, max_steps=1))
     with pytest.raises(UserError, match=r"takes 8 .*--max-length 8"):
-        trainer.train()
+        DistillTrainer(llama(seed=7, max_length=8), cache, config(tmp_path))
 
 
 def test_logit_columns_beyond_the_teachers_vocabulary_change_nothing(tmp_path: Path, cache: LogitCache) -> None:

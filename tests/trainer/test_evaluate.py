@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from cachemaking import VOCAB, llama, teacher_logprobs
 
+import logitcache
 from logitcache import LogitCache, UserError
 from trainer.cli import main
-from trainer.evaluate import evaluate, evaluate_folder
+from trainer.evaluate import cache_sha256, evaluate, evaluate_folder
 from trainer.losses.sparse import distillation_terms
 from trainer.losses.tail import TeacherTargets
 from trainer.metrics import Sums, evaluation_metrics, evaluation_sums
@@ -95,4 +97,57 @@ def test_trainer_eval_prints_a_table_and_writes_json(
 def test_a_model_with_a_smaller_vocabulary_is_refused(tmp_path: Path, heldout: LogitCache) -> None:
     llama(vocab_size=40).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"40 columns, .* 64 tokens"):
-        evaluate_folder(str(tmp_path), heldout.path)
+        evaluate_folder(str(tmp_path), heldout)
+
+
+def test_a_model_that_takes_shorter_sequences_is_refused_before_its_weights_load(
+    tmp_path: Path, heldout: LogitCache
+) -> None:
+    llama(max_length=8).config.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"has {heldout.manifest.longest} tokens, the student takes 8 .*--max-length 8"
+    ):
+        evaluate_folder(str(tmp_path), heldout)
+
+
+def test_an_evaluation_on_another_cache_is_not_overwritten(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(seed=7).save_pretrained(tmp_path)
+    assert main(["eval", str(tmp_path), "--cache", heldout.path]) == 0
+    written = (tmp_path / "eval.json").read_text()
+    assert main(["eval", str(tmp_path), "--cache", cache.path]) == 2
+    error = capsys.readouterr().err
+    assert all(words in error for words in (heldout.path, cache.path, "--out"))
+    assert (tmp_path / "eval.json").read_text() == written
+    assert main(["eval", str(tmp_path), "--cache", cache.path, "--out", str(tmp_path / "other.json")]) == 0
+    assert main(["eval", str(tmp_path), "--cache", heldout.path]) == 0
+
+
+def test_a_cache_has_one_identity_wherever_it_lies(tmp_path: Path, cache: LogitCache, heldout: LogitCache) -> None:
+    shutil.copytree(heldout.path, tmp_path / "copy")
+    assert cache_sha256(logitcache.open(tmp_path / "copy")) == cache_sha256(heldout)
+    assert cache_sha256(cache) != cache_sha256(heldout)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--batch_size", "0"], "at least 1"), (["--out", "missing/folder/eval.json"], "--out missing/folder/eval.json")],
+)
+def test_what_eval_cannot_do_is_refused_before_the_model_loads(
+    options: list[str], said: str, heldout: LogitCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "no-such-model", "--cache", heldout.path, "--out", "eval.json", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_numbers_are_printed_even_where_they_cannot_be_written(
+    tmp_path: Path, heldout: LogitCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disk_full(*args: object) -> None:
+        raise UserError("no space left")
+
+    llama(seed=7).save_pretrained(tmp_path)
+    monkeypatch.setattr("trainer.evaluate.write_json", disk_full)
+    assert main(["eval", str(tmp_path), "--cache", heldout.path]) == 2
+    assert "top-1 agreement" in capsys.readouterr().out

@@ -88,7 +88,9 @@ def test_evaluations_are_spread_over_the_run_where_a_heldout_cache_is_named(tmp_
     assert parse([*common, "--eval_cache", "x", "--eval_steps", "7"]).eval_steps == 7
 
 
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(
+    save_strategy: str,
     tmp_path: Path,
     cache: LogitCache,
     student_folder: str,
@@ -108,6 +110,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(
         "--output_dir",
         str(tmp_path / "a b"),
         *STEPS,
+        "--save_strategy",
+        save_strategy,
     ]
     with monkeypatch.context() as patch:
         patch.setattr(StopOnInterrupt, "on_step_begin", press)
@@ -119,14 +123,83 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(
     assert not (tmp_path / "a b" / "model.safetensors").exists()
 
     assert main(again[1:]) == 0
-    assert main(["fit", *arguments[1 : -len(STEPS) - 1], str(tmp_path / "through"), *STEPS]) == 0
+    assert main(["fit", *arguments[1:], "--output_dir", str(tmp_path / "through")]) == 0
     through, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("through", "a b"))
     assert resumed.lm_head.weight.allclose(through.lm_head.weight, rtol=0, atol=1e-6)
+
+
+def test_ctrl_c_in_the_last_evaluation_does_not_lose_the_finished_run(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press_once(self: StopOnInterrupt, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps and not self.requested:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    out = tmp_path / "run"
+    arguments = ["fit", "--cache", cache.path, "--eval_cache", heldout.path, "--student", student_folder, *STEPS]
+    monkeypatch.setattr(StopOnInterrupt, "on_prediction_step", press_once)
+    assert main([*arguments, "--output_dir", str(out), "--save_strategy", "no"]) == 0
+    metrics = json.loads((out / "eval.json").read_text())["metrics"]
+    saved = evaluate(AutoModelForCausalLM.from_pretrained(out), heldout)
+    assert saved["fkl"] == pytest.approx(metrics["fkl"], rel=1e-5)
+
+
+def test_a_new_run_in_a_used_folder_leaves_nothing_of_the_former_evaluation(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Stop
+
+    common = ["fit", "--cache", cache.path, "--student", student_folder, "--output_dir", str(tmp_path), *STEPS]
+    assert main([*common, "--eval_cache", heldout.path]) == 0
+    assert (tmp_path / "eval.json").exists()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(StopOnInterrupt, "on_train_begin", stop)
+        main([*common, "--eval_cache", heldout.path, "--resume_from_checkpoint", "true"])
+    assert (tmp_path / "eval.json").exists()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(StopOnInterrupt, "on_train_begin", stop)
+        main([*common, "--loss", "fkl"])
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["loss"] == "fkl"
+    assert not (tmp_path / "eval.json").exists()
+    assert not (tmp_path / "trainer_state.json").exists()
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-6"
+    common = ["fit", "--student", student_folder, "--output_dir", str(run), *STEPS]
+    assert main([*common, "--cache", cache.path]) == 0
+    resume = [*common, "--resume_from_checkpoint", str(checkpoint)]
+    refused([*resume, "--cache", heldout.path], ["the cache was", cache.path, heldout.path, "--tail was"], capsys)
+    for name, value in (
+        ("loss", "fkl"),
+        ("kd_weight", "0.25"),
+        ("temperature", "2.0"),
+        ("t_squared", "False"),
+        ("akl_split", "todi"),
+        ("todi_beta", "2.0"),
+        ("per_device_train_batch_size", "2"),
+        ("gradient_accumulation_steps", "2"),
+        ("seed", "1"),
+        ("tail", "bucket"),
+    ):
+        refused([*resume, "--cache", cache.path, f"--{name}", value], [f"--{name} was", f"is {value}"], capsys)
+    assert main([*resume, "--cache", cache.path]) == 0
+    capsys.readouterr()
+    (run / "run.json").unlink()
+    assert main([*resume, "--cache", cache.path]) == 0
+    assert "has no run.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size 0", "at least 1"]),
         (["--loss", "hinge"], ["--loss", "hinge", "fkl", "todi"]),
         (["--kd_weight", "1.5"], ["--kd_weight 1.5", "between 0", "and 1"]),
         (["--kd_weight", "half"], ["--kd_weight", "half"]),
@@ -196,6 +269,17 @@ def test_a_student_with_fewer_columns_than_the_teacher_has_tokens_is_refused(
     )
 
 
+@pytest.mark.parametrize("option", ["--cache", "--eval_cache"])
+def test_a_student_that_takes_shorter_sequences_is_refused_before_its_weights_load(
+    option: str, tmp_path: Path, cache: LogitCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(max_length=12).config.save_pretrained(tmp_path / "student")
+    short = write_cache(tmp_path / "short", random_sequences(3, seed=0, longest=12))
+    caches = {"--cache": short.path, "--eval_cache": short.path} | {option: cache.path}
+    arguments = ["fit", "--student", str(tmp_path / "student"), "--use_cpu", *(w for c in caches.items() for w in c)]
+    refused(arguments, [f"{cache.path} has {cache.manifest.longest} tokens", "--max-length 12"], capsys)
+
+
 def test_a_student_that_is_no_causal_language_model_is_refused(
     tmp_path: Path, cache: LogitCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +306,10 @@ def test_missing_settings_unknown_commands_and_bad_yaml_are_refused(
     refused(["fit", "--config", str(path)], [str(path), "kd_wieght", "is kd_weight meant?"], capsys)
     path.write_text("loss: [fkl\nkd_weight: 1\n")
     refused(["fit", "--config", str(path)], [str(path), "line 2", "not YAML"], capsys)
+    path.write_bytes(b"loss: f\xffkl\n")
+    refused(["fit", "--config", str(path)], [str(path), "UTF-8"], capsys)
+    path.write_bytes(b"loss: f\x07kl\n")
+    refused(["fit", "--config", str(path)], [str(path), "not YAML"], capsys)
     path.write_text("just words\n")
     refused(["fit", "--config", str(path)], [str(path), "mapping"], capsys)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer
-from trainer.losses import student
+from trainer.losses import masses
 from trainer.losses.divergences import DIVERGENCES, Coarse, DivergenceOptions
 from trainer.losses.sparse import DistillationTerms, distillation_terms
 from trainer.losses.tail import TeacherTargets
@@ -545,7 +545,7 @@ def test_no_positions_give_no_losses_and_an_empty_gradient(tail: str, temperatur
 
 @pytest.fixture
 def one_row_per_chunk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(student, "CHUNK_ELEMENTS_CPU", 1)
+    monkeypatch.setattr(masses, "CHUNK_ELEMENTS_CPU", 1)
     yield
 
 
@@ -556,7 +556,7 @@ def test_chunks_of_rows_change_nothing(tail: str, temperature: float, monkeypatc
     targets = TeacherTargets(**known(teacher, top_entries(teacher, [3, 4, 5, 1, 2, 12, 3]), bands(12, 3), temperature))
     results = []
     for elements in (7 * 12, 3 * 12, 1):
-        monkeypatch.setattr(student, "CHUNK_ELEMENTS_CPU", elements)
+        monkeypatch.setattr(masses, "CHUNK_ELEMENTS_CPU", elements)
         z = logits.clone().requires_grad_()
         terms = distillation_terms(z, targets, labels, tail=tail, temperature=temperature)
         (gradient,) = torch.autograd.grad(mixture_of(terms, 1, 1).sum(), z)

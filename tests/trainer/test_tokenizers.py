@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cachemaking import VOCAB, random_sequences, tokenizer, write_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import logitcache
 from logitcache import LogitCache, UserError
 from logitcache.format.tokenizer import tokenizer_fingerprint
 from trainer.tokenizers import cache_tokenizer, check_tokenizer, student_tokenizer
@@ -79,6 +81,22 @@ def test_a_cache_without_its_tokenizer_is_compared_by_hash(tmp_path: Path) -> No
     assert check_tokenizer(tokenizer(), cache, "student") == []
     with pytest.raises(UserError, match=r"another vocabulary \(60 tokens\)"):
         check_tokenizer(tokenizer(WORDS[:60]), cache, "student")
+
+
+def test_an_altered_tokenizer_folder_does_not_pass_for_the_teachers(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, random_sequences(2, seed=0))
+    other = tokenizer(["<eos>", *(f"other{i}" for i in range(1, VOCAB))])
+    other.save_pretrained(cache.tokenizer_path)
+    with pytest.raises(UserError, match=r"another vocabulary .*tokenizer was altered"):
+        check_tokenizer(other, cache, "student")
+    assert check_tokenizer(tokenizer(), cache, "student") == []
+
+
+def test_a_cache_that_does_not_name_its_tokenizer_gives_a_warning(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, random_sequences(2, seed=0))
+    replace(cache.manifest, fingerprint={"teacher": "random"}).write(tmp_path)
+    [warning] = check_tokenizer(tokenizer(WORDS[:60]), logitcache.open(tmp_path), "student")
+    assert "could not be checked" in warning
 
 
 def test_a_folder_without_tokenizer_files_has_no_tokenizer(student_folder: str) -> None:

@@ -8,8 +8,8 @@ export PATH="$PWD/.venv/bin:$PATH"
 OUT=demo
 SEEDS="1 2 3"
 LOSSES="hard fkl rkl akl todi"
-STUDENT="--student tools/demo/student --from_scratch true --max_steps 300 --per_device_train_batch_size 8 \
---learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 --eval_steps 60 --logging_steps 20 --save_strategy no"
+STUDENT="--student tools/demo/student --from_scratch true --max_steps 500 --per_device_train_batch_size 8 \
+--learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 20 --eval_steps 100 --logging_steps 20 --save_strategy no"
 
 step() { printf '\n%s (%d s)\n' "$1" "$SECONDS"; }
 run() {
@@ -19,11 +19,11 @@ run() {
 
 fit() { # loss, seed: one student; its output goes to a file of its own
   local loss=$1 seed=$2 folder="$OUT/students/$1-$2" chosen
-  if [ -f "$folder/eval.json" ]; then
+  if [ "$folder/eval.json" -nt "$OUT/cache-train/logitcache.json" ] && [ "$folder/eval.json" -nt "$OUT/cache-heldout/logitcache.json" ]; then
     echo "$folder is already there"
     return
   fi
-  if [ "$loss" = hard ]; then chosen="--kd_weight 0"; else chosen="--loss $loss"; fi
+  if [ "$loss" = hard ]; then chosen="--kd_weight 0"; else chosen="--loss $loss --kd_weight 0.9"; fi
   mkdir -p "$folder"
   # shellcheck disable=SC2086  # options are words
   if ! trainer fit --cache $OUT/cache-train --eval_cache $OUT/cache-heldout $chosen $STUDENT --seed "$seed" \
@@ -43,7 +43,7 @@ for split in train heldout; do
 done
 
 step "3. Students from these files, the teacher nowhere in memory: hard labels only, then four divergences, three seeds each"
-printf '$ trainer fit --cache %s/cache-train --eval_cache %s/cache-heldout --loss LOSS --seed SEED %s\n' $OUT $OUT "$STUDENT"
+printf '$ trainer fit --cache %s/cache-train --eval_cache %s/cache-heldout --loss LOSS --kd_weight 0.9 --seed SEED %s\n' $OUT $OUT "$STUDENT"
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
   parallel=1
 else

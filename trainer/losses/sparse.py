@@ -14,7 +14,7 @@ from trainer.losses.divergences import (
     forward_kl,
     reverse_kl,
 )
-from trainer.losses.student import log_masses_, row_chunks, spread_gradient_
+from trainer.losses.masses import log_masses_, row_chunks, spread_gradient_
 from trainer.losses.tail import TAILS, TeacherTargets, bucket
 from trainer.losses.validation import check_settings, check_shapes, check_values
 

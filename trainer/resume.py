@@ -1,0 +1,76 @@
+"""Where a run continues from, and whether that is the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from logitcache import LogitCache, UserError
+from trainer.config import DistillConfig
+from trainer.files import RUN_NAME, STATE_NAME
+
+SETTINGS = (
+    "loss",
+    "kd_weight",
+    "temperature",
+    "t_squared",
+    "akl_split",
+    "todi_beta",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+)
+
+
+def find_checkpoint(config: DistillConfig) -> str | None:
+    """The checkpoint that --resume_from_checkpoint means. Raises UserError where there is none."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted.lower() == "true":
+        last = get_last_checkpoint(config.output_dir) if Path(str(config.output_dir)).is_dir() else None
+        if last is None:
+            raise UserError(f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint to continue from")
+        return last
+    if not (Path(wanted) / STATE_NAME).is_file():
+        raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint of a run (it has no {STATE_NAME})")
+    return wanted
+
+
+def cache_record(cache: LogitCache) -> dict[str, Any]:
+    """What run.json says of the cache that a run learns from."""
+    return {
+        "path": cache.path,
+        "num_positions": cache.num_positions,
+        "fingerprint": dict(cache.manifest.fingerprint),
+    }
+
+
+def check_same_run(checkpoint: str, config: DistillConfig, cache: LogitCache, tail: str) -> list[str]:
+    """Compares a run with the run.json beside the checkpoint it continues from; returns warnings.
+
+    Raises UserError that names the settings that differ.
+    """
+    path = Path(checkpoint).parent / RUN_NAME
+    if not path.is_file():
+        return [f"{path.parent} has no {RUN_NAME}: nothing checks that {checkpoint} is of a run with these settings"]
+    try:
+        former = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    pairs = [(name, former["settings"].get(name), getattr(config, name)) for name in SETTINGS]
+    pairs.append(("tail", former["tail"], tail))
+    differing = [f"--{name} was {was}, is {now}" for name, was, now in pairs if was != now]
+    was, now = former["cache"], cache_record(cache)
+    if any(was[name] != now[name] for name in ("num_positions", "fingerprint")):
+        differing.append(f"the cache was {was['path']}, and {now['path']} is another one")
+    if differing:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {path} is of another run: {'; '.join(differing)}. Continue with "
+            "the former settings, or start a run of its own without --resume_from_checkpoint, in another --output_dir"
+        )
+    return []
