@@ -102,7 +102,7 @@ def build(
         "capture": settings.to_json() | {"shard_positions": shard_positions},
     }
     request |= {"format": {"version": FORMAT_VERSION, "logprob_step": LOGPROB_STEP}}
-    with workspace(root):
+    with workspace(root), space_needed(root):
         if not overwrite and (finished := _finished(root, request)):
             logger.info("%s is already complete", root)
             return finished
@@ -288,10 +288,9 @@ def _finish(plan: Plan, model: TeacherModel, settings: CaptureSettings) -> Logit
 
 
 def _save_tokenizer(root: Path, model: TeacherModel) -> None:
-    with space_needed(root):
-        draft = root / BUILD_DIRECTORY / TOKENIZER_DIRECTORY
-        model.tokenizer.save_pretrained(draft)
-        (root / TOKENIZER_DIRECTORY).mkdir(exist_ok=True)
-        for path in draft.iterdir():
-            with atomic_path(root / TOKENIZER_DIRECTORY / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+    draft = root / BUILD_DIRECTORY / TOKENIZER_DIRECTORY
+    model.tokenizer.save_pretrained(draft)
+    (root / TOKENIZER_DIRECTORY).mkdir(exist_ok=True)
+    for path in draft.iterdir():
+        with atomic_path(root / TOKENIZER_DIRECTORY / path.name) as temporary:
+            shutil.copyfile(path, temporary)
