@@ -8,8 +8,8 @@ export PATH="$PWD/.venv/bin:$PATH"
 OUT=demo
 SEEDS="1 2 3"
 LOSSES="hard fkl rkl akl todi"
-STUDENT="--student tools/demo/student --from_scratch true --max_steps 500 --per_device_train_batch_size 8 \
---learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 20 --eval_steps 100 --logging_steps 20 --save_strategy no"
+STUDENT="--student tools/demo/student --from_scratch true --max_steps 300 --per_device_train_batch_size 8 \
+--learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 --eval_steps 75 --per_device_eval_batch_size 32 --logging_steps 20 --save_strategy no"
 
 step() { printf '\n%s (%d s)\n' "$1" "$SECONDS"; }
 run() {
