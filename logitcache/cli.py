@@ -6,27 +6,42 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from logitcache.errors import Parser, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `logitcache …`. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("logitcache: %(message)s"))
-    logger = logging.getLogger("logitcache")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
     try:
         options, rest = _parser().parse_known_args(arguments)
-        return _build(options, rest)
+        with _log_lines():
+            return _build(options, rest)
     except UserError as error:
         print(f"logitcache: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("logitcache: stopped; the same command continues with the first shard that is missing", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _log_lines() -> Iterator[None]:
+    """Shows what the build reports, as plain lines on stderr."""
+    logger = logging.getLogger("logitcache")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("logitcache: %(message)s"))
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _build(options: argparse.Namespace, rest: list[str]) -> int:

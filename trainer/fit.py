@@ -133,6 +133,7 @@ def fit(run: Run) -> Outcome:
         if config.should_save:
             write_evaluation(output / EVALUATION_NAME, str(output), run.eval_cache, metrics)
     trainer.save_state()
+    trainer.accelerator.end_training()
     return Outcome(steps, metrics, None)
 
 

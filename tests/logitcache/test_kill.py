@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ def test_ten_kills_and_then_the_same_rows_as_an_uninterrupted_build(
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.05))
         finished = (out / "logitcache.json").exists()
-        os.kill(process.pid or 0, signal.SIGKILL)
+        process.kill()  # SIGKILL
         process.join()
         kills += not finished
         if (out / "logitcache.json").exists():

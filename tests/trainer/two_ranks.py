@@ -22,3 +22,5 @@ if __name__ == "__main__":
     if settings.process_index == 0:
         gradient = {name.removeprefix("module."): value for name, value in catch.gradient.items()}
         torch.save({"gradient": gradient, "logged": trainer.state.log_history[0]}, folder / "gradient.pt")
+    torch.distributed.barrier()
+    trainer.accelerator.end_training()
