@@ -68,6 +68,20 @@ def test_rows_are_those_of_a_build_with_transformers(
         assert np.allclose(np.exp(ours.targets.tail_logprob), np.exp(theirs.targets.tail_logprob), atol=1e-5)
 
 
+def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    run = subprocess.Popen(command(teacher, corpus, out), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while run.poll() is None and not list(out.glob(".build/shards/*.json")):
+        time.sleep(0.001)
+    children = psutil.Process(run.pid).children(recursive=True)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the build and its engine
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, errors
+    assert errors.splitlines()[-1].startswith("logitcache: stopped; the same command continues")
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(children, timeout=60)[1]
+
+
 def test_an_option_that_vllm_does_not_know_is_refused_in_one_line(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     run = subprocess.run(
         [*command(teacher, corpus, tmp_path / "c"), "--no-such-option", "1"], capture_output=True, text=True

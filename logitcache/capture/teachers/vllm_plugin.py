@@ -1,4 +1,4 @@
-"""Runs in every process that vLLM starts: the engine must not outlive a build that was killed.
+"""Runs in every process that vLLM starts for a build: the engine must not outlive a build that was killed.
 
 vLLM's engine process does not notice when its front end is killed: it would keep its GPU memory for ever, and the build that
 continues would find none. Installed as an entry point of `vllm.general_plugins`; does nothing in engines of other programs.
@@ -15,7 +15,7 @@ BUILD_PID = "LOGITCACHE_BUILD_PID"
 
 
 def die_with_the_build() -> None:
-    """Makes this process end when the build that started it does.
+    """Makes this process end when the build that started it does, and not before: Ctrl-C is the build's to handle.
 
     A thread waits on the build's process descriptor (pidfd_open(2)): its whole process, not the thread that started vLLM.
     """
@@ -26,6 +26,7 @@ def die_with_the_build() -> None:
         descriptor = os.pidfd_open(build)
     except ProcessLookupError:
         os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_after, args=(descriptor,), name="logitcache-build-watch", daemon=True).start()
 
 
