@@ -119,7 +119,8 @@ class LogitCache(Sequence[CachedSequence]):
         """Streams the rows once.
 
         shuffle: row groups in an order drawn from `seed`, rows drawn from 16 row groups at a time.
-        shard: (rank, world); every rank gets len/world rows (±1), no row twice, reading only its own row groups.
+        shard: (rank, world); every rank gets len/world rows (±1), no row twice, reading its own row groups only
+        (two ranks share the one at their border).
         start: rows of this stream to leave out at its beginning; the stream's `position` counts on from it, so that
         `iter_sequences(..., start=stream.position)` continues exactly where `stream` was.
         """
@@ -175,3 +176,4 @@ class SequenceStream(Iterator[CachedSequence]):
             for i in drawn[skip:]:
                 slot, row = rows[i]
                 yield decoded[slot][row]
+            decoded.clear()  # before the next window is read
