@@ -15,7 +15,7 @@ from logitcache.errors import UserError, one_line
 from logitcache.format.codec import DecodedRows
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.shards import ShardReader, check_shards
+from logitcache.format.shards import ShardReader
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 
 SHUFFLE_ROW_GROUPS = 16
@@ -44,7 +44,8 @@ class LogitCache(Sequence[CachedSequence]):
         self.path = path
         self.manifest: Manifest = read_manifest(self._filesystem, self._root)
         self._shards = [ShardReader(self._filesystem, self._root, info) for info in self.manifest.shards]
-        check_shards(self._shards)
+        for shard in self._shards:
+            shard.check_size()
         self._first_rows = np.cumsum([0] + [info.num_sequences for info in self.manifest.shards])
         self._recent: tuple[int, DecodedRows] | None = None
 

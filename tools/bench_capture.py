@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, peak_mib, table
+from measure import machine, peak_mib
 
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.format.sequences import TokenSequence
+from trainer.table import aligned
 
 TEACHER = Path(__file__).parent / "demo" / "teacher"
 PROMPTS, LENGTH = 64, 256
@@ -89,7 +90,7 @@ def main() -> None:
         rows.append([name, f"{cpu:.1f}", f"1/{default_us / cpu:.1f}", f"{wall:.1f}", f"{peak:,.0f}"])
     teacher.close()
     print(f"k = {k}, {PROMPTS} prompts of {LENGTH} tokens, vocabulary {model.vocab_size:,} ({machine()})")
-    print(table(rows))
+    print(aligned(rows))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, table
+from measure import machine
+
+from trainer.table import aligned
 
 DEMO = Path(__file__).parent / "demo"
 LENGTH = 257
@@ -102,7 +104,7 @@ def main() -> None:
             rows.append([f"{positions:,}", *(f"{figure:,.0f}" for figure in figures)])
             shutil.rmtree(cache)
     print(f"teacher on {options.backend}, k = 64, vocabulary {vocab_size:,} ({machine()})")
-    print(table(rows))
+    print(aligned(rows))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, peak_mib, synthetic_cache, table
+from measure import machine, peak_mib, synthetic_cache
+
+from trainer.table import aligned
 
 K = 64
 PASSES = 3
@@ -101,7 +103,7 @@ def main() -> None:
             ours = ours or rate
             rows.append([name, f"{rate:,.0f}", f"{rate / ours:.3f}", f"{peak:,.0f}"])
     print(f"{options.positions:,} positions, k = {K}, one core ({machine()})")
-    print(table(rows))
+    print(aligned(rows))
 
 
 if __name__ == "__main__":

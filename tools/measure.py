@@ -1,10 +1,9 @@
-"""What the benchmarks share: a table that lines up, peak memory, a synthetic cache, and the machine's name."""
+"""What the benchmarks share: peak memory, a synthetic cache, and the machine's name."""
 
 from __future__ import annotations
 
 import platform
 import resource
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +31,6 @@ def machine() -> str:
         if "model name" in line
     ]
     return f"{models[0] if models else platform.processor()}, {len(models)} cores"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows with aligned columns, the first flush left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
 
 
 def synthetic_cache(root: Path, positions: int, k: int, vocab_size: int) -> None:

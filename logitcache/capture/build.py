@@ -95,14 +95,14 @@ def build(
         skip_bad=skip_bad,
     )
     sources = find_sources(data, data_split, data_config)
-    request = {
-        "teacher": model.fingerprint() | engine_identity(backend, engine_options),
-        "tokenizer": model.tokenizer_fingerprint(),
-        "corpus": corpus_settings.to_json() | {"sources": [source.identity() for source in sources]},
-        "capture": settings.to_json() | {"shard_positions": shard_positions},
-    }
-    request |= {"format": {"version": FORMAT_VERSION, "logprob_step": LOGPROB_STEP}}
     with workspace(root), space_needed(root):
+        request = {
+            "teacher": model.fingerprint() | engine_identity(backend, engine_options),
+            "tokenizer": model.tokenizer_fingerprint(),
+            "corpus": corpus_settings.to_json() | {"sources": [source.identity() for source in sources]},
+            "capture": settings.to_json() | {"shard_positions": shard_positions},
+            "format": {"version": FORMAT_VERSION, "logprob_step": LOGPROB_STEP},
+        }
         if not overwrite and (finished := _finished(root, request)):
             logger.info("%s is already complete", root)
             return finished

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -182,9 +182,3 @@ class ShardReader:
 
     def _refuse(self, what: str) -> NoReturn:
         raise UserError(f"{self.path} was {what}. Fetch or build this shard again")
-
-
-def check_shards(readers: Sequence[ShardReader]) -> None:
-    """Raises UserError for the first shard that is missing or has a wrong size."""
-    for reader in readers:
-        reader.check_size()
