@@ -1,10 +1,18 @@
-"""What the benchmarks share: peak memory, a synthetic cache, and the machine's name."""
+"""What the benchmarks share: peak memory, the machine's name, a synthetic cache and a synthetic training step.
+
+Torch is imported where it is used: benchmarks that need none measure memory without it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf, log, sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,13 +22,57 @@ from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
 from logitcache.format.targets import SparseTargets
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 POSITIONS_PER_SHARD = 1 << 17
 TOKENS_PER_SEQUENCE = 257
+NUM_SAMPLES = 16
+# Correlation of the teacher's logits with the student's; with the sharpness below KL is about one nat.
+AGREEMENT = 0.97
+# Standard deviation of the logits over √(2 ln V): the entropy is then about 1.5 nats, whatever V is.
+SHARPNESS = 1.5
 
 
 def peak_mib() -> float:
     """Largest resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak_beyond(run: Callable[[], None], device: str) -> int:
+    """Bytes that a call holds at its peak beyond what was held before; on a CPU resident, on CUDA allocated ones."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would serve the call unseen; large blocks go back by themselves
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a new process can take."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def _status_bytes(field: str) -> int:
+    return _kilobytes("/proc/self/status", field)
+
+
+def _kilobytes(path: str, field: str) -> int:
+    """A field of a file of `field: 123 kB` lines, in bytes."""
+    (line,) = [line for line in Path(path).read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) * 1024
 
 
 def machine() -> str:
@@ -58,3 +110,82 @@ def synthetic_cache(root: Path, positions: int, k: int, vocab_size: int) -> None
                 writer.write(TokenSequence(ids, mask), SparseTargets(token_ids, logprobs.astype(np.float32), tail))
         shards.append(writer.info)
     Manifest(layout, {}, tuple(shards), {}, "tools/measure.py").write(root)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What the loss of a training step is given, and a teacher whose outputs are known in full."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D], student's and teacher's
+    labels: Tensor  # [N] int64, drawn from the teacher
+    teacher_hidden: Tensor  # [N, D]
+    tail_groups: Tensor  # [V] int64
+    teacher: dict[int, dict[str, Tensor]]  # k → what is stored of the teacher, as the losses name it
+
+    def first(self, positions: int) -> TrainingStep:
+        """Its first positions, with gradients of their own."""
+        hidden, weight = (tensor.detach().requires_grad_() for tensor in (self.hidden[:positions], self.weight))
+        teacher = {k: {name: tensor[:positions] for name, tensor in held.items()} for k, held in self.teacher.items()}
+        return TrainingStep(
+            hidden, weight, self.labels[:positions], self.teacher_hidden[:positions], self.tail_groups, teacher
+        )
+
+    def stored(self, k: int, *more: str) -> dict[str, Tensor]:
+        """What every loss needs of the teacher, and what some do, by their arguments' names."""
+        held = self.teacher[k] | {"tail_groups": self.tail_groups}
+        return {name: held[name] for name in ("token_ids", "logprobs", "tail_logprob", *more)}
+
+
+def synthetic_step(
+    shape: tuple[int, int, int],
+    *,
+    entries: Sequence[int],
+    num_groups: int,
+    temperature: float,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple[TrainingStep, float]:
+    """A student and a teacher near it with peaked distributions, shape (V, N, D); and the teacher's mean entropy, nats.
+
+    What is stored of the teacher is exact, float32; its tempered tail is that of `temperature`.
+    """
+    import torch
+
+    vocab_size, positions, hidden_size = shape
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    hidden = normal(positions, hidden_size)
+    teacher_hidden = (AGREEMENT * hidden + sqrt(1 - AGREEMENT**2) * normal(positions, hidden_size)).to(dtype)
+    weight = normal(vocab_size, hidden_size).mul_(SHARPNESS * sqrt(2 * log(vocab_size) / hidden_size)).to(dtype)
+    tail_groups = torch.randint(num_groups, (vocab_size,), generator=generator, device=device)
+
+    def stored(log_p: Tensor, k: int) -> dict[str, Tensor]:
+        logprobs, token_ids = log_p.topk(k)
+        rest = log_p.scatter(1, token_ids, -inf)
+        probabilities = rest.exp()
+        sample_ids = torch.multinomial(probabilities, NUM_SAMPLES, replacement=True, generator=generator)
+        group_masses = probabilities.new_zeros(len(rest), num_groups).index_add_(1, tail_groups, probabilities)
+        return {
+            "token_ids": token_ids,
+            "logprobs": logprobs,
+            "tail_logprob": probabilities.sum(1).log(),
+            "tempered_tail": (rest / temperature).exp().sum(1).log(),
+            "group_logprobs": group_masses.log(),
+            "sample_ids": sample_ids,
+            "sample_logprobs": log_p.gather(1, sample_ids),
+        }
+
+    labels, entropies, parts = [], [], []
+    rows = max(1, 2**25 // vocab_size)
+    for teacher_rows in teacher_hidden.split(rows):
+        log_p = (teacher_rows @ weight.t()).float().log_softmax(1)
+        entropies.append(-(log_p.exp() * log_p).sum(1))
+        labels.append(torch.multinomial(log_p.exp(), 1, replacement=True, generator=generator)[:, 0])
+        parts.append({k: stored(log_p, k) for k in entries})
+    teacher = {k: {name: torch.cat([part[k][name] for part in parts]) for name in parts[0][k]} for k in entries}
+    step = TrainingStep(hidden.to(dtype), weight, torch.cat(labels), teacher_hidden, tail_groups, teacher)
+    return step, float(torch.cat(entropies).mean())

@@ -7,6 +7,8 @@ from typing import Any
 _EXPORTS = {
     "DistillConfig": "trainer.config",
     "DistillTrainer": "trainer.distill",
+    "fused_linear_divergence": "trainer.losses.fused",
+    "register_divergence": "trainer.losses.registry",
     "sparse_divergence": "trainer.losses.sparse",
 }
 

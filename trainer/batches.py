@@ -31,10 +31,14 @@ class Collator:
     logits of `columns` flattened to [B·C, V].  labels: int64 [N], the token that follows.
     token_ids: int32 [N, k].  logprobs: float32 [N, k].  tail_logprob: float32 [N].
     group_logprobs: float32 [N, G], with `tail_groups`.  tempered_tail: float32 [N], where `temperature` is stored.
+    tail_entropy: float32 [N], with `tail_entropy`.  sample_ids, sample_logprobs: int32 and float32 [N, s], with
+    `tail_samples`.
     """
 
     tail_groups: bool = False
     temperature: float = 1.0
+    tail_entropy: bool = False
+    tail_samples: bool = False
 
     def __call__(self, sequences: Sequence[CachedSequence]) -> Batch:
         """The batch that the class describes."""
@@ -60,6 +64,9 @@ class Collator:
             "tail_logprob": targets.tail_logprob,
             "group_logprobs": targets.group_logprobs,
             "tempered_tail": targets.tempered_tail.get(self.temperature),
+            "tail_entropy": targets.tail_entropy,
+            "sample_ids": targets.sample_ids,
+            "sample_logprobs": targets.sample_logprobs,
         }
         writable = {
             name: np.require(array, requirements=["C", "W"]) for name, array in arrays.items() if array is not None
@@ -73,6 +80,9 @@ class Collator:
             targets.tail_logprob,
             group_logprobs=targets.group_logprobs if self.tail_groups else None,
             tempered_tail={T: tail for T, tail in targets.tempered_tail.items() if self.temperature == T},
+            tail_entropy=targets.tail_entropy if self.tail_entropy else None,
+            sample_ids=targets.sample_ids if self.tail_samples else None,
+            sample_logprobs=targets.sample_logprobs if self.tail_samples else None,
         )
 
 

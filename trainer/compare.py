@@ -17,7 +17,7 @@ from trainer.table import aligned
 # Settings that may differ between the seeds of one group.
 NOT_COMPARED = {"seed", "data_seed", "output_dir", "run_name", "resume_from_checkpoint", "logging_dir"}
 # Settings without effect where kd_weight is 0.
-KD_ONLY = {"loss", "tail", "ablation", "temperature", "t_squared", "akl_split", "todi_beta"}
+KD_ONLY = {"loss", "tail", "ablation", "temperature", "t_squared", "loss_args", "approximate_temperature"}
 
 DISPLAYED = {"todi": "ToDi"}  # every other loss in capitals
 

@@ -11,10 +11,12 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from logitcache import LogitCache, UserError
-from trainer.losses.divergences import AKL_SPLITS, DIVERGENCES
+from trainer.loss_args import parse_loss_args
+from trainer.losses.divergences import DIVERGENCES
+from trainer.losses.registry import check_divergence, divergence_names, options_of
 from trainer.losses.tail import TAILS
 
-ABLATION_TAILS = ("ignore", "renormalise")
+ABLATION_TAILS = ("ignore", "renormalise", "uniform")
 SAMPLING_STRATEGIES = ("random", "sequential")
 EVALUATIONS_PER_RUN = 10
 
@@ -26,6 +28,11 @@ def _setting(default: Any, help: str, choices: Sequence[str] | None = None) -> A
 def _redefault(name: str, default: Any) -> Any:
     """A field of TrainingArguments with its help and another default."""
     return dataclasses.field(default=default, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+
+
+def _options_by_divergence() -> str:
+    options = {name: [f"{key}={value}" for key, value in options_of(name).items()] for name in DIVERGENCES}
+    return "; ".join(f"{name}: {', '.join(pairs)}" for name, pairs in options.items() if pairs)
 
 
 @dataclass
@@ -40,22 +47,29 @@ class DistillConfig(TrainingArguments):
     eval_cache: str | None = _setting(None, "A held-out cache, evaluated during training and at the end.")
     student: str | None = _setting(None, "The student: a model folder or a name on the Hub.")
     from_scratch: bool = _setting(False, "Draw the student's weights at random instead of loading them.")
-    loss: str = _setting("todi", "The divergence from the teacher.", list(DIVERGENCES))
+    loss: str = _setting(
+        "todi", f"The divergence from the teacher: {', '.join(DIVERGENCES)}, or a registered one (Python only)."
+    )
+    loss_args: dict | str | None = dataclasses.field(
+        default=None, metadata={"help": f"Options of the divergence, key=value,key=value: {_options_by_divergence()}."}
+    )
     kd_weight: float = _setting(
         0.5, "λ in (1−λ)·CE + λ·KD: 0 learns from the hard labels only, 1 from the teacher only."
     )
-    temperature: float = _setting(1.0, "T of both distributions in KD; the cache must hold the tail at this T.")
+    temperature: float = _setting(
+        1.0, "T of both distributions in KD; the cache must hold the tail at this T, see --approximate_temperature."
+    )
+    approximate_temperature: bool = _setting(
+        False,
+        "Allow a T that the cache does not hold: its tail is estimated from the tail's entropy, which it must hold.",
+    )
     tail: str | None = _setting(
         None,
         "What becomes of the teacher's mass outside the stored entries. Default: groups where the cache has them and "
-        "T is 1, else bucket. ignore and renormalise are ablations.",
+        f"T is 1, else bucket. {', '.join(ABLATION_TAILS)} are ablations.",
         list(TAILS),
     )
-    ablation: bool = _setting(False, f"Allow --tail {' and --tail '.join(ABLATION_TAILS)}.")
-    akl_split: str = _setting(
-        "official", "AKL: whose code decides where the token that crosses half of the mass goes.", list(AKL_SPLITS)
-    )
-    todi_beta: float = _setting(1.0, "ToDi: steepness β of its token weights.")
+    ablation: bool = _setting(False, f"Allow --tail {', --tail '.join(ABLATION_TAILS)}.")
     t_squared: bool = _setting(True, "Multiply KD by T², so that its gradient keeps its size as T grows.")
 
     logging_steps: float = _redefault("logging_steps", 10)
@@ -79,13 +93,17 @@ class DistillConfig(TrainingArguments):
 
     def _check(self) -> None:
         for name, value, accepted in (
-            ("loss", self.loss, DIVERGENCES),
+            ("loss", self.loss, divergence_names()),
             ("tail", self.tail or "bucket", TAILS),
-            ("akl_split", self.akl_split, AKL_SPLITS),
             ("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES),
         ):
             if value not in accepted:
                 raise UserError(f"--{name} {value}: accepted are {', '.join(accepted)}")
+        self.loss_args = parse_loss_args(self.loss, self.loss_args)
+        try:
+            check_divergence(self.loss, self.loss_args)
+        except ValueError as error:
+            raise UserError(f"--loss {self.loss}{' --loss_args' if self.loss_args else ''}: {error}") from error
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least 1")
@@ -95,8 +113,6 @@ class DistillConfig(TrainingArguments):
             )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UserError(f"--temperature {self.temperature:g}: it must be a positive number")
-        if not (math.isfinite(self.todi_beta) and self.todi_beta > 0):
-            raise UserError(f"--todi_beta {self.todi_beta:g}: it must be a positive number")
         if self.tail in ABLATION_TAILS and not self.ablation:
             raise UserError(
                 f"--loss {self.loss} --tail {self.tail}: with this tail the loss does not vanish where the student "
@@ -116,19 +132,33 @@ class DistillConfig(TrainingArguments):
 
 def choose_tail(config: DistillConfig, cache: LogitCache) -> str:
     """The tail treatment of a run. Raises UserError where the cache does not hold what --tail and --temperature need."""
-    T = config.temperature
     layout = cache.manifest.layout
-    if T != 1 and T not in layout.temperatures and config.tail != "renormalise":
-        held = ", ".join(f"{t:g}" for t in sorted({1.0, *layout.temperatures}))
-        raise UserError(
-            f"--temperature {T:g}: {cache.path} holds the teacher's tail at T = {held} only. Take one of these, or "
-            f"build the cache with `logitcache build --temperatures {T:g}`"
-        )
-    if config.tail == "groups" and not layout.num_tail_groups:
-        raise UserError(
-            f"--tail groups: {cache.path} holds no tail groups. Take --tail bucket, or build the cache with "
-            "`logitcache build --tail-groups 32`"
-        )
+    if approximates_tail(config, cache) and not (config.approximate_temperature and layout.tail_entropy):
+        _refuse_temperature(config, cache)
+    for name, held in (("groups", layout.num_tail_groups), ("samples", layout.num_tail_samples)):
+        if config.tail == name and not held:
+            raise UserError(
+                f"--tail {name}: {cache.path} holds no tail {name}. Take --tail bucket, or build the cache with "
+                f"`logitcache build --tail-{name} 32`"
+            )
     if config.tail is not None:
         return config.tail
-    return "groups" if layout.num_tail_groups and T == 1 else "bucket"
+    return "groups" if layout.num_tail_groups and config.temperature == 1 else "bucket"
+
+
+def approximates_tail(config: DistillConfig, cache: LogitCache) -> bool:
+    """Whether the cache does not hold the tail at the temperature of a run, though the run needs it."""
+    return config.temperature not in (1, *cache.manifest.layout.temperatures) and config.tail != "renormalise"
+
+
+def _refuse_temperature(config: DistillConfig, cache: LogitCache) -> None:
+    T, layout = config.temperature, cache.manifest.layout
+    held = ", ".join(f"{t:g}" for t in sorted({1.0, *layout.temperatures}))
+    build = f"build the cache with `logitcache build --temperatures {T:g}`"
+    if layout.tail_entropy:
+        ways = f"add --approximate_temperature (it holds the tail's entropy), or {build}"
+    else:
+        ways = f"or {build}, or with `--tail-entropy`, which is enough for --approximate_temperature"
+    raise UserError(
+        f"--temperature {T:g}: {cache.path} holds the teacher's tail at T = {held} only. Take one of these, {ways}"
+    )

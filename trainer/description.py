@@ -6,7 +6,7 @@ import math
 
 from logitcache import LogitCache
 from trainer.batches import EpochBatches
-from trainer.config import DistillConfig
+from trainer.config import DistillConfig, approximates_tail
 
 
 def describe_run(
@@ -24,7 +24,7 @@ def describe_run(
         "student": str(config.student) + (", weights drawn at random" if config.from_scratch else ""),
         "tokenizer": whose_tokenizer,
         "loss": _loss(config),
-        "tail": tail + ("" if config.tail else f" (chosen: {_why(tail, config)})"),
+        "tail": tail + ("" if config.tail else f" (chosen: {_why(tail, config)})") + _estimate(config, cache),
         "device": f"{config.device}, {_precision(config)}" + (f", {config.world_size} ranks" * (config.world_size > 1)),
         "steps": _steps(config, cache),
         "output": str(config.output_dir) + (f", continued from {checkpoint}" if checkpoint else ""),
@@ -38,7 +38,10 @@ def _cache(cache: LogitCache) -> str:
 def _loss(config: DistillConfig) -> str:
     if config.kd_weight == 0:
         return "hard labels only"
-    kd = config.loss + ("" if config.temperature == 1 else f" at T = {config.temperature:g}")
+    assert isinstance(config.loss_args, dict)
+    options = ", ".join(f"{name}={value}" for name, value in config.loss_args.items())
+    kd = config.loss + (f"({options})" if options else "")
+    kd += "" if config.temperature == 1 else f" at T = {config.temperature:g}"
     factor = "·T²" if config.t_squared and config.temperature != 1 else ""
     return f"{1 - config.kd_weight:g}·CE + {config.kd_weight:g}{factor}·{kd}" if config.kd_weight < 1 else kd
 
@@ -47,6 +50,12 @@ def _why(tail: str, config: DistillConfig) -> str:
     if tail == "groups":
         return "the cache holds groups"
     return "the cache holds no groups" if config.temperature == 1 else "groups are known at T = 1 only"
+
+
+def _estimate(config: DistillConfig, cache: LogitCache) -> str:
+    if not approximates_tail(config, cache):
+        return ""
+    return f", at T = {config.temperature:g} estimated from its mass and entropy at T = 1"
 
 
 def _precision(config: DistillConfig) -> str:

@@ -16,11 +16,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from logitcache import LogitCache, UserError
 from trainer.batches import Batch, BatchLoader, Collator, EpochRows
-from trainer.config import DistillConfig, choose_tail
-from trainer.losses.sparse import DistillationTerms, distillation_terms
-from trainer.losses.tail import TeacherTargets
+from trainer.config import DistillConfig, approximates_tail, choose_tail
+from trainer.losses.fused import Mixture
+from trainer.losses.settings import LossSettings
+from trainer.losses.terms import DistillationTerms
 from trainer.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
-from trainer.student import StoredLogits, check_student
+from trainer.objective import objective_of, teacher_targets
+from trainer.student import check_student
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,11 @@ class DistillTrainer(Trainer):
         Raises UserError where a cache does not hold what the settings need, and where it does not suit the model.
         """
         self.tail = choose_tail(args, cache)
+        self._approximates = approximates_tail(args, cache)
+        if self._approximates:
+            logger.info(
+                "the teacher's tail at T = %g is estimated from its mass and entropy at T = 1", args.temperature
+            )
         for opened in (cache, eval_cache):
             if opened is not None:
                 check_student(model.config, opened, args.student or type(model).__name__)
@@ -62,7 +69,8 @@ class DistillTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=cache, eval_dataset=eval_cache, **options)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise UserError("tensor, context and sequence parallelism are not supported: use data parallelism or FSDP")
-        self._stored_logits = StoredLogits(model)
+        with self.accelerator.autocast():
+            self._objective = objective_of(model, self._on_every_rank)
         self._cache = cache
         groups = cache.tail_groups if self.tail == "groups" else None
         self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)
@@ -75,7 +83,12 @@ class DistillTrainer(Trainer):
         return self._loader(
             self._cache,
             self._train_batch_size,
-            Collator(tail_groups=self.tail == "groups", temperature=args.temperature),
+            Collator(
+                tail_groups=self.tail == "groups",
+                temperature=args.temperature,
+                tail_entropy=self._approximates,
+                tail_samples=self.tail == "samples",
+            ),
             shuffle=args.train_sampling_strategy == "random",
             seed=args.seed if args.data_seed is None else args.data_seed,
             drop_last=args.dataloader_drop_last,
@@ -120,10 +133,10 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This rank's share of the loss, scaled such that the mean of its gradients over the ranks is the gradient."""
-        terms = self._terms(self._stored_logits(model, inputs), inputs, self.tail, self.args.temperature)
+        total, terms = self._distil(model, inputs, self.tail, self.args.temperature)
         self._window.add(position_sums(terms, inputs))
         positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
-        loss = self._objective(terms, self.args.temperature) / positions * self.accelerator.num_processes
+        loss = total / positions * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
 
     def training_step(
@@ -133,47 +146,30 @@ class DistillTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}, so the student's logits hold NaN or "
-                "infinity. Lower --learning_rate, add --warmup_steps, or train with --bf16 in place of --fp16, from "
-                "the last checkpoint before this step"
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}: NaN or infinity is in "
+                f"{self._objective.what_is_not_finite()}. Lower --learning_rate, add --warmup_steps, or train with "
+                "--bf16 in place of --fp16, from the last checkpoint before this step"
             )
         return loss
 
-    def _terms(self, logits: Tensor, batch: Batch, tail: str, temperature: float) -> DistillationTerms:
+    def _distil(
+        self, model: nn.Module, batch: Batch, tail: str, temperature: float
+    ) -> tuple[Tensor, DistillationTerms]:
+        """(1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms."""
         args = self.args
-        targets = TeacherTargets(
-            batch["token_ids"],
-            batch["logprobs"],
-            batch["tail_logprob"],
-            batch.get("tempered_tail"),
-            self._tail_groups,
-            batch.get("group_logprobs"),
+        weight = args.kd_weight
+        assert isinstance(args.loss_args, dict)
+        result = self._objective(
+            model,
+            batch,
+            teacher_targets(batch, self._tail_groups if tail == "groups" else None),
+            mixture=Mixture(weight * (temperature**2 if args.t_squared else 1.0), 1 - weight),
+            settings=LossSettings(args.loss, tail, temperature, self._approximates, args.loss_args),
+            vocab_size=self._cache.vocab_size,
+            validate=not self._values_checked,  # waits for the device; shards have checksums, so once is enough
         )
-        try:
-            terms = distillation_terms(
-                logits,
-                targets,
-                batch["labels"],
-                loss=args.loss,
-                tail=tail,
-                temperature=temperature,
-                akl_split=args.akl_split,
-                beta=args.todi_beta,
-                vocab_size=self._cache.vocab_size,
-                validate=not self._values_checked,  # waits for the device; shards have checksums, so once is enough
-            )
-        except ValueError as error:
-            raise UserError(f"the cache holds a batch that cannot be learned from: {error}") from error
         self._values_checked = True
-        return terms
-
-    def _objective(self, terms: DistillationTerms, temperature: float) -> Tensor:
-        """(1−λ)·CE + λ·T²·KD, summed over the positions; a term of weight 0 costs no backward pass."""
-        assert terms.cross_entropy is not None
-        weight = self.args.kd_weight
-        kd_factor = weight * (temperature**2 if self.args.t_squared else 1.0)
-        weighted = ((1 - weight, terms.cross_entropy), (kd_factor, terms.kd))
-        return torch.stack([factor * term.sum() for factor, term in weighted if factor > 0]).sum()
+        return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the means over the positions since the last one."""
@@ -205,10 +201,8 @@ class DistillTrainer(Trainer):
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
-                logits = self._stored_logits(model, batch)
-                terms = self._terms(logits, batch, tail="bucket", temperature=1.0)
-            objective = {"objective": self._objective(terms, temperature=1.0)}
-            sums.add(evaluation_sums(terms, logits, batch, self._cache.vocab_size) | objective)
+                total, terms = self._distil(model, batch, tail="bucket", temperature=1.0)
+            sums.add(evaluation_sums(terms, batch) | {"objective": total})
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         metrics = evaluation_metrics(sums.totals(self._over_ranks))
         metrics["loss"] = metrics.pop("objective")
@@ -219,6 +213,9 @@ class DistillTrainer(Trainer):
         """Rows of the cache behind a loader."""
         assert isinstance(dataloader.dataset, EpochRows)
         return len(dataloader.dataset)
+
+    def _on_every_rank(self, holds: bool) -> bool:
+        return bool(self._over_ranks(torch.tensor(int(holds))) == self.args.world_size)
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         """Sum over the ranks."""

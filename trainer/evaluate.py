@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from logitcache import LogitCache, UserError
 from logitcache.format.atomic import write_json
 from trainer.batches import BatchLoader, Collator
-from trainer.losses.sparse import distillation_terms
-from trainer.losses.tail import TeacherTargets
+from trainer.losses.fused import Mixture
+from trainer.losses.settings import LossSettings
 from trainer.metrics import Sums, evaluation_metrics, evaluation_sums
-from trainer.student import StoredLogits, check_student, load_student, student_config
+from trainer.objective import objective_of, teacher_targets
+from trainer.student import check_student, load_student, student_config
 from trainer.tokenizers import check_tokenizer, student_tokenizer
 
 
@@ -26,19 +27,21 @@ def evaluate(
 ) -> dict[str, float]:
     """`metrics.evaluation_metrics` of a model on a cache, on the model's device; holds one batch at a time."""
     check_student(model.config, cache, name)
-    stored_logits = StoredLogits(model)
     model.eval()
     model.config.use_cache = False
-    sums = Sums()
+    objective, sums = objective_of(model), Sums()
     for batch in tqdm(BatchLoader(cache, batch_size, Collator()), desc="evaluating", unit="batch", disable=None):
         batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-        logits = stored_logits(model, batch)
-        targets = TeacherTargets(batch["token_ids"], batch["logprobs"], batch["tail_logprob"])
-        try:
-            terms = distillation_terms(logits, targets, batch["labels"], loss="fkl", vocab_size=cache.vocab_size)
-        except ValueError as error:
-            raise UserError(f"{cache.path} holds a batch that no teacher gives: {error}") from error
-        sums.add(evaluation_sums(terms, logits, batch, cache.vocab_size))
+        _, terms = objective(
+            model,
+            batch,
+            teacher_targets(batch),
+            mixture=Mixture(kd_factor=1.0, ce_factor=0.0),
+            settings=LossSettings("fkl"),
+            vocab_size=cache.vocab_size,
+            validate=True,
+        )
+        sums.add(evaluation_sums(terms, batch))
     return evaluation_metrics(sums.totals())
 
 

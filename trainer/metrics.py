@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.batches import Batch
-from trainer.losses.sparse import DistillationTerms
+from trainer.losses.terms import DistillationTerms
 
 CALIBRATION_BINS = 15
 LOG_HALF = math.log(0.5)
@@ -74,14 +74,10 @@ def position_means(totals: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def evaluation_sums(terms: DistillationTerms, logits: Tensor, batch: Batch, vocab_size: int) -> dict[str, Tensor]:
-    """`position_sums`, agreement and calibration of a batch. logits: [N, V'], of which the first `vocab_size` count."""
-    assert terms.cross_entropy is not None
-    labels = batch["labels"]
-    largest, predicted = logits[:, :vocab_size].max(dim=1)
-    log_normaliser = terms.cross_entropy + logits.gather(1, labels[:, None])[:, 0]
-    confidence = (largest - log_normaliser).exp().float()
-    correct = (predicted == labels).float()
+def evaluation_sums(terms: DistillationTerms, batch: Batch) -> dict[str, Tensor]:
+    """`position_sums`, agreement and calibration of a batch."""
+    assert terms.top1_correct is not None
+    confidence, correct = terms.confidence.float(), terms.top1_correct.float()
     calibration_bin = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
 
     def per_bin(values: Tensor) -> Tensor:

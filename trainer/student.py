@@ -63,24 +63,36 @@ def load_student(
         ) from error
 
 
-class StoredLogits:
-    """Calls a model for the logits of a batch's stored positions.
+def takes_logits_to_keep(model: PreTrainedModel) -> bool:
+    """Whether a model computes the logits of chosen columns only, and so never those of prompts.
 
-    model: as it was loaded, before anything wraps it; what it says of itself decides how it is called.
+    model: as it was loaded, before anything wraps it.
     """
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped  # of PEFT
+    return "logits_to_keep" in inspect.signature(type(base).forward).parameters
+
+
+def model_inputs(batch: Batch, keeps: bool) -> dict[str, Tensor]:
+    """What a model gets of a batch. keeps: it takes `logits_to_keep`."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return inputs | {"logits_to_keep": batch["columns"]} if keeps else inputs
+
+
+def stored_rows(columns: Tensor, batch: Batch) -> Tensor:
+    """The stored positions [N, …] of what a model gives for a batch's columns, [B, C, …]."""
+    flat = columns.flatten(0, 1)
+    return flat if len(flat) == len(batch["rows"]) else flat[batch["rows"]]
+
+
+class StoredLogits:
+    """Calls a model for the logits of a batch's stored positions."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        wrapped: Any = model
-        base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped  # of PEFT
-        # Models that take `logits_to_keep` never compute the logits of prompts.
-        self._keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+        """model: as it was loaded, before anything wraps it."""
+        self._keeps = takes_logits_to_keep(model)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits [N, V'] of the stored positions."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if self._keeps:
-            logits = model(**inputs, logits_to_keep=batch["columns"]).logits  # [B, C, V']
-        else:
-            logits = model(**inputs).logits[:, batch["columns"]]
-        flat = logits.flatten(0, 1)
-        return flat if len(flat) == len(batch["rows"]) else flat[batch["rows"]]
+        logits = model(**model_inputs(batch, self._keeps)).logits  # [B, C or T, V']
+        return stored_rows(logits if self._keeps else logits[:, batch["columns"]], batch)

@@ -67,19 +67,28 @@ def teacher_logprobs(teacher: LlamaForCausalLM, sequence: TokenSequence) -> torc
     return logits.double().log_softmax(-1)[torch.tensor(sequence.positions, dtype=torch.long)]
 
 
-def sparse(logprobs: torch.Tensor, k: int, groups: np.ndarray | None, temperatures: tuple[float, ...]) -> SparseTargets:
+def sparse(logprobs: torch.Tensor, k: int, groups: np.ndarray | None, layout: Layout) -> SparseTargets:
     top, ids = logprobs.topk(k, dim=1)
     tail = logprobs.scatter(1, ids, -torch.inf)  # [M, V], −inf at the entries
     group_logprobs = None
     if groups is not None:
         by_group = [tail[:, torch.as_tensor(groups == g)].logsumexp(1) for g in range(groups.max() + 1)]
         group_logprobs = torch.stack(by_group, dim=1).float().numpy()
+    share = tail.softmax(1)
+    entropy = torch.where(share > 0, share * tail, 0.0).sum(1).float().numpy()
+    sample_ids = sample_logprobs = None
+    if layout.num_tail_samples:
+        samples = torch.multinomial(share, layout.num_tail_samples, replacement=True)
+        sample_ids, sample_logprobs = samples.int().numpy(), tail.gather(1, samples).float().numpy()
     return SparseTargets(
         ids.int().numpy(),
         top.float().numpy(),
         tail.logsumexp(1).float().numpy(),
         group_logprobs,
-        {T: (tail / T).logsumexp(1).float().numpy() for T in temperatures},
+        {T: (tail / T).logsumexp(1).float().numpy() for T in layout.temperatures},
+        entropy if layout.tail_entropy else None,
+        sample_ids,
+        sample_logprobs,
     )
 
 
@@ -91,14 +100,17 @@ def write_cache(
     k: int = 8,
     groups: np.ndarray | None = None,
     temperatures: tuple[float, ...] = (),
+    tail_entropy: bool = False,
+    num_tail_samples: int = 0,
     teacher_tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> logitcache.LogitCache:
     """A finished cache of `sequences`. groups: tail group of each id, int [V]."""
     teacher = teacher or llama()
-    layout = Layout(VOCAB, num_tail_groups=0 if groups is None else int(groups.max()) + 1, temperatures=temperatures)
+    num_groups = 0 if groups is None else int(groups.max()) + 1
+    layout = Layout(VOCAB, num_groups, temperatures, tail_entropy, num_tail_samples)
     with ShardWriter(path, shard_name(0, 1), layout) as writer:
         for sequence in sequences:
-            writer.write(sequence, sparse(teacher_logprobs(teacher, sequence), k, groups, temperatures))
+            writer.write(sequence, sparse(teacher_logprobs(teacher, sequence), k, groups, layout))
     files = {}
     if groups is not None:
         write_tail_groups(path / TAIL_GROUPS_NAME, groups)

@@ -29,6 +29,13 @@ def heldout(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
 
 
 @pytest.fixture(scope="session")
+def rich_cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
+    """Eight entries of 64, the tail's entropy, four samples from it, and its total at no temperature but 1."""
+    sequences = random_sequences(12, seed=4)
+    return write_cache(tmp_path_factory.mktemp("rich"), sequences, tail_entropy=True, num_tail_samples=4)
+
+
+@pytest.fixture(scope="session")
 def full_cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     """Every token is an entry."""
     return write_cache(tmp_path_factory.mktemp("full"), random_sequences(6, seed=3), k=VOCAB)

@@ -49,8 +49,16 @@ def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache:
     assert batch["attention_mask"].sum(1).tolist() == [len(s.input_ids) for s in sequences]
 
 
-def test_what_the_loss_does_not_need_stays_out_of_the_batch(cache: LogitCache) -> None:
+def test_entropy_and_samples_of_the_tail_come_with_their_positions(rich_cache: LogitCache) -> None:
+    batch = Collator(tail_entropy=True, tail_samples=True)([rich_cache[0], rich_cache[1]])
+    targets = [rich_cache[0].targets, rich_cache[1].targets]
+    for name in ("tail_entropy", "sample_ids", "sample_logprobs"):
+        np.testing.assert_array_equal(batch[name], np.concatenate([getattr(t, name) for t in targets]))
+
+
+def test_what_the_loss_does_not_need_stays_out_of_the_batch(cache: LogitCache, rich_cache: LogitCache) -> None:
     assert {"group_logprobs", "tempered_tail"}.isdisjoint(Collator()([cache[0]]))
+    assert {"tail_entropy", "sample_ids", "sample_logprobs"}.isdisjoint(Collator()([rich_cache[0]]))
 
 
 def test_positions_with_fewer_entries_are_padded(cache: LogitCache) -> None:

@@ -18,6 +18,9 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from logitcache import LogitCache, UserError
 from trainer.config import DistillConfig
 from trainer.distill import DistillTrainer
+from trainer.losses import registry
+from trainer.losses.coarse import Coarse
+from trainer.losses.registry import register_divergence
 
 Gradient = dict[str, Tensor]
 
@@ -195,15 +198,118 @@ def test_bfloat16_and_gradient_checkpointing_give_nearly_the_float32_gradient(
     assert 0 < relative_difference(exact, rounded) < 0.03
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path: Path, cache: LogitCache) -> None:
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("lm_head.weight", r"step 3: the loss is nan: NaN or infinity is in the output projection's weight\."),
+        ("model.norm.weight", r"step 3: the loss is nan: .* in the hidden states that reach the output projection\."),
+    ],
+)
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step_and_the_tensor(
+    broken: str, said: str, tmp_path: Path, cache: LogitCache
+) -> None:
     class BreakWeights(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if state.global_step == 2:
-                model.lm_head.weight.data[3, 0] = math.nan
+                model.get_parameter(broken).data[3] = math.nan
 
     trainer = DistillTrainer(llama(seed=7), cache, config(tmp_path, max_steps=5), callbacks=[BreakWeights()])
-    with pytest.raises(UserError, match=r"step 3: the loss is nan"):
+    with pytest.raises(UserError, match=said):
         trainer.train()
+
+
+class NotUnderstood(LlamaForCausalLM):
+    """Its logits are of no architecture that is known, and those of `llama`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.expm1().log1p()
+        return output
+
+
+def not_understood() -> LlamaForCausalLM:
+    student = NotUnderstood(llama().config).eval()
+    student.load_state_dict(llama(seed=7).state_dict())
+    return student
+
+
+@pytest.mark.parametrize("settings", [{}, {"tail": "cap"}, {"temperature": 2.0, "loss": "jsd"}], ids=str)
+def test_with_or_without_logits_the_gradient_and_the_evaluation_are_the_same(
+    settings: dict[str, Any], tmp_path: Path, cache: LogitCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    fused = first_gradient(tmp_path, cache, llama(seed=7), **settings)
+    assert "loss is computed from the logits" not in caplog.text
+    from_logits = first_gradient(tmp_path, cache, not_understood(), **settings)
+    assert "loss is computed from the logits" in caplog.text
+    assert relative_difference(fused, from_logits) < 1e-5
+    evaluated, expected = (
+        DistillTrainer(student, cache, config(tmp_path, **settings), eval_cache=cache).evaluate()
+        for student in (llama(seed=7), not_understood())
+    )
+    for name in ("loss", "ce", "fkl", "rkl", "agreement", "ece", "teacher_tail", "student_tail"):
+        assert evaluated[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-4), name
+
+
+def test_adapters_train_and_the_rest_stays(tmp_path: Path, cache: LogitCache) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(seed=7), peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"]))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = DistillTrainer(model, cache, config(tmp_path, max_steps=3, learning_rate=1e-2), eval_cache=cache)
+    fkl = trainer.evaluate()["eval_fkl"]
+    trainer.train()
+    assert trainer.evaluate()["eval_fkl"] < fkl
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(before[name]) == ("lora_" not in name), name
+
+
+def test_samples_of_the_tail_estimate_the_whole_teacher(tmp_path: Path) -> None:
+    """Drawn so often, the 56 tokens of a tail bring forward KL near its full-vocabulary value."""
+    torch.manual_seed(0)
+    many = write_cache(tmp_path / "cache", random_sequences(4, seed=3), num_tail_samples=20_000)
+    _, kd = reference(many, llama(seed=7), "fkl", temperature=1.0)
+    loss = {}
+    for tail in ("bucket", "samples"):
+        settings = config(tmp_path, loss="fkl", tail=tail, kd_weight=1.0, max_steps=1, logging_steps=1)
+        trainer = DistillTrainer(llama(seed=7), many, settings)
+        trainer.train()
+        loss[tail] = trainer.state.log_history[0]["loss"]
+    assert loss["bucket"] < 0.9 * kd
+    assert loss["samples"] == pytest.approx(kd, rel=0.02)
+
+
+def test_a_temperature_that_was_not_captured_is_estimated_where_that_is_allowed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sequences = random_sequences(6, seed=3)
+    captured = write_cache(tmp_path / "captured", sequences, temperatures=(2.0,))
+    with_entropy = write_cache(tmp_path / "entropy", sequences, tail_entropy=True)
+    with pytest.raises(UserError, match=r"--temperature 2.*--approximate_temperature.*--temperatures 2"):
+        DistillTrainer(llama(seed=7), with_entropy, config(tmp_path, temperature=2.0))
+    settings = {"temperature": 2.0, "loss": "fkl", "approximate_temperature": True}
+    with pytest.raises(UserError, match=r"--temperature 4.*--tail-entropy"):
+        DistillTrainer(llama(seed=7), captured, config(tmp_path, **settings | {"temperature": 4.0}))
+    exact = first_gradient(tmp_path, captured, llama(seed=7), **settings)
+    assert "estimated" not in caplog.text
+    with caplog.at_level("INFO", logger="trainer.distill"):
+        estimated = first_gradient(tmp_path, with_entropy, llama(seed=7), **settings)
+    assert "tail at T = 2 is estimated" in caplog.text
+    assert 0 < relative_difference(exact, estimated) < 0.02
+
+
+def test_a_registered_divergence_with_options_is_trained_on(
+    tmp_path: Path, full_cache: LogitCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+
+    @register_divergence("weighted")
+    def weighted(coarse: Coarse, *, factor: float = 1.0) -> Tensor:
+        return -factor * (coarse.p * coarse.log_ratio).sum(1)
+
+    fkl = first_gradient(tmp_path, full_cache, llama(seed=7), loss="fkl", kd_weight=1.0)
+    own = first_gradient(
+        tmp_path, full_cache, llama(seed=7), loss="weighted", loss_args={"factor": 2}, kd_weight=1.0, tail="bucket"
+    )
+    assert relative_difference({name: 2 * gradient for name, gradient in fkl.items()}, own) < 1e-5
 
 
 def test_a_sequence_longer_than_the_student_takes_is_refused(tmp_path: Path, cache: LogitCache) -> None:

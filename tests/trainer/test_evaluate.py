@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from cachemaking import VOCAB, llama, teacher_logprobs
+from test_distill import not_understood
 
 import logitcache
 from logitcache import LogitCache, UserError
 from trainer.cli import main
 from trainer.evaluate import cache_sha256, evaluate, evaluate_folder
+from trainer.losses.settings import LossSettings
 from trainer.losses.sparse import distillation_terms
-from trainer.losses.tail import TeacherTargets
+from trainer.losses.targets import TeacherTargets
 from trainer.metrics import Sums, evaluation_metrics, evaluation_sums
 
 
@@ -61,6 +63,11 @@ def test_every_metric_is_its_definition(heldout: LogitCache, batch_size: int) ->
         assert found[name] == pytest.approx(expected, rel=1e-4), name
 
 
+def test_a_model_that_is_measured_from_its_logits_gets_the_same_numbers(heldout: LogitCache) -> None:
+    fused, from_logits = evaluate(llama(seed=7), heldout), evaluate(not_understood(), heldout)
+    assert from_logits == pytest.approx(fused, rel=1e-4)
+
+
 def test_calibration_keeps_neighbouring_bins_apart() -> None:
     confidence = torch.tensor([0.05, 0.1], dtype=torch.float64)  # the first and the second of 15 bins
     logits = ((1 - confidence) / (VOCAB - 1)).log()[:, None].repeat(1, VOCAB)
@@ -68,9 +75,9 @@ def test_calibration_keeps_neighbouring_bins_apart() -> None:
     labels = torch.tensor([3, 4])  # the first is right, the second wrong
     batch = {"labels": labels, "tail_logprob": torch.full((2,), -1.0)}
     targets = TeacherTargets(torch.tensor([[3], [3]]), torch.full((2, 1), -1.0), torch.full((2,), -1.0))
-    terms = distillation_terms(logits, targets, labels, loss="fkl")
+    terms = distillation_terms(logits, targets, labels, settings=LossSettings("fkl"))
     sums = Sums()
-    sums.add(evaluation_sums(terms, logits, batch, VOCAB))
+    sums.add(evaluation_sums(terms, batch))
     assert evaluation_metrics(sums.totals())["ece"] == pytest.approx((0.95 + 0.1) / 2, rel=1e-5)
 
 

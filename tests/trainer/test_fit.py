@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 from cachemaking import VOCAB, llama, random_sequences, tokenizer, write_cache
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
-from logitcache import LogitCache
+from logitcache import LogitCache, UserError
 from trainer.arguments import parse
 from trainer.cli import main
+from trainer.config import DistillConfig
 from trainer.evaluate import evaluate
-from trainer.fit import StopOnInterrupt
+from trainer.fit import StopOnInterrupt, prepare
+from trainer.losses import registry
+from trainer.losses.coarse import Coarse
+from trainer.losses.registry import register_divergence
 
 STEPS = ["--use_cpu", "--max_steps", "6", "--learning_rate", "5e-3", "--disable_tqdm", "true"]
 
@@ -77,6 +82,52 @@ def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path: Path) -> No
     assert config.t_squared is False
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
     assert config.label_names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("beta=0.5", {"beta": 0.5}),
+        ('{"beta": 2}', {"beta": 2.0}),
+        ({"beta": "0.5"}, {"beta": 0.5}),
+        ("beta=1", {}),  # the default, so the same run as without
+        (None, {}),
+    ],
+)
+def test_options_of_the_divergence_come_as_text_or_mapping(given: Any, stored: Any, tmp_path: Path) -> None:
+    assert DistillConfig(output_dir=str(tmp_path), use_cpu=True, loss="todi", loss_args=given).loss_args == stored
+    if isinstance(given, str):
+        assert parse(["--output_dir", str(tmp_path), "--use_cpu", "--loss_args", given]).loss_args == stored
+    if given is not None:
+        path = tmp_path / "run.yaml"
+        path.write_text(f"use_cpu: true\noutput_dir: out\nloss_args: {given}\n")
+        assert parse(["--config", str(path)]).loss_args == stored
+
+
+def test_options_have_the_type_of_their_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+
+    @register_divergence("own")
+    def own(coarse: Coarse, *, power: int = 1, mirrored: bool = False, name: str = "") -> Tensor:
+        return (coarse.q * coarse.log_ratio).sum(1)
+
+    def stored(text: str) -> Any:
+        return DistillConfig(output_dir=str(tmp_path), use_cpu=True, loss="own", loss_args=text).loss_args
+
+    assert stored("power=3,mirrored=true,name=a b") == {"power": 3, "mirrored": True, "name": "a b"}
+    with pytest.raises(UserError, match=r"power=0\.5: a whole number"):
+        stored("power=0.5")
+    with pytest.raises(UserError, match="mirrored=maybe: true or false"):
+        stored("mirrored=maybe")
+
+
+def test_what_is_chosen_is_printed(rich_cache: LogitCache, student_folder: str, tmp_path: Path) -> None:
+    settings = {"cache": rich_cache.path, "student": student_folder, "output_dir": str(tmp_path), "use_cpu": True}
+    options: dict[str, Any] = {"loss": "jsd", "loss_args": "beta=0.3", "temperature": 3.0}
+    run = prepare(DistillConfig(**settings, **options, approximate_temperature=True))
+    assert run.choices["loss"] == "0.5·CE + 0.5·T²·jsd(beta=0.3) at T = 3"
+    assert "at T = 3 estimated" in run.choices["tail"]
+    assert "estimated" not in prepare(DistillConfig(**settings)).choices["tail"]
 
 
 def test_evaluations_are_spread_over_the_run_where_a_heldout_cache_is_named(tmp_path: Path) -> None:
@@ -181,14 +232,14 @@ def test_a_checkpoint_of_another_run_is_not_continued(
         ("kd_weight", "0.25"),
         ("temperature", "2.0"),
         ("t_squared", "False"),
-        ("akl_split", "todi"),
-        ("todi_beta", "2.0"),
+        ("loss_args", "beta=2.0"),
         ("per_device_train_batch_size", "2"),
         ("gradient_accumulation_steps", "2"),
         ("seed", "1"),
         ("tail", "bucket"),
     ):
-        refused([*resume, "--cache", cache.path, f"--{name}", value], [f"--{name} was", f"is {value}"], capsys)
+        now = "{'beta': 2.0}" if name == "loss_args" else value
+        refused([*resume, "--cache", cache.path, f"--{name}", value], [f"--{name} was", f"is {now}"], capsys)
     assert main([*resume, "--cache", cache.path]) == 0
     capsys.readouterr()
     (run / "run.json").unlink()
@@ -201,12 +252,23 @@ def test_a_checkpoint_of_another_run_is_not_continued(
     [
         (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size 0", "at least 1"]),
         (["--loss", "hinge"], ["--loss", "hinge", "fkl", "todi"]),
+        (["--loss", "jsd", "--loss_args", "beta=1"], ["--loss jsd --loss_args", "beta is 1.0", "between 0 and 1"]),
+        (["--loss_args", "skew=0.1"], ["--loss todi --loss_args", "takes beta", "skew"]),
+        (["--loss_args", "beta=steep"], ["--loss_args beta=steep", "a number"]),
+        (["--loss_args", "beta"], ["--loss_args beta", "key=value"]),
+        (["--loss_args", '{"beta": '], ["--loss_args", "not JSON"]),
+        (["--loss", "akl", "--loss_args", "akl_split=mine"], ["--loss akl --loss_args", "mine", "official, todi"]),
         (["--kd_weight", "1.5"], ["--kd_weight 1.5", "between 0", "and 1"]),
         (["--kd_weight", "half"], ["--kd_weight", "half"]),
         (["--temperature", "0"], ["--temperature 0", "positive"]),
-        (["--temperature", "4"], ["--temperature 4", "T = 1, 2 only", "logitcache build --temperatures 4"]),
+        (
+            ["--temperature", "4"],
+            ["--temperature 4", "T = 1, 2 only", "--temperatures 4", "--tail-entropy", "--approximate_temperature"],
+        ),
         (["--loss", "rkl", "--tail", "ignore"], ["--loss rkl --tail ignore", "--ablation"]),
         (["--tail", "renormalise"], ["--tail renormalise", "--ablation"]),
+        (["--tail", "uniform"], ["--tail uniform", "--ablation"]),
+        (["--tail", "samples"], ["--tail samples", "holds no tail samples", "logitcache build --tail-samples"]),
         (["--tail", "groups", "--temperature", "2"], ["--tail groups --temperature 2", "bucket"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1"]),
         (["--train_sampling_strategy", "group_by_length"], ["group_by_length", "random, sequential"]),
@@ -341,3 +403,4 @@ def test_help_of_fit_lists_distillation_and_training_arguments(capsys: pytest.Ca
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("--kd_weight", "--kd-weight", "--gradient_accumulation_steps", "--config"))
+    assert "alpha=0.2" in out, "the options of the divergences are listed"

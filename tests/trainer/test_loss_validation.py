@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 import trainer
+from trainer.losses.settings import LossSettings
 from trainer.losses.sparse import distillation_terms
-from trainer.losses.tail import TeacherTargets
+from trainer.losses.tail import TAILS
+from trainer.losses.targets import TeacherTargets
 
 VOCABULARY = 6
 
@@ -24,6 +26,9 @@ def valid() -> dict[str, Any]:
         "tempered_tail": torch.tensor([0.5, 0.7, 0.5]).log(),
         "tail_groups": torch.arange(VOCABULARY) % 2,
         "group_logprobs": torch.tensor([[0.2, 0.05], [0.5, 0.0], [0.25, 0.0]]).log(),
+        "tail_entropy": torch.tensor([-2.0, -1.5, -2.0]),
+        "sample_ids": torch.tensor([[2, 3], [0, 0], [1, -1]]),
+        "sample_logprobs": torch.tensor([[0.1, 0.05], [0.3, 0.3], [0.2, 0.0]]).log(),
     }
 
 
@@ -35,7 +40,7 @@ def with_value(name: str, at: tuple[int, ...], value: float) -> dict[str, Any]:
 
 
 def test_what_the_other_tests_spoil_is_accepted() -> None:
-    for tail in ("bucket", "groups", "ignore", "renormalise"):
+    for tail in TAILS:
         assert trainer.sparse_divergence(**valid(), tail=tail).shape == (3,)
     assert trainer.sparse_divergence(**valid(), temperature=2.0).shape == (3,)
 
@@ -43,16 +48,15 @@ def test_what_the_other_tests_spoil_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("loss", "kl", r"loss is 'kl'; accepted are fkl, rkl, akl, todi"),
-        ("tail", "cap", r"tail is 'cap'; accepted are bucket, groups, ignore, renormalise"),
-        ("tail", "samples", r"tail is 'samples'; accepted are bucket, groups, ignore, renormalise"),
-        ("akl_split", "both", r"akl_split is 'both'; accepted are official, todi"),
+        ("loss", "kl", r"loss is 'kl'; accepted are fkl, rkl, akl, todi, jsd, jeffreys, sfkl, srkl, tvd, ab"),
+        ("tail", "drop", r"tail is 'drop'; accepted are bucket, groups, cap, samples, ignore, renormalise, uniform"),
         ("temperature", 0.0, r"temperature is 0.0; it must be a positive number"),
         ("temperature", -1.0, r"temperature is -1.0"),
         ("temperature", nan, r"temperature is nan"),
         ("temperature", inf, r"temperature is inf"),
         ("beta", nan, r"beta is nan"),
-        ("vocab_size", 7, r"vocab_size is 7 but logits have 6 columns"),
+        ("skew", 0.1, r"loss 'todi' takes beta; got skew"),
+        ("vocab_size", 7, r"vocab_size is 7 but the student has 6 columns"),
         ("vocab_size", 0, r"vocab_size is 0"),
     ],
 )
@@ -74,6 +78,9 @@ def test_a_setting_out_of_range_is_named_with_what_is_accepted(setting: str, val
         ("tail_groups", (VOCABULARY - 1,)),
         ("group_logprobs", (3,)),
         ("group_logprobs", (2, 2)),
+        ("tail_entropy", (3, 1)),
+        ("sample_ids", (3,)),
+        ("sample_logprobs", (3, 1)),
     ],
 )
 def test_a_shape_that_does_not_agree_is_refused(name: str, shape: tuple[int, ...]) -> None:
@@ -85,7 +92,9 @@ def test_a_shape_that_does_not_agree_is_refused(name: str, shape: tuple[int, ...
 
 def test_a_shape_error_names_the_tensor_and_both_shapes() -> None:
     arguments = {**valid(), "logprobs": torch.zeros(3, 5)}
-    with pytest.raises(ValueError, match=r"logprobs must have shape \[3, 2\] beside logits \[3, 6\], got \[3, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"logprobs must have shape \[3, 2\] beside 3 positions and 6 tokens, got \[3, 5\]"
+    ):
         trainer.sparse_divergence(**arguments)
 
 
@@ -122,6 +131,10 @@ def test_the_wrong_kind_of_number_is_refused(name: str, dtype: torch.dtype, kind
         (with_value("tempered_tail", (2,), inf), r"tempered_tail\[2\] is inf"),
         (with_value("group_logprobs", (2, 0), nan), r"group_logprobs\[2, 0\] is nan"),
         (with_value("group_logprobs", (2, 1), -0.1), r"logprobs and group_logprobs in row 2 hold a probability of 1.9"),
+        (with_value("tail_entropy", (0,), nan), r"tail_entropy\[0\] is nan"),
+        (with_value("sample_ids", (0, 1), 6), r"sample_ids\[0, 1\] is 6: accepted are 0 … 5, and −1 for padding"),
+        (with_value("sample_ids", (2, 0), 5), r"sample_ids\[2, 0\] is 5: it is an entry already"),
+        (with_value("sample_logprobs", (1, 0), 0.1), r"sample_logprobs\[1, 0\] is 0.1"),
         (with_value("tail_groups", (3,), 2), r"tail_groups\[3\] is 2: accepted are 0 … 1"),
         (with_value("tail_groups", (3,), -1), r"tail_groups\[3\] is -1"),
     ],
@@ -142,7 +155,7 @@ def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
     arguments = valid()
     logits, targets = arguments.pop("logits"), TeacherTargets(**arguments)
     with pytest.raises(ValueError, match=rf"labels\[1\] is {label}: accepted are 0 … 5"):
-        distillation_terms(logits, targets, torch.tensor([0, label, 2]))
+        distillation_terms(logits, targets, torch.tensor([0, label, 2]), settings=LossSettings())
 
 
 def test_rounding_of_half_precision_log_probabilities_is_no_error() -> None:

@@ -1,98 +1,141 @@
 """Divergences between two coarse distributions, each with its gradient in closed form.
 
-A coarse distribution has one outcome per stored token (an entry) and then one per part of the tail. A divergence
-is a function of the two coarse distributions that returns
+A divergence is a function of the two distributions that returns
 
     value [N]      the divergence of each position, in nats
     slope [N, C]   u = ∂ value / ∂ log q of each outcome, as if the outcomes' log q were independent
 
-and an entry in DIVERGENCES. The gradient with respect to the logits follows from the slope alone, see student.py.
+and an entry in DIVERGENCES. Its options are keyword-only; one out of range raises ValueError. The gradient with respect
+to the logits follows from the slope alone. Where outcomes are merged tokens, an f-divergence is a lower bound of its
+full-vocabulary value.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from math import factorial, isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.losses.coarse import Coarse
+
 HEAD_MASS = 0.5  # μ of AKL: the share of the teacher's mass that makes up the head
 
 
-@dataclass(frozen=True)
-class Coarse:
-    """Teacher p and student q over the same C outcomes: `num_entries` stored tokens, then the tail."""
-
-    log_p: Tensor  # [N, C]
-    log_q: Tensor  # [N, C]
-    counted: Tensor  # [N, C] bool; outcomes outside it (padding, an empty tail) contribute exactly 0
-    num_entries: int
-
-    @cached_property
-    def p(self) -> Tensor:
-        """Teacher mass of each counted outcome, [N, C]."""
-        return self.log_p.exp().masked_fill(~self.counted, 0.0)
-
-    @cached_property
-    def q(self) -> Tensor:
-        """Student mass of each counted outcome, [N, C]."""
-        return self.log_q.exp().masked_fill(~self.counted, 0.0)
-
-    @cached_property
-    def log_ratio(self) -> Tensor:
-        """r = log(q/p) of each counted outcome, [N, C]."""
-        return (self.log_q - self.log_p).masked_fill(~self.counted, 0.0)
-
-
-@dataclass(frozen=True)
-class DivergenceOptions:
-    """What some divergences need besides the two distributions."""
-
-    akl_split: str = "official"  # AKL: where the token that crosses HEAD_MASS goes, see AKL_SPLITS
-    beta: float = 1.0  # ToDi: steepness of its weight
-
-
-def forward_kl(coarse: Coarse, options: DivergenceOptions) -> tuple[Tensor, Tensor]:
+def forward_kl(coarse: Coarse) -> tuple[Tensor, Tensor]:
     """FKL, Σ p log(p/q). Hinton et al. 2015, arXiv 1503.02531."""
     return -(coarse.p * coarse.log_ratio).sum(1), -coarse.p
 
 
-def reverse_kl(coarse: Coarse, options: DivergenceOptions) -> tuple[Tensor, Tensor]:
+def reverse_kl(coarse: Coarse) -> tuple[Tensor, Tensor]:
     """RKL, Σ q log(q/p). Gu et al. 2024 (MiniLLM), arXiv 2306.08543."""
     q, r = coarse.q, coarse.log_ratio
     return (q * r).sum(1), q * (1 + r)
 
 
-def adaptive_kl(coarse: Coarse, options: DivergenceOptions) -> tuple[Tensor, Tensor]:
+def jeffreys(coarse: Coarse) -> tuple[Tensor, Tensor]:
+    """FKL + RKL, Σ (q−p) log(q/p). Jeffreys 1946, doi 10.1098/rspa.1946.0056."""
+    (forward, forward_slope), (reverse, reverse_slope) = forward_kl(coarse), reverse_kl(coarse)
+    return forward + reverse, forward_slope + reverse_slope
+
+
+def adaptive_kl(coarse: Coarse, *, akl_split: str = "official") -> tuple[Tensor, Tensor]:
     """AKL, w·FKL + (1−w)·RKL with w = g_head/(g_head+g_tail), no gradient through w. Wu et al., arXiv 2404.02657.
 
     The gap g is Σ|p−q| over the teacher's most probable tokens (the head) and over the rest. Only entries can be in
-    the head: the parts of the tail are no tokens. It is exact where the entries hold HEAD_MASS or more.
+    the head: the parts of the tail are no tokens. It is exact where the entries hold HEAD_MASS or more. `akl_split`
+    says where the token that crosses HEAD_MASS goes, see AKL_SPLITS.
     """
+    if akl_split not in AKL_SPLITS:
+        raise ValueError(f"akl_split is {akl_split!r}; accepted are {', '.join(AKL_SPLITS)}")
     k = coarse.num_entries
-    gap = (coarse.p - coarse.q).abs()  # [N, C]
+    gap = (coarse.p - coarse.q).abs().detach()  # [N, C]
     entry_p, order = coarse.p[:, :k].sort(dim=1, descending=True, stable=True)
     entry_gap = gap[:, :k].gather(1, order)
-    head = AKL_SPLITS[options.akl_split](entry_p.cumsum(1))
+    head = AKL_SPLITS[akl_split](entry_p.cumsum(1))
     head[:, :1] = True
     head_gap = (entry_gap * head).sum(1)
     rest_gap = (entry_gap * ~head).sum(1) + gap[:, k:].sum(1)
     w = head_gap / (head_gap + rest_gap).clamp_min(torch.finfo(gap.dtype).tiny)
 
-    forward, forward_slope = forward_kl(coarse, options)
-    reverse, reverse_slope = reverse_kl(coarse, options)
+    forward, forward_slope = forward_kl(coarse)
+    reverse, reverse_slope = reverse_kl(coarse)
     return w * forward + (1 - w) * reverse, w[:, None] * forward_slope + (1 - w[:, None]) * reverse_slope
 
 
-def token_wise_kl(coarse: Coarse, options: DivergenceOptions) -> tuple[Tensor, Tensor]:
+def token_wise_kl(coarse: Coarse, *, beta: float = 1.0) -> tuple[Tensor, Tensor]:
     """ToDi, Σ α p log(p/q) + (1−α) q log(q/p) with α = σ(β log(p/q)), no gradient through α.
 
     Jung et al. 2025, arXiv 2505.16297. At β = 1 the value is FKL + RKL; only the gradient differs.
     """
+    _check_finite("beta", beta)
     p, q, r = coarse.p, coarse.q, coarse.log_ratio
-    forward_weight, reverse_weight = torch.sigmoid(-options.beta * r), torch.sigmoid(options.beta * r)
+    forward_weight, reverse_weight = torch.sigmoid(-beta * r).detach(), torch.sigmoid(beta * r).detach()
     value = (reverse_weight * q * r - forward_weight * p * r).sum(1)
     return value, reverse_weight * q * (1 + r) - forward_weight * p
+
+
+def jensen_shannon(coarse: Coarse, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Generalised JSD, β·KL(p‖m) + (1−β)·KL(q‖m) with m = βp + (1−β)q, 0 < β < 1.
+
+    Agarwal et al. 2024 (GKD), arXiv 2306.13649. Divided by β it tends to FKL as β → 0, divided by 1−β to RKL as β → 1.
+    """
+    _check_finite("beta", beta)
+    if not 0 < beta < 1:
+        raise ValueError(f"beta is {beta}; it must lie strictly between 0 and 1 (in place of 0 and 1 use fkl and rkl)")
+    p, q, r = coarse.p, coarse.q, coarse.log_ratio
+    log_m_over_p, log_m_over_q = _log_mixture(r, beta), _log_mixture(-r, 1 - beta)
+    value = -(beta * p * log_m_over_p + (1 - beta) * q * log_m_over_q).sum(1)
+    return value, -(1 - beta) * q * log_m_over_q
+
+
+def skewed_forward_kl(coarse: Coarse, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+    """SFKL, KL(p ‖ skew·p + (1−skew)·q), 0 ≤ skew < 1. Ko et al. 2024 (DistiLLM), arXiv 2402.03898."""
+    _check_skew(skew)
+    p, r = coarse.p, coarse.log_ratio
+    log_m_over_p = _log_mixture(r, skew)
+    return -(p * log_m_over_p).sum(1), -(1 - skew) * p * (r - log_m_over_p).exp()
+
+
+def skewed_reverse_kl(coarse: Coarse, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+    """SRKL, KL(q ‖ (1−skew)·p + skew·q), 0 ≤ skew < 1. Ko et al. 2024 (DistiLLM), arXiv 2402.03898."""
+    _check_skew(skew)
+    q, r = coarse.q, coarse.log_ratio
+    log_m_over_q = _log_mixture(-r, skew)
+    p_over_m = (-r - log_m_over_q).exp()
+    return -(q * log_m_over_q).sum(1), q * ((1 - skew) * p_over_m - log_m_over_q)
+
+
+def total_variation(coarse: Coarse) -> tuple[Tensor, Tensor]:
+    """TVD, ½ Σ |p−q|. Wen et al. 2023 (f-distill), arXiv 2307.15190.
+
+    Its gradient has the sign of q−p and not its size: it does not fade as q nears p.
+    """
+    difference = coarse.q - coarse.p
+    return difference.abs().sum(1) / 2, coarse.q * difference.sign() / 2
+
+
+def alpha_beta(coarse: Coarse, *, alpha: float = 0.2, beta: float = 0.7) -> tuple[Tensor, Tensor]:
+    """α–β divergence, −1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)], and its limits where α, β or α+β is 0.
+
+    Cichocki et al. 2011, doi 10.3390/e13010134; Wang et al. 2025 (ABKD), arXiv 2505.04560, whose setting for following
+    instructions is the default. (1, 0) is FKL, (0, 1) is RKL. Only at α+β = 1 is it an f-divergence, so only there is
+    the value on merged outcomes a lower bound. Exponents below 0 grow without bound as a mass nears 0.
+
+    Both results are divided differences of exp, at the exponents of the three terms, which have no singular limits:
+    value = Σ r²·exp[log p^(α+β), log p^α q^β, log q^(α+β)] and u = r·exp[log p^α q^β, log q^(α+β)].
+    """
+    _check_finite("alpha", alpha)
+    _check_finite("beta", beta)
+    r = coarse.log_ratio
+    log_p = coarse.log_p.masked_fill(~coarse.counted, 0.0)
+    # Exponents of the three terms beside log p^(α+β), so that their distances are exact near r = 0.
+    exponents = torch.stack([torch.zeros_like(r), beta * r, (alpha + beta) * r])  # [3, N, C]
+    low, middle, high = exponents.sort(dim=0).values
+    value = r.square() * ((alpha + beta) * log_p + high).exp() * _second_difference(low - high, middle - high)
+    larger = torch.maximum(exponents[1], exponents[2])
+    slope = r * ((alpha + beta) * log_p + larger).exp() * _first_difference(-(alpha * r).abs())
+    return value.sum(1), slope
 
 
 def _crossing_token_in_rest(cumulative_mass: Tensor) -> Tensor:
@@ -111,11 +154,59 @@ AKL_SPLITS: dict[str, Callable[[Tensor], Tensor]] = {
     "todi": _crossing_token_in_head,
 }
 
-Divergence = Callable[[Coarse, DivergenceOptions], tuple[Tensor, Tensor]]
+
+def _log_mixture(log_ratio: Tensor, weight: float) -> Tensor:
+    """log(weight + (1−weight)·e^r): exactly 0 at r = 0, finite wherever r is, for 0 ≤ weight < 1."""
+    near = torch.log1p((1 - weight) * torch.expm1(log_ratio.clamp(-1, 1)))
+    constant = torch.full_like(log_ratio, weight).log()
+    far = torch.logaddexp(constant, log_ratio + torch.full_like(log_ratio, 1 - weight).log())
+    return torch.where(log_ratio.abs() <= 1, near, far)
+
+
+def _first_difference(x: Tensor) -> Tensor:
+    """exp[0, x] = (e^x − 1)/x for x ≤ 0, 1 at x = 0."""
+    x = x.clamp_max(-torch.finfo(x.dtype).tiny)
+    return torch.expm1(x) / x
+
+
+def _second_difference(x: Tensor, y: Tensor) -> Tensor:
+    """exp[0, y, x] = (exp[y, 0] − exp[x, y])/(0 − x) for x ≤ y ≤ 0, ½ at x = y = 0."""
+    wide = x < -0.5
+    far_x = torch.where(wide, x, -1.0)
+    far = (_first_difference(y) - y.exp() * _first_difference(x - y)) / -far_x
+    # Close together, where the quotient loses digits: Σ h_n(x, y)/(n+2)!, h_n = Σ_i x^i y^(n−i).
+    near_x, near_y = torch.where(wide, 0.0, x), torch.where(wide, 0.0, y)
+    power = symmetric = torch.ones_like(x)
+    near = symmetric / 2
+    for n in range(1, 14):
+        power = power * near_x
+        symmetric = power + near_y * symmetric
+        near = near + symmetric / factorial(n + 2)
+    return torch.where(wide, far, near)
+
+
+def _check_finite(option: str, received: Any) -> None:
+    if isinstance(received, bool) or not isinstance(received, int | float) or not isfinite(received):
+        raise ValueError(f"{option} is {received!r}; it must be a finite number")
+
+
+def _check_skew(skew: float) -> None:
+    _check_finite("skew", skew)
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew is {skew}; it must be at least 0 and below 1")
+
+
+Divergence = Callable[..., tuple[Tensor, Tensor]]
 
 DIVERGENCES: dict[str, Divergence] = {
     "fkl": forward_kl,
     "rkl": reverse_kl,
     "akl": adaptive_kl,
     "todi": token_wise_kl,
+    "jsd": jensen_shannon,
+    "jeffreys": jeffreys,
+    "sfkl": skewed_forward_kl,
+    "srkl": skewed_reverse_kl,
+    "tvd": total_variation,
+    "ab": alpha_beta,
 }

@@ -1,13 +1,8 @@
-"""The student's side: rows of logits → one log mass per outcome, and a gradient of those → one of the logits.
+"""The tail of a block of logits: its log masses, and then its gradient in the same memory. See blocks.py for the rest.
 
-Both directions work in place on a chunk of rows, so that no second [N, V] tensor ever exists. A log mass of an entry
-is its logit z_j, that of a part of the tail is the logsumexp a of the logits in it. Hence ∂a/∂z_j = exp(z_j − a), and
-with D = ∂L/∂(log masses)
-
-    ∂L/∂z_j = D_j for an entry,   D_a · exp(z_j − a) for a token of the tail.
-
-For a divergence with slope u over q = softmax(log masses), D = u − q·Σu. Nothing here divides by a student mass, so
-a tail that the student leaves all but empty is as exact as any other.
+With a = the logsumexp of the logits in a part of the tail, ∂a/∂z_j = exp(z_j − a), so a weight w on a gives the token
+j the gradient w·exp(z_j − a). The exponentials of the first step are kept in place for the second, and nothing divides
+by a student mass: a tail that the student leaves all but empty is as exact as any other.
 """
 
 from math import inf
@@ -15,66 +10,103 @@ from math import inf
 import torch
 from torch import Tensor
 
-# Chunks of 4 MB stay in a CPU's cache; on an accelerator 64 MB make the kernels long enough to hide their launches.
-CHUNK_ELEMENTS_CPU = 2**20
-CHUNK_ELEMENTS_ACCELERATOR = 2**24
+from trainer.losses.transform import LogitTransform
+
+UNDERFLOW = 1e-30  # share of the tail below which float32 exponentials, taken at one shift per row, lose a group
 
 
-def row_chunks(logits: Tensor) -> list[slice]:
-    """Cut the rows of logits [N, V] into chunks of bounded size."""
-    elements = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS_ACCELERATOR
-    rows = max(1, elements // max(1, logits.shape[1]))
-    return [slice(start, min(start + rows, len(logits))) for start in range(0, len(logits), rows)]
+class TorchTail:
+    """The tail of a block in plain torch, for any device. `kernels.TritonTail` is the same for CUDA."""
 
+    def __init__(
+        self,
+        block: Tensor,
+        transform: LogitTransform,
+        temperatures: tuple[float, ...],
+        tail_groups: Tensor | None,
+        num_groups: int,
+    ) -> None:
+        """block [n, V] floating, raw logits that hold −inf where a token is an entry; it becomes scratch memory.
 
-def log_masses_(
-    chunk: Tensor, token_ids: Tensor, stored: Tensor, tail_groups: Tensor | None, num_groups: int
-) -> tuple[Tensor, Tensor]:
-    """Log mass of every outcome, up to the row's normaliser, [n, k + G], and the largest tail logit [n].
+        temperatures: distinct.  tail_groups [V] int64 and their number, or None and 1.
+        """
+        self._block, self._transform, self._tail_groups = block, transform, tail_groups
+        logits = transform.apply(block.to(torch.promote_types(block.dtype, torch.float32)))
+        self._slope = transform.slope(logits)
+        if transform.softcap is not None:
+            logits = logits.masked_fill(block == -inf, -inf)
+        self.largest = logits.amax(1)  # [n], of the tail
+        self.log_masses: list[Tensor] = []  # of each temperature: [n, G], −inf where no token is left
+        self._exponentials: list[Tensor] = []
+        self._shifts: list[Tensor] = []
+        for index, temperature in enumerate(temperatures):
+            last = index == len(temperatures) - 1
+            tempered = logits if temperature == 1.0 else logits / temperature
+            scratch = tempered if last and tail_groups is None else torch.empty_like(tempered)
+            if tail_groups is None:
+                self._single(tempered, scratch)
+            else:
+                self._grouped(tempered, scratch, tail_groups, num_groups)
 
-    chunk [n, V] floating, overwritten. token_ids [n, k] int64, stored [n, k] bool. tail_groups [V] int64, or None for
-    a single group. A group without a token outside the entries has −inf.
-    """
-    entries = chunk.gather(1, token_ids.clamp_min(0)).masked_fill_(~stored, -inf)
-    _hide_entries_(chunk, token_ids, stored)
-    if tail_groups is None:
-        largest = chunk.amax(1, keepdim=True)
-        shift = _finite(largest)
-        tail = chunk.sub_(shift).exp_().sum(1, keepdim=True).log_().add_(shift)
-    else:
-        index = tail_groups.expand_as(chunk)
-        largest = chunk.new_full((len(chunk), num_groups), -inf).scatter_reduce_(1, index, chunk, "amax")
-        shift = _finite(largest)
-        chunk.sub_(shift.index_select(1, tail_groups)).exp_()
-        tail = torch.zeros_like(largest).scatter_add_(1, index, chunk).log_().add_(shift)
-    return torch.cat([entries, tail], dim=1), largest.amax(1)
+    def _single(self, logits: Tensor, scratch: Tensor) -> None:
+        """One logsumexp per row: torch's fused softmax, and the maximum before and after it."""
+        largest = logits.amax(1, keepdim=True)
+        torch.softmax(logits, 1, out=scratch)
+        log_mass = largest - scratch.amax(1, keepdim=True).log()
+        empty = largest == -inf
+        if bool(empty.any()):
+            scratch.masked_fill_(empty, 0.0)
+            log_mass = log_mass.masked_fill(empty, -inf)
+        self._keep(log_mass, scratch, log_mass)
 
+    def _grouped(self, logits: Tensor, scratch: Tensor, tail_groups: Tensor, num_groups: int) -> None:
+        """A segmented sum over the softmax; a block with a group far below its row is shifted group by group."""
+        largest = logits.amax(1, keepdim=True)
+        torch.softmax(logits, 1, out=scratch)
+        log_tail = largest - scratch.amax(1, keepdim=True).log()
+        index = tail_groups.expand_as(logits)
+        shares = logits.new_zeros(len(logits), num_groups).scatter_add_(1, index, scratch)
+        if bool((shares > UNDERFLOW).all()):
+            self._keep(shares.log() + log_tail, scratch, log_tail)
+            return
+        shift = _finite(logits.new_full(shares.shape, -inf).scatter_reduce_(1, index, logits, "amax"))
+        torch.sub(logits, shift.index_select(1, tail_groups), out=scratch).exp_()
+        sums = torch.zeros_like(shift).scatter_add_(1, index, scratch)
+        self._keep(sums.log() + shift, scratch, shift)
 
-def spread_gradient_(
-    chunk: Tensor,
-    token_ids: Tensor,
-    stored: Tensor,
-    tail_groups: Tensor | None,
-    tail_log_masses: Tensor,
-    outcome_grad: Tensor,
-) -> None:
-    """Overwrite a chunk of logits [n, V] with the gradient in them, given D = `outcome_grad` [n, k + G].
+    def _keep(self, log_masses: Tensor, exponentials: Tensor, shift: Tensor) -> None:
+        """exponentials [n, V] = exp(z − shift), shift [n, 1] or [n, G]."""
+        self.log_masses.append(log_masses)
+        self._exponentials.append(exponentials)
+        self._shifts.append(shift)
 
-    tail_log_masses [n, G] as `log_masses_` returned them; D is exactly 0 where an entry is padding.
-    """
-    k = token_ids.shape[1]
-    shift, weight = _finite(tail_log_masses), outcome_grad[:, k:]
-    if tail_groups is not None:
-        shift, weight = shift.index_select(1, tail_groups), weight.index_select(1, tail_groups)
-    _hide_entries_(chunk, token_ids, stored)
-    chunk.sub_(shift).exp_().mul_(weight)
-    chunk.scatter_add_(1, token_ids.clamp_min(0), outcome_grad[:, :k])
+    def write_gradient_(
+        self, weights: list[Tensor | None], labels: Tensor | None, label_weights: Tensor | None
+    ) -> None:
+        """Overwrite the block with Σ_T w_T·exp(z/T − a_T) − label weight at the label, times ∂z/∂raw; once only.
 
-
-def _hide_entries_(chunk: Tensor, token_ids: Tensor, stored: Tensor) -> None:
-    """Set the logits of the entries to −inf. Padding adds 0 to token 0, which may itself be an entry."""
-    minus_inf = torch.zeros_like(stored, dtype=chunk.dtype).masked_fill_(stored, -inf)
-    chunk.scatter_add_(1, token_ids.clamp_min(0), minus_inf)
+        weights: of each temperature, [n, G] or None for 0.  labels [n] int64: −1 where a row has none in the tail.
+        """
+        total = None
+        for weight, log_mass, exponentials, shift in zip(
+            weights, self.log_masses, self._exponentials, self._shifts, strict=True
+        ):
+            if weight is None:
+                continue
+            factor = weight * (shift - log_mass).masked_fill(log_mass == -inf, -inf).exp()
+            if self._tail_groups is not None:
+                factor = factor.index_select(1, self._tail_groups)
+            exponentials.mul_(factor)
+            total = exponentials if total is None else total.add_(exponentials)
+        if total is None:
+            total = torch.zeros_like(self._exponentials[0])
+        if labels is not None and label_weights is not None:
+            subtracted = -label_weights.masked_fill(labels < 0, 0.0).to(total.dtype)
+            total.scatter_add_(1, labels.clamp_min(0)[:, None], subtracted[:, None])
+        if isinstance(self._slope, Tensor) or self._slope != 1.0:
+            total.mul_(self._slope)
+        if total is not self._block:
+            self._block.copy_(total)
 
 
 def _finite(log_mass: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How the part of the teacher that was not stored becomes outcomes, at any temperature.
 
-Every treatment returns log p of the k entries and then of the tail's outcomes, [N, C], and which of them count.
+Every treatment is a function (targets, temperature, student) → Outcomes and an entry in TAILS. The student is asked
+for its logits by `cap` only.
 """
 
 from collections.abc import Callable
@@ -10,83 +11,203 @@ from math import inf
 import torch
 from torch import Tensor
 
+from trainer.losses.targets import TeacherTargets
+from trainer.losses.temperature import tempered
+from trainer.losses.transform import LogitTransform
+
 LOG_TAIL_FLOOR = -16.0  # nats; keeps log(q/p) of a tail that the teacher leaves all but empty finite
+FIRST_CAP_SEARCH = 64  # tokens among which the first attempt looks for those that the cap binds
 
 
 @dataclass(frozen=True)
-class TeacherTargets:
-    """What is known of the teacher at N positions; log masses in nats, T = 1, over its whole vocabulary."""
+class Outcomes:
+    """The teacher over K tokens and then the parts of the tail."""
 
-    token_ids: Tensor  # [N, k] integer, −1 pads
-    logprobs: Tensor  # [N, k], −inf pads
-    tail_logprob: Tensor  # [N] log(1 − Σ p)
-    tempered_tail: Tensor | None = None  # [N] s(1/T) = log Σ p^(1/T) over the tail, for the temperature in use
-    tail_groups: Tensor | None = None  # [V] integer, the group of each token id
-    group_logprobs: Tensor | None = None  # [N, G] log mass of each group outside the entries, may be −inf
+    token_ids: Tensor  # [N, K] int64, the stored entries first, −1 pads
+    log_p: Tensor  # [N, K + G]
+    counted: Tensor  # [N, K + G] bool
+    tail_groups: Tensor | None = None  # [V] which part of the tail a token is in; None where G is 1
+    estimated_p: Tensor | None = None  # [N, K + G] unbiased for p over all tokens, for what is linear in p
+
+
+@dataclass(frozen=True)
+class StudentRows:
+    """The student at the same positions, for treatments that look at it."""
+
+    raw: Tensor  # [N, V] before the transform
+    transform: LogitTransform
 
     @property
-    def stored(self) -> Tensor:
-        """Which entries hold a token, [N, k] bool; a token of probability 0 is left to the tail."""
-        return (self.token_ids >= 0) & (self.logprobs != -inf)
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.raw.shape[1]
+
+    def tail_log_q(self, targets: TeacherTargets, temperature: float) -> Tensor:
+        """Log of the student's share of the tail at T, float64 [N, V], −inf at the entries."""
+        logits = self.transform.apply(self.raw.double()) / temperature
+        is_entry = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+        is_entry.scatter_add_(1, targets.token_ids.clamp_min(0), targets.stored.int())
+        log_q = logits.masked_fill(is_entry > 0, -inf).log_softmax(1)
+        return log_q.masked_fill(is_entry > 0, -inf)  # without a tail, log_softmax gives NaN
 
 
-def bucket(targets: TeacherTargets, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def bucket(targets: TeacherTargets, temperature: float, student: StudentRows) -> Outcomes:
     """Give the whole tail one outcome: a lower bound of the full divergence, stationary at q = p."""
-    entries, tail = _tempered(targets, temperature)
-    return _outcomes(targets, entries, tail[:, None])
+    entries, tail, _ = tempered(targets, temperature)
+    return _outcomes(targets.token_ids, entries, tail)
 
 
-def groups(targets: TeacherTargets, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def groups(targets: TeacherTargets, temperature: float, student: StudentRows) -> Outcomes:
     """Give each group of tail tokens one outcome, T = 1 only: between the bucket and the full divergence."""
-    if targets.group_logprobs is None or targets.tail_groups is None:
-        raise ValueError("tail='groups' needs tail_groups [V] and group_logprobs [N, G]; without them use 'bucket'")
-    if temperature != 1.0:
-        raise ValueError(
-            f"tail='groups' is not possible at temperature {temperature:g}: at T ≠ 1 only the total of the tail is "
-            "known, not its groups; use tail='bucket'"
-        )
-    return _outcomes(targets, targets.logprobs, targets.group_logprobs)
+    assert targets.group_logprobs is not None
+    return _outcomes(targets.token_ids, targets.logprobs, targets.group_logprobs, targets.tail_groups)
 
 
-def ignore(targets: TeacherTargets, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def cap(targets: TeacherTargets, temperature: float, student: StudentRows) -> Outcomes:
+    """Give the tail the student's own shape, but no token more than the least probable entry: bucket ≤ cap ≤ full.
+
+    p̂ = min(c·q, p_k) off the entries with Σ p̂ = t, no gradient through p̂. Tokens under the cap share one ratio p̂/q,
+    so they are one outcome; those at the cap, which water-filling finds from the student's largest, are one each.
+    """
+    entries, tail, _ = tempered(targets, temperature)
+    log_q = student.tail_log_q(targets, temperature)
+    num_tokens = (student.vocabulary - targets.stored.sum(1)).clamp_min(1).to(tail.dtype)
+    least_entry = torch.cat([entries.masked_fill(~targets.stored, 0.0), torch.zeros_like(tail)[:, None]], 1).amin(1)
+    log_cap = torch.maximum(least_entry, tail - num_tokens.log())
+    searched = min(FIRST_CAP_SEARCH, student.vocabulary)
+    while True:
+        largest = log_q.topk(searched)
+        num_capped, found = _water_level(largest.values, log_cap, tail)
+        if searched == student.vocabulary or bool(found.all()):
+            break
+        searched = min(8 * searched, student.vocabulary)
+    width = int(num_capped.max())
+    is_capped = torch.arange(width, device=num_capped.device) < num_capped[:, None]
+    capped_ids = largest.indices[:, :width].masked_fill(~is_capped, -1)
+    rest = (tail.double().exp() - num_capped * log_cap.double().exp()).clamp_min(0.0).log().to(tail.dtype)
+    return _outcomes(
+        torch.cat([targets.token_ids, capped_ids], 1),
+        torch.cat([entries, log_cap[:, None].expand(-1, width)], 1),
+        torch.where(num_capped == 0, tail, rest),
+    )
+
+
+def samples(targets: TeacherTargets, temperature: float, student: StudentRows) -> Outcomes:
+    """Let tokens that were drawn from the tail join the entries: a tighter bucket for every divergence.
+
+    For what is linear in p (FKL) the draws also estimate the full vocabulary without bias: a token drawn c times of s
+    weighs t·c/s (RandomSamplingKD, arXiv 2503.16870, is the case without entries), at T ≠ 1 times its p_T / p.
+    """
+    assert targets.sample_ids is not None and targets.sample_logprobs is not None
+    entries, tail, log_total = tempered(targets, temperature)
+    ids, order = targets.sample_ids.sort(dim=1)
+    logprobs = targets.sample_logprobs.gather(1, order)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    drawn = first & (ids >= 0)
+    times = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)
+    num_draws = (ids >= 0).sum(1, keepdim=True).clamp_min(1)
+
+    tempered_logprobs = logprobs / temperature - log_total[:, None]
+    taken = tempered_logprobs.masked_fill(~drawn, -inf).logsumexp(1)
+    rest = torch.where(taken == -inf, tail, tail + torch.log1p(-(taken - tail).exp().clamp(max=1.0)))
+    weights = (tempered_logprobs - logprobs + targets.tail_logprob[:, None]).exp() * times / num_draws
+    return _outcomes(
+        torch.cat([targets.token_ids, ids.masked_fill(~drawn, -1)], 1),
+        torch.cat([entries, tempered_logprobs], 1),
+        rest,
+        estimated_p=torch.cat([entries.exp(), weights, torch.zeros_like(rest)[:, None]], 1),
+    )
+
+
+def ignore(targets: TeacherTargets, temperature: float, student: StudentRows) -> Outcomes:
     """Drop the tail's outcome and renormalise nothing. An ablation: not stationary at q = p."""
-    log_p, counted = bucket(targets, temperature)
-    counted[:, -1] = False
-    return log_p, counted
+    outcomes = bucket(targets, temperature, student)
+    outcomes.counted[:, -1] = False
+    return outcomes
 
 
-def renormalise(targets: TeacherTargets, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def renormalise(targets: TeacherTargets, temperature: float, student: StudentRows) -> Outcomes:
     """Spread the tail's mass over the entries, p / Σ p, and drop its outcome. An ablation like `ignore`."""
     entries = targets.logprobs.masked_fill(~targets.stored, -inf) / temperature
     entries = entries - entries.logsumexp(1, keepdim=True)
-    log_p, counted = _outcomes(targets, entries, targets.tail_logprob[:, None])
-    counted[:, -1] = False
-    return log_p, counted
+    outcomes = _outcomes(targets.token_ids, entries, targets.tail_logprob)
+    outcomes.counted[:, -1] = False
+    return outcomes
 
 
-TAILS: dict[str, Callable[[TeacherTargets, float], tuple[Tensor, Tensor]]] = {
+def uniform(targets: TeacherTargets, temperature: float, student: StudentRows) -> Outcomes:
+    """Give every tail token the same probability, and so an outcome of its own. An ablation like `ignore`.
+
+    It costs several tensors of the size of the block of logits.
+    """
+    entries, tail, _ = tempered(targets, temperature)
+    vocabulary = student.vocabulary
+    others = torch.arange(vocabulary + 1, device=tail.device).repeat(len(tail), 1)  # padding writes to the last column
+    others.scatter_(1, targets.token_ids.masked_fill(~targets.stored, vocabulary), -1)
+    num_tokens = (vocabulary - targets.stored.sum(1)).clamp_min(1).to(tail.dtype)
+    each = (tail.clamp_min(LOG_TAIL_FLOOR) - num_tokens.log())[:, None].expand(-1, vocabulary)
+    return _outcomes(torch.cat([targets.token_ids, others[:, :vocabulary]], 1), torch.cat([entries, each], 1), tail)
+
+
+Treatment = Callable[[TeacherTargets, float, StudentRows], Outcomes]
+
+TAILS: dict[str, Treatment] = {
     "bucket": bucket,
     "groups": groups,
+    "cap": cap,
+    "samples": samples,
     "ignore": ignore,
     "renormalise": renormalise,
+    "uniform": uniform,
 }
 
 
-def _outcomes(targets: TeacherTargets, entries: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = torch.cat([entries, tail.clamp_min(LOG_TAIL_FLOOR)], dim=1)
-    counted = torch.cat([targets.stored, torch.ones_like(tail, dtype=torch.bool)], dim=1)
-    return log_p, counted
+def check_tail(targets: TeacherTargets, tail: str, temperature: float, approximate: bool) -> None:
+    """Raise ValueError where the targets do not hold what a treatment needs.
 
-
-def _tempered(targets: TeacherTargets, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log p at T of the entries [N, k] and of the tail [N], normalised by A_T = logaddexp(LSE(log p / T), s(1/T))."""
-    if temperature == 1.0:
-        return targets.logprobs, targets.tail_logprob
-    if targets.tempered_tail is None:
+    approximate: what is missing at a temperature will be estimated.
+    """
+    if tail == "groups":
+        if targets.group_logprobs is None or targets.tail_groups is None:
+            raise ValueError("tail='groups' needs tail_groups [V] and group_logprobs [N, G]; without them use 'bucket'")
+        if temperature != 1.0:
+            raise ValueError(
+                f"tail='groups' is not possible at temperature {temperature:g}: at T ≠ 1 only the total of the tail is "
+                "known, not its groups; use tail='bucket'"
+            )
+    if tail == "samples" and (targets.sample_ids is None or targets.sample_logprobs is None):
+        raise ValueError("tail='samples' needs sample_ids [N, s] and sample_logprobs [N, s]; without them use 'bucket'")
+    if temperature != 1.0 and tail != "renormalise" and targets.tempered_tail is None and not approximate:
         raise ValueError(
             f"temperature {temperature:g} needs tempered_tail [N] = log Σ p^(1/{temperature:g}) over the tokens "
-            "outside the entries, which tail_logprob does not tell: capture it, or use temperature 1"
+            "outside the entries, which tail_logprob does not tell: capture it, use temperature 1, or give tail_entropy "
+            "[N] and approximate_temperature=True"
         )
-    entries = targets.logprobs.masked_fill(~targets.stored, -inf) / temperature
-    log_total = torch.logaddexp(entries.logsumexp(1), targets.tempered_tail)
-    return entries - log_total[:, None], targets.tempered_tail - log_total
+
+
+def _outcomes(
+    token_ids: Tensor,
+    tokens: Tensor,
+    tail: Tensor,
+    tail_groups: Tensor | None = None,
+    estimated_p: Tensor | None = None,
+) -> Outcomes:
+    """Outcomes of tokens [N, K] whose log p at the temperature are given, and of the tail, [N] or [N, G]."""
+    tail = tail.reshape(len(tail), -1).clamp_min(LOG_TAIL_FLOOR)
+    log_p = torch.cat([tokens, tail], dim=1)
+    counted = torch.cat([token_ids >= 0, torch.ones_like(tail, dtype=torch.bool)], dim=1)
+    return Outcomes(token_ids, log_p, counted, tail_groups, estimated_p)
+
+
+def _water_level(log_q: Tensor, log_cap: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the student's largest tail tokens the cap binds, [N], and whether those given are enough, [N] bool.
+
+    log_q: float64 [N, M], shares of the tail, descending. m tokens are at the cap where the next one, scaled like the
+    rest, stays below it: (t − m·cap) / (1 − Σ_m q) · q_{m+1} ≤ cap.
+    """
+    q, cap, t = log_q.exp(), log_cap.double().exp()[:, None], log_t.double().exp()[:, None]
+    m = torch.arange(q.shape[1], device=q.device)
+    before = q.cumsum(1) - q
+    holds = (t - m * cap) * q <= cap * (1 - before)
+    return torch.where(holds.any(1), holds.int().argmax(1), q.shape[1]), holds.any(1)

@@ -1,71 +1,94 @@
-"""Refuse arguments that cannot be meant, naming the tensor and the first row that is wrong."""
+"""Refuse arguments that cannot be meant, naming the tensor and the first position that is wrong."""
 
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from trainer.losses.divergences import AKL_SPLITS, DIVERGENCES, DivergenceOptions
-from trainer.losses.tail import TAILS, TeacherTargets
+from trainer.losses.registry import check_divergence
+from trainer.losses.settings import LossSettings
+from trainer.losses.tail import TAILS, check_tail
+from trainer.losses.targets import TeacherTargets
 
 # By how much Σp may exceed 1 and a log-probability 0: the rounding of targets that were stored in half precision
 # (bfloat16 moves the mass by up to 3e-3), and of any others.
 HALF_MASS_TOLERANCE = 5e-3
 MASS_TOLERANCE = 1e-4
 
+INDICES = ("token_ids", "tail_groups", "sample_ids", "labels")
 
-def check_settings(loss: str, tail: str, temperature: float, options: DivergenceOptions) -> None:
+
+def check_settings(settings: LossSettings) -> None:
     """Raise ValueError for a name that is not offered, or a number out of range."""
-    for setting, received, accepted in (
-        ("loss", loss, DIVERGENCES),
-        ("tail", tail, TAILS),
-        ("akl_split", options.akl_split, AKL_SPLITS),
-    ):
-        if received not in accepted:
-            raise ValueError(f"{setting} is {received!r}; accepted are {', '.join(accepted)}")
+    check_divergence(settings.loss, settings.loss_args)
+    if settings.tail not in TAILS:
+        raise ValueError(f"tail is {settings.tail!r}; accepted are {', '.join(TAILS)}")
+    temperature = settings.temperature
     if not (isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; it must be a positive number")
-    if not isfinite(options.beta):
-        raise ValueError(f"beta is {options.beta}; it must be a finite number")
 
 
-def check_shapes(logits: Tensor, targets: TeacherTargets, labels: Tensor | None, vocab_size: int | None) -> None:
-    """Raise ValueError where shapes or kinds of numbers do not agree; reads no data."""
-    if logits.ndim != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point [N, V], got {logits.dtype} {list(logits.shape)}")
-    n, columns = logits.shape
+def check_targets(
+    targets: TeacherTargets,
+    labels: Tensor | None,
+    settings: LossSettings,
+    num_positions: int,
+    columns: int,
+    *,
+    vocab_size: int | None,
+    validate: bool,
+) -> int:
+    """Return the teacher's vocabulary: `vocab_size`, or the columns that the student has.
+
+    Raise ValueError where shapes or kinds of numbers do not agree, something is missing and, with `validate`, for
+    values that no teacher gives; those are read, which waits for an accelerator.
+    """
     if vocab_size is not None and not 0 < vocab_size <= columns:
         raise ValueError(
-            f"vocab_size is {vocab_size} but logits have {columns} columns; the student needs a column for every "
-            "token of the teacher's vocabulary"
+            f"vocab_size is {vocab_size} but the student has {columns} columns; it needs one for every token of the "
+            "teacher's vocabulary"
         )
+    vocabulary = vocab_size or columns
+    _check_shapes(targets, labels, num_positions, vocabulary)
+    approximate = settings.approximate_temperature and targets.tail_entropy is not None
+    check_tail(targets, settings.tail, settings.temperature, approximate)
+    if validate:
+        _check_values(targets, labels, vocabulary)
+    return vocabulary
+
+
+def _check_shapes(targets: TeacherTargets, labels: Tensor | None, n: int, vocabulary: int) -> None:
     if targets.token_ids.ndim != 2:
         raise ValueError(f"token_ids must be [N, k], got {list(targets.token_ids.shape)}")
-    k = targets.token_ids.shape[1]
-    groups = targets.group_logprobs
-    num_groups = groups.shape[-1] if groups is not None and groups.ndim else 0
+    k, num_groups, num_samples = (
+        tensor.shape[1] if tensor is not None and tensor.ndim == 2 else 0
+        for tensor in (targets.token_ids, targets.group_logprobs, targets.sample_ids)
+    )
     expected = {
         "token_ids": (targets.token_ids, [n, k]),
         "logprobs": (targets.logprobs, [n, k]),
         "tail_logprob": (targets.tail_logprob, [n]),
         "tempered_tail": (targets.tempered_tail, [n]),
-        "tail_groups": (targets.tail_groups, [vocab_size or columns]),
-        "group_logprobs": (groups, [n, num_groups]),
+        "tail_entropy": (targets.tail_entropy, [n]),
+        "tail_groups": (targets.tail_groups, [vocabulary]),
+        "group_logprobs": (targets.group_logprobs, [n, num_groups]),
+        "sample_ids": (targets.sample_ids, [n, num_samples]),
+        "sample_logprobs": (targets.sample_logprobs, [n, num_samples]),
         "labels": (labels, [n]),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
         if list(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape} beside logits {[n, columns]}, got {list(tensor.shape)}")
-        integer = name in ("token_ids", "tail_groups", "labels")
-        if integer == (tensor.is_floating_point() or tensor.dtype == torch.bool):
-            kind = "integer" if integer else "floating point"
+            raise ValueError(
+                f"{name} must have shape {shape} beside {n} positions and {vocabulary} tokens, got {list(tensor.shape)}"
+            )
+        if (name in INDICES) == (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            kind = "integer" if name in INDICES else "floating point"
             raise ValueError(f"{name} must be {kind}, got {tensor.dtype}")
 
 
-def check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: int) -> None:
-    """Raise ValueError for values that no teacher gives; reads the data, so it waits for an accelerator."""
+def _check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: int) -> None:
     ids, logprobs = targets.token_ids, targets.logprobs
     accepted_ids = f"accepted are 0 … {vocabulary - 1}"
     _refuse(ids, (ids < -1) | (ids >= vocabulary), "token_ids", f"{accepted_ids}, and −1 for padding")
@@ -78,6 +101,7 @@ def check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: int
         ("logprobs", logprobs),
         ("tail_logprob", targets.tail_logprob),
         ("group_logprobs", targets.group_logprobs),
+        ("sample_logprobs", targets.sample_logprobs),
     ):
         if values is not None:
             _refuse(values, ~(values <= _tolerance(values)), name, "a log-probability is at most 0")
@@ -93,6 +117,12 @@ def check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: int
     if targets.tempered_tail is not None:
         tempered = targets.tempered_tail
         _refuse(tempered, ~(tempered < torch.inf), "tempered_tail", "it must be a number or −inf")
+    if targets.tail_entropy is not None:
+        entropy = targets.tail_entropy
+        known = targets.tail_logprob > -torch.inf
+        _refuse(entropy, known & ~entropy.isfinite(), "tail_entropy", "it must be a number")
+    if targets.sample_ids is not None:
+        _check_samples(targets.sample_ids, ids, vocabulary)
     if targets.tail_groups is not None and targets.group_logprobs is not None:
         num_groups, group_of = targets.group_logprobs.shape[1], targets.tail_groups
         _refuse(
@@ -103,6 +133,16 @@ def check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: int
         )
     if labels is not None:
         _refuse(labels, (labels < 0) | (labels >= vocabulary), "labels", accepted_ids)
+
+
+def _check_samples(sample_ids: Tensor, token_ids: Tensor, vocabulary: int) -> None:
+    wrong = (sample_ids < -1) | (sample_ids >= vocabulary)
+    _refuse(sample_ids, wrong, "sample_ids", f"accepted are 0 … {vocabulary - 1}, and −1 for padding")
+    entries = token_ids.long().sort(dim=1).values
+    if entries.shape[1]:
+        place = torch.searchsorted(entries, sample_ids.long()).clamp_max(entries.shape[1] - 1)
+        stored = (entries.gather(1, place) == sample_ids) & (sample_ids >= 0)
+        _refuse(sample_ids, stored, "sample_ids", "it is an entry already; samples come from the tail")
 
 
 def _refuse(values: Tensor, wrong: Tensor, name: str, why: str) -> None:

@@ -1,0 +1,60 @@
+"""Options of a divergence, from what a command line, a YAML file or Python gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from logitcache import UserError
+from trainer.losses.registry import options_of
+
+TRUTHS = {"true": True, "false": False}
+
+
+def parse_loss_args(loss: str, given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Name → value of the options that differ from their defaults, each of the default's type.
+
+    given: a mapping, a JSON object, or key=value,key=value. Raises UserError for text that is none of these, and for
+    values that are not of the type.
+    """
+    pairs = _pairs(given) if isinstance(given, str) else dict(given or {})
+    defaults = options_of(loss)
+    typed = {name: _typed(name, value, defaults.get(name)) for name, value in pairs.items()}
+    return {name: value for name, value in typed.items() if name not in defaults or value != defaults[name]}
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except ValueError as error:
+            raise UserError(f"--loss_args {text}: not JSON ({error})") from error
+    pairs = {}
+    for pair in filter(None, text.split(",")):
+        name, equals, value = pair.partition("=")
+        if not (name.strip() and equals):
+            raise UserError(
+                f"--loss_args {text}: {pair!r} is not key=value; beta=0.5 or alpha=0.2,beta=0.7 is expected"
+            )
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """A value in the type of an option's default."""
+    if isinstance(default, bool):
+        if str(value).lower() not in TRUTHS:
+            raise UserError(f"--loss_args {name}={value}: true or false is expected")
+        return TRUTHS[str(value).lower()]
+    if not isinstance(default, int | float):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--loss_args {name}={value}: a number is expected") from error
+    if isinstance(default, float):
+        return number
+    if not number.is_integer():
+        raise UserError(f"--loss_args {name}={value}: a whole number is expected")
+    return int(number)

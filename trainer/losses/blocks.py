@@ -1,0 +1,101 @@
+"""A block of logits [n, V]: the student's log mass of every outcome, and a gradient of those → one of the logits.
+
+The log mass of a token that is an outcome is its logit z_j, that of a part of the tail is the logsumexp a of the logits
+in it, see masses.py. With D = ∂L/∂(log masses)
+
+    ∂L/∂z_j = D_j for a token that is an outcome,   D_a · exp(z_j − a) for one of the tail.
+
+For a divergence with slope u over q = softmax(log masses), D = u − q·Σu.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.losses.masses import TorchTail
+from trainer.losses.transform import LogitTransform
+
+# On a CPU 4 MB at a time, which stay in its cache; on an accelerator enough to make the launches' cost vanish.
+BLOCK_ELEMENTS_CPU = 2**20
+BLOCK_ELEMENTS_ACCELERATOR = 2**27
+
+
+def row_blocks(logits: Tensor) -> list[slice]:
+    """Cut the rows of logits [N, V] into blocks that are worked on at once."""
+    elements = BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR
+    rows = max(1, elements // max(1, logits.shape[1]))
+    return [slice(start, min(start + rows, len(logits))) for start in range(0, len(logits), rows)]
+
+
+@cache
+def tail_implementation(device_type: str) -> Any:
+    """The class that works on the tail of blocks on a kind of device: the kernels on CUDA, else plain torch."""
+    if device_type == "cuda" and find_spec("triton"):
+        from trainer.losses import kernels
+
+        if kernels.SUPPORTED:
+            return kernels.TritonTail
+    return TorchTail
+
+
+class Block:
+    """Rows of raw logits, which it overwrites."""
+
+    log_masses: list[Tensor]  # of each temperature: [n, K + G], up to the row's normaliser; −inf where nothing is
+    largest: Tensor  # [n], largest logit
+    largest_tail: Tensor  # [n], largest logit of the tail
+    label_logits: Tensor | None  # [n]
+
+    def __init__(
+        self,
+        raw: Tensor,
+        token_ids: Tensor,
+        labels: Tensor | None,
+        transform: LogitTransform,
+        temperatures: tuple[float, ...],
+        tail_groups: Tensor | None,
+        num_groups: int,
+    ) -> None:
+        """raw [n, V] floating.  token_ids [n, K] int64, −1 pads.  labels [n] int64.  tail_groups [V] int64 or None."""
+        dtype = torch.promote_types(raw.dtype, torch.float32)
+        self._raw, self._token_ids, self._labels, self._transform = raw, token_ids, labels, transform
+        self._stored, self._columns = token_ids >= 0, token_ids.clamp_min(0)
+        self._entries = transform.apply(raw.gather(1, self._columns).to(dtype)).masked_fill_(~self._stored, -inf)
+        self.label_logits = None
+        if labels is not None:
+            self.label_logits = transform.apply(raw.gather(1, labels[:, None])[:, 0].to(dtype))
+        # Padding adds 0 to token 0, which may itself be an entry.
+        raw.scatter_add_(
+            1, self._columns, torch.zeros_like(self._entries, dtype=raw.dtype).masked_fill_(self._stored, -inf)
+        )
+        self._tail = tail_implementation(raw.device.type)(raw, transform, temperatures, tail_groups, num_groups)
+        self.log_masses = [
+            torch.cat([self._entries if temperature == 1.0 else self._entries / temperature, tail], dim=1)
+            for temperature, tail in zip(temperatures, self._tail.log_masses, strict=True)
+        ]
+        self.largest_tail = self._tail.largest
+        self.largest = torch.cat([self._entries, self.largest_tail[:, None]], dim=1).amax(1)
+
+    def write_gradient_(self, outcome_grads: list[Tensor | None], label_weights: Tensor | None) -> None:
+        """Overwrite the raw logits with Σ D·∂(log masses) − label_weights at the labels; once only.
+
+        outcome_grads: D of each temperature's log masses [n, K + G] times 1/T, or None for 0.  label_weights [n].
+        """
+        num_tokens = self._token_ids.shape[1]
+        given = [grad for grad in outcome_grads if grad is not None]
+        entry_grad = (
+            torch.stack([grad[:, :num_tokens] for grad in given]).sum(0) if given else torch.zeros_like(self._entries)
+        )
+        labels = None if label_weights is None else self._labels
+        if labels is not None and label_weights is not None:
+            is_label = self._token_ids == labels[:, None]
+            entry_grad = entry_grad - is_label * label_weights[:, None]
+            labels = labels.masked_fill(is_label.any(1), -1)
+        entry_grad = (entry_grad * self._transform.slope(self._entries)).masked_fill(~self._stored, 0.0)
+        tail_weights = [None if grad is None else grad[:, num_tokens:] for grad in outcome_grads]
+        self._tail.write_gradient_(tail_weights, labels, label_weights)
+        self._raw.scatter_add_(1, self._columns, entry_grad.to(self._raw.dtype))

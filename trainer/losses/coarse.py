@@ -1,0 +1,39 @@
+"""Two coarse distributions: one outcome per stored token (an entry), and then one per part of the tail."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """Teacher p and student q over the same C outcomes: `num_entries` stored tokens, then the tail.
+
+    A divergence is best written with `p`, `q` and `log_ratio`, which are exactly 0 where an outcome does not count,
+    with a gradient of exactly 0 there; so q/p is `log_ratio.exp()`, never a quotient.
+    """
+
+    log_p: Tensor  # [N, C] nats
+    log_q: Tensor  # [N, C] nats
+    counted: Tensor  # [N, C] bool; outcomes outside it (padding, an empty tail) contribute exactly 0
+    num_entries: int
+    estimated_p: Tensor | None = None  # [N, C] unbiased estimate that stands in for p (sampled tails)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Teacher mass of each counted outcome, [N, C]; the estimate of it where there is one."""
+        if self.estimated_p is not None:
+            return self.estimated_p.masked_fill(~self.counted, 0.0)
+        return self.log_p.masked_fill(~self.counted, -inf).exp()
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Student mass of each counted outcome, [N, C]."""
+        return self.log_q.masked_fill(~self.counted, -inf).exp()
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """r = log(q/p) of each counted outcome, [N, C] nats."""
+        return self.log_q.masked_fill(~self.counted, 0.0) - self.log_p.masked_fill(~self.counted, 0.0)

@@ -1,0 +1,162 @@
+"""The engine: a block of logits and what is known of the teacher there → the loss of each position, and its gradient.
+
+A logsumexp and a gather make k + G numbers of a row (blocks.py), any function of those is a divergence (registry.py),
+and one pass in place spreads its gradient over the row.
+"""
+
+from dataclasses import replace
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.losses.blocks import Block
+from trainer.losses.coarse import Coarse
+from trainer.losses.divergences import forward_kl, reverse_kl
+from trainer.losses.registry import evaluate_divergence
+from trainer.losses.settings import LossSettings
+from trainer.losses.tail import LOG_TAIL_FLOOR, TAILS, StudentRows
+from trainer.losses.targets import TeacherTargets
+from trainer.losses.temperature import approximate_tempered_tail
+from trainer.losses.transform import LogitTransform
+
+LINEAR_IN_P = ("fkl",)  # for these, tail samples give the full vocabulary without bias
+
+
+class DistillationTerms(NamedTuple):
+    """What one pass over the logits gives for each position."""
+
+    kd: Tensor  # [N] nats, the chosen divergence at the chosen temperature, not multiplied by T²
+    cross_entropy: Tensor | None  # [N] nats, of the labels at T = 1
+    fkl: Tensor  # [N] nats, with the bucket at T = 1, whatever the loss is
+    rkl: Tensor  # [N] nats, likewise
+    student_tail_mass: Tensor  # [N] student's mass outside the entries at T = 1
+    top1_agrees: Tensor  # [N] bool, no token is more probable to the student than the teacher's first
+    confidence: Tensor  # [N] probability of the student's first token at T = 1
+    top1_correct: Tensor | None  # [N] bool, no token is more probable to the student than the label
+
+
+class Readings:
+    """What the blocks of N positions leave behind, [N, k + 1] numbers, from which all terms follow at once."""
+
+    def __init__(self, targets: TeacherTargets, with_labels: bool) -> None:
+        """targets: as `for_arithmetic` gives them; they set dtype and device."""
+        self._targets = targets
+        num_positions, k = targets.token_ids.shape
+        self.kd = torch.empty_like(targets.tail_logprob)
+        self._log_masses = self.kd.new_empty(num_positions, k + 1)  # of the entries and the whole tail, at T = 1
+        self._largest = torch.empty_like(self.kd)
+        self._label_logits = torch.empty_like(self.kd) if with_labels else None
+
+    def write(self, rows: slice, block: "DistilledBlock") -> None:
+        """Fill in the readings of some positions."""
+        self.kd[rows] = block.kd
+        self._log_masses[rows] = block.bucket_log_masses(self._targets.token_ids.shape[1])
+        self._largest[rows] = block.largest
+        if self._label_logits is not None and block.label_logits is not None:
+            self._label_logits[rows] = block.label_logits
+
+    def terms(self) -> DistillationTerms:
+        """The terms of all positions."""
+        targets, log_masses, k = self._targets, self._log_masses, self._targets.token_ids.shape[1]
+        log_normaliser, label_logits = log_masses.logsumexp(1), self._label_logits
+        log_p = torch.cat([targets.logprobs, targets.tail_logprob[:, None].clamp_min(LOG_TAIL_FLOOR)], dim=1)
+        counted = torch.cat([targets.token_ids >= 0, log_masses[:, k:] != -inf], dim=1)
+        bucket = Coarse(log_p, log_masses.log_softmax(1), counted, k)
+        top1_agrees = torch.zeros_like(targets.tail_logprob, dtype=torch.bool)
+        if k:
+            first = targets.logprobs.argmax(1, keepdim=True)
+            first_logits = log_masses.gather(1, first)[:, 0]
+            top1_agrees = (first_logits >= self._largest) & (targets.token_ids >= 0).any(1)
+        return DistillationTerms(
+            kd=self.kd,
+            cross_entropy=None if label_logits is None else log_normaliser - label_logits,
+            fkl=forward_kl(bucket)[0],
+            rkl=reverse_kl(bucket)[0],
+            student_tail_mass=bucket.log_q[:, k].exp(),
+            top1_agrees=top1_agrees,
+            confidence=(self._largest - log_normaliser).exp(),
+            top1_correct=None if label_logits is None else label_logits >= self._largest,
+        )
+
+
+class DistilledBlock:
+    """A block of raw logits [n, V] with its divergence; overwrites the logits, in the end with their gradient."""
+
+    kd: Tensor  # [n]
+    largest: Tensor  # [n], largest logit
+    label_logits: Tensor | None  # [n]
+
+    def __init__(
+        self,
+        raw: Tensor,
+        targets: TeacherTargets,
+        labels: Tensor | None,
+        settings: LossSettings,
+        transform: LogitTransform,
+    ) -> None:
+        """targets: as `for_arithmetic` gives them.  labels [n] int64, or None."""
+        temperature = settings.temperature
+        if temperature != 1.0 and targets.tempered_tail is None and targets.tail_entropy is not None:
+            estimate = approximate_tempered_tail(targets, temperature, raw.shape[1])
+            targets = replace(targets, tempered_tail=estimate)
+        outcomes = TAILS[settings.tail](targets, temperature, StudentRows(raw, transform))
+        num_tokens = outcomes.token_ids.shape[1]
+        temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
+        self._temperature = temperature
+        self._block = block = Block(
+            raw,
+            outcomes.token_ids,
+            labels,
+            transform,
+            temperatures,
+            outcomes.tail_groups,
+            outcomes.log_p.shape[1] - num_tokens,
+        )
+        self._log_q = block.log_masses[0].log_softmax(1)  # [n, K + G] at T = 1
+        log_q = self._log_q if temperature == 1.0 else block.log_masses[1].log_softmax(1)
+
+        # A part of the tail that no token of the vocabulary is in does not count.
+        occupied = block.log_masses[-1] != -inf
+        occupied[:, :num_tokens] = True
+        estimated_p = outcomes.estimated_p if settings.loss in LINEAR_IN_P else None
+        coarse = Coarse(outcomes.log_p, log_q, outcomes.counted & occupied, num_tokens, estimated_p)
+        self.kd, slope = evaluate_divergence(settings.loss, coarse, settings.loss_args)
+        # With the student's tail in q even where the treatment does not count it.
+        self._kd_grad = (slope - log_q.exp() * slope.sum(1, keepdim=True)) / temperature
+        self.largest, self.label_logits = block.largest, block.label_logits
+
+    def bucket_log_masses(self, num_entries: int) -> Tensor:
+        """Log masses of the stored entries and of all other tokens together at T = 1, [n, k + 1]."""
+        log_masses = self._block.log_masses[0]
+        if log_masses.shape[1] == num_entries + 1:
+            return log_masses
+        tail = log_masses[:, num_entries:].logsumexp(1, keepdim=True)
+        return torch.cat([log_masses[:, :num_entries], tail], dim=1)
+
+    def write_gradient_(self, kd_weights: Tensor | float, ce_weights: Tensor | float) -> None:
+        """Overwrite the raw logits with the gradient of Σ kd_weights·kd + ce_weights·cross_entropy; once only.
+
+        Each is [n] or a number; a number 0 costs nothing.
+        """
+        at_one, at_temperature, label_weights = None, None, None
+        if not _is_zero(kd_weights):
+            at_temperature = self._kd_grad * _per_row(kd_weights)
+        if not _is_zero(ce_weights):
+            at_one = self._log_q.exp() * _per_row(ce_weights)
+            label_weights = torch.as_tensor(ce_weights, dtype=at_one.dtype, device=at_one.device).expand(len(at_one))
+        if self._temperature == 1.0:
+            given = [grad for grad in (at_one, at_temperature) if grad is not None]
+            grads: list[Tensor | None] = [given[0] + given[1] if len(given) == 2 else given[0] if given else None]
+        else:
+            grads = [at_one, at_temperature]
+        self._block.write_gradient_(grads, label_weights)
+
+
+def _is_zero(weights: Tensor | float) -> bool:
+    return not isinstance(weights, Tensor) and weights == 0
+
+
+def _per_row(weights: Tensor | float) -> Tensor | float:
+    return weights[:, None] if isinstance(weights, Tensor) else weights

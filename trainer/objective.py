@@ -1,0 +1,175 @@
+"""The loss of a batch: inside the model's own forward, so that its logits never exist, or from its logits.
+
+Either way a call gives (1) the objective summed over the batch's positions and (2) the terms of each position.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from logitcache import UserError
+from trainer.batches import Batch
+from trainer.head import Head, NoProjectionError, find_head, project, replaced_forward
+from trainer.losses.fused import Mixture, fused_distillation_terms
+from trainer.losses.sparse import distillation_terms
+from trainer.losses.targets import TeacherTargets
+from trainer.losses.terms import DistillationTerms
+from trainer.student import StoredLogits, model_inputs, stored_rows
+
+logger = logging.getLogger(__name__)
+
+
+class Objective(Protocol):
+    """Calls a model, as it is or wrapped, on a batch."""
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, targets: TeacherTargets, *, mixture: Mixture, **options: Any
+    ) -> tuple[Tensor, DistillationTerms]:
+        """Objective, summed over the positions, and their terms.
+
+        options: settings, vocab_size and validate of `fused_distillation_terms`. Raises UserError for targets that no
+        teacher gives.
+        """
+
+    def what_is_not_finite(self) -> str:
+        """Where the last call's NaN or infinity came from, in words; reads tensors."""
+
+
+def objective_of(model: PreTrainedModel, agree: Callable[[bool], bool] = bool) -> Objective:
+    """The fused objective, or where the model's head does not allow it, with a warning, the one from logits.
+
+    model: before anything wraps it.  agree: whether a statement holds on every rank.  Raises UserError for a model
+    whose positions are not those of its tokens.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError("PEFT's prompt learning puts tokens before each sequence and misplaces its positions: use LoRA")
+    head, reason = None, "another rank found no output projection"
+    try:
+        head = find_head(model)
+    except NoProjectionError as error:
+        reason = str(error)
+    if agree(head is not None) and head is not None:
+        return FusedObjective(model, head)
+    logger.warning(
+        "%s: the loss is computed from the logits, which takes memory for all of them at once: %s",
+        type(model).__name__,
+        reason,
+    )
+    return LogitsObjective(model)
+
+
+def teacher_targets(batch: Batch, tail_groups: Tensor | None = None) -> TeacherTargets:
+    """What a batch holds of the teacher. tail_groups: [V] the group of each token id."""
+    held = {field.name: batch[field.name] for field in fields(TeacherTargets) if field.name in batch}
+    return TeacherTargets(**held, tail_groups=tail_groups)
+
+
+class FusedObjective:
+    """For the time of a call the head computes the loss in place of logits, and the model returns it.
+
+    So the loss uses the parameters as the head has them in its forward (unsharded, in autocast's dtype), and its
+    gradient leaves through the outputs of both, where FSDP and DDP wait for it. The batch does not pass through the
+    model, which may round what it is given.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: Head) -> None:
+        self._model, self._head = model, head
+        self._loss: Callable[[Tensor], tuple[Tensor, DistillationTerms]] | None = None
+        self._original_forward: Callable[..., Any] = model.forward
+        self._total: Tensor | None = None
+        self._terms: DistillationTerms | None = None
+        self._hidden_sum = torch.zeros(())
+        self._forwards = self._model_forward, self._head_forward  # the same objects in every call, for torch.compile
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, targets: TeacherTargets, *, mixture: Mixture, **options: Any
+    ) -> tuple[Tensor, DistillationTerms]:
+        """See Objective."""
+
+        def loss(hidden: Tensor) -> tuple[Tensor, DistillationTerms]:
+            rows = stored_rows(hidden if self._head.keeps else hidden[:, batch["columns"]], batch)
+            self._hidden_sum = rows.detach().sum(dtype=torch.float32)
+            projection = project(self._head.module, rows, self._head.transform)
+            try:
+                return fused_distillation_terms(projection, targets, batch["labels"], mixture=mixture, **options)
+            except ValueError as error:
+                raise _unlearnable(error) from error
+
+        model_forward, head_forward = self._forwards
+        self._loss, self._original_forward = loss, self._model.forward
+        try:
+            with replaced_forward(self._model, model_forward), replaced_forward(self._head.module, head_forward):
+                total = model(**model_inputs(batch, self._head.keeps))
+            assert self._terms is not None
+            return total, self._terms
+        finally:
+            self._loss = self._total = self._terms = None
+
+    @torch.compiler.disable
+    def _head_forward(self, hidden: Tensor) -> Tensor:
+        """In place of logits a zero with the total's gradient, which no scale and no cap changes but by its slope."""
+        assert self._loss is not None
+        total, self._terms = self._loss(hidden)
+        self._total = total.detach()
+        return total.reshape(1, 1, 1) - self._total
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        zero = self._original_forward(*args, **kwargs).logits
+        assert self._total is not None
+        return self._total + zero.to(self._total).sum() / self._head.transform.scale
+
+    def what_is_not_finite(self) -> str:
+        """See Objective."""
+        found = []
+        if not self._hidden_sum.isfinite():
+            found.append("the hidden states that reach the output projection")
+        if not _all_finite(self._head.module):
+            found.append("the output projection's weight")
+        if found:
+            return " and ".join(found)
+        return "the logits (hidden states and the output projection's weight are finite) or the divergence"
+
+
+class LogitsObjective:
+    """From logits [N, V'] of the stored positions, which the model computes as ever."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._stored_logits = StoredLogits(model)
+        self._head = model.get_output_embeddings()
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, targets: TeacherTargets, *, mixture: Mixture, **options: Any
+    ) -> tuple[Tensor, DistillationTerms]:
+        """See Objective."""
+        logits = self._stored_logits(model, batch)
+        try:
+            terms = distillation_terms(logits, targets, batch["labels"], **options)
+        except ValueError as error:
+            raise _unlearnable(error) from error
+        assert terms.cross_entropy is not None
+        weighted = ((mixture.ce_factor, terms.cross_entropy), (mixture.kd_factor, terms.kd))
+        # A term of weight 0 costs no backward pass.
+        return torch.stack([factor * term.sum() for factor, term in weighted if factor > 0]).sum(), terms
+
+    def what_is_not_finite(self) -> str:
+        """See Objective."""
+        if self._head is not None and not _all_finite(self._head):
+            return "the output projection's weight"
+        return "the logits or the divergence"
+
+
+def _unlearnable(error: ValueError) -> UserError:
+    return UserError(f"the cache holds a batch that no teacher gives: {error}")
+
+
+def _all_finite(module: nn.Module) -> bool:
+    """Whether a module's parameters hold numbers only, as far as this rank has them."""
+    local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in module.parameters()]
+    return all(bool(tensor.isfinite().all()) for tensor in local)
