@@ -70,7 +70,7 @@ FULL_LOGITS = ("cross-entropy, full logits", "top-k KL, full logits", "full-voca
 CPU_SHAPES = (
     Shape(151_936, 4096, 1024, 3, CORE),
     Shape(151_936, 1024, 1024, 1, ("jsd", "jeffreys", "sfkl", "srkl", "tvd", "ab", "todi, *", *FULL_LOGITS)),
-    Shape(32_000, 1024, 1024, 3, (*CORE, "todi, *", *FULL_LOGITS)),
+    Shape(32_000, 1024, 1024, 3, (*CORE, "todi, groups*", *FULL_LOGITS)),
 )
 CUDA_SHAPES = (Shape(151_936, 8192, 4096, 10), Shape(151_936, 32_768, 4096, 10))
 
@@ -243,13 +243,14 @@ def measure(name: str, rows: dict[str, Row], folder: Path, device: str, repeats:
     step = step.first(len(step.hidden))
     yardstick = yardstick_name(device)
     prepare, prepare_yardstick = rows[name].prepare, rows[yardstick].prepare
-    warm_up = step if device == "cuda" else step.first(WARM_UP_POSITIONS)
+    warm_up = step.first(len(step.hidden) if device == "cuda" else WARM_UP_POSITIONS)
     prepare_yardstick(warm_up)()
     prepare(warm_up)()
     del warm_up
     run, run_yardstick = prepare(step), prepare_yardstick(step)
 
     def timed(run: Run) -> float:
+        step.hidden.grad = step.weight.grad = None
         _synchronise(device)
         began = time.perf_counter()
         run()
@@ -258,17 +259,13 @@ def measure(name: str, rows: dict[str, Row], folder: Path, device: str, repeats:
 
     times: list[float] = []
     yardstick_times: list[float] = []
-    step.hidden.grad = step.weight.grad = None
     peak = peak_beyond(lambda: times.append(timed(run)), device)
-    grads = [tensor.grad for tensor in (step.hidden, step.weight) if tensor.grad is not None]
-    extra_bytes = peak - sum(grad.nbytes for grad in grads)
-    del grads
+    extra_bytes = peak - sum(tensor.grad.nbytes for tensor in (step.hidden, step.weight) if tensor.grad is not None)
     for repeat in range(repeats):
-        for runner, taken in ((run, times), (run_yardstick, yardstick_times)):
-            step.hidden.grad = step.weight.grad = None
-            if (runner is run and repeat == 0) or (runner is run_yardstick and name == yardstick):
-                continue  # was timed above; needs no comparison
-            taken.append(timed(runner))
+        if repeat > 0:  # the first was timed above
+            times.append(timed(run))
+        if name != yardstick:
+            yardstick_times.append(timed(run_yardstick))
     seconds = statistics.median(times)
     return Measured(seconds, statistics.median(yardstick_times or [seconds]), extra_bytes)
 
@@ -376,6 +373,13 @@ def main() -> None:
                 largest.repeats,
             ),
         )
+    names = list(rows_of(options.k, options.groups))
+    for pattern in options.losses:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            parser.error(f"--losses {pattern!r} matches no row; there are: {'; '.join(names)}")
+    most = max(options.k, *NUM_ENTRIES)
+    if any(shape.vocab_size <= most for shape in shapes):
+        parser.error(f"--vocab must exceed the {most} entries that a row stores")
     where = torch.cuda.get_device_name() if device == "cuda" else f"{machine()}, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}; λ = {KD_WEIGHT}")
     for shape in shapes:

@@ -63,11 +63,17 @@ def _fit(argv: Sequence[str]) -> int:
     from trainer.fit import fit, prepare
 
     run = prepare(config)
+    width = max(map(len, run.choices))
+
+    def tell(choices: Mapping[str, str]) -> None:
+        if config.process_index == 0:
+            print(_lines(choices, width), flush=True)
+
+    tell(run.choices)
     if config.process_index == 0:
-        print(_lines(run.choices), flush=True)
         for warning in run.warnings:
             print(f"trainer: warning: {warning}", file=sys.stderr)
-    outcome = fit(run)
+    outcome = fit(run, tell)
     if config.process_index != 0:
         return 0
     if outcome.stopped_at:
@@ -150,8 +156,7 @@ def _quieten() -> None:
         logging.disable_progress_bar()
 
 
-def _lines(pairs: Mapping[str, str]) -> str:
-    width = max(map(len, pairs))
+def _lines(pairs: Mapping[str, str], width: int) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs.items())
 
 

@@ -21,7 +21,7 @@ from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
 from trainer.losses.terms import DistillationTerms
 from trainer.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
-from trainer.objective import objective_of, teacher_targets
+from trainer.objective import Objective, objective_of, teacher_targets
 from trainer.student import check_student
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class DistillTrainer(Trainer):
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise UserError("tensor, context and sequence parallelism are not supported: use data parallelism or FSDP")
         with self.accelerator.autocast():
-            self._objective = objective_of(model, self._on_every_rank)
+            self.objective: Objective = objective_of(model, self._on_every_rank)
         self._cache = cache
         groups = cache.tail_groups if self.tail == "groups" else None
         self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)
@@ -147,7 +147,7 @@ class DistillTrainer(Trainer):
         if not torch.isfinite(loss):
             raise UserError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()}: NaN or infinity is in "
-                f"{self._objective.what_is_not_finite()}. Lower --learning_rate, add --warmup_steps, or train with "
+                f"{self.objective.what_is_not_finite()}. Lower --learning_rate, add --warmup_steps, or train with "
                 "--bf16 in place of --fp16, from the last checkpoint before this step"
             )
         return loss
@@ -159,7 +159,7 @@ class DistillTrainer(Trainer):
         args = self.args
         weight = args.kd_weight
         assert isinstance(args.loss_args, dict)
-        result = self._objective(
+        result = self.objective(
             model,
             batch,
             teacher_targets(batch, self._tail_groups if tail == "groups" else None),

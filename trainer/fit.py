@@ -98,8 +98,11 @@ def prepare(config: DistillConfig) -> Run:
     return Run(config, cache, eval_cache, model_config, tokenizer, choices, warnings, checkpoint)
 
 
-def fit(run: Run) -> Outcome:
-    """Trains, saves model, tokenizer and run.json in --output_dir, evaluates into eval.json beside them."""
+def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
+    """Trains, saves model, tokenizer and run.json in --output_dir, evaluates into eval.json beside them.
+
+    tell: is given the one choice that waits for the model.
+    """
     config = run.config
     assert config.student and config.output_dir
     set_seed(config.seed)
@@ -114,13 +117,15 @@ def fit(run: Run) -> Outcome:
         callbacks=[interrupt] if config.world_size == 1 else [],
     )
     use_short_lines(trainer)
+    computed = {"computed": trainer.objective.description}
+    tell(computed)
     output = Path(config.output_dir)
     if config.should_save:
         output.mkdir(parents=True, exist_ok=True)
         if run.checkpoint is None:
             for name in (EVALUATION_NAME, STATE_NAME):  # of a former run in this folder
                 (output / name).unlink(missing_ok=True)
-        write_json(output / RUN_NAME, _record(run, trainer.tail, model.num_parameters()))
+        write_json(output / RUN_NAME, _record(run, trainer.tail, model.num_parameters(), computed))
     trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = trainer.state.global_step
     if interrupt.requested and steps < trainer.state.max_steps:
@@ -169,13 +174,13 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self._before)
 
 
-def _record(run: Run, tail: str, num_parameters: int) -> dict[str, Any]:
+def _record(run: Run, tail: str, num_parameters: int, computed: dict[str, str]) -> dict[str, Any]:
     return {
         "settings": json.loads(run.config.to_json_string()),
         "tail": tail,
         "cache": cache_record(run.cache),
         "student": {"name": run.config.student, "num_parameters": num_parameters},
-        "choices": run.choices,
+        "choices": run.choices | computed,
         "warnings": run.warnings,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}
         | {"logitcache": logitcache.__version__},

@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
-    """Calls a model, as it is or wrapped, on a batch."""
+    """Calls a model, as it is or wrapped, on a batch. description: how it computes the loss, for people."""
+
+    description: str
 
     def __call__(
         self, model: nn.Module, batch: Batch, targets: TeacherTargets, *, mixture: Mixture, **options: Any
@@ -78,6 +80,8 @@ class FusedObjective:
     gradient leaves through the outputs of both, where FSDP and DDP wait for it. The batch does not pass through the
     model, which may round what it is given.
     """
+
+    description = "fused with the output projection; the logits of a batch never exist"
 
     def __init__(self, model: PreTrainedModel, head: Head) -> None:
         self._model, self._head = model, head
@@ -139,6 +143,8 @@ class FusedObjective:
 
 class LogitsObjective:
     """From logits [N, V'] of the stored positions, which the model computes as ever."""
+
+    description = "from the logits, which exist for a whole batch"
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._stored_logits = StoredLogits(model)

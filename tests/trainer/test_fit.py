@@ -69,6 +69,15 @@ def test_from_scratch_draws_other_weights_for_another_seed(
     assert not first.equal(AutoModelForCausalLM.from_pretrained(student_folder).lm_head.weight)
 
 
+def test_it_is_said_and_kept_how_the_loss_is_computed(
+    cache: LogitCache, student_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--cache", cache.path, "--student", student_folder, "--output_dir", str(tmp_path / "run")]
+    assert main(["fit", *options, "--use_cpu", "--max_steps", "1"]) == 0
+    assert "computed        fused with the output projection" in capsys.readouterr().out
+    assert "fused" in json.loads((tmp_path / "run" / "run.json").read_text())["choices"]["computed"]
+
+
 def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
