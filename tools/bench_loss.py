@@ -32,7 +32,7 @@ from measure import TrainingStep, available_bytes, machine, peak_beyond, synthet
 from torch import Tensor
 
 from trainer import fused_linear_divergence
-from trainer.losses.fused import MIN_CHUNK_ELEMENTS, _accumulate
+from trainer.losses.fused import accumulate_product, rows_per_chunk
 from trainer.losses.registry import divergence_names
 from trainer.table import aligned
 
@@ -69,7 +69,7 @@ CORE = ("todi", "fkl", "rkl", "akl")
 FULL_LOGITS = ("cross-entropy, full logits", "top-k KL, full logits", "full-vocabulary KL, full logits")
 CPU_SHAPES = (
     Shape(151_936, 4096, 1024, 3, CORE),
-    Shape(151_936, 1024, 1024, 1, ("jsd", "jeffreys", "sfkl", "srkl", "tvd", "ab", "todi, *", *FULL_LOGITS)),
+    Shape(151_936, 1024, 1024, 3, ("jsd", "jeffreys", "sfkl", "srkl", "tvd", "ab", "todi, *", *FULL_LOGITS)),
     Shape(32_000, 1024, 1024, 3, (*CORE, "todi, groups*", *FULL_LOGITS)),
 )
 CUDA_SHAPES = (Shape(151_936, 8192, 4096, 10), Shape(151_936, 32_768, 4096, 10))
@@ -88,7 +88,7 @@ def chunked_cross_entropy(step: TrainingStep) -> Run:
         sums = torch.promote_types(weight.dtype, torch.float32)
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=sums)
         scaled = hidden / positions
-        rows = max(1, max(MIN_CHUNK_ELEMENTS, hidden.numel()) // vocab_size)
+        rows = rows_per_chunk(hidden, vocab_size)
         memory = hidden.new_empty(min(rows, positions), vocab_size)
         loss = torch.zeros((), dtype=sums, device=hidden.device)
         for start in range(0, positions, rows):
@@ -99,7 +99,7 @@ def chunked_cross_entropy(step: TrainingStep) -> Run:
             loss -= logits.gather(1, chunk_labels).to(sums).log().sum()
             logits.scatter_add_(1, chunk_labels, logits.new_full(chunk_labels.shape, -1.0))
             torch.mm(logits, weight, out=hidden_grad[chunk])
-            _accumulate(weight_grad, logits, scaled[chunk])
+            accumulate_product(weight_grad, logits, scaled[chunk])
         step.hidden.grad, step.weight.grad = hidden_grad.div_(positions), weight_grad.to(weight.dtype)
 
     return run

@@ -152,6 +152,8 @@ def synthetic_step(
     """
     import torch
 
+    from logitcache.capture.partition import rank_bands
+
     vocab_size, positions, hidden_size = shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -161,7 +163,9 @@ def synthetic_step(
     hidden = normal(positions, hidden_size)
     teacher_hidden = (AGREEMENT * hidden + sqrt(1 - AGREEMENT**2) * normal(positions, hidden_size)).to(dtype)
     weight = normal(vocab_size, hidden_size).mul_(SHARPNESS * sqrt(2 * log(vocab_size) / hidden_size)).to(dtype)
-    tail_groups = torch.randint(num_groups, (vocab_size,), generator=generator, device=device)
+    rows = max(1, 2**25 // vocab_size)
+    mean = (teacher_hidden[:rows] @ weight.t()).float().softmax(1).mean(0)
+    tail_groups = torch.from_numpy(rank_bands(mean.cpu().numpy(), num_groups)).long().to(device)
 
     def stored(log_p: Tensor, k: int) -> dict[str, Tensor]:
         logprobs, token_ids = log_p.topk(k)
@@ -180,7 +184,6 @@ def synthetic_step(
         }
 
     labels, entropies, parts = [], [], []
-    rows = max(1, 2**25 // vocab_size)
     for teacher_rows in teacher_hidden.split(rows):
         log_p = (teacher_rows @ weight.t()).float().log_softmax(1)
         entropies.append(-(log_p.exp() * log_p).sum(1))

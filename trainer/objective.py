@@ -89,7 +89,7 @@ class FusedObjective:
         self._original_forward: Callable[..., Any] = model.forward
         self._total: Tensor | None = None
         self._terms: DistillationTerms | None = None
-        self._hidden_sum = torch.zeros(())
+        self._hidden_sum = self._confidence_sum = torch.zeros(())
         self._forwards = self._model_forward, self._head_forward  # the same objects in every call, for torch.compile
 
     def __call__(
@@ -112,6 +112,7 @@ class FusedObjective:
             with replaced_forward(self._model, model_forward), replaced_forward(self._head.module, head_forward):
                 total = model(**model_inputs(batch, self._head.keeps))
             assert self._terms is not None
+            self._confidence_sum = self._terms.confidence.sum()
             return total, self._terms
         finally:
             self._loss = self._total = self._terms = None
@@ -138,7 +139,9 @@ class FusedObjective:
             found.append("the output projection's weight")
         if found:
             return " and ".join(found)
-        return "the logits (hidden states and the output projection's weight are finite) or the divergence"
+        if not self._confidence_sum.isfinite():
+            return "the logits, whose hidden states and output projection are finite"
+        return "the divergence, though the logits are finite: a stored token has probability 0 for the student"
 
 
 class LogitsObjective:

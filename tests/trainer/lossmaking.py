@@ -226,7 +226,7 @@ def value_and_gradient(path: str, logits: Tensor, **arguments: Any) -> tuple[Ten
     The fused way takes the logits as hidden states, and the identity as output projection.
     """
     device = "cuda" if path == "kernel" and not INTERPRETED else "cpu"
-    logits = logits.detach().clone().to(device).requires_grad_()
+    logits = logits.detach().clone().to(device).requires_grad_()  # keeps the order of memory
     arguments = {name: a.to(device) if isinstance(a, Tensor) else a for name, a in arguments.items()}
     if path == "fused":
         held = {name: arguments.pop(name) for name in list(arguments) if name in TeacherTargets.__dataclass_fields__}

@@ -1,7 +1,9 @@
 """The loss fused with the output projection, against the same loss on logits that autograd made."""
 
+import inspect
 import itertools
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from test_sparse import LargestTensors
 from torch import Tensor
 
 import trainer
-from trainer.losses import fused
+from trainer.losses import fused, registry
 from trainer.losses.coarse import Coarse
 from trainer.losses.fused import Mixture, Projection, fused_distillation_terms
 from trainer.losses.settings import LossSettings
@@ -219,7 +221,7 @@ def test_a_projection_of_several_maps_is_their_sum() -> None:
 
 def test_a_frozen_projection_gets_no_gradient_and_costs_none(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _ = student(5)
-    monkeypatch.setattr(fused, "_accumulate", lambda *arguments: pytest.fail("∂W of a frozen weight was formed"))
+    monkeypatch.setattr(fused, "accumulate_product", lambda *arguments: pytest.fail("∂W of a frozen weight was formed"))
     loss = trainer.fused_linear_divergence(hidden, weight.detach(), None, labels=labels_of(5), **teacher_of(5))
     expected = unfused(hidden, weight, None, labels_of(5), 0.5, **teacher_of(5))
     assert_same(loss, expected, (hidden,))
@@ -244,8 +246,16 @@ def test_a_second_backward_gives_the_same_where_the_first_kept_the_graph_and_is_
     second = torch.autograd.grad(loss, parameters)
     for doubled, gradient in zip(first, second, strict=True):
         torch.testing.assert_close(doubled, 2 * gradient)
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
+    total, _ = fused_distillation_terms(
+        Projection([parameters[:2]], parameters[2]),
+        TeacherTargets(**arguments),
+        labels_of(5),
+        mixture=Mixture(0.5, 0.5),
+        settings=LossSettings(),
+    )
+    total.backward()
+    with pytest.raises(RuntimeError, match=r"used up by the first; give that one retain_graph=True"):
+        total.backward()
 
 
 # Precision.
@@ -283,10 +293,13 @@ def test_the_weights_gradient_is_summed_in_float32_over_many_chunks(monkeypatch:
         "logprobs": torch.zeros(rows, 1),
         "tail_logprob": torch.full((rows,), -inf),
     }
-    loss = trainer.fused_linear_divergence(hidden, weight, None, loss="fkl", num_items=1, **targets)
+    bias = torch.zeros(4, dtype=torch.bfloat16, requires_grad=True)
+    loss = trainer.fused_linear_divergence(hidden, weight, bias, loss="fkl", num_items=1, **targets)
     loss.backward()
     assert weight.grad is not None
     assert weight.grad[0].item() == pytest.approx(-750, rel=1e-2)
+    assert bias.grad is not None
+    assert bias.grad[0].item() == pytest.approx(-750, rel=1e-2)
 
 
 def test_autocast_runs_the_products_in_its_dtype_and_keeps_the_weights_gradient_in_float32() -> None:
@@ -301,6 +314,13 @@ def test_autocast_runs_the_products_in_its_dtype_and_keeps_the_weights_gradient_
     for close, gradient in zip(torch.autograd.grad(received, (hidden, weight, bias)), exact, strict=True):
         assert close.dtype == torch.float32
         assert (close - gradient).norm() < 2e-2 * gradient.norm()
+
+
+def test_float64_is_left_alone_under_autocast() -> None:
+    parameters, arguments = student(4), teacher_of(4)
+    expected = trainer.fused_linear_divergence(*parameters, labels=labels_of(4), **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(trainer.fused_linear_divergence(*parameters, labels=labels_of(4), **arguments), expected)
 
 
 # Memory.
@@ -359,6 +379,12 @@ def test_not_a_number_is_not_hidden() -> None:
         ({"logit_softcap": -1.0}, r"logit_softcap is -1"),
         ({"vocab_size": 12}, r"vocab_size is 12 but the student has 11 columns"),
         ({"loss": "kl"}, r"loss is 'kl'; accepted are fkl, rkl"),
+        ({"num_items": 0}, r"num_items is 0; it must be the positive number"),
+        ({"logit_scale": inf}, r"logit_scale is inf"),
+        ({"temperature": "2"}, r"temperature is '2'; it must be a positive number"),
+        ({"tail_logprob": torch.zeros(3, device="meta")}, r"tail_logprob is on meta, the student on cpu"),
+        ({"labels": torch.tensor([-100, 0, 0]), "logprobs": torch.zeros(5, 11)}, r"logprobs must have shape \[3, 11\]"),
+        ({"labels": torch.tensor([-100, 0, 12])}, r"labels\[2\] is 12: accepted are 0 … 10"),
         ({"temprature": 2.0}, r"loss 'todi' takes beta; got temprature"),
         ({"tail_logprob": torch.zeros(3)}, r"logprobs and tail_logprob in row 0 hold a probability of 1\."),
     ],
@@ -368,6 +394,57 @@ def test_arguments_that_cannot_be_meant_are_refused(changes: dict[str, Any], mes
     arguments = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels_of(3), **teacher_of(3)}
     with pytest.raises(ValueError, match=message):
         trainer.fused_linear_divergence(**{**arguments, **changes})
+
+
+def test_what_an_ignored_position_holds_does_not_matter_and_the_others_keep_their_names() -> None:
+    parameters, arguments = student(4), teacher_of(4)
+    labels = labels_of(4).masked_fill(torch.tensor([False, True, False, False]), -100)
+    expected = trainer.fused_linear_divergence(*parameters, labels=labels, **arguments)
+    spoilt = {
+        **arguments,
+        "token_ids": arguments["token_ids"].clone(),
+        "tail_logprob": arguments["tail_logprob"].clone(),
+    }
+    spoilt["token_ids"][1], spoilt["tail_logprob"][1] = 99, float("nan")
+    assert torch.equal(trainer.fused_linear_divergence(*parameters, labels=labels, **spoilt), expected)
+    spoilt["token_ids"][2, 1] = 99
+    with pytest.raises(ValueError, match=r"token_ids\[2, 1\] is 99"):
+        trainer.fused_linear_divergence(*parameters, labels=labels, **spoilt)
+
+
+def test_a_mixture_with_cross_entropy_needs_labels() -> None:
+    hidden, weight, _ = student(3)
+    with pytest.raises(ValueError, match="cross-entropy, which needs labels"):
+        fused_distillation_terms(
+            Projection([(hidden, weight)]),
+            TeacherTargets(**teacher_of(3)),
+            None,
+            mixture=Mixture(0.5, 0.5),
+            settings=LossSettings(),
+        )
+
+
+def test_the_readmes_own_divergence_runs_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.losses.registry._registered", {})
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = readme[readme.index("@trainer.register_divergence") :]
+    definition, call = code[: code.index("```")].rsplit("\n\n", 1)
+    assert len(code[: code.index("```")].strip().splitlines()) < 10
+    exec(definition, {"trainer": trainer})
+    parameters, arguments = student(5), teacher_of(5)
+    scope = {"trainer": trainer, "given": {"hidden": parameters[0], "weight": parameters[1], "bias": None, **arguments}}
+    assert eval(call.strip().replace("...", "**given"), scope).requires_grad
+
+
+def test_no_option_of_a_divergence_can_be_called_like_an_argument_of_the_losses() -> None:
+    for function in (trainer.fused_linear_divergence, trainer.sparse_divergence):
+        own = {name for name in inspect.signature(function).parameters if name != "loss_args"}
+        assert own <= registry.RESERVED
+    with pytest.raises(ValueError, match="option 'weight', which is an argument of the losses"):
+
+        @trainer.register_divergence("clash")
+        def clash(coarse: Coarse, *, weight: float = 1.0) -> Tensor:
+            return weight * coarse.q.sum(1)
 
 
 def test_a_divergence_of_ones_own_runs_fused(monkeypatch: pytest.MonkeyPatch) -> None:

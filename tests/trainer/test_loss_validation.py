@@ -135,6 +135,11 @@ def test_the_wrong_kind_of_number_is_refused(name: str, dtype: torch.dtype, kind
         (with_value("sample_ids", (0, 1), 6), r"sample_ids\[0, 1\] is 6: accepted are 0 … 5, and −1 for padding"),
         (with_value("sample_ids", (2, 0), 5), r"sample_ids\[2, 0\] is 5: it is an entry already"),
         (with_value("sample_logprobs", (1, 0), 0.1), r"sample_logprobs\[1, 0\] is 0.1"),
+        (with_value("sample_logprobs", (0, 1), -inf), r"sample_logprobs\[0, 1\] is -inf: a token of probability 0"),
+        (
+            with_value("sample_logprobs", (2, 0), -0.5),
+            r"tail_logprob\[2\] is -1.38629: it is less than what the samples",
+        ),
         (with_value("tail_groups", (3,), 2), r"tail_groups\[3\] is 2: accepted are 0 … 1"),
         (with_value("tail_groups", (3,), -1), r"tail_groups\[3\] is -1"),
     ],

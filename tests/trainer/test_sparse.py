@@ -269,19 +269,19 @@ def test_a_divergence_of_ones_own_is_a_decorator_away(monkeypatch: pytest.Monkey
     monkeypatch.setattr("trainer.losses.registry._registered", {})
 
     @trainer.register_divergence("chi2")
-    def chi_square(coarse: Coarse, *, weight: float = 1.0) -> Tensor:
-        return weight * (coarse.q * coarse.log_ratio.expm1()).sum(1)  # the README's
+    def chi_square(coarse: Coarse, *, strength: float = 1.0) -> Tensor:
+        return strength * (coarse.q * coarse.log_ratio.expm1()).sum(1)  # the README's
 
     teacher, logits = random_logits(3, 8, seed=36), random_logits(3, 8, seed=37).requires_grad_()
     arguments = known(teacher, top_entries(teacher, [8, 3, 1]), bands(8, 2))
     for tail in ("bucket", "groups"):
         assert torch.autograd.gradcheck(
-            lambda z, tail=tail: trainer.sparse_divergence(z, loss="chi2", tail=tail, weight=0.5, **arguments),
+            lambda z, tail=tail: trainer.sparse_divergence(z, loss="chi2", tail=tail, strength=0.5, **arguments),
             (logits,),
         )
     p, q = teacher.softmax(1)[0], logits.softmax(1)[0]
     full = 0.5 * ((q - p) ** 2 / p).sum()
-    torch.testing.assert_close(trainer.sparse_divergence(logits, loss="chi2", weight=0.5, **arguments)[0], full)
+    torch.testing.assert_close(trainer.sparse_divergence(logits, loss="chi2", strength=0.5, **arguments)[0], full)
 
 
 def test_a_student_that_excludes_a_stored_token_is_infinitely_far() -> None:
@@ -289,3 +289,27 @@ def test_a_student_that_excludes_a_stored_token_is_infinitely_far() -> None:
     logits[1, 0] = -inf
     arguments = known(teacher, [[0, 1], [0, 1]], bands(6, 1))
     assert trainer.sparse_divergence(logits, loss="fkl", **arguments).isinf().tolist() == [False, True]
+
+
+def test_a_divergence_of_ones_own_works_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.losses.registry._registered", {})
+
+    @trainer.register_divergence("own_rkl")
+    def own_rkl(coarse: Coarse) -> Tensor:
+        return (coarse.q * coarse.log_ratio).sum(1)
+
+    with torch.inference_mode():
+        teacher, logits = random_logits(3, 8, seed=36), random_logits(3, 8, seed=37)
+        arguments = known(teacher, top_entries(teacher, [8, 3, 1]), bands(8, 2))
+        own, rkl = (trainer.sparse_divergence(logits, loss=loss, **arguments) for loss in ("own_rkl", "rkl"))
+        torch.testing.assert_close(own, rkl)
+
+
+def test_float32_groups_of_one_token_each_add_no_mass_in_a_large_vocabulary() -> None:
+    # A teacher sure by 60 nats: a floor under every group would make 4096 of them worth 1 %.
+    teacher = torch.zeros(2, 4096, dtype=torch.float64)
+    teacher[:, 7] = 60.0
+    arguments = known(teacher, [[7], [7]], torch.arange(4096))
+    value, gradient = value_and_gradient("unfused", teacher.float(), loss="fkl", tail="groups", **arguments)
+    assert value.abs().max() < 1e-5
+    assert gradient.abs().sum() < 1e-5

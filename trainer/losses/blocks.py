@@ -17,16 +17,21 @@ import torch
 from torch import Tensor
 
 from trainer.losses.masses import TorchTail
+from trainer.losses.tail import DENSE_TAILS
 from trainer.losses.transform import LogitTransform
 
 # On a CPU 4 MB at a time, which stay in its cache; on an accelerator enough to make the launches' cost vanish.
 BLOCK_ELEMENTS_CPU = 2**20
 BLOCK_ELEMENTS_ACCELERATOR = 2**27
+BLOCK_ELEMENTS_DENSE = 2**24  # on an accelerator, for tails that make several tensors of the block's size
 
 
-def row_blocks(logits: Tensor) -> list[slice]:
-    """Cut the rows of logits [N, V] into blocks that are worked on at once."""
-    elements = BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR
+def row_blocks(logits: Tensor, tail: str) -> list[slice]:
+    """Cut the rows of logits [N, V] into blocks that are worked on at once, with a treatment of the tail."""
+    if logits.device.type == "cpu":
+        elements = BLOCK_ELEMENTS_CPU
+    else:
+        elements = BLOCK_ELEMENTS_DENSE if tail in DENSE_TAILS else BLOCK_ELEMENTS_ACCELERATOR
     rows = max(1, elements // max(1, logits.shape[1]))
     return [slice(start, min(start + rows, len(logits))) for start in range(0, len(logits), rows)]
 
@@ -47,7 +52,6 @@ class Block:
 
     log_masses: list[Tensor]  # of each temperature: [n, K + G], up to the row's normaliser; −inf where nothing is
     largest: Tensor  # [n], largest logit
-    largest_tail: Tensor  # [n], largest logit of the tail
     label_logits: Tensor | None  # [n]
 
     def __init__(
@@ -77,8 +81,7 @@ class Block:
             torch.cat([self._entries if temperature == 1.0 else self._entries / temperature, tail], dim=1)
             for temperature, tail in zip(temperatures, self._tail.log_masses, strict=True)
         ]
-        self.largest_tail = self._tail.largest
-        self.largest = torch.cat([self._entries, self.largest_tail[:, None]], dim=1).amax(1)
+        self.largest = torch.cat([self._entries, self._tail.largest[:, None]], dim=1).amax(1)
 
     def write_gradient_(self, outcome_grads: list[Tensor | None], label_weights: Tensor | None) -> None:
         """Overwrite the raw logits with Σ D·∂(log masses) − label_weights at the labels; once only.

@@ -198,6 +198,9 @@ def _check_skew(skew: float) -> None:
 
 Divergence = Callable[..., tuple[Tensor, Tensor]]
 
+# For these an unbiased estimate of p, as tail samples give it, gives an unbiased loss.
+LINEAR_IN_P = ("fkl",)
+
 DIVERGENCES: dict[str, Divergence] = {
     "fkl": forward_kl,
     "rkl": reverse_kl,

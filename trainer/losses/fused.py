@@ -6,7 +6,8 @@ in any training step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -86,11 +87,13 @@ def fused_linear_divergence(
         hidden: [N, D] floating, the last hidden state of each position.
         weight: [V, D], the output projection; V may exceed the teacher's vocabulary, see `vocab_size`.
         bias: [V] or None.
-        labels: [N] integer, the next token of each position; −100 leaves a position out of both terms.
+        labels: [N] integer, the next token of each position; −100 leaves a position out of both terms, whatever its
+            targets hold. Looking for it waits for an accelerator.
         kd_weight: λ; by default 0.5 with labels and 1 without.
         t_squared: multiply the divergence by T², so that its gradient keeps its size as T grows.
         logit_scale, logit_softcap: z = softcap·tanh(scale·raw / softcap), as Cohere and Gemma models have them.
-        num_items: positions of the whole global batch, by which the sum over these is divided; default: these.
+        num_items: positions of the whole global batch, by which the sum over these is divided; default: these, without
+            those left out.
 
     The other arguments, and what is raised, are those of `sparse_divergence`.
 
@@ -105,34 +108,40 @@ def fused_linear_divergence(
         kd_weight = 1.0 if labels is None else 0.5
     if not 0 <= kd_weight <= 1:
         raise ValueError(f"kd_weight is {kd_weight:g}; it must lie between 0 and 1")
-    if not logit_scale > 0:
+    if not 0 < logit_scale < inf:
         raise ValueError(f"logit_scale is {logit_scale:g}; it must be a positive number")
-    if logit_softcap is not None and not logit_softcap > 0:
+    if not isinstance(num_items, Tensor | None) and not num_items > 0:
+        raise ValueError(f"num_items is {num_items}; it must be the positive number of positions of the global batch")
+    if logit_softcap is not None and not 0 < logit_softcap < inf:
         raise ValueError(f"logit_softcap is {logit_softcap:g}; it must be a positive number, or None")
     settings = LossSettings(loss, tail, temperature, approximate_temperature, loss_args)
     targets = TeacherTargets(
         token_ids,
         logprobs,
         tail_logprob,
-        tempered_tail,
-        tail_groups,
-        group_logprobs,
-        tail_entropy,
-        sample_ids,
-        sample_logprobs,
+        tempered_tail=tempered_tail,
+        tail_groups=tail_groups,
+        group_logprobs=group_logprobs,
+        tail_entropy=tail_entropy,
+        sample_ids=sample_ids,
+        sample_logprobs=sample_logprobs,
     )
-    if labels is not None and labels.shape == hidden.shape[:1] and bool((labels == IGNORED_LABEL).any()):
-        kept = (labels != IGNORED_LABEL).nonzero()[:, 0]
-        hidden, labels, targets = hidden[kept], labels[kept], targets[kept]
+    counted = None if labels is None else labels != IGNORED_LABEL
+    projection = Projection([(hidden, weight)], bias, LogitTransform(logit_scale, logit_softcap))
+    _check(projection, targets, labels, settings, vocab_size=vocab_size, validate=validate, counted=counted)
+    if labels is not None and counted is not None and not bool(counted.all()):
+        rows = counted.nonzero()[:, 0]
+        hidden, labels, targets = hidden[rows], labels[rows], targets[rows]
+        projection = replace(projection, maps=[(hidden, weight)])
     factor = kd_weight * (temperature**2 if t_squared else 1.0)
     total, _ = fused_distillation_terms(
-        Projection([(hidden, weight)], bias, LogitTransform(logit_scale, logit_softcap)),
+        projection,
         targets,
         labels,
         mixture=Mixture(factor, 1 - kd_weight),
         settings=settings,
         vocab_size=vocab_size,
-        validate=validate,
+        validate=False,
     )
     return total / (max(len(hidden), 1) if num_items is None else num_items)
 
@@ -151,16 +160,32 @@ def fused_distillation_terms(
 
     labels [N] integer: every position counts. Raises what `fused_linear_divergence` raises.
     """
-    check_settings(settings)
-    _check_projection(projection)
-    hidden, weight = projection.maps[0]
-    vocabulary = check_targets(
-        targets, labels, settings, len(hidden), len(weight), vocab_size=vocab_size, validate=validate
-    )
+    if labels is None and mixture.ce_factor:
+        raise ValueError("the mixture has cross-entropy, which needs labels")
+    vocabulary = _check(projection, targets, labels, settings, vocab_size=vocab_size, validate=validate)
     tensors = [tensor for pair in projection.maps for tensor in pair]
     call = _Call(projection.transform, targets, labels, mixture, settings, vocabulary, torch.is_grad_enabled())
     total, *terms = _FusedTerms.apply(call, projection.bias, *tensors)
     return total, DistillationTerms(*terms)
+
+
+def _check(
+    projection: Projection,
+    targets: TeacherTargets,
+    labels: Tensor | None,
+    settings: LossSettings,
+    *,
+    vocab_size: int | None,
+    validate: bool,
+    counted: Tensor | None = None,
+) -> int:
+    """Raise ValueError for what cannot be meant; return the teacher's vocabulary. See `check_targets`."""
+    check_settings(settings)
+    _check_projection(projection)
+    hidden, weight = projection.maps[0]
+    return check_targets(
+        targets, labels, settings, hidden, len(weight), vocab_size=vocab_size, validate=validate, counted=counted
+    )
 
 
 def rows_per_chunk(hidden: Tensor, vocabulary: int) -> int:
@@ -205,7 +230,7 @@ class _FusedTerms(torch.autograd.Function):
                 logits.addmm_(hidden[rows], weight.t())
             if bias_row is not None:
                 logits.add_(bias_row)
-            for block_rows in row_blocks(logits):
+            for block_rows in row_blocks(logits, call.settings.tail):
                 raw, positions = logits[block_rows], slice(start + block_rows.start, start + block_rows.stop)
                 block = DistilledBlock(
                     raw,
@@ -258,10 +283,7 @@ class _Gradients:
         self._like = [bias, *tensors]
         self._vocabulary = vocabulary
         # Rows of a weight beyond the vocabulary have gradient 0. Rows of a hidden state are written once.
-        dtypes = [
-            sums,
-            *(hidden_or_weight.dtype if index % 2 == 0 else sums for index, hidden_or_weight in enumerate(tensors)),
-        ]
+        dtypes = [sums, *(sums if index % 2 else tensor.dtype for index, tensor in enumerate(tensors))]
         self._grads = [
             torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if need and tensor is not None else None
             for tensor, need, dtype in zip(self._like, needed, dtypes, strict=True)
@@ -276,7 +298,7 @@ class _Gradients:
             if hidden_grad is not None:
                 hidden_grad[rows] = logits_grad @ weight
             if weight_grad is not None:
-                _accumulate(weight_grad[: self._vocabulary], logits_grad, hidden[rows])
+                accumulate_product(weight_grad[: self._vocabulary], logits_grad, hidden[rows])
 
     def scaled(self, factor: Tensor, in_place: bool) -> list[Tensor | None]:
         """The gradients times a scalar, in the dtypes of what they belong to; in place they are used up."""
@@ -292,8 +314,8 @@ def _graph_is_kept() -> bool:
     return tell is None or tell()
 
 
-def _accumulate(total: Tensor, logits_grad: Tensor, hidden: Tensor) -> None:
-    """total [V, D] += logits_gradᵀ @ hidden, products of half-precision numbers summed in float32."""
+def accumulate_product(total: Tensor, logits_grad: Tensor, hidden: Tensor) -> None:
+    """Add logits_grad [C, V]ᵀ @ hidden [C, D] to total [V, D]; products of half-precision numbers are summed in float32."""
     if total.dtype == logits_grad.dtype:
         total.addmm_(logits_grad.t(), hidden)
         return
@@ -307,7 +329,7 @@ def _accumulate(total: Tensor, logits_grad: Tensor, hidden: Tensor) -> None:
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the matrix products run in: autocast's dtype, otherwise that of the first map."""
+    """What the matrix products run in: autocast's dtype, otherwise what holds the first map's two without loss."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -66,7 +66,8 @@ class TorchTail:
         log_tail = largest - scratch.amax(1, keepdim=True).log()
         index = tail_groups.expand_as(logits)
         shares = logits.new_zeros(len(logits), num_groups).scatter_add_(1, index, scratch)
-        if bool((shares > UNDERFLOW).all()):
+        doubtful = ~(shares > UNDERFLOW)
+        if bool((largest > -inf).all()) and _are_empty(doubtful, logits, tail_groups):
             self._keep(shares.log() + log_tail, scratch, log_tail)
             return
         shift = _finite(logits.new_full(shares.shape, -inf).scatter_reduce_(1, index, logits, "amax"))
@@ -107,6 +108,13 @@ class TorchTail:
             total.mul_(self._slope)
         if total is not self._block:
             self._block.copy_(total)
+
+
+def _are_empty(groups: Tensor, logits: Tensor, tail_groups: Tensor) -> bool:
+    """Whether none of some groups [n, G] bool, each row's own, has a token left. As a rule few tokens are in them."""
+    columns = groups.any(0)[tail_groups].nonzero()[:, 0]
+    others = ~groups[:, tail_groups[columns]]
+    return bool(((logits[:, columns] == -inf) | others).all())
 
 
 def _finite(log_mass: Tensor) -> Tensor:

@@ -15,6 +15,13 @@ from trainer.losses.divergences import DIVERGENCES
 UserDivergence = Callable[..., Tensor | tuple[Tensor, Tensor]]
 F = TypeVar("F", bound=UserDivergence)
 
+# What the losses' own arguments are called: an option of that name could never be given.
+RESERVED = frozenset(
+    """logits hidden weight bias token_ids logprobs tail_logprob labels loss kd_weight tail temperature t_squared
+    tempered_tail tail_entropy approximate_temperature tail_groups group_logprobs sample_ids sample_logprobs
+    logit_scale logit_softcap num_items vocab_size validate""".split()  # noqa: SIM905
+)
+
 _registered: dict[str, UserDivergence] = {}
 
 
@@ -22,15 +29,16 @@ def register_divergence(name: str) -> Callable[[F], F]:
     """Offer the decorated function as loss `name`; registering one's own name again replaces it.
 
         @register_divergence("chi2")
-        def chi2(coarse, *, weight=1.0):
-            return weight * (coarse.q * coarse.log_ratio.expm1()).sum(1)
+        def chi2(coarse, *, strength=1.0):
+            return strength * (coarse.q * coarse.log_ratio.expm1()).sum(1)
 
     The function gets a Coarse and its options, each with a default. It returns value [N], whose slope is then found by
     autograd on the [N, C] numbers, or (value [N], slope [N, C] = ∂ value / ∂ log q). It must be a function of the
-    arguments alone.
+    arguments alone, on any device: it is also called once on two positions on the CPU, in float64, to be checked.
 
     Raises:
-        ValueError: the name is no identifier or that of a built-in divergence, or an option has no default.
+        ValueError: the name is no identifier or that of a built-in divergence, or an option has no default or is called
+            like an argument of the losses.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"the name of a divergence is {name!r}; it must be letters, digits and underscores, as 'chi2'")
@@ -44,6 +52,12 @@ def register_divergence(name: str) -> Callable[[F], F]:
         if without_default:
             raise ValueError(
                 f"divergence {name!r} has options without a default: {', '.join(without_default)}; give each a default"
+            )
+        reserved = [option for option in _options(function) if option in RESERVED]
+        if reserved:
+            raise ValueError(
+                f"divergence {name!r} has an option {reserved[0]!r}, which is an argument of the losses themselves; "
+                "call it otherwise"
             )
         _registered[name] = function
         return function
@@ -86,18 +100,19 @@ def check_divergence(name: str, options: Mapping[str, Any]) -> None:
 def evaluate_divergence(name: str, coarse: Coarse, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Value [N] and slope [N, C] of divergence `name`, without a graph; the slope is exactly 0 where not counted.
 
-    Works whether or not gradients are enabled. Raises ValueError for an unknown name, or a function that returns
-    anything else than value [N] or (value [N], slope [N, C]).
+    Works whether or not gradients are enabled, and in inference mode. Raises ValueError for an unknown name, or a
+    function that returns anything else than value [N] or (value [N], slope [N, C]).
     """
     function = _function(name)
-    log_q = coarse.log_q.detach()
     if name in DIVERGENCES:
         with torch.no_grad():
-            value, slope = function(replace(coarse, log_q=log_q), **options)
+            value, slope = function(coarse, **options)
         return value, slope.masked_fill(~coarse.counted, 0.0)
 
-    log_q.requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        if coarse.log_q.is_inference():  # autograd takes no tensor of inference mode
+            coarse = Coarse(coarse.log_p.clone(), coarse.log_q.clone(), coarse.counted.clone(), coarse.num_entries)
+        log_q = coarse.log_q.detach().requires_grad_()
         result = function(replace(coarse, log_q=log_q), **options)
     value, slope = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     _check_shape(name, "value", value, [coarse.log_q.shape[0]])
@@ -107,7 +122,8 @@ def evaluate_divergence(name: str, coarse: Coarse, options: Mapping[str, Any]) -
                 f"loss {name!r} gives a value that is not differentiable in log q; compute it from the coarse "
                 "distributions with torch and without detach, or return (value, slope)"
             )
-        (slope,) = torch.autograd.grad(value, log_q, torch.ones_like(value))
+        with torch.inference_mode(False):
+            (slope,) = torch.autograd.grad(value, log_q, torch.ones_like(value))
     _check_shape(name, "slope", slope, list(coarse.log_q.shape))
     return value.detach(), slope.detach().masked_fill(~coarse.counted, 0.0)
 

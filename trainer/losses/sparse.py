@@ -70,12 +70,12 @@ def sparse_divergence(
         token_ids,
         logprobs,
         tail_logprob,
-        tempered_tail,
-        tail_groups,
-        group_logprobs,
-        tail_entropy,
-        sample_ids,
-        sample_logprobs,
+        tempered_tail=tempered_tail,
+        tail_groups=tail_groups,
+        group_logprobs=group_logprobs,
+        tail_entropy=tail_entropy,
+        sample_ids=sample_ids,
+        sample_logprobs=sample_logprobs,
     )
     settings = LossSettings(loss, tail, temperature, approximate_temperature, loss_args)
     return distillation_terms(logits, targets, settings=settings, vocab_size=vocab_size, validate=validate).kd
@@ -99,7 +99,9 @@ def distillation_terms(
     check_settings(settings)
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [N, V], got {logits.dtype} {list(logits.shape)}")
-    vocabulary = check_targets(targets, labels, settings, *logits.shape, vocab_size=vocab_size, validate=validate)
+    vocabulary = check_targets(
+        targets, labels, settings, logits, logits.shape[1], vocab_size=vocab_size, validate=validate
+    )
     return DistillationTerms(*_SparseTerms.apply(logits, targets, labels, settings, vocabulary))
 
 
@@ -119,7 +121,7 @@ class _SparseTerms(torch.autograd.Function):
         ctx.save_for_backward(logits)
         ctx.set_materialize_grads(False)
         readings = Readings(ctx.targets, labels is not None)
-        for rows in row_blocks(logits):
+        for rows in row_blocks(logits, settings.tail):
             readings.write(rows, _block(ctx, logits, rows)[1])
         terms = readings.terms()
         ctx.mark_non_differentiable(*(term for term in terms[2:] if term is not None))
@@ -131,7 +133,7 @@ class _SparseTerms(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         grad = torch.empty_like(logits)
         grad[:, ctx.vocabulary :] = 0
-        for rows in row_blocks(logits):
+        for rows in row_blocks(logits, ctx.settings.tail):
             raw, block = _block(ctx, logits, rows)
             block.write_gradient_(
                 0.0 if kd_weights is None else kd_weights[rows], 0.0 if ce_weights is None else ce_weights[rows]
@@ -141,6 +143,6 @@ class _SparseTerms(torch.autograd.Function):
 
 
 def _block(ctx: Any, logits: Tensor, rows: slice) -> tuple[Tensor, DistilledBlock]:
-    raw = logits[rows, : ctx.vocabulary].clone()
+    raw = logits[rows, : ctx.vocabulary].clone(memory_format=torch.contiguous_format)
     labels = None if ctx.labels is None else ctx.labels[rows]
     return raw, DistilledBlock(raw, ctx.targets[rows], labels, ctx.settings, LogitTransform())

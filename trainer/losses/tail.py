@@ -6,7 +6,7 @@ for its logits by `cap` only.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
+from math import inf, log
 
 import torch
 from torch import Tensor
@@ -43,12 +43,12 @@ class StudentRows:
         return self.raw.shape[1]
 
     def tail_log_q(self, targets: TeacherTargets, temperature: float) -> Tensor:
-        """Log of the student's share of the tail at T, float64 [N, V], −inf at the entries."""
-        logits = self.transform.apply(self.raw.double()) / temperature
-        is_entry = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
-        is_entry.scatter_add_(1, targets.token_ids.clamp_min(0), targets.stored.int())
-        log_q = logits.masked_fill(is_entry > 0, -inf).log_softmax(1)
-        return log_q.masked_fill(is_entry > 0, -inf)  # without a tail, log_softmax gives NaN
+        """Log of the student's share of the tail at T, [N, V] in the targets' dtype, −inf at the entries."""
+        logits = self.transform.apply(self.raw.to(targets.logprobs.dtype)) / temperature
+        hidden = torch.zeros_like(targets.logprobs).masked_fill_(targets.stored, -inf)
+        logits.scatter_add_(1, targets.token_ids.clamp_min(0), hidden)  # padding adds 0 to token 0
+        log_mass = logits.logsumexp(1, keepdim=True)
+        return logits.sub_(log_mass.masked_fill(log_mass == -inf, 0.0))
 
 
 def bucket(targets: TeacherTargets, temperature: float, student: StudentRows) -> Outcomes:
@@ -67,7 +67,8 @@ def cap(targets: TeacherTargets, temperature: float, student: StudentRows) -> Ou
     """Give the tail the student's own shape, but no token more than the least probable entry: bucket ≤ cap ≤ full.
 
     p̂ = min(c·q, p_k) off the entries with Σ p̂ = t, no gradient through p̂. Tokens under the cap share one ratio p̂/q,
-    so they are one outcome; those at the cap, which water-filling finds from the student's largest, are one each.
+    so they are one outcome; those at the cap, which water-filling finds from the student's largest, are one each. Costs
+    three tensors of the size of the block of logits, and on an accelerator waits for it.
     """
     entries, tail, _ = tempered(targets, temperature)
     log_q = student.tail_log_q(targets, temperature)
@@ -112,11 +113,12 @@ def samples(targets: TeacherTargets, temperature: float, student: StudentRows) -
     taken = tempered_logprobs.masked_fill(~drawn, -inf).logsumexp(1)
     rest = torch.where(taken == -inf, tail, tail + torch.log1p(-(taken - tail).exp().clamp(max=1.0)))
     weights = (tempered_logprobs - logprobs + targets.tail_logprob[:, None]).exp() * times / num_draws
+    rest_p = torch.where(drawn.any(1), 0.0, tail.exp())  # without draws the bucket is all there is
     return _outcomes(
         torch.cat([targets.token_ids, ids.masked_fill(~drawn, -1)], 1),
         torch.cat([entries, tempered_logprobs], 1),
         rest,
-        estimated_p=torch.cat([entries.exp(), weights, torch.zeros_like(rest)[:, None]], 1),
+        estimated_p=torch.cat([entries.exp(), weights, rest_p[:, None]], 1),
     )
 
 
@@ -163,6 +165,9 @@ TAILS: dict[str, Treatment] = {
 }
 
 
+DENSE_TAILS = ("cap", "uniform")  # they make several tensors as large as the logits
+
+
 def check_tail(targets: TeacherTargets, tail: str, temperature: float, approximate: bool) -> None:
     """Raise ValueError where the targets do not hold what a treatment needs.
 
@@ -194,7 +199,8 @@ def _outcomes(
     estimated_p: Tensor | None = None,
 ) -> Outcomes:
     """Outcomes of tokens [N, K] whose log p at the temperature are given, and of the tail, [N] or [N, G]."""
-    tail = tail.reshape(len(tail), -1).clamp_min(LOG_TAIL_FLOOR)
+    tail = tail.reshape(len(token_ids), -1)
+    tail = tail.clamp_min(LOG_TAIL_FLOOR - log(max(1, tail.shape[1])))  # so that all parts together keep the floor
     log_p = torch.cat([tokens, tail], dim=1)
     counted = torch.cat([token_ids >= 0, torch.ones_like(tail, dtype=torch.bool)], dim=1)
     return Outcomes(token_ids, log_p, counted, tail_groups, estimated_p)
@@ -203,10 +209,10 @@ def _outcomes(
 def _water_level(log_q: Tensor, log_cap: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
     """How many of the student's largest tail tokens the cap binds, [N], and whether those given are enough, [N] bool.
 
-    log_q: float64 [N, M], shares of the tail, descending. m tokens are at the cap where the next one, scaled like the
+    log_q: [N, M], shares of the tail, descending. m tokens are at the cap where the next one, scaled like the
     rest, stays below it: (t − m·cap) / (1 − Σ_m q) · q_{m+1} ≤ cap.
     """
-    q, cap, t = log_q.exp(), log_cap.double().exp()[:, None], log_t.double().exp()[:, None]
+    q, cap, t = log_q.double().exp(), log_cap.double().exp()[:, None], log_t.double().exp()[:, None]
     m = torch.arange(q.shape[1], device=q.device)
     before = q.cumsum(1) - q
     holds = (t - m * cap) * q <= cap * (1 - before)

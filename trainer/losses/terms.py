@@ -13,15 +13,13 @@ from torch import Tensor
 
 from trainer.losses.blocks import Block
 from trainer.losses.coarse import Coarse
-from trainer.losses.divergences import forward_kl, reverse_kl
+from trainer.losses.divergences import LINEAR_IN_P, forward_kl, reverse_kl
 from trainer.losses.registry import evaluate_divergence
 from trainer.losses.settings import LossSettings
 from trainer.losses.tail import LOG_TAIL_FLOOR, TAILS, StudentRows
 from trainer.losses.targets import TeacherTargets
 from trainer.losses.temperature import approximate_tempered_tail
 from trainer.losses.transform import LogitTransform
-
-LINEAR_IN_P = ("fkl",)  # for these, tail samples give the full vocabulary without bias
 
 
 class DistillationTerms(NamedTuple):
@@ -145,7 +143,9 @@ class DistilledBlock:
             at_temperature = self._kd_grad * _per_row(kd_weights)
         if not _is_zero(ce_weights):
             at_one = self._log_q.exp() * _per_row(ce_weights)
-            label_weights = torch.as_tensor(ce_weights, dtype=at_one.dtype, device=at_one.device).expand(len(at_one))
+            label_weights = (
+                ce_weights if isinstance(ce_weights, Tensor) else at_one.new_full((len(at_one),), ce_weights)
+            )
         if self._temperature == 1.0:
             given = [grad for grad in (at_one, at_temperature) if grad is not None]
             grads: list[Tensor | None] = [given[0] + given[1] if len(given) == 2 else given[0] if given else None]

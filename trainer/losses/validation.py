@@ -1,5 +1,6 @@
 """Refuse arguments that cannot be meant, naming the tensor and the first position that is wrong."""
 
+from dataclasses import fields, replace
 from math import isfinite
 
 import torch
@@ -24,22 +25,25 @@ def check_settings(settings: LossSettings) -> None:
     if settings.tail not in TAILS:
         raise ValueError(f"tail is {settings.tail!r}; accepted are {', '.join(TAILS)}")
     temperature = settings.temperature
-    if not (isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; it must be a positive number")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (number and isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature!r}; it must be a positive number")
 
 
 def check_targets(
     targets: TeacherTargets,
     labels: Tensor | None,
     settings: LossSettings,
-    num_positions: int,
+    student: Tensor,
     columns: int,
     *,
     vocab_size: int | None,
     validate: bool,
+    counted: Tensor | None = None,
 ) -> int:
     """Return the teacher's vocabulary: `vocab_size`, or the columns that the student has.
 
+    student: [N, …] logits or hidden states of the positions.  counted: [N] bool, positions whose values are looked at.
     Raise ValueError where shapes or kinds of numbers do not agree, something is missing and, with `validate`, for
     values that no teacher gives; those are read, which waits for an accelerator.
     """
@@ -49,15 +53,29 @@ def check_targets(
             "teacher's vocabulary"
         )
     vocabulary = vocab_size or columns
-    _check_shapes(targets, labels, num_positions, vocabulary)
+    _check_shapes(targets, labels, student, vocabulary)
     approximate = settings.approximate_temperature and targets.tail_entropy is not None
     check_tail(targets, settings.tail, settings.temperature, approximate)
     if validate:
+        if counted is not None:
+            targets, labels = _blanked(targets, labels, ~counted)
         _check_values(targets, labels, vocabulary)
     return vocabulary
 
 
-def _check_shapes(targets: TeacherTargets, labels: Tensor | None, n: int, vocabulary: int) -> None:
+def _blanked(targets: TeacherTargets, labels: Tensor | None, rows: Tensor) -> tuple[TeacherTargets, Tensor | None]:
+    """Nothing wrong in some rows, whatever they hold; the others stay in their places."""
+    blanked = {}
+    for field in fields(targets):
+        tensor = getattr(targets, field.name)
+        if tensor is not None and field.name != "tail_groups":
+            mask = rows.reshape(-1, *[1] * (tensor.ndim - 1))
+            blanked[field.name] = tensor.masked_fill(mask, -torch.inf if tensor.is_floating_point() else -1)
+    return replace(targets, **blanked), None if labels is None else labels.masked_fill(rows, 0)
+
+
+def _check_shapes(targets: TeacherTargets, labels: Tensor | None, student: Tensor, vocabulary: int) -> None:
+    n = len(student)
     if targets.token_ids.ndim != 2:
         raise ValueError(f"token_ids must be [N, k], got {list(targets.token_ids.shape)}")
     k, num_groups, num_samples = (
@@ -86,6 +104,8 @@ def _check_shapes(targets: TeacherTargets, labels: Tensor | None, n: int, vocabu
         if (name in INDICES) == (tensor.is_floating_point() or tensor.dtype == torch.bool):
             kind = "integer" if name in INDICES else "floating point"
             raise ValueError(f"{name} must be {kind}, got {tensor.dtype}")
+        if tensor.device != student.device:
+            raise ValueError(f"{name} is on {tensor.device}, the student on {student.device}; move it there")
 
 
 def _check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: int) -> None:
@@ -122,7 +142,7 @@ def _check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: in
         known = targets.tail_logprob > -torch.inf
         _refuse(entropy, known & ~entropy.isfinite(), "tail_entropy", "it must be a number")
     if targets.sample_ids is not None:
-        _check_samples(targets.sample_ids, ids, vocabulary)
+        _check_samples(targets, vocabulary)
     if targets.tail_groups is not None and targets.group_logprobs is not None:
         num_groups, group_of = targets.group_logprobs.shape[1], targets.tail_groups
         _refuse(
@@ -135,7 +155,9 @@ def _check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: in
         _refuse(labels, (labels < 0) | (labels >= vocabulary), "labels", accepted_ids)
 
 
-def _check_samples(sample_ids: Tensor, token_ids: Tensor, vocabulary: int) -> None:
+def _check_samples(targets: TeacherTargets, vocabulary: int) -> None:
+    sample_ids, token_ids, logprobs = targets.sample_ids, targets.token_ids, targets.sample_logprobs
+    assert sample_ids is not None
     wrong = (sample_ids < -1) | (sample_ids >= vocabulary)
     _refuse(sample_ids, wrong, "sample_ids", f"accepted are 0 … {vocabulary - 1}, and −1 for padding")
     entries = token_ids.long().sort(dim=1).values
@@ -143,6 +165,16 @@ def _check_samples(sample_ids: Tensor, token_ids: Tensor, vocabulary: int) -> No
         place = torch.searchsorted(entries, sample_ids.long()).clamp_max(entries.shape[1] - 1)
         stored = (entries.gather(1, place) == sample_ids) & (sample_ids >= 0)
         _refuse(sample_ids, stored, "sample_ids", "it is an entry already; samples come from the tail")
+    if logprobs is None:
+        return
+    impossible = (sample_ids >= 0) & (logprobs == -torch.inf)
+    _refuse(logprobs, impossible, "sample_logprobs", "a token of probability 0 cannot have been drawn")
+    in_order, order = sample_ids.sort(dim=1)
+    counts_once = in_order >= 0
+    counts_once[:, 1:] &= in_order[:, 1:] != in_order[:, :-1]
+    mass = (logprobs.gather(1, order).double().exp() * counts_once).sum(1)
+    excess = mass > targets.tail_logprob.double().exp() + _tolerance(logprobs)
+    _refuse(targets.tail_logprob, excess, "tail_logprob", "it is less than what the samples of this row hold")
 
 
 def _refuse(values: Tensor, wrong: Tensor, name: str, why: str) -> None:
