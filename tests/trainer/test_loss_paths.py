@@ -34,9 +34,9 @@ from lossmaking import (
 from torch import Tensor
 
 FEW = settings(
-    max_examples=3 if INTERPRETED else 6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=2 if INTERPRETED else 6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-MANY = settings(FEW, max_examples=25)
+MANY = settings(FEW, max_examples=15)
 
 
 @pytest.fixture(params=PATHS)
@@ -141,6 +141,7 @@ def test_the_ablations_move_a_student_that_equals_the_teacher(loss: str, tail: s
     assert value_and_gradient(path, teacher, loss=loss, tail=tail, **arguments)[1].abs().max() > 0.01
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a property of the tails, whatever computes them")
 @pytest.mark.parametrize("loss", F_DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @MANY
