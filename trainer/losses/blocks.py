@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.losses.masses import TorchTail
 from trainer.losses.tail import DENSE_TAILS
+from trainer.losses.targets import hide_
 from trainer.losses.transform import LogitTransform
 
 # On a CPU 4 MB at a time, which stay in its cache; on an accelerator enough to make the launches' cost vanish.
@@ -72,10 +73,7 @@ class Block:
         self.label_logits = None
         if labels is not None:
             self.label_logits = transform.apply(raw.gather(1, labels[:, None])[:, 0].to(dtype))
-        # Padding adds 0 to token 0, which may itself be an entry.
-        raw.scatter_add_(
-            1, self._columns, torch.zeros_like(self._entries, dtype=raw.dtype).masked_fill_(self._stored, -inf)
-        )
+        hide_(raw, token_ids)
         self._tail = tail_implementation(raw.device.type)(raw, transform, temperatures, tail_groups, num_groups)
         self.log_masses = [
             torch.cat([self._entries if temperature == 1.0 else self._entries / temperature, tail], dim=1)

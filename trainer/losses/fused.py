@@ -128,21 +128,15 @@ def fused_linear_divergence(
     )
     counted = None if labels is None else labels != IGNORED_LABEL
     projection = Projection([(hidden, weight)], bias, LogitTransform(logit_scale, logit_softcap))
-    _check(projection, targets, labels, settings, vocab_size=vocab_size, validate=validate, counted=counted)
+    vocabulary = _check(
+        projection, targets, labels, settings, vocab_size=vocab_size, validate=validate, counted=counted
+    )
     if labels is not None and counted is not None and not bool(counted.all()):
         rows = counted.nonzero()[:, 0]
         hidden, labels, targets = hidden[rows], labels[rows], targets[rows]
         projection = replace(projection, maps=[(hidden, weight)])
     factor = kd_weight * (temperature**2 if t_squared else 1.0)
-    total, _ = fused_distillation_terms(
-        projection,
-        targets,
-        labels,
-        mixture=Mixture(factor, 1 - kd_weight),
-        settings=settings,
-        vocab_size=vocab_size,
-        validate=False,
-    )
+    total, _ = _checked_terms(projection, targets, labels, Mixture(factor, 1 - kd_weight), settings, vocabulary)
     return total / (max(len(hidden), 1) if num_items is None else num_items)
 
 
@@ -163,6 +157,17 @@ def fused_distillation_terms(
     if labels is None and mixture.ce_factor:
         raise ValueError("the mixture has cross-entropy, which needs labels")
     vocabulary = _check(projection, targets, labels, settings, vocab_size=vocab_size, validate=validate)
+    return _checked_terms(projection, targets, labels, mixture, settings, vocabulary)
+
+
+def _checked_terms(
+    projection: Projection,
+    targets: TeacherTargets,
+    labels: Tensor | None,
+    mixture: Mixture,
+    settings: LossSettings,
+    vocabulary: int,
+) -> tuple[Tensor, DistillationTerms]:
     tensors = [tensor for pair in projection.maps for tensor in pair]
     call = _Call(projection.transform, targets, labels, mixture, settings, vocabulary, torch.is_grad_enabled())
     total, *terms = _FusedTerms.apply(call, projection.bias, *tensors)

@@ -11,7 +11,7 @@ from math import inf, log
 import torch
 from torch import Tensor
 
-from trainer.losses.targets import TeacherTargets
+from trainer.losses.targets import TeacherTargets, hide_
 from trainer.losses.temperature import tempered
 from trainer.losses.transform import LogitTransform
 
@@ -45,8 +45,7 @@ class StudentRows:
     def tail_log_q(self, targets: TeacherTargets, temperature: float) -> Tensor:
         """Log of the student's share of the tail at T, [N, V] in the targets' dtype, −inf at the entries."""
         logits = self.transform.apply(self.raw.to(targets.logprobs.dtype)) / temperature
-        hidden = torch.zeros_like(targets.logprobs).masked_fill_(targets.stored, -inf)
-        logits.scatter_add_(1, targets.token_ids.clamp_min(0), hidden)  # padding adds 0 to token 0
+        hide_(logits, targets.token_ids)
         log_mass = logits.logsumexp(1, keepdim=True)
         return logits.sub_(log_mass.masked_fill(log_mass == -inf, 0.0))
 

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def hide_(logits: Tensor, token_ids: Tensor) -> None:
+    """Set the logits [n, V] of tokens [n, K] to −inf; the id −1 pads."""
+    # Padding adds 0 to token 0, which may itself be one of them.
+    minus_inf = torch.zeros_like(token_ids, dtype=logits.dtype).masked_fill_(token_ids >= 0, -inf)
+    logits.scatter_add_(1, token_ids.clamp_min(0), minus_inf)
+
+
 @dataclass(frozen=True)
 class TeacherTargets:
     """The teacher at N positions; log masses in nats, T = 1, over its whole vocabulary."""
