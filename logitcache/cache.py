@@ -8,14 +8,14 @@ from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
-import fsspec
 import numpy as np
 
-from logitcache.errors import UserError, one_line
+from logitcache.errors import UserError
 from logitcache.format.codec import DecodedRows
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.shards import ShardReader
+from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 
 SHUFFLE_ROW_GROUPS = 16
@@ -37,13 +37,10 @@ class LogitCache(Sequence[CachedSequence]):
     """
 
     def __init__(self, path: str) -> None:
-        try:
-            self._filesystem, self._root = fsspec.url_to_fs(path)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{path}: no file system for such a URL ({one_line(error)})") from error
+        self._folder = Folder(path)
         self.path = path
-        self.manifest: Manifest = read_manifest(self._filesystem, self._root)
-        self._shards = [ShardReader(self._filesystem, self._root, info) for info in self.manifest.shards]
+        self.manifest: Manifest = read_manifest(self._folder)
+        self._shards = [ShardReader(self._folder, info) for info in self.manifest.shards]
         for shard in self._shards:
             shard.check_size()
         self._first_rows = np.cumsum([0] + [info.num_sequences for info in self.manifest.shards])
@@ -75,9 +72,9 @@ class LogitCache(Sequence[CachedSequence]):
         """Tail group of each token id, int32 [V], or None where the cache holds no tail groups."""
         if not self.manifest.layout.num_tail_groups:
             return None
-        path = f"{self._root.rstrip('/')}/{TAIL_GROUPS_NAME}"
+        path = self._folder.where(TAIL_GROUPS_NAME)
         try:
-            content = self._filesystem.cat_file(path)
+            content = self._folder.read(TAIL_GROUPS_NAME)
             if self.manifest.files.get(TAIL_GROUPS_NAME) != hashlib.sha256(content).hexdigest():
                 raise ValueError("its SHA-256 is not the manifest's")
             return read_tail_groups(BytesIO(content))

@@ -23,13 +23,14 @@ MODULES = sorted(
 # Ground floor last: a room imports from rooms below it only.
 FLOORS = [
     ("logitcache.cli",),
+    ("logitcache.arguments",),
     ("logitcache.capture",),
     ("logitcache.sharing",),
     ("logitcache.cache",),
     ("logitcache.format",),
-    ("logitcache.errors", "logitcache.version"),
+    ("logitcache.errors", "logitcache.table", "logitcache.version"),
 ]
-READER_SIDE = ("logitcache.cache", "logitcache.format", "logitcache.errors", "logitcache.version")
+READER_SIDE = ("logitcache.cache", "logitcache.format", "logitcache.errors", "logitcache.table", "logitcache.version")
 
 
 def imports(path: Path) -> set[str]:

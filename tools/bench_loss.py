@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from measure import TrainingStep, available_bytes, machine, peak_beyond, synthetic_step
 from torch import Tensor
 
+from logitcache.table import aligned
 from trainer import fused_linear_divergence
 from trainer.losses.fused import accumulate_product, rows_per_chunk
 from trainer.losses.registry import divergence_names
-from trainer.table import aligned
 
 MIB, GIB = 2**20, 2**30
 KD_WEIGHT = 0.5

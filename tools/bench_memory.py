@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from measure import machine
 
-from trainer.table import aligned
+from logitcache.table import aligned
 
 DEMO = Path(__file__).parent / "demo"
 LENGTH = 257

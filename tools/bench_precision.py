@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from measure import TrainingStep, machine, synthetic_step
 from torch import Tensor
 
+from logitcache.table import aligned
 from trainer import sparse_divergence
 from trainer.losses.coarse import Coarse
 from trainer.losses.fused import Mixture, Projection, fused_distillation_terms
 from trainer.losses.registry import divergence_names, evaluate_divergence
 from trainer.losses.settings import LossSettings
 from trainer.losses.targets import TeacherTargets
-from trainer.table import aligned
 
 DTYPES = (torch.bfloat16, torch.float32)
 

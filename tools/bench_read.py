@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from measure import machine, peak_mib, synthetic_cache
 
-from trainer.table import aligned
+from logitcache.table import aligned
 
 K = 64
 PASSES = 3

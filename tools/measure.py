@@ -20,6 +20,7 @@ from logitcache.format.codec import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
+from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def synthetic_cache(root: Path, positions: int, k: int, vocab_size: int) -> None
     count = -(-sequences // per_shard)
     shards = []
     for index in range(count):
-        with ShardWriter(root, shard_name(index, count), layout) as writer:
+        with ShardWriter(Folder(root), shard_name(index, count), layout) as writer:
             for _ in range(min(per_shard, sequences - index * per_shard)):
                 ids = random.integers(0, vocab_size, TOKENS_PER_SEQUENCE, dtype=np.int32)
                 mask = np.arange(TOKENS_PER_SEQUENCE) > 0
@@ -109,7 +110,7 @@ def synthetic_cache(root: Path, positions: int, k: int, vocab_size: int) -> None
                 tail = np.full(per_sequence, np.log1p(-np.exp(-0.1)), dtype=np.float32)
                 writer.write(TokenSequence(ids, mask), SparseTargets(token_ids, logprobs.astype(np.float32), tail))
         shards.append(writer.info)
-    Manifest(layout, {}, tuple(shards), {}, "tools/measure.py").write(root)
+    Manifest(layout, {}, tuple(shards), {}, "tools/measure.py").write(Folder(root))
 
 
 @dataclass(frozen=True)

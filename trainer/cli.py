@@ -19,8 +19,8 @@ from pathlib import Path
 import logitcache
 from logitcache import UserError
 from logitcache.errors import Parser, one_line
+from logitcache.table import aligned
 from trainer.files import EVALUATION_NAME
-from trainer.table import aligned
 
 METRICS = {
     "ce": "cross-entropy (nats)",

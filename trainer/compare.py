@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from logitcache import UserError
+from logitcache.table import aligned
 from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
-from trainer.table import aligned
 
 # Settings that may differ between the seeds of one group.
 NOT_COMPARED = {"seed", "data_seed", "output_dir", "run_name", "resume_from_checkpoint", "logging_dir"}

@@ -5,6 +5,7 @@
     OUT/.build/tokens/00000.parquet token sequences of shard 0, and so on
     OUT/.build/shards/00000.json    what the manifest will say of shard 0, once it is written
     OUT/.build/tail_groups.parquet  the partition, once it is made
+    OUT/.build/answers              what the teacher answered, see `answers`; only with --generate
 
 A resumed build reads its tokens from here: the corpus is not tokenised again, and every shard holds the same rows.
 """
@@ -13,28 +14,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from logitcache.capture.corpus.tokenize import Corpus
 from logitcache.capture.progress import Progress
-from logitcache.capture.workspace import abandon, begin
+from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.tokens import TokensWriter, read_tokens
+from logitcache.capture.workspace import ANSWERS_NAME, abandon, begin
 from logitcache.errors import UserError
-from logitcache.format.atomic import atomic_path, write_json
-from logitcache.format.codec import flat
+from logitcache.format.codec import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardInfo, shard_name
+from logitcache.format.storage import Folder
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 
-TOKENS_SCHEMA = pa.schema(
-    {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_()), "columns": pa.string()}
-)
-ROWS_PER_GROUP = 1024
+PLAN_NAME = f"{BUILD_DIRECTORY}/plan.json"
+PARTITION_NAME = f"{BUILD_DIRECTORY}/{TAIL_GROUPS_NAME}"
+SHARD_POSITIONS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,14 @@ class PlannedShard:
 
     num_sequences: int
     num_positions: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build will do. root: the cache's folder. request: the settings that a resumed build must share."""
+    """What a build will do. folder: the cache's. request: the settings that a resumed build must share."""
 
-    root: Path
+    folder: Folder
     request: Mapping[str, Any]
     layout: str
     shards: tuple[PlannedShard, ...]
@@ -65,82 +65,118 @@ class Plan:
         """Positions of all shards."""
         return sum(shard.num_positions for shard in self.shards)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the teacher reads, prompts included: what a build takes its time for."""
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def cache_layout(self) -> Layout:
+        """Columns of every shard."""
+        capture = {name: value for name, value in self.request["capture"].items() if name != "shard_positions"}
+        return cache_layout(
+            CaptureSettings.from_json(capture), self.request["teacher"]["vocab_size"], self.column_types
+        )
+
     def shard_name(self, index: int) -> str:
         """Final name of a shard, relative to the cache."""
         return shard_name(index, len(self.shards))
 
+    def missing(self, shards: Iterable[int] | None = None) -> list[int]:
+        """Which of the shards, all by default, are not complete."""
+        return [
+            index for index in (range(len(self.shards)) if shards is None else shards) if self.finished(index) is None
+        ]
+
     def sequences(self, index: int) -> Iterator[TokenSequence]:
         """The token sequences of a shard, in order."""
-        with pq.ParquetFile(_tokens_path(self.root, index)) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                ids, offsets = flat(table["input_ids"])
-                mask, _ = flat(table["loss_mask"])
-                for row, columns in enumerate(table["columns"].to_pylist()):
-                    tokens = slice(offsets[row], offsets[row + 1])
-                    kept = {name: _as(self.column_types[name], value) for name, value in json.loads(columns).items()}
-                    yield TokenSequence(ids[tokens], mask[tokens], kept)
+        with self.folder.open(_tokens_name(index)) as source:
+            for sequence in read_tokens(source):
+                kept = {name: _as(self.column_types[name], value) for name, value in sequence.columns.items()}
+                yield replace(sequence, columns=kept)
 
     def finished(self, index: int) -> ShardInfo | None:
         """What was recorded of a shard, if it is complete."""
-        path = _sidecar_path(self.root, index)
-        if not path.exists():
+        if not self.folder.exists(_sidecar_name(index)):
             return None
-        info = ShardInfo.from_json(json.loads(path.read_text()))
-        shard = self.root / info.name
-        return info if shard.exists() and shard.stat().st_size == info.num_bytes else None
+        info = ShardInfo.from_json(json.loads(self.folder.read(_sidecar_name(index))))
+        complete = self.folder.exists(info.name) and self.folder.num_bytes(info.name) == info.num_bytes
+        return info if complete else None
 
     def record(self, index: int, info: ShardInfo) -> None:
         """Marks a shard as complete."""
-        write_json(_sidecar_path(self.root, index), info.to_json())
+        self.folder.write(_sidecar_name(index), json.dumps(info.to_json()))
 
     def write(self) -> None:
         """Writes plan.json atomically."""
-        data = {key: value for key, value in asdict(self).items() if key != "root"}
-        write_json(self.root / BUILD_DIRECTORY / "plan.json", data)
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "folder"}
+        data["shards"] = [asdict(shard) for shard in self.shards]
+        self.folder.write(PLAN_NAME, json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def read_request(root: Path) -> dict[str, Any] | None:
+def cache_layout(settings: CaptureSettings, vocab_size: int, column_types: Mapping[str, str]) -> Layout:
+    """Columns of the shards that a capture with these settings makes."""
+    return Layout(
+        vocab_size=vocab_size,
+        num_tail_groups=settings.tail_groups,
+        temperatures=tuple(settings.temperatures),
+        tail_entropy=settings.tail_entropy,
+        num_tail_samples=settings.tail_samples,
+        columns=column_types,
+    )
+
+
+def read_request(folder: Folder) -> dict[str, Any] | None:
     """What an unfinished build was asked to do, if it got as far as a plan."""
-    path = root / BUILD_DIRECTORY / "plan.json"
-    if not path.exists():
+    if not folder.exists(PLAN_NAME):
         return None
-    request: dict[str, Any] = json.loads(path.read_text())["request"]
+    request: dict[str, Any] = json.loads(folder.read(PLAN_NAME))["request"]
     return request
 
 
-def read_plan(root: Path) -> Plan:
+def read_plan(folder: Folder) -> Plan:
     """The plan of an unfinished build whose request is this format's."""
-    data = json.loads((root / BUILD_DIRECTORY / "plan.json").read_text())
+    data = json.loads(folder.read(PLAN_NAME))
     shards = tuple(PlannedShard(**shard) for shard in data.pop("shards"))
-    return Plan(root=root, shards=shards, **data)
+    return Plan(folder=folder, shards=shards, **data)
 
 
-def make_plan(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_positions: int) -> Plan:
-    """Tokenises the corpus into `root` and cuts it into shards of about `shard_positions` positions.
+class ReadCorpus(Protocol):
+    """What yields the sequences of a corpus and counts as it does: see `Corpus`."""
+
+    layout: str | None
+    num_documents: int
+    skipped: Counter[str]
+    first_bad: str | None
+    never_kept: set[str]
+
+    def __iter__(self) -> Iterator[TokenSequence]: ...
+
+
+def make_plan(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_positions: int) -> Plan:
+    """Tokenises the corpus into `folder` and cuts it into shards of about `shard_positions` positions.
 
     Raises UserError for bad documents and for a corpus in which nothing can be trained.
     """
+    keep = ANSWERS_NAME if "generation" in request else None
+    begin(folder, keep)
     try:
-        return _cut(root, request, corpus, shard_positions)
+        return _cut(folder, request, corpus, shard_positions)
     except BaseException:
-        abandon(root)
+        abandon(folder, keep)
         raise
 
 
-def _cut(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_positions: int) -> Plan:
-    begin(root)
-    (root / BUILD_DIRECTORY / "tokens").mkdir()
-    (root / BUILD_DIRECTORY / "shards").mkdir()
+def _cut(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_positions: int) -> Plan:
     progress = Progress("reading", None, 0, "positions")
     shards: list[PlannedShard] = []
     digest, longest = hashlib.sha256(), 0
-    types = _ColumnTypes()
+    types = ColumnTypes()
     sequences = iter(corpus)
     pending = next(sequences, None)
     while pending is not None:
-        counts = {"num_sequences": 0, "num_positions": 0}
-        with atomic_path(_tokens_path(root, len(shards))) as path, _TokensWriter(path) as writer:
+        counts = {"num_sequences": 0, "num_positions": 0, "num_tokens": 0}
+        with folder.writing(_tokens_name(len(shards))) as path, TokensWriter(path) as writer:
             while pending is not None and counts["num_positions"] < shard_positions:
                 writer.write(pending)
                 types.see(pending.columns)
@@ -148,6 +184,7 @@ def _cut(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_positions
                 longest = max(longest, len(pending.input_ids))
                 counts["num_sequences"] += 1
                 counts["num_positions"] += len(pending.positions)
+                counts["num_tokens"] += len(pending.input_ids)
                 progress.advance(len(pending.positions))
                 pending = next(sequences, None)
         shards.append(PlannedShard(**counts))
@@ -158,7 +195,7 @@ def _cut(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_positions
     if corpus.never_kept:
         raise UserError(f"--keep {', '.join(sorted(corpus.never_kept))}: no document has this column")
     plan = Plan(
-        root=root,
+        folder=folder,
         request=request,
         layout=str(corpus.layout),
         shards=tuple(shards),
@@ -173,38 +210,14 @@ def _cut(root: Path, request: Mapping[str, Any], corpus: Corpus, shard_positions
     return plan
 
 
-class _TokensWriter:
-    def __init__(self, path: Path) -> None:
-        self._parquet = pq.ParquetWriter(path, TOKENS_SCHEMA, compression="zstd")
-        self._rows: list[dict[str, Any]] = []
-
-    def write(self, sequence: TokenSequence) -> None:
-        columns = json.dumps(dict(sequence.columns), ensure_ascii=False, default=str)
-        self._rows.append({"input_ids": sequence.input_ids, "loss_mask": sequence.loss_mask, "columns": columns})
-        if len(self._rows) == ROWS_PER_GROUP:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._parquet.write_table(pa.Table.from_pylist(self._rows, TOKENS_SCHEMA))
-            self._rows.clear()
-
-    def __enter__(self) -> _TokensWriter:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        with self._parquet:
-            if kind is None:
-                self._flush()
-
-
-class _ColumnTypes:
+class ColumnTypes:
     """Arrow type of each kept column: the one that all its values share, otherwise string, non-strings as JSON text."""
 
     def __init__(self) -> None:
         self._seen: dict[str, set[str]] = {}
 
     def see(self, columns: Mapping[str, Any]) -> None:
+        """Takes a row's values into account."""
         for name, value in columns.items():
             types = self._seen.setdefault(name, set())
             if value is not None:
@@ -213,6 +226,7 @@ class _ColumnTypes:
                 types.add("string")
 
     def names(self) -> dict[str, str]:
+        """Column → name of an Arrow type."""
         return {name: min(types) if len(types) == 1 else "string" for name, types in self._seen.items()}
 
 
@@ -222,9 +236,9 @@ def _as(column_type: str, value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _tokens_path(root: Path, index: int) -> Path:
-    return root / BUILD_DIRECTORY / "tokens" / f"{index:05d}.parquet"
+def _tokens_name(index: int) -> str:
+    return f"{BUILD_DIRECTORY}/tokens/{index:05d}.parquet"
 
 
-def _sidecar_path(root: Path, index: int) -> Path:
-    return root / BUILD_DIRECTORY / "shards" / f"{index:05d}.json"
+def _sidecar_name(index: int) -> str:
+    return f"{BUILD_DIRECTORY}/shards/{index:05d}.json"

@@ -23,6 +23,13 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = tqdm(desc=label, total=total, initial=done, unit=unit, unit_scale=True, dynamic_ncols=True)
 
+    def start(self) -> None:
+        """The clock runs from here: what was waited for until now says nothing about the rate."""
+        self._began = self._last_line = time.monotonic()
+        if self._bar is not None:
+            self._bar.reset(self._total)
+            self._bar.update(self._done)
+
     def advance(self, count: int) -> None:
         """Adds finished units."""
         self._done += count

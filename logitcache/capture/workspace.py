@@ -4,83 +4,84 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from logitcache.errors import UserError
+from logitcache.format.atomic import TEMPORARY_SUFFIX
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY
+from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.sharing.card import CARD_NAME
 
-MARK_NAME = "logitcache"
-"""File in the build directory by which a later build knows that the folder is one of ours."""
+MARK_NAME = f"{BUILD_DIRECTORY}/logitcache"
+"""File by which a later build knows that the folder is one of ours."""
+ANSWERS_NAME = f"{BUILD_DIRECTORY}/answers"
+"""What the teacher answered, hours of work: not to be removed with a plan that was cut off."""
 
 
 @contextmanager
-def workspace(root: Path) -> Iterator[None]:
-    """Holds `root` against other builds while the block runs; leaves no empty folder behind.
+def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
+    """Holds `folder` against other builds while the block runs; leaves no empty folder behind.
 
-    Raises UserError for a file, a folder that cannot be made or holds anything but a cache or a build, and one that
-    another build holds.
+    shared: together with other processes of one build, each of which scores a range of its shards. A URL cannot be held:
+    it is only looked at. Raises UserError for a file, a folder that cannot be made or holds anything but a cache or a
+    build, and one that another build holds.
     """
+    if folder.local is None:
+        _refuse_what_is_not_ours(folder)
+        yield
+        return
     try:
-        present = {path.name for path in root.iterdir()} if root.exists() else set()
-        root.mkdir(parents=True, exist_ok=True)
-        directory = os.open(root, os.O_RDONLY)
+        folder.local.mkdir(parents=True, exist_ok=True)
+        directory = os.open(folder.local, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"--out {root}: a folder that can be written is wanted ({error.strerror})") from error
+        raise UserError(f"--out {folder}: a folder that can be written is wanted ({error.strerror})") from error
     try:
-        if present and not is_ours(root):
-            raise UserError(f"--out {root}: the folder is not empty and holds no cache; choose another")
+        _refuse_what_is_not_ours(folder)
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(directory, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"--out {root}: another build is writing there") from error
+            raise UserError(f"--out {folder}: another build is writing there") from error
         try:
             yield
         finally:
-            if not any(root.iterdir()):
-                root.rmdir()
+            if not folder.names():
+                folder.local.rmdir()
     finally:
         os.close(directory)
 
 
-def is_ours(root: Path) -> bool:
+def _refuse_what_is_not_ours(folder: Folder) -> None:
+    if folder.names() and not is_ours(folder):
+        raise UserError(f"--out {folder}: the folder is not empty and holds no cache; choose another")
+
+
+def is_ours(folder: Folder) -> bool:
     """Whether a folder holds a finished cache or a build that was begun here."""
-    build = root / BUILD_DIRECTORY
-    return (
-        (root / MANIFEST_NAME).exists() or (build / MARK_NAME).exists() or (build.is_dir() and not any(build.iterdir()))
-    )
+    if folder.exists(MANIFEST_NAME) or folder.exists(MARK_NAME):
+        return True
+    killed_before_its_mark = all(name.endswith(TEMPORARY_SUFFIX) for name in folder.names(BUILD_DIRECTORY))
+    return BUILD_DIRECTORY in folder.names() and killed_before_its_mark
 
 
-def begin(root: Path) -> None:
-    """Makes an empty build directory with our mark; a cache beside it stays as it is."""
-    build = root / BUILD_DIRECTORY
-    build.mkdir(exist_ok=True)
-    (build / MARK_NAME).write_text("Work in progress of `logitcache build`: the same command continues it.\n")
-    for path in build.iterdir():
-        if path.name != MARK_NAME:
-            _remove(path)
+def begin(folder: Folder, keep: str | None = None) -> None:
+    """Empties the build directory but for `keep` and our mark, which is written first; a cache beside it stays as it is."""
+    folder.write(MARK_NAME, "Work in progress of `logitcache build`: the same command continues it.\n")
+    for name in folder.names(BUILD_DIRECTORY):
+        if f"{BUILD_DIRECTORY}/{name}" not in (MARK_NAME, keep):
+            folder.remove(f"{BUILD_DIRECTORY}/{name}")
 
 
-def abandon(root: Path) -> None:
-    """Removes the build directory; keeps its mark where shards of an earlier build would be nobody's without it."""
-    if (root / MANIFEST_NAME).exists() or not (root / "data").exists():
-        _remove(root / BUILD_DIRECTORY)
+def abandon(folder: Folder, keep: str | None = None) -> None:
+    """Removes the build directory but for `keep`; its mark stays where what is left would be nobody's without it."""
+    if keep is None and (folder.exists(MANIFEST_NAME) or not folder.exists("data")):
+        folder.remove(BUILD_DIRECTORY)
     else:
-        begin(root)
+        begin(folder, keep)
 
 
-def remove_former(root: Path) -> None:
+def remove_former(folder: Folder) -> None:
     """Removes a cache but for its build directory. The manifest goes first: without it the rest is no cache."""
     for name in (MANIFEST_NAME, CARD_NAME, TAIL_GROUPS_NAME, TOKENIZER_DIRECTORY, "data"):
-        _remove(root / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        folder.remove(name)

@@ -17,7 +17,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
-def space_needed(final: Path) -> Iterator[None]:
+def space_needed(final: str | Path) -> Iterator[None]:
     """Turns the failures of a full disk into a UserError that names `final`."""
     try:
         yield

@@ -16,9 +16,10 @@ one list of numbers that any Parquet reader opens:
     sample_ids        list<int32>   [M·s] ids drawn from the tail                 (captured with tail samples)
     sample_logprobs   list<float>   [M·s]
 
-and the kept columns of the source after them. Log-probabilities of entries, groups and samples are rounded to multiples
-of `LOGPROB_STEP` (an error of at most 3.1e-5 nats) and stay plain floats: there is nothing to undo, while the zeroed
-low bits compress away under BYTE_STREAM_SPLIT and zstd. The tail is not rounded.
+and the kept columns of the source after them. Log-probabilities of entries and samples are rounded to multiples of
+`LOGPROB_STEP` (an error of at most 3.1e-5 nats), log masses of groups to multiples of `GROUP_STEP` (0.016 nats, which
+changes the gradient by less than what 32 groups leave open: `tools/bench_fidelity.py`). They stay plain floats: there is
+nothing to undo, while the zeroed low bits compress away under BYTE_STREAM_SPLIT and zstd. The tail is not rounded.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
 
 FORMAT_VERSION = 1
 LOGPROB_STEP = 2.0**-14
+GROUP_STEP = 2.0**-5
 METADATA_KEY = b"logitcache"
 TEMPERED_PREFIX = "tail_log_norm_T"
 
@@ -64,7 +66,7 @@ class Layout:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, with the settings that a reader of the bytes needs."""
         settings = asdict(self) | {"temperatures": list(self.temperatures), "columns": dict(self.columns)}
-        return {"format_version": FORMAT_VERSION, "logprob_step": LOGPROB_STEP, **settings}
+        return {"format_version": FORMAT_VERSION, "logprob_step": LOGPROB_STEP, "group_step": GROUP_STEP, **settings}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
@@ -138,18 +140,18 @@ def encode(sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets],
     per_position = {
         "num_entries": num_entries,
         "tail_logprob": joined.tail_logprob,
-        "group_logprobs": _rounded(joined.group_logprobs),
+        "group_logprobs": _rounded(joined.group_logprobs, GROUP_STEP),
         **{tempered_column(t): values for t, values in joined.tempered_tail.items()},
         "tail_entropy": joined.tail_entropy,
         "sample_ids": joined.sample_ids,
-        "sample_logprobs": _rounded(joined.sample_logprobs),
+        "sample_logprobs": _rounded(joined.sample_logprobs, LOGPROB_STEP),
     }
     arrays: dict[str, pa.Array] = {
         "row_id": pa.array([s.row_id for s in sequences], pa.string()),
         "input_ids": _lists(np.concatenate([s.input_ids for s in sequences]), lengths, pa.int32()),
         "loss_mask": _lists(np.concatenate([s.loss_mask for s in sequences]), lengths, pa.bool_()),
         "token_ids": _lists(joined.token_ids[held], entries, pa.int32()),
-        "logprobs": _lists(_rounded(joined.logprobs[held]), entries, pa.float32()),
+        "logprobs": _lists(_rounded(joined.logprobs[held], LOGPROB_STEP), entries, pa.float32()),
     }
     for name, (arrow_type, count) in layout.values_per_position().items():
         arrays[name] = _lists(np.asarray(per_position[name]).reshape(-1), positions * count, arrow_type)
@@ -231,11 +233,11 @@ def check_version(found: int, where: str) -> None:
 _MATRICES = {"group_logprobs", "sample_ids", "sample_logprobs"}
 
 
-def _rounded(values: np.ndarray | None) -> np.ndarray | None:
+def _rounded(values: np.ndarray | None, step: float) -> np.ndarray | None:
     if values is None:
         return None
-    scaled: np.ndarray = np.rint(values.astype(np.float32) / np.float32(LOGPROB_STEP))
-    return scaled * np.float32(LOGPROB_STEP)
+    scaled: np.ndarray = np.rint(values.astype(np.float32) / np.float32(step))
+    return scaled * np.float32(step)
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Self
 
-from fsspec import AbstractFileSystem
-
 from logitcache.errors import UserError
-from logitcache.format.atomic import write_json
 from logitcache.format.codec import FORMAT_VERSION, Layout, check_version
 from logitcache.format.shards import ShardInfo
+from logitcache.format.storage import Folder
 
 MANIFEST_NAME = "logitcache.json"
 BUILD_DIRECTORY = ".build"
@@ -114,28 +112,28 @@ class Manifest:
                 raise UserError(f"{where} was altered: {total} is {value}, its shards add up to {found}")
         return manifest
 
-    def write(self, root: Path) -> None:
-        """Writes logitcache.json atomically."""
-        write_json(root / MANIFEST_NAME, self.to_json())
+    def write(self, folder: Folder) -> None:
+        """Writes logitcache.json."""
+        folder.write(MANIFEST_NAME, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
 
 
-def read_manifest(filesystem: AbstractFileSystem, root: str) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """Reads logitcache.json of a finished cache.
 
     Raises UserError when there is none (saying how to finish an interrupted build), when it does not parse, and for a
     newer format.
     """
-    path = f"{root.rstrip('/')}/{MANIFEST_NAME}"
-    if not filesystem.exists(path):
-        if filesystem.exists(f"{root.rstrip('/')}/{BUILD_DIRECTORY}"):
+    path = folder.where(MANIFEST_NAME)
+    if not folder.exists(MANIFEST_NAME):
+        if folder.exists(BUILD_DIRECTORY):
             raise UserError(
-                f"{root} is an unfinished build: run the same `logitcache build` command again to finish it"
+                f"{folder} is an unfinished build: run the same `logitcache build` command again to finish it"
             )
-        if not filesystem.exists(root):
-            raise UserError(f"{root} does not exist")
-        raise UserError(f"{root} is not a cache: it has no {MANIFEST_NAME}")
+        if not folder.exists():
+            raise UserError(f"{folder} does not exist")
+        raise UserError(f"{folder} is not a cache: it has no {MANIFEST_NAME}")
     try:
-        data = json.loads(filesystem.cat_file(path))
+        data = json.loads(folder.read(MANIFEST_NAME))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:

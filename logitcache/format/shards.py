@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from logitcache.errors import UserError
-from logitcache.format.atomic import atomic_path, file_sha256
+from logitcache.format.atomic import file_sha256
 from logitcache.format.codec import DecodedRows, Layout, encode, read_layout
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets
 
 ROW_GROUP_BYTES = 4 << 20
@@ -63,8 +61,8 @@ def shard_name(index: int, count: int) -> str:
 class ShardWriter:
     """Context manager that writes one shard; the file appears when the block ends without an exception."""
 
-    def __init__(self, root: Path, name: str, layout: Layout) -> None:
-        self._final = root / name
+    def __init__(self, folder: Folder, name: str, layout: Layout) -> None:
+        self._folder = folder
         self._name = name
         self._layout = layout
         self._buffer: list[tuple[TokenSequence, SparseTargets]] = []
@@ -90,8 +88,7 @@ class ShardWriter:
     @contextmanager
     def _open(self) -> Iterator[pq.ParquetWriter]:
         """The file is closed on every way out: an open one would go on holding its space on a full disk."""
-        self._final.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._final) as temporary:
+        with self._folder.writing(self._name) as temporary:
             with (
                 pa.OSFile(str(temporary), "wb") as file,
                 pq.ParquetWriter(file, self._layout.schema(), **self._layout.parquet_options()) as parquet,
@@ -145,18 +142,17 @@ class ShardReader:
     Holds no file open: a cache may have thousands of shards.
     """
 
-    def __init__(self, filesystem: AbstractFileSystem, root: str, info: ShardInfo) -> None:
-        self._filesystem = filesystem
-        self._is_local = isinstance(filesystem, LocalFileSystem)
-        self.path = f"{root.rstrip('/')}/{info.name}"
+    def __init__(self, folder: Folder, info: ShardInfo) -> None:
+        self._folder = folder
+        self.path = folder.where(info.name)
         self._info = info
         self._verified = False
 
     def check_size(self) -> None:
         """Raises UserError when the file is missing or has not the manifest's size."""
-        if not self._filesystem.exists(self.path):
+        if not self._folder.exists(self._info.name):
             raise UserError(f"{self.path} is missing, though the manifest names it: fetch or build this shard again")
-        size = self._filesystem.size(self.path)
+        size = self._folder.num_bytes(self._info.name)
         if size != self._info.num_bytes:
             self._refuse(f"truncated or altered: {size} bytes, the manifest says {self._info.num_bytes}")
 
@@ -164,12 +160,12 @@ class ShardReader:
         """Decodes a row group. Raises UserError where the file is not the one that the manifest names."""
         if not self._verified:
             self.check_size()
-            if self._is_local and file_sha256(Path(self.path)) != self._info.sha256:
+            if self._folder.local and file_sha256(self._folder.local / self._info.name) != self._info.sha256:
                 self._refuse("altered: its SHA-256 is not the manifest's")
             self._verified = True
         try:
             with (
-                self._filesystem.open(self.path, "rb") as source,
+                self._folder.open(self._info.name) as source,
                 pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True) as file,
             ):
                 table = file.read_row_group(index, use_threads=False)

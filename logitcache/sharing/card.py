@@ -26,7 +26,8 @@ def dataset_card(manifest: Manifest) -> str:
     rows += [(f"documents left out: {reason}", f"{count:,}") for reason, count in manifest.skipped.items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     columns = "\n".join(f"| `{c.name}` | `{c.type}` | {_meaning(c.name)} |" for c in manifest.layout.schema())
-    return _CARD.format(table=table, columns=columns, step=manifest.layout.to_json()["logprob_step"])
+    steps = {name: manifest.layout.to_json()[name] for name in ("logprob_step", "group_step")}
+    return _CARD.format(table=table, columns=columns, **steps)
 
 
 def _meaning(column: str) -> str:
@@ -65,7 +66,8 @@ tags:
 
 Made by `logitcache build`. Row i of a sequence's targets is the teacher's distribution of token i + 1 given tokens 0…i;
 a position is stored where `loss_mask` is true for token i + 1. Log-probabilities are natural logarithms at temperature 1,
-normalised over the full vocabulary, rounded to multiples of {step:g}; the tail is not rounded.
+normalised over the full vocabulary, rounded to multiples of {logprob_step:g} (of tail groups: {group_step:g}); the tail is not
+rounded.
 
 |  |  |
 |---|---|

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from logitcache import CachedSequence, LogitCache, SparseTargets
 from logitcache.format import shards
 from logitcache.format.atomic import file_sha256
-from logitcache.format.codec import LOGPROB_STEP, Layout
+from logitcache.format.codec import GROUP_STEP, LOGPROB_STEP, Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
 
 VOCAB = 50
@@ -118,15 +119,15 @@ def write_cache(
     infos = []
     with patch.object(shards, "ROW_GROUP_BYTES", row_group_bytes):
         for index, part in enumerate(parts):
-            with shards.ShardWriter(root, shards.shard_name(index, len(parts)), layout) as writer:
+            with shards.ShardWriter(Folder(root), shards.shard_name(index, len(parts)), layout) as writer:
                 for sequence, targets in part:
                     writer.write(sequence, targets)
             infos.append(writer.info)
     files = {}
     if layout.num_tail_groups:
-        write_tail_groups(root / TAIL_GROUPS_NAME, tail_groups(layout))
+        write_tail_groups(Folder(root), tail_groups(layout))
         files[TAIL_GROUPS_NAME] = file_sha256(root / TAIL_GROUPS_NAME)
-    Manifest(layout, FINGERPRINT, tuple(infos), {"empty": 2}, "tests", files).write(root)
+    Manifest(layout, FINGERPRINT, tuple(infos), {"empty": 2}, "tests", files).write(Folder(root))
     return LogitCache(str(root))
 
 
@@ -149,7 +150,7 @@ def assert_holds(cached: CachedSequence, row: Row) -> None:
     assert (read.tail_entropy is None) == (written.tail_entropy is None)
     if written.tail_entropy is not None:
         assert_identical(read.tail_entropy, written.tail_entropy)
-    assert_within_half_a_step(read.group_logprobs, written.group_logprobs)
+    assert_within_half_a_step(read.group_logprobs, written.group_logprobs, GROUP_STEP)
     assert (read.sample_ids is None) == (written.sample_ids is None)
     if written.sample_ids is not None:
         assert read.sample_ids is not None
@@ -163,7 +164,7 @@ def assert_identical(read: np.ndarray | None, written: np.ndarray) -> None:
     assert read.tobytes() == written.tobytes()
 
 
-def assert_within_half_a_step(read: np.ndarray | None, written: np.ndarray | None) -> None:
+def assert_within_half_a_step(read: np.ndarray | None, written: np.ndarray | None, step: float = LOGPROB_STEP) -> None:
     assert (read is None) == (written is None)
     if read is None or written is None:
         return
@@ -172,7 +173,7 @@ def assert_within_half_a_step(read: np.ndarray | None, written: np.ndarray | Non
     finite = np.isfinite(written)
     assert np.array_equal(np.isfinite(read), finite)
     assert (read[~finite] == -np.inf).all()
-    assert (np.abs(read[finite].astype(np.float64) - written[finite]) <= LOGPROB_STEP / 2).all()
+    assert (np.abs(read[finite].astype(np.float64) - written[finite]) <= step / 2).all()
 
 
 @st.composite

@@ -21,6 +21,7 @@ import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
 from logitcache.cache import SHUFFLE_ROW_GROUPS
 from logitcache.format.codec import Layout
+from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
 
 ROWS = random_rows(23, EVERYTHING)
@@ -178,7 +179,7 @@ def test_tail_groups_are_read_from_their_file(tmp_path: Path) -> None:
 
 def test_tail_groups_that_are_missing_or_not_the_manifests_are_refused(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, ROWS, EVERYTHING)
-    write_tail_groups(tmp_path / TAIL_GROUPS_NAME, tail_groups(EVERYTHING)[::-1])
+    write_tail_groups(Folder(tmp_path), tail_groups(EVERYTHING)[::-1])
     with pytest.raises(UserError, match=r"tail_groups\.parquet is missing or was altered \(its SHA-256"):
         _ = cache.tail_groups
     (tmp_path / TAIL_GROUPS_NAME).unlink()

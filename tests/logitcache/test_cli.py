@@ -36,7 +36,11 @@ def test_build_prints_what_it_made(
         (["--top-k", "0"], "--top-k 0"),
         (["--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
         (["--temperatures", "1,b"], "'1,b': write numbers with commas between them"),
-        (["--tail-groups", "4", "--backend", "vllm"], "--tail-groups needs the teacher's logits"),
+        (
+            ["--tail-groups", "4", "--backend", "vllm", "--capture-route", "flat"],
+            "--tail-groups needs the teacher's logits",
+        ),
+        (["--shard-range", "1-4"], "'1-4': write I/N"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -63,6 +67,6 @@ def test_ctrl_c_says_how_to_continue(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("logitcache.capture.build._capture_shard", interrupted)
+    monkeypatch.setattr("logitcache.capture.worker.ShardWorker.capture", interrupted)
     assert main(arguments(teacher, corpus, tmp_path / "c", "--backend", "transformers")) == 130
     assert "the same command continues" in capsys.readouterr().err

@@ -11,12 +11,12 @@ import pytest
 from smallcaches import EVERYTHING, random_rows
 
 from logitcache import UserError
-from logitcache.capture import plan as plan_module
 from logitcache.capture.corpus.documents import Document, Source
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.plan import Plan, make_plan, read_plan, read_request
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
+from logitcache.format.storage import Folder
 
 REQUEST = {"teacher": {"name": "tiny"}, "capture": {"top_k": 8}}
 
@@ -39,7 +39,7 @@ def all_sequences(plan: Plan) -> list[TokenSequence]:
 
 
 def test_the_shards_cover_the_corpus_in_order(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, REQUEST, corpus(documents(), keep=("id",)), shard_positions=40)
+    plan = make_plan(Folder(tmp_path), REQUEST, corpus(documents(), keep=("id",)), shard_positions=40)
     expected = list(corpus(documents(), keep=("id",)))
     found = all_sequences(plan)
     assert len(plan.shards) > 4
@@ -51,7 +51,7 @@ def test_the_shards_cover_the_corpus_in_order(tmp_path: Path) -> None:
 
 
 def test_every_shard_holds_what_its_counts_say_and_is_as_large_as_asked_for(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, REQUEST, corpus(documents()), shard_positions=40)
+    plan = make_plan(Folder(tmp_path), REQUEST, corpus(documents()), shard_positions=40)
     for index, shard in enumerate(plan.shards):
         rows = list(plan.sequences(index))
         assert shard.num_sequences == len(rows)
@@ -61,8 +61,10 @@ def test_every_shard_holds_what_its_counts_say_and_is_as_large_as_asked_for(tmp_
 
 
 def test_a_plan_read_back_is_the_plan_that_was_made(tmp_path: Path) -> None:
-    made = make_plan(tmp_path, REQUEST, corpus([*documents(), {"input_ids": [1]}], keep=("id",)), shard_positions=40)
-    assert read_plan(tmp_path) == made
+    made = make_plan(
+        Folder(tmp_path), REQUEST, corpus([*documents(), {"input_ids": [1]}], keep=("id",)), shard_positions=40
+    )
+    assert read_plan(Folder(tmp_path)) == made
     assert made.request == REQUEST
     assert made.skipped == {"empty": 1}
     assert made.num_documents == 31
@@ -72,13 +74,13 @@ def test_the_same_corpus_gives_the_same_hash_and_another_one_another(tmp_path: P
     hashes = []
     for name, rows, size in (("a", documents(), 40), ("b", documents(), 1000), ("c", documents()[::-1], 40)):
         (tmp_path / name).mkdir()
-        hashes.append(make_plan(tmp_path / name, REQUEST, corpus(rows), size).sequences_sha256)
+        hashes.append(make_plan(Folder(tmp_path / name), REQUEST, corpus(rows), size).sequences_sha256)
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_more_rows_than_a_row_group_of_the_plan_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "ROWS_PER_GROUP", 7)
-    plan = make_plan(tmp_path, REQUEST, corpus(documents()), shard_positions=10_000)
+    monkeypatch.setattr("logitcache.capture.tokens.ROWS_PER_GROUP", 7)
+    plan = make_plan(Folder(tmp_path), REQUEST, corpus(documents()), shard_positions=10_000)
     assert [s.row_id for s in all_sequences(plan)] == [s.row_id for s in corpus(documents())]
 
 
@@ -101,7 +103,7 @@ def test_kept_columns_have_one_type_or_become_text(
     tmp_path: Path, values: list[Any], column_type: str, kept: list[Any]
 ) -> None:
     rows = [{"input_ids": [1, 2, 3], "kept": value} for value in values]
-    plan = make_plan(tmp_path, REQUEST, corpus(rows, keep=("kept",)), shard_positions=2)
+    plan = make_plan(Folder(tmp_path), REQUEST, corpus(rows, keep=("kept",)), shard_positions=2)
     assert plan.column_types == {"kept": column_type}
     found = [sequence.columns["kept"] for sequence in all_sequences(plan)]
     assert found == kept
@@ -118,31 +120,31 @@ def test_kept_columns_have_one_type_or_become_text(
 )
 def test_a_corpus_without_anything_to_train_is_refused(tmp_path: Path, rows: list[dict[str, Any]], reason: str) -> None:
     with pytest.raises(UserError, match=f"the corpus holds no sequence to train on: {reason}"):
-        make_plan(tmp_path, REQUEST, corpus(rows), shard_positions=40)
+        make_plan(Folder(tmp_path), REQUEST, corpus(rows), shard_positions=40)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("good", [0, 1, 29])
 def test_a_corpus_that_fails_leaves_nothing_behind(tmp_path: Path, good: int) -> None:
     with pytest.raises(UserError, match=f"rows {good}: `input_ids` must be"):
-        make_plan(tmp_path, REQUEST, corpus([*documents()[:good], {"input_ids": "x"}]), shard_positions=40)
+        make_plan(Folder(tmp_path), REQUEST, corpus([*documents()[:good], {"input_ids": "x"}]), shard_positions=40)
     assert list(tmp_path.iterdir()) == []
-    assert read_request(tmp_path) is None
+    assert read_request(Folder(tmp_path)) is None
 
 
 def test_a_plan_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     leftover = tmp_path / ".build/tokens/00099.parquet"
     leftover.parent.mkdir(parents=True)
     leftover.write_text("half")
-    assert read_request(tmp_path) is None
-    make_plan(tmp_path, REQUEST, corpus(documents()), shard_positions=40)
+    assert read_request(Folder(tmp_path)) is None
+    make_plan(Folder(tmp_path), REQUEST, corpus(documents()), shard_positions=40)
     assert not leftover.exists()
 
 
 def test_a_shard_is_finished_when_it_was_recorded_and_is_there(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, REQUEST, corpus(documents()), shard_positions=40)
+    plan = make_plan(Folder(tmp_path), REQUEST, corpus(documents()), shard_positions=40)
     assert plan.finished(0) is None
-    with ShardWriter(tmp_path, plan.shard_name(0), EVERYTHING) as writer:
+    with ShardWriter(Folder(tmp_path), plan.shard_name(0), EVERYTHING) as writer:
         writer.write(*random_rows(1, EVERYTHING)[0])
     assert plan.finished(0) is None
     plan.record(0, writer.info)
@@ -158,5 +160,5 @@ def test_a_kept_column_that_no_document_has_is_refused(tmp_path: Path) -> None:
     source = Source("x", dict, lambda: iter([Document({"input_ids": [1, 2, 3], "id": 1}, "x, row 0")]))
     corpus = Corpus([source], None, 10, CorpusSettings(max_length=8, keep=("id", "ulr")))
     with pytest.raises(UserError, match="--keep ulr: no document has this column"):
-        make_plan(tmp_path, {}, corpus, 100)
+        make_plan(Folder(tmp_path), {}, corpus, 100)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Logits → SparseTargets, against the full distribution in float64."""
+"""Logits → what is stored of them, against the full distribution in float64."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from smallcaches import small, sparse_targets
 
-from logitcache import SparseTargets
-from logitcache.capture.selection import select, select_from_top_k
+from logitcache import SparseTargets, UserError
+from logitcache.capture import selection
+from logitcache.capture.packing import row_width, unpack
+from logitcache.capture.selection import TailGroups, draw_uniforms, select, select_from_top_k, top_k
 from logitcache.capture.settings import CaptureSettings
 from logitcache.format.codec import Layout
-from logitcache.format.targets import find_defect
+from logitcache.format.targets import concatenate, find_defect
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,6 +40,24 @@ def full(logits: torch.Tensor) -> np.ndarray:
 
 def captured(**settings: Any) -> CaptureSettings:
     return CaptureSettings(**{"top_k": 8, "min_k": 1, **settings})
+
+
+def selected(
+    logits: torch.Tensor,
+    settings: CaptureSettings,
+    group_of: np.ndarray | None = None,
+    uniforms: np.ndarray | None = None,
+) -> SparseTargets:
+    """What `select` packs, on a copy that it may overwrite."""
+    packed = select(
+        logits.clone(),
+        settings,
+        None if group_of is None else TailGroups(group_of, "cpu"),
+        None if uniforms is None else torch.from_numpy(uniforms),
+    )
+    assert packed.dtype == torch.int32
+    assert packed.shape == (len(logits), row_width(settings))
+    return unpack(packed.numpy(), settings)
 
 
 def counts_under_top_p(logprobs: np.ndarray, settings: CaptureSettings) -> list[int]:
@@ -63,7 +83,7 @@ def assert_close(found: np.ndarray | None, expected: np.ndarray | None, toleranc
 
 
 def assert_entries_and_tail(found: SparseTargets, expected: SparseTargets) -> None:
-    assert found.token_ids.dtype == np.int32
+    found = found.narrowed(expected.token_ids.shape[1])
     assert found.token_ids.tolist() == expected.token_ids.tolist()
     assert_close(found.logprobs, expected.logprobs)
     assert_close(found.tail_logprob, expected.tail_logprob)
@@ -80,7 +100,7 @@ def test_everything_is_that_of_the_full_distribution(seed: int, positions: int, 
     group_of = np.random.default_rng(seed).permutation(np.arange(vocab_size) % groups)
     layout = Layout(vocab_size, groups, (0.5, 2.0), tail_entropy=True)
     expected = sparse_targets(full(logits), [settings.top_k] * positions, layout, group_of)
-    found = select(logits, settings, torch.from_numpy(group_of))
+    found = selected(logits, settings, group_of)
     assert_entries_and_tail(found, expected)
     assert_close(found.group_logprobs, expected.group_logprobs)
     for temperature in (0.5, 2.0):
@@ -90,7 +110,7 @@ def test_everything_is_that_of_the_full_distribution(seed: int, positions: int, 
 
 
 def test_what_is_not_asked_for_is_not_captured() -> None:
-    found = select(random_logits(0, 3, 20), captured())
+    found = selected(random_logits(0, 3, 20), captured())
     assert found.group_logprobs is found.tail_entropy is found.sample_ids is found.sample_logprobs is None
     assert found.tempered_tail == {}
 
@@ -99,11 +119,11 @@ def test_the_tail_of_a_confident_teacher_is_exact() -> None:
     logits = torch.zeros(2, 1000)
     logits[0, 7] = 28.0  # 1 − p = 999 e^−28 = 7e-10
     logits[1, 9] = 200.0  # 1 − p = 999 e^−200, below the smallest float32
-    group_of = torch.arange(1000) % 2
+    group_of = np.arange(1000) % 2
     settings = captured(top_k=1, tail_groups=2, temperatures=(2.0,), tail_entropy=True)
-    found = select(logits, settings, group_of)
+    found = selected(logits, settings, group_of)
     layout = Layout(1000, 2, (2.0,), tail_entropy=True)
-    expected = sparse_targets(full(logits), [1, 1], layout, group_of.numpy())
+    expected = sparse_targets(full(logits), [1, 1], layout, group_of)
     assert 6e-10 < np.exp(expected.tail_logprob[0]) < 8e-10
     assert_entries_and_tail(found, expected)
     assert_close(found.group_logprobs, expected.group_logprobs)
@@ -113,7 +133,7 @@ def test_the_tail_of_a_confident_teacher_is_exact() -> None:
 
 def test_the_whole_vocabulary_leaves_no_tail() -> None:
     settings = captured(top_k=12, tail_groups=3, temperatures=(2.0,), tail_entropy=True, tail_samples=2)
-    found = select(random_logits(1, 4, 12), settings, torch.arange(12) % 3, torch.rand(4, 2).double())
+    found = selected(random_logits(1, 4, 12), settings, np.arange(12) % 3, np.random.default_rng(2).random((4, 2)))
     assert (found.tail_logprob == -np.inf).all()
     assert found.group_logprobs is not None and (found.group_logprobs == -np.inf).all()
     assert (found.tempered_tail[2.0] == -np.inf).all()
@@ -125,17 +145,34 @@ def test_the_whole_vocabulary_leaves_no_tail() -> None:
 def test_a_token_that_the_teacher_excludes_is_no_entry() -> None:
     logits = random_logits(2, 3, 10)
     logits[:, 4:] = -torch.inf
-    found = select(logits, captured(top_k=8))
+    found = selected(logits, captured(top_k=8))
     assert_entries_and_tail(found, sparse_targets(full(logits), [4, 4, 4], Layout(10)))
     assert find_defect(found, 10) is None
 
 
 def test_group_masses_of_a_large_vocabulary_add_up_to_the_tail() -> None:
-    logits = torch.zeros(1, 150_000)
-    group_of = (torch.arange(150_000) > 20).long()
-    found = select(logits, captured(top_k=1, tail_groups=2), group_of)
+    found = selected(torch.zeros(1, 150_000), captured(top_k=1, tail_groups=2), (np.arange(150_000) > 20).astype(int))
     assert found.group_logprobs is not None
     assert np.exp(found.group_logprobs.astype(np.float64)).sum() == pytest.approx(1 - 1 / 150_000, abs=1e-6)
+
+
+def test_groups_of_very_unequal_mass_and_size_are_each_exact() -> None:
+    logits = random_logits(8, 3, 5000)
+    group_of = np.minimum(np.arange(5000) // 7, 40)[np.random.default_rng(8).permutation(5000)]
+    logits -= torch.from_numpy(group_of)  # masses from 1 down to 1e-20
+    settings = captured(top_k=30, tail_groups=41)
+    exact = full(logits)
+    found = selected(logits, settings, group_of)
+    expected = sparse_targets(exact, [30] * 3, Layout(5000, 41), group_of).group_logprobs
+    assert expected is not None and expected.min() < -40
+    assert_close(found.group_logprobs, expected, 1e-5)
+
+
+def test_a_group_that_lies_in_the_entries_has_no_mass() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
+    found = selected(logits, captured(top_k=2, tail_groups=3), np.array([0, 0, 1, 2, 2]))
+    assert found.group_logprobs is not None
+    assert np.isneginf(found.group_logprobs[0]).tolist() == [True, False, False]
 
 
 @given(st.integers(0, 10_000), st.floats(0.05, 0.999), st.integers(1, 20), st.integers(1, 20))
@@ -147,8 +184,8 @@ def test_top_p_takes_entries_until_they_hold_the_mass(seed: int, top_p: float, f
     cumulative = np.cumsum(-np.sort(-np.exp(exact)), axis=1)
     clear = (np.abs(cumulative - top_p) > 1e-6).all(axis=1)  # float32 may decide the others either way
     counts = counts_under_top_p(exact, settings)
-    found = select(logits, settings)
-    assert found.token_ids.shape[1] == found.num_entries.max()
+    found = selected(logits, settings)
+    assert found.token_ids.shape[1] == settings.top_k
     assert found.num_entries[clear].tolist() == np.array(counts)[clear].tolist()
     assert_entries_and_tail(found, sparse_targets(exact, found.num_entries.tolist(), Layout(40)))
 
@@ -157,7 +194,7 @@ def test_top_p_shows_floor_cap_and_mass_by_hand() -> None:
     probabilities = torch.tensor([[0.6, 0.2, 0.1, 0.05, 0.03, 0.02]])
 
     def entries(**settings: Any) -> int:
-        return int(select(probabilities.log(), captured(top_k=5, **settings)).num_entries[0])
+        return int(selected(probabilities.log(), captured(top_k=5, **settings)).num_entries[0])
 
     assert entries(top_p=0.5) == 1
     assert entries(top_p=0.7) == 2
@@ -168,42 +205,145 @@ def test_top_p_shows_floor_cap_and_mass_by_hand() -> None:
 
 
 def test_samples_are_drawn_from_the_tail_by_its_probabilities() -> None:
-    draws = 40_000
-    logits = random_logits(3, 2, 30, spread=1.5)
+    draws, vocab_size = 20_000, 700
+    logits = random_logits(3, 2, vocab_size, spread=1.5)
     exact = full(logits)
-    uniforms = torch.from_numpy(np.random.default_rng(4).random((2, draws)))
-    found = select(logits, captured(top_k=5, tail_samples=draws), uniforms=uniforms)
+    uniforms = np.random.default_rng(4).random((2, draws))
+    found = selected(logits, captured(top_k=5, tail_samples=draws), uniforms=uniforms)
     assert found.sample_ids is not None and found.sample_logprobs is not None
     for row in range(2):
         tail = np.exp(exact[row])
         tail[found.token_ids[row]] = 0
         tail /= tail.sum()
-        counts = np.bincount(found.sample_ids[row], minlength=30)
+        counts = np.bincount(found.sample_ids[row], minlength=vocab_size)
         assert (counts[found.token_ids[row]] == 0).all()
-        deviation = np.sqrt(draws * tail * (1 - tail))
-        assert (np.abs(counts - draws * tail) <= 5 * deviation).all()
+        assert chi_square_is_plausible(counts, draws * tail)
+        assert not chi_square_is_plausible(counts, draws * np.roll(tail, 1))
         assert np.allclose(found.sample_logprobs[row], exact[row][found.sample_ids[row]], atol=2e-5)
+
+
+def chi_square_is_plausible(counts: np.ndarray, expected: np.ndarray) -> bool:
+    """Pearson's statistic lies within four standard deviations of its mean; outcomes expected less than 5 times are pooled."""
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    return bool(abs(statistic - freedom) < 4 * np.sqrt(2 * freedom))
 
 
 def test_samples_are_the_inverse_distribution_function_at_the_uniforms() -> None:
     logits = torch.tensor([[0.5, 0.125, 0.25, 0.125]]).log()
-    uniforms = torch.tensor([[0.0, 0.249, 0.251, 0.749, 0.751, 1 - 2.0**-53]], dtype=torch.float64)
-    found = select(logits, captured(top_k=1, tail_samples=6), uniforms=uniforms)
+    uniforms = np.array([[0.0, 0.249, 0.251, 0.749, 0.751, 1 - 2.0**-53]])
+    found = selected(logits, captured(top_k=1, tail_samples=6), uniforms=uniforms)
     assert found.sample_ids is not None
     assert found.sample_ids.tolist() == [[1, 1, 2, 2, 3, 3]]
+
+
+@given(st.integers(0, 10_000), st.integers(2, 2000))
+@small
+def test_samples_are_those_of_a_cumulated_sum_over_the_vocabulary(seed: int, vocab_size: int) -> None:
+    logits = random_logits(seed, 3, vocab_size)
+    settings = captured(top_k=1, tail_samples=20)
+    uniforms = draw_uniforms(f"{seed:032x}", 3, 20)
+    found = selected(logits, settings, uniforms=uniforms)
+    tail = np.exp(full(logits))
+    np.put_along_axis(tail, found.token_ids.astype(np.int64), 0, axis=1)
+    cumulated = tail.cumsum(axis=1)
+    assert found.sample_ids is not None
+    for row in range(3):
+        distance = uniforms[row, :, None] * cumulated[row, -1] - cumulated[row]
+        clear = np.abs(distance).min(axis=1) > 1e-6 * cumulated[row, -1]  # rounding may decide the others either way
+        assert found.sample_ids[row][clear].tolist() == (distance >= 0).sum(axis=1)[clear].tolist()
+
+
+def test_the_least_and_the_largest_uniform_never_leave_the_tail() -> None:
+    logits = torch.full((3, 1000), -torch.inf)
+    logits[:, [100, 300, 301, 640]] = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    logits[2] = torch.tensor([9.0, *[0.0] * 999])
+    uniforms = np.array([[0.0, 1 - 2.0**-53]] * 3)
+    found = selected(logits, captured(top_k=1, tail_samples=2), uniforms=uniforms)
+    assert found.sample_ids is not None
+    assert found.sample_ids.tolist() == [[300, 640], [300, 640], [1, 999]]
+
+
+def test_the_uniforms_belong_to_the_row_id() -> None:
+    first, again, other = draw_uniforms("a" * 32, 5, 3), draw_uniforms("a" * 32, 5, 3), draw_uniforms("b" * 32, 5, 3)
+    assert first.dtype == np.float64
+    assert first.tolist() == again.tolist()
+    assert not np.isclose(first, other).any()
+    assert (first >= 0).all() and (first < 1).all()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3000), st.booleans(), st.data())
+@small
+def test_the_two_stages_of_top_k_find_what_one_stage_finds(
+    seed: int, vocab_size: int, tied: bool, data: st.DataObject
+) -> None:
+    logits = random_logits(seed, 4, vocab_size)
+    logits = logits.round() if tied else logits
+    k = data.draw(st.integers(1, vocab_size))
+    values, ids = top_k(logits, k)
+    assert torch.equal(values, logits.topk(k).values)
+    assert torch.equal(logits.gather(1, ids), values)
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
+EVERYTHING: dict[str, Any] = {"tail_groups": 3, "temperatures": (0.5, 2.0), "tail_entropy": True, "tail_samples": 4}
+
+
+def assert_same(found: SparseTargets, expected: SparseTargets) -> None:
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert found.sample_ids is not None and expected.sample_ids is not None
+    assert found.sample_ids.tolist() == expected.sample_ids.tolist()
+    for name in ("logprobs", "tail_logprob", "group_logprobs", "tail_entropy", "sample_logprobs"):
+        assert_close(getattr(found, name), getattr(expected, name), 1e-6)
+    for temperature, values in expected.tempered_tail.items():
+        assert_close(found.tempered_tail[temperature], values, 1e-6)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_rows_selected_in_chunks_are_those_selected_at_once(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = captured(top_p=top_p, **EVERYTHING)
+    logits, uniforms = random_logits(9, 50, 900), np.random.default_rng(9).random((50, 4))
+    group_of = np.arange(900) % 3
+    whole = selected(logits, settings, group_of, uniforms)
+    parts = [selected(logits[i : i + 7], settings, group_of, uniforms[i : i + 7]) for i in range(0, 50, 7)]
+    assert_same(concatenate(parts), whole)
+    monkeypatch.setattr(selection, "CPU_BLOCK_LOGITS", 3 * 900)
+    assert_same(selected(logits, settings, group_of, uniforms), whole)
+
+
+@pytest.mark.parametrize("stays_half", [False, True], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_give_what_their_float32_copies_give(
+    dtype: torch.dtype, top_p: float, stays_half: bool
+) -> None:
+    settings = captured(top_k=10, top_p=top_p, **EVERYTHING)
+    logits, uniforms = random_logits(5, 4, 400).to(dtype), np.random.default_rng(5).random((4, 4))
+    group_of = np.arange(400) % 3
+    expected = selected(logits.float(), settings, group_of, uniforms)
+    if stays_half:
+        packed = selection._select(logits, torch.from_numpy(uniforms), settings, TailGroups(group_of, "cpu"))
+        assert_same(unpack(packed.numpy(), settings), expected)
+    else:
+        assert_same(selected(logits, settings, group_of, uniforms), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_reduced_in_float32(dtype: torch.dtype) -> None:
     logits = random_logits(5, 4, 40).to(dtype)
-    found = select(logits, captured(top_k=10))
+    found = selected(logits, captured(top_k=10))
     exact = full(logits)
     assert np.allclose(found.logprobs, np.take_along_axis(exact, found.token_ids.astype(np.int64), axis=1), atol=2e-5)
     assert_close(found.tail_logprob, sparse_targets(exact, [10] * 4, Layout(40)).tail_logprob)
 
 
 def test_no_positions_give_no_targets() -> None:
-    assert select(torch.empty(0, 20), captured()).token_ids.shape == (0, 8)
+    settings = captured(**EVERYTHING)
+    found = selected(torch.empty(0, 20), settings, np.arange(20) % 3, np.empty((0, 4)))
+    assert found.token_ids.shape == (0, 8)
 
 
 def engine_top_k(logits: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,10 +356,11 @@ def engine_top_k(logits: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarr
 def test_an_engines_top_k_gives_the_same_as_the_logits(seed: int, top_p: float, min_k: int) -> None:
     settings = captured(top_p=top_p, min_k=min_k)
     logits = random_logits(seed, 5, 40)
-    expected = select(logits, settings)
+    expected = selected(logits, settings)
     found = select_from_top_k(*engine_top_k(logits, 8), settings, vocab_size=40)
+    expected = expected.narrowed(found.token_ids.shape[1])
     assert found.token_ids.tolist() == expected.token_ids.tolist()
-    assert found.logprobs.tolist() == expected.logprobs.tolist()
+    assert_close(found.logprobs, expected.logprobs, 1e-6)
     assert np.abs(np.exp(found.tail_logprob) - np.exp(expected.tail_logprob)).max() < 1e-6
     assert find_defect(found, 40, mass_tolerance=1e-5) is None
 
@@ -227,7 +368,7 @@ def test_an_engines_top_k_gives_the_same_as_the_logits(seed: int, top_p: float, 
 def test_a_longer_list_of_an_engine_is_cut_to_top_k() -> None:
     logits = random_logits(6, 5, 40)
     found = select_from_top_k(*engine_top_k(logits, 20), captured(), vocab_size=40)
-    assert found.token_ids.tolist() == select(logits, captured()).token_ids.tolist()
+    assert found.token_ids.tolist() == selected(logits, captured()).token_ids.tolist()
 
 
 def test_padding_columns_among_an_engines_top_k_are_left_to_the_tail() -> None:
@@ -261,24 +402,25 @@ def test_an_engines_tail_is_never_smaller_than_the_rounding_of_one() -> None:
         ({"top_p": float("nan")}, "--top-p nan"),
         ({"min_k": 9}, "--min-k 9: choose 1…8, the value of --top-k"),
         ({"tail_groups": 51}, "--tail-groups 51: choose 0…50"),
-        ({"temperatures": (1.0, 0.0)}, r"--temperatures 1\.0, 0\.0: all must be positive and finite"),
+        ({"temperatures": (1.0, 0.5, 0.0)}, r"--temperatures 0\.0, 0\.5: all must be positive and finite"),
         ({"temperatures": (float("inf"),)}, "--temperatures inf"),
         ({"tail_samples": -1}, "--tail-samples -1: must not be negative"),
     ],
 )
 def test_settings_that_no_teacher_can_meet_are_refused(settings: dict[str, Any], message: str) -> None:
-    from logitcache import UserError
-
-    defaults: dict[str, Any] = {
-        "top_k": 8, "top_p": 1.0, "min_k": None, "tail_groups": 0, "temperatures": (1.0,), "tail_entropy": False,
-        "tail_samples": 0,
-    }  # fmt: skip
     with pytest.raises(UserError, match=message):
-        CaptureSettings.checked(50, **{**defaults, **settings})
+        CaptureSettings(**{"top_k": 8, **settings}).check(50)
 
 
 def test_settings_take_their_canonical_form() -> None:
-    settings = CaptureSettings.checked(50, 8, 1.0, None, 2, (2, 1.0, 0.5, 2.0), True, 0)
-    assert settings == CaptureSettings(8, 1.0, 8, 2, (0.5, 2.0), True, 0)
-    assert settings.beyond_top_k == ["--tail-groups", "--temperatures", "--tail-entropy"]
-    assert CaptureSettings.checked(50, 40, 0.9, None, 0, (1.0,), False, 0).min_k == 32
+    settings = CaptureSettings(8, temperatures=[2, 1.0, 0.5, 2.0])
+    settings.check(50)
+    assert settings == CaptureSettings(8, 1.0, 8, 0, (0.5, 2.0))
+    assert CaptureSettings(40, 0.9).min_k == 32
+    assert CaptureSettings.from_json(settings.to_json()) == settings
+
+
+def test_settings_know_what_top_k_alone_cannot_give() -> None:
+    assert CaptureSettings(8, 0.9, temperatures=(1.0,)).beyond_top_k == []
+    wanted = CaptureSettings(8, tail_groups=2, temperatures=(2.0,), tail_entropy=True)
+    assert wanted.beyond_top_k == ["--tail-groups", "--temperatures", "--tail-entropy"]

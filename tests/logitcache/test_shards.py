@@ -20,6 +20,7 @@ from logitcache.format import shards
 from logitcache.format.codec import Layout, read_layout
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
+from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets
 
 NAME = shards.shard_name(0, 1)
@@ -35,7 +36,7 @@ def read_everything(root: Path | str) -> None:
 
 
 def test_a_shard_appears_when_it_is_complete(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, NAME, EVERYTHING) as writer:
+    with ShardWriter(Folder(tmp_path), NAME, EVERYTHING) as writer:
         for sequence, targets in random_rows(3, EVERYTHING):
             writer.write(sequence, targets)
         assert files(tmp_path) == [f"{NAME}.tmp"]
@@ -44,7 +45,7 @@ def test_a_shard_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, OSError])
 def test_an_interrupted_shard_leaves_nothing(tmp_path: Path, kind: type[BaseException]) -> None:
-    with pytest.raises(kind, match="stop"), ShardWriter(tmp_path, NAME, EVERYTHING) as writer:
+    with pytest.raises(kind, match="stop"), ShardWriter(Folder(tmp_path), NAME, EVERYTHING) as writer:
         writer.write(*random_rows(1, EVERYTHING)[0])
         raise kind("stop")
     assert files(tmp_path) == []
@@ -53,7 +54,7 @@ def test_an_interrupted_shard_leaves_nothing(tmp_path: Path, kind: type[BaseExce
 def test_an_interrupted_shard_leaves_the_former_one(tmp_path: Path) -> None:
     rows = random_rows(3, EVERYTHING)
     write_cache(tmp_path, rows, EVERYTHING)
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, NAME, EVERYTHING):
+    with pytest.raises(KeyboardInterrupt), ShardWriter(Folder(tmp_path), NAME, EVERYTHING):
         raise KeyboardInterrupt
     assert_holds(LogitCache(str(tmp_path))[2], rows[2])
 
@@ -210,12 +211,12 @@ def test_a_full_disk_ends_in_one_line_and_leaves_its_space_free(
             for sequence, targets in rows:
                 writer.write(sequence, targets)
 
-    failed = ShardWriter(small_disk, NAME, Layout(30_000))
+    failed = ShardWriter(Folder(small_disk), NAME, Layout(30_000))
     with pytest.raises(UserError, match=rf"no space left for .*{NAME}: free some and run the same command again"):
         write(failed)
     assert files(small_disk) == ["ballast"]
     assert os.statvfs(small_disk).f_bfree == free
 
     ballast.unlink()
-    write(ShardWriter(small_disk, NAME, Layout(30_000)))
+    write(ShardWriter(Folder(small_disk), NAME, Layout(30_000)))
     assert files(small_disk) == [NAME]

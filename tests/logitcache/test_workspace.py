@@ -10,16 +10,17 @@ import pytest
 
 from logitcache import UserError
 from logitcache.capture.workspace import abandon, begin, is_ours, remove_former, workspace
+from logitcache.format.storage import Folder
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    with workspace(tmp_path / "a/b"):
+    with workspace(Folder(tmp_path / "a/b")):
         (tmp_path / "a/b/data").mkdir()
     assert (tmp_path / "a/b/data").is_dir()
 
 
 def test_a_build_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="bad corpus"), workspace(tmp_path / "a"):
+    with pytest.raises(UserError, match="bad corpus"), workspace(Folder(tmp_path / "a")):
         raise UserError("bad corpus")
     assert not (tmp_path / "a").exists()
 
@@ -27,7 +28,7 @@ def test_a_build_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(UserError, match="a folder that can be written is wanted"):
-        workspace(tmp_path / "out").__enter__()
+        workspace(Folder(tmp_path / "out")).__enter__()
     assert (tmp_path / "out").read_text() == "precious"
 
 
@@ -35,21 +36,21 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")
     with pytest.raises(UserError, match="the folder is not empty and holds no cache; choose another"):
-        workspace(tmp_path).__enter__()
+        workspace(Folder(tmp_path)).__enter__()
     assert (tmp_path / name).read_text() == "precious"
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(UserError, match="a folder that can be written is wanted"):
-        workspace(tmp_path / "file/out").__enter__()
+        workspace(Folder(tmp_path / "file/out")).__enter__()
 
 
 def test_the_build_directory_of_another_program_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / ".build/debug").mkdir(parents=True)
     (tmp_path / "README.md").write_text("precious")
     with pytest.raises(UserError, match="holds no cache"):
-        workspace(tmp_path).__enter__()
+        workspace(Folder(tmp_path)).__enter__()
 
 
 @pytest.mark.parametrize("mark", [".build/logitcache", "logitcache.json"])
@@ -58,55 +59,56 @@ def test_an_unfinished_and_a_finished_cache_are_entered_as_they_are(tmp_path: Pa
     (tmp_path / mark).touch()
     (tmp_path / "data").mkdir()
     before = set(tmp_path.rglob("*"))
-    with workspace(tmp_path):
+    with workspace(Folder(tmp_path)):
         assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_build_that_was_killed_before_its_mark_was_written_can_begin_again(tmp_path: Path) -> None:
     (tmp_path / ".build").mkdir()
-    with workspace(tmp_path):
-        begin(tmp_path)
-    assert is_ours(tmp_path)
+    with workspace(Folder(tmp_path)):
+        begin(Folder(tmp_path))
+    assert is_ours(Folder(tmp_path))
 
 
 def test_removing_a_former_cache_leaves_everything_else(tmp_path: Path) -> None:
-    begin(tmp_path)
+    begin(Folder(tmp_path))
     for name in ("logitcache.json", "README.md", "tail_groups.parquet", "notes.txt"):
         (tmp_path / name).write_text("{}")
     for name in ("data", "tokenizer"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_text("…")
-    remove_former(tmp_path)
+    remove_former(Folder(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", ".build"}
 
 
 def test_abandoned_shards_stay_ours(tmp_path: Path) -> None:
-    begin(tmp_path)
+    begin(Folder(tmp_path))
     (tmp_path / "data").mkdir()
-    abandon(tmp_path)
-    assert is_ours(tmp_path)
+    abandon(Folder(tmp_path))
+    assert is_ours(Folder(tmp_path))
     (tmp_path / "data").rmdir()
-    abandon(tmp_path)
+    abandon(Folder(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_second_build_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     root = tmp_path / "out"
-    with workspace(root):
+    with workspace(Folder(root)):
         with pytest.raises(UserError, match="another build is writing there"):
-            workspace(root).__enter__()
+            workspace(Folder(root)).__enter__()
         (root / "logitcache.json").write_text("{}")
         with pytest.raises(UserError, match="another build is writing there"):
-            workspace(root).__enter__()
+            workspace(Folder(root)).__enter__()
         assert (root / "logitcache.json").exists()
-    with workspace(root):
+    with workspace(Folder(root)):
         pass
 
 
 def test_a_build_of_another_process_is_noticed_and_its_death_frees_the_folder(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from logitcache.capture.workspace import workspace\n"
-        "with workspace(Path(sys.argv[1])):\n"
+        "from logitcache.format.storage import Folder\n"
+        "with workspace(Folder(sys.argv[1])):\n"
         "    (Path(sys.argv[1]) / '.build').mkdir(); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -116,9 +118,9 @@ def test_a_build_of_another_process_is_noticed_and_its_death_frees_the_folder(tm
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another build is writing there"):
-            workspace(tmp_path).__enter__()
+            workspace(Folder(tmp_path)).__enter__()
     finally:
         holder.kill()
         holder.wait()
-    with workspace(tmp_path):
+    with workspace(Folder(tmp_path)):
         pass

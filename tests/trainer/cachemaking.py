@@ -14,6 +14,7 @@ from logitcache.format.codec import Layout
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
+from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
 from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import tokenizer_fingerprint
@@ -108,15 +109,15 @@ def write_cache(
     teacher = teacher or llama()
     num_groups = 0 if groups is None else int(groups.max()) + 1
     layout = Layout(VOCAB, num_groups, temperatures, tail_entropy, num_tail_samples)
-    with ShardWriter(path, shard_name(0, 1), layout) as writer:
+    with ShardWriter(Folder(path), shard_name(0, 1), layout) as writer:
         for sequence in sequences:
             writer.write(sequence, sparse(teacher_logprobs(teacher, sequence), k, groups, layout))
     files = {}
     if groups is not None:
-        write_tail_groups(path / TAIL_GROUPS_NAME, groups)
+        write_tail_groups(Folder(path), groups)
         files[TAIL_GROUPS_NAME] = file_sha256(path / TAIL_GROUPS_NAME)
     teacher_tokenizer = teacher_tokenizer or tokenizer()
     teacher_tokenizer.save_pretrained(path / TOKENIZER_DIRECTORY)
     fingerprint = {"teacher": "random", "tokenizer": tokenizer_fingerprint(teacher_tokenizer)}
-    Manifest(layout, fingerprint, (writer.info,), {}, "tests", files).write(path)
+    Manifest(layout, fingerprint, (writer.info,), {}, "tests", files).write(Folder(path))
     return logitcache.open(path)

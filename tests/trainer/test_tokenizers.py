@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import logitcache
 from logitcache import LogitCache, UserError
+from logitcache.format.storage import Folder
 from logitcache.format.tokenizer import tokenizer_fingerprint
 from trainer.tokenizers import cache_tokenizer, check_tokenizer, student_tokenizer
 
@@ -94,7 +95,7 @@ def test_an_altered_tokenizer_folder_does_not_pass_for_the_teachers(tmp_path: Pa
 
 def test_a_cache_that_does_not_name_its_tokenizer_gives_a_warning(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, random_sequences(2, seed=0))
-    replace(cache.manifest, fingerprint={"teacher": "random"}).write(tmp_path)
+    replace(cache.manifest, fingerprint={"teacher": "random"}).write(Folder(tmp_path))
     [warning] = check_tokenizer(tokenizer(WORDS[:60]), logitcache.open(tmp_path), "student")
     assert "could not be checked" in warning
 

@@ -23,7 +23,7 @@ def tokenize_text(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
     """`text`: every token is trained; the tokenizer's own special tokens, and its end-of-text token at the end."""
     if document["text"] == "":
         return _tokens([], [])
-    ids = _ended(_encode(tokenizer, document["text"], add_special_tokens=True), tokenizer)
+    ids = _ended(encode(tokenizer, document["text"], add_special_tokens=True), tokenizer)
     return _tokens(ids, [True] * len(ids))
 
 
@@ -32,8 +32,8 @@ def tokenize_prompt_completion(document: Mapping[str, Any], tokenizer: Any) -> T
 
     The two are tokenised apart and joined, as they are when the student later generates from the prompt.
     """
-    prompt = _encode(tokenizer, document["prompt"], add_special_tokens=True)
-    completion = _encode(tokenizer, document["completion"], add_special_tokens=False)
+    prompt = encode(tokenizer, document["prompt"], add_special_tokens=True)
+    completion = encode(tokenizer, document["completion"], add_special_tokens=False)
     completion = _ended(completion, tokenizer) if completion else completion
     return _tokens(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
@@ -44,13 +44,9 @@ def tokenize_messages(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
     Uses the template's own generation mask where it marks one, otherwise what each assistant turn adds to the rendering
     of the turns before it.
     """
-    messages = document["messages"]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise BadDocument("`messages` must be a list of objects with a `role`")
+    messages = read_messages(document)
     if not messages:
         return _tokens([], [])
-    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     template = tokenizer.get_chat_template(tools=document.get("tools"))
     try:
         if re.search(r"\{%-?\s*generation\b", template):
@@ -63,6 +59,15 @@ def tokenize_messages(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
         raise
     except Exception as error:  # a template is a program: it may raise anything
         raise BadDocument(f"the chat template failed ({error})") from error
+
+
+def read_messages(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a chat. Raises BadDocument where they are none."""
+    messages = document["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise BadDocument("`messages` must be a list of objects with a `role`")
+    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def tokenize_input_ids(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
@@ -80,26 +85,30 @@ def tokenize_input_ids(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
     return _tokens(ids, mask)
 
 
-LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Any], Tokens]]] = {
+Layouts = dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Any], Tokens]]]
+"""Layout name → the columns that it needs and its tokenising function; the first whose columns are there is taken."""
+
+LAYOUTS: Layouts = {
     "input_ids": (("input_ids",), tokenize_input_ids),
     "messages": (("messages",), tokenize_messages),
     "prompt-completion": (("prompt", "completion"), tokenize_prompt_completion),
     "text": (("text",), tokenize_text),
 }
-"""Layout name → the columns that it needs and its tokenising function; the first whose columns are there is taken."""
 
 
-def find_layout(columns: Mapping[str, Any], where: str, renamed: Collection[str] = ()) -> str:
+def find_layout(
+    columns: Mapping[str, Any], where: str, renamed: Collection[str] = (), layouts: Layouts = LAYOUTS
+) -> str:
     """Name of the layout that a document's columns have, first of those with `renamed` columns.
 
     Raises UserError where none fits.
     """
-    for name, (needed, _) in sorted(LAYOUTS.items(), key=lambda item: not set(item[1][0]) & set(renamed)):
+    for name, (needed, _) in sorted(layouts.items(), key=lambda item: not set(item[1][0]) & set(renamed)):
         if all(column in columns for column in needed):
             return name
     raise UserError(
         f"{where}: the columns {', '.join(columns) or '(none)'} fit no layout; one of "
-        f"{'; '.join(' + '.join(needed) for needed, _ in LAYOUTS.values())} is wanted. "
+        f"{'; '.join(' + '.join(needed) for needed, _ in layouts.values())} is wanted. "
         "Name yours with --columns, for example --columns prompt=question,completion=answer"
     )
 
@@ -131,7 +140,8 @@ def _tokens_by_prefix(messages: list[dict[str, Any]], tools: Any, tokenizer: Any
     return _tokens(encoded["input_ids"], mask)
 
 
-def _encode(tokenizer: Any, text: Any, add_special_tokens: bool) -> list[int]:
+def encode(tokenizer: Any, text: Any, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text. Raises BadDocument for anything else."""
     if not isinstance(text, str):
         raise BadDocument(f"text is wanted, found {type(text).__name__}")
     ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]

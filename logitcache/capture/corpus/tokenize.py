@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from logitcache.capture.corpus.documents import Document, Source
-from logitcache.capture.corpus.layouts import LAYOUTS, BadDocument, find_layout
+from logitcache.capture.corpus.layouts import LAYOUTS, BadDocument, Layouts, Tokens, find_layout
 from logitcache.errors import UserError
 from logitcache.format.codec import RESERVED_COLUMNS, TEMPERED_PREFIX
 from logitcache.format.sequences import TokenSequence
@@ -27,6 +27,8 @@ class CorpusSettings:
     `text` and refuses any other layout.  keep: source columns to store.  skip_bad: leave bad documents out, not stop.
     """
 
+    layouts: ClassVar[Layouts] = LAYOUTS
+    long_policies: ClassVar[Sequence[str]] = LONG_POLICIES
     max_length: int
     layout: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -35,10 +37,10 @@ class CorpusSettings:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if self.layout is not None and self.layout not in LAYOUTS:
-            raise UserError(f"--layout {self.layout}: choose one of {', '.join(LAYOUTS)}")
-        if self.long is not None and self.long not in LONG_POLICIES:
-            raise UserError(f"--long {self.long}: choose one of {', '.join(LONG_POLICIES)}")
+        if self.layout is not None and self.layout not in self.layouts:
+            raise UserError(f"--layout {self.layout}: choose one of {', '.join(self.layouts)}")
+        if self.long is not None and self.long not in self.long_policies:
+            raise UserError(f"--long {self.long}: choose one of {', '.join(self.long_policies)}")
         if self.max_length < 2:
             raise UserError(f"--max-length {self.max_length}: at least 2 tokens are needed, one to predict the other")
         known = {column for needed, _ in LAYOUTS.values() for column in needed} | {"loss_mask", "tools"}
@@ -88,11 +90,25 @@ class Corpus:
                     self.first_bad = self.first_bad or f"{document.where}: {error}"
 
     def _sequences(self, document: Document) -> Iterator[TokenSequence]:
+        ids, mask = self._tokens(document)
+        if len(ids) < 2:
+            self.skipped["empty"] += 1
+            return
+        kept = self._kept(document)
+        pieces = self._within_length(ids, mask)
+        trainable = [piece for piece in pieces if piece[1].any()]
+        if pieces and not trainable:
+            self.skipped["untrainable"] += 1
+        for piece_ids, piece_mask in trainable:
+            yield TokenSequence(piece_ids, piece_mask, kept)
+
+    def _tokens(self, document: Document) -> Tokens:
         if document.error:
             raise BadDocument(document.error)
         values = {**document.values, **self._renamed(document.values)}
-        self.layout = self.layout or find_layout(values, document.where, self._settings.columns)
-        needed, tokenize = LAYOUTS[self.layout]
+        layouts = self._settings.layouts
+        self.layout = self.layout or find_layout(values, document.where, self._settings.columns, layouts)
+        needed, tokenize = layouts[self.layout]
         if missing := [self._settings.columns.get(c, c) for c in needed if values.get(c) is None]:
             raise BadDocument(f"column {missing[0]!r} is missing or null (layout {self.layout})")
         if self.layout == "messages" and not self._tokenizer.chat_template:
@@ -100,22 +116,16 @@ class Corpus:
         ids, mask = tokenize(values, self._tokenizer)
         if len(ids) and int(ids.max()) >= self._vocab_size:
             raise BadDocument(f"token id {ids.max()} is outside the teacher's vocabulary of {self._vocab_size}")
-        if len(ids) < 2:
-            self.skipped["empty"] += 1
-            return
+        return ids, mask
+
+    def _kept(self, document: Document) -> dict[str, Any]:
         self.never_kept -= document.values.keys()
-        kept = {name: document.values.get(name) for name in self._settings.keep}
-        pieces = self._within_length(ids, mask, document.where)
-        trainable = [piece for piece in pieces if piece[1].any()]
-        if pieces and not trainable:
-            self.skipped["untrainable"] += 1
-        for piece_ids, piece_mask in trainable:
-            yield TokenSequence(piece_ids, piece_mask, kept)
+        return {name: document.values.get(name) for name in self._settings.keep}
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {ours: values[theirs] for ours, theirs in self._settings.columns.items() if theirs in values}
 
-    def _within_length(self, ids: np.ndarray, mask: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _within_length(self, ids: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         longest = self._settings.max_length
         if len(ids) <= longest:
             return [(ids, mask)]

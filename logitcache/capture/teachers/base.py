@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from logitcache.capture.settings import CaptureSettings
 from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
@@ -21,11 +22,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Teacher(Protocol):
     """An engine with the teacher's weights loaded."""
 
-    window_tokens: int
-    """How many tokens to hand over at a time: enough to keep the engine busy, few enough to hold the results."""
+    def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
+        """SparseTargets of the stored positions of each sequence, in order.
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[SparseTargets]:
-        """SparseTargets of the stored positions of each sequence, in order."""
+        Reads ahead of what it yields, as far as keeps the engine busy and no further than bounded memory allows.
+        """
 
     def close(self) -> None:
         """Frees the engine."""
@@ -34,11 +35,11 @@ class Teacher(Protocol):
 class LogitTeacher(Teacher, Protocol):
     """A teacher that sees the logits, and so can give tail groups, tempered tails, tail entropy and tail samples."""
 
-    def mean_probability(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+    def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
         """Mean over the stored positions of the full next-token distribution, float64 [V]."""
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
-        """Group of each id, int [V]; needed before scoring when groups are captured."""
+        """Group of each id, int [V]; needed before scoring with `settings.tail_groups`."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class TeacherModel:
             text.vocab_size,
             getattr(text, "max_position_embeddings", None),
         )
+
+    def __reduce__(self) -> Any:
+        """Another process reads configuration and tokenizer itself."""
+        return TeacherModel.load, (self.name, self.revision, self.dtype, self.trust_remote_code)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides its distributions: name and revision (of a hub) or content hash (of a folder), dtype, vocabulary."""

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from logitcache.capture.selection import select
+from logitcache.capture.packing import row_width, unpack
+from logitcache.capture.selection import TailGroups, draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.targets import SparseTargets, concatenate
+from logitcache.format.targets import SparseTargets
 
 LOGITS_PER_BATCH = 1 << 26
 """Logits that one forward pass may produce, unless a single sequence has more: 256 MiB in float32."""
+WINDOW_TOKENS = 1 << 14
+"""Tokens read ahead, so that a batch finds sequences of similar lengths."""
 ROWS_PER_SELECTION = 1024
 
 
 class TransformersTeacher:
     """A causal language model of transformers. Batches are of similar lengths, at most `LOGITS_PER_BATCH` logits each."""
 
-    window_tokens = 1 << 14
-
-    def __init__(self, model: TeacherModel, settings: CaptureSettings) -> None:
+    def __init__(self, model: TeacherModel) -> None:
         self._vocab_size = model.vocab_size
-        self._settings = settings
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._model = AutoModelForCausalLM.from_pretrained(
@@ -38,40 +37,39 @@ class TransformersTeacher:
             raise UserError(f"--teacher {model.name}: its weights do not load ({one_line(error)})") from error
         self._model.eval().to(self._device)
         self._batch_tokens = max(LOGITS_PER_BATCH // model.num_logits, 1)
-        self._tail_groups: torch.Tensor | None = None
+        self._tail_groups: TailGroups | None = None
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
         """Group of each id, int [V]; needed before scoring when groups are captured."""
-        self._tail_groups = torch.tensor(tail_groups, dtype=torch.long).to(self._device)
+        self._tail_groups = TailGroups(tail_groups, self._device)
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[SparseTargets]:
-        """SparseTargets of the stored positions of each sequence, in order."""
-        results: dict[int, SparseTargets] = {}
-        for index, logits in self._logits(sequences):
-            uniforms = self._uniforms(sequences[index])
-            chunks = [slice(i, i + ROWS_PER_SELECTION) for i in range(0, len(logits), ROWS_PER_SELECTION)]
-            results[index] = concatenate(
-                [
-                    select(
-                        logits[rows], self._settings, self._tail_groups, None if uniforms is None else uniforms[rows]
-                    )
-                    for rows in chunks
-                ]
-            )
-        return [results[index] for index in range(len(sequences))]
+    def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
+        """SparseTargets of the stored positions of each sequence, in order; about `WINDOW_TOKENS` tokens are read ahead."""
+        for window in _windows(sequences):
+            packed = [np.empty((len(sequence.positions), row_width(settings)), dtype=np.int32) for sequence in window]
+            uniforms = [
+                draw_uniforms(sequence.row_id, len(sequence.positions), settings.tail_samples) for sequence in window
+            ]
+            for i, rows, logits in self._logits(window):
+                drawn = torch.from_numpy(uniforms[i][rows]).to(self._device)
+                packed[i][rows] = select(logits, settings, self._tail_groups, drawn).cpu().numpy()
+            for targets in packed:
+                yield unpack(targets, settings)
 
-    def mean_probability(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+    def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
         """Mean over the stored positions of the full next-token distribution, float64 [V]."""
         total, count = torch.zeros(self._vocab_size, dtype=torch.float64), 0
-        for _, logits in self._logits(sequences):
-            for rows in logits.split(ROWS_PER_SELECTION):
-                total += rows.float().softmax(dim=-1).sum(dim=0).double().cpu()
-                count += len(rows)
+        for window in _windows(sequences):
+            for _, _, logits in self._logits(window):
+                total += logits.float().softmax(dim=-1).sum(dim=0).double().cpu()
+                count += len(logits)
         return (total / count).numpy()
 
-    @torch.inference_mode()
-    def _logits(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index, logits [M, V] of the stored positions) of every sequence, in order of length."""
+    def _logits(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """(index, rows, logits [≤ ROWS_PER_SELECTION, V]) of the stored positions, sequences in order of length.
+
+        The logits are copies without padding columns, free to be overwritten.
+        """
         for batch in self._batches(sequences):
             longest = max(len(sequences[i].input_ids) for i in batch)
             input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -80,12 +78,18 @@ class TransformersTeacher:
                 length = len(sequences[i].input_ids)
                 input_ids[row, :length] = torch.tensor(sequences[i].input_ids)
                 attention_mask[row, :length] = 1
-            output = self._model(
-                input_ids=input_ids.to(self._device), attention_mask=attention_mask.to(self._device), use_cache=False
-            )
+            with torch.inference_mode():
+                output = self._model(
+                    input_ids=input_ids.to(self._device),
+                    attention_mask=attention_mask.to(self._device),
+                    use_cache=False,
+                )
             for row, i in enumerate(batch):
                 positions = torch.tensor(sequences[i].positions).to(self._device)
-                yield i, output.logits[row, positions, : self._vocab_size]
+                for start in range(0, len(positions), ROWS_PER_SELECTION):
+                    rows = slice(start, start + ROWS_PER_SELECTION)
+                    yield i, rows, output.logits[row, positions[rows], : self._vocab_size]
+            del output  # before the next forward pass
 
     def _batches(self, sequences: Sequence[TokenSequence]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -97,14 +101,20 @@ class TransformersTeacher:
         if batch:
             yield batch
 
-    def _uniforms(self, sequence: TokenSequence) -> torch.Tensor | None:
-        """Numbers that decide the tail samples, drawn from the row's own id: a resumed build draws the same."""
-        if not self._settings.tail_samples:
-            return None
-        seed = int.from_bytes(hashlib.blake2b(sequence.row_id.encode(), digest_size=8).digest(), "little")
-        drawn = np.random.default_rng(seed).random((len(sequence.positions), self._settings.tail_samples))
-        return torch.from_numpy(drawn).to(self._device)
-
     def close(self) -> None:
         """Frees the weights."""
         del self._model
+
+
+def _windows(sequences: Iterable[TokenSequence]) -> Iterator[list[TokenSequence]]:
+    """Consecutive sequences of at least `WINDOW_TOKENS` tokens together."""
+    window: list[TokenSequence] = []
+    tokens = 0
+    for sequence in sequences:
+        window.append(sequence)
+        tokens += len(sequence.input_ids)
+        if tokens >= WINDOW_TOKENS:
+            yield window
+            window, tokens = [], 0
+    if window:
+        yield window

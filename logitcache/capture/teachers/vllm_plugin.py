@@ -1,7 +1,8 @@
-"""Runs in every process that vLLM starts for a build: the engine must not outlive a build that was killed.
+"""Runs in every process that vLLM starts for a build; does nothing in engines of other programs.
 
-vLLM's engine process does not notice when its front end is killed: it would keep its GPU memory for ever, and the build that
-continues would find none. Installed as an entry point of `vllm.general_plugins`; does nothing in engines of other programs.
+Installed as an entry point of `vllm.general_plugins`. The engine must not outlive a build that was killed: it does not notice
+when its front end is gone, would keep its GPU memory for ever, and the build that continues would find none. And where the
+build asks for logits, every model must be able to hand them out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,20 @@ import signal
 import threading
 
 BUILD_PID = "LOGITCACHE_BUILD_PID"
+"""Environment variable: the process that the engine must not outlive."""
+SCORE_LOGITS = "LOGITCACHE_SCORE_LOGITS"
+"""Environment variable: set where models are to be loaded as pooling models that give rows of `capture.packing`."""
+TASK = "token_embed"
+"""vLLM's name for what such a model does: a tensor for each token."""
+
+
+def prepare_engine() -> None:
+    """The entry point."""
+    die_with_the_build()
+    if SCORE_LOGITS in os.environ:
+        from logitcache.capture.teachers.vllm_model import register_scoring_models
+
+        register_scoring_models()
 
 
 def die_with_the_build() -> None:

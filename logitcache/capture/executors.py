@@ -1,0 +1,173 @@
+"""Where the shards of a build are scored: in this process, or by Ray actors with an engine each."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from logitcache.capture.plan import Plan
+from logitcache.capture.progress import Progress
+from logitcache.capture.worker import Job, ShardWorker
+from logitcache.errors import UserError, one_line
+
+logger = logging.getLogger("logitcache")
+
+
+def capture_here(job: Job, shards: Sequence[int], progress: Progress) -> None:
+    """Scores `shards` with one engine."""
+    worker = ShardWorker(job)
+    worker.start()
+    try:
+        worker.make_partition()
+        progress.start()
+        worker.capture(shards, progress.advance)
+    finally:
+        worker.close()
+
+
+def capture_on_ray(
+    job: Job, plan: Plan, shards: Sequence[int], progress: Progress, address: str | None, num_engines: int | None
+) -> None:
+    """Scores `shards` with `num_engines` engines, each in an actor with the GPUs of one tensor-parallel group.
+
+    A shard goes to whichever engine is free; that of an actor that died goes to another one. address: of a running Ray
+    cluster, or None: one is started on this machine. Raises UserError when no cluster answers, when it has no room for a
+    single engine, and when all actors died.
+    """
+    import ray
+
+    try:
+        _knock(address)
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--ray-address {address}: no Ray cluster answers there ({one_line(error)})") from error
+    num_engines, resources = _placement(job, num_engines, ray.cluster_resources())
+    logger.info("Ray: %d engine(s) with %s each", num_engines, _in_words(resources))
+    actors: list[Any] = [ray.remote(**resources)(ShardWorker).remote(job) for _ in range(num_engines)]
+    try:
+        _ActorPool(plan, actors, progress).capture(shards)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError where nothing listens: Ray itself would go on trying for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+class _ActorPool:
+    """Hands shards to actors as they become free."""
+
+    def __init__(self, plan: Plan, actors: Sequence[Any], progress: Progress) -> None:
+        self._plan = plan
+        self._actors = list(actors)
+        self._progress = progress
+
+    def capture(self, shards: Sequence[int]) -> None:
+        """Returns when every shard is recorded."""
+        import ray
+
+        self._start()
+        self._partition()
+        self._progress.start()
+        waiting = list(reversed(shards))
+        running: dict[Any, tuple[Any, int]] = {}
+        free = list(self._actors)
+        while waiting or running:
+            while waiting and free:
+                actor, index = free.pop(), waiting.pop()
+                running[actor.capture.remote([index])] = (actor, index)
+            (reference, *_), _ = ray.wait(list(running), num_returns=1)
+            actor, index = running.pop(reference)
+            try:
+                self._finished(reference)
+            except ray.exceptions.RayActorError as error:
+                waiting.append(index)
+                self._lose(actor, f"shard {index} goes to another one", error)
+                continue
+            if self._plan.finished(index) is None:
+                raise UserError(
+                    f"--out {self._plan.folder}: shard {index} was written by an engine on another host and is not to be "
+                    "seen from here; choose a directory that all hosts share, or a URL"
+                )
+            self._progress.advance(self._plan.shards[index].num_tokens)
+            free.append(actor)
+
+    def _start(self) -> None:
+        import ray
+
+        starting = [(actor, actor.start.remote()) for actor in self._actors]
+        for actor, reference in starting:
+            try:
+                self._finished(reference)
+            except ray.exceptions.RayActorError as error:
+                self._lose(actor, "going on with the others", error)
+
+    def _partition(self) -> None:
+        """One engine makes the partition for all."""
+        import ray
+
+        for actor in list(self._actors):
+            try:
+                return self._finished(actor.make_partition.remote())
+            except ray.exceptions.RayActorError as error:
+                self._lose(actor, "another one makes the tail groups", error)
+
+    def _finished(self, reference: Any) -> None:
+        """Waits for a call. What the user can mend arrives as UserError."""
+        import ray
+
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise
+
+    def _lose(self, actor: Any, consequence: str, error: BaseException) -> None:
+        self._actors.remove(actor)
+        if not self._actors:
+            self._fail(error)
+        logger.warning("an engine was lost (%s): %s", _first_line(error), consequence)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        raise UserError(
+            f"all engines were lost; the last one said: {_first_line(error)}. The finished shards are kept; the same command "
+            "continues"
+        ) from error
+
+
+def _placement(job: Job, wanted: int | None, cluster: dict[str, float]) -> tuple[int, dict[str, Any]]:
+    """How many engines, and what each holds: the GPUs of a tensor-parallel group, or an equal part of the cores."""
+    gpus = int(cluster.get("GPU", 0))
+    if not gpus:
+        cores = int(cluster.get("CPU", 1))
+        if (wanted or 1) > cores:
+            raise UserError(
+                f"--engines {wanted}: the Ray cluster has no GPU and {cores} core(s); choose at most {cores}"
+            )
+        # vLLM would bind the threads of every engine to the same cores.
+        unbound = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
+        return wanted or 1, {"num_cpus": cores // (wanted or 1), "runtime_env": unbound}
+    each = int(job.engine.options.get("tensor_parallel_size", 1)) * int(
+        job.engine.options.get("pipeline_parallel_size", 1)
+    )
+    if each * (wanted or 1) > gpus:
+        raise UserError(
+            f"--engines {wanted or 1}: with {each} GPU(s) each they do not fit on the {gpus} of the Ray cluster; it has room "
+            f"for {gpus // each}"
+        )
+    return wanted or gpus // each, {"num_gpus": each}
+
+
+def _in_words(resources: dict[str, Any]) -> str:
+    return f"{resources['num_gpus']} GPU(s)" if "num_gpus" in resources else f"{resources['num_cpus']} core(s)"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

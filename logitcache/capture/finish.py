@@ -1,0 +1,67 @@
+"""Shards that are all there → a cache: tokenizer, partition and card, then the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan, read_request
+from logitcache.capture.workspace import workspace
+from logitcache.errors import UserError
+from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY, Manifest
+from logitcache.format.storage import Folder
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.sharing.card import CARD_NAME, dataset_card
+from logitcache.version import __version__
+
+
+def finish(out: str | Path) -> LogitCache:
+    """Makes a cache of the shards that `logitcache build --shard-range` left in `out`.
+
+    Raises UserError where no build was begun, where shards are missing (naming them), and while one is being written.
+    """
+    folder = Folder(out)
+    with workspace(folder):
+        if read_request(folder) is None:
+            if folder.exists(MANIFEST_NAME):
+                return open_cache(out)
+            raise UserError(f"{folder}: nothing to finish, no build was begun there")
+        return finish_plan(read_plan(folder))
+
+
+def finish_plan(plan: Plan) -> LogitCache:
+    """The same while the folder is held."""
+    folder = plan.folder
+    shards = [plan.finished(index) for index in range(len(plan.shards))]
+    missing = [index for index, shard in enumerate(shards) if shard is None]
+    if missing:
+        some = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(shards)} shards are not complete ({some}): run `logitcache build` with the "
+            "shard range that holds them again"
+        )
+    if plan.cache_layout.num_tail_groups:
+        folder.write(TAIL_GROUPS_NAME, folder.read(PARTITION_NAME))
+    names = [f"{TOKENIZER_DIRECTORY}/{name}" for name in folder.names(TOKENIZER_DIRECTORY)] + [TAIL_GROUPS_NAME]
+    digests = {name: hashlib.sha256(folder.read(name)).hexdigest() for name in names if folder.exists(name)}
+    fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": plan.sequences_sha256}}
+    complete = tuple(shard for shard in shards if shard is not None)
+    manifest = Manifest(plan.cache_layout, fingerprint, complete, plan.skipped, f"logitcache {__version__}", digests)
+    for name in folder.names("data"):
+        if f"data/{name}" not in {shard.name for shard in complete}:
+            folder.remove(f"data/{name}")  # of a cache that was overwritten, or of a killed writer
+    folder.write(CARD_NAME, dataset_card(manifest))
+    manifest.write(folder)
+    folder.remove(BUILD_DIRECTORY)
+    return open_cache(folder.path)
+
+
+def save_tokenizer(folder: Folder, tokenizer: Any) -> None:
+    """Writes the teacher's tokenizer beside the shards."""
+    with tempfile.TemporaryDirectory() as draft:
+        tokenizer.save_pretrained(draft)
+        for path in sorted(Path(draft).iterdir()):
+            folder.write(f"{TOKENIZER_DIRECTORY}/{path.name}", path.read_bytes())

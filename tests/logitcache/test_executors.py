@@ -1,0 +1,244 @@
+"""Many engines on one build: Ray actors, shard ranges, an object store; always the cache of a single process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from objectstore import bucket, s3_endpoint  # noqa: F401
+
+import logitcache
+from logitcache import UserError
+from logitcache.capture import build as build_module
+from logitcache.capture.finish import finish
+
+SETTINGS: dict[str, Any] = {
+    "backend": "transformers",
+    "top_k": 16,
+    "tail_groups": 4,
+    "tail_samples": 2,
+    "shard_positions": 150,
+}
+
+
+def build(teacher: Path, corpus: Path, out: str | Path, **settings: Any) -> Any:
+    return logitcache.build(str(teacher), str(corpus), out, **{**SETTINGS, **settings})
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> logitcache.LogitCache:
+    """Built by one process in one go."""
+    return build(teacher, corpus, tmp_path_factory.mktemp("whole") / "cache")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def assert_same(ours: logitcache.LogitCache, whole: logitcache.LogitCache) -> None:
+    assert ours.manifest.fingerprint == whole.manifest.fingerprint
+    assert [s.name for s in ours.manifest.shards] == [s.name for s in whole.manifest.shards]
+    assert np.array_equal(ours.tail_groups, whole.tail_groups)
+    for a, b in zip(ours, whole, strict=True):
+        assert a.row_id == b.row_id
+        assert np.array_equal(a.targets.token_ids, b.targets.token_ids)
+        assert np.array_equal(a.targets.sample_ids, b.targets.sample_ids)
+        assert np.allclose(a.targets.logprobs, b.targets.logprobs, atol=1e-4)
+        assert np.allclose(np.exp(a.targets.tail_logprob), np.exp(b.targets.tail_logprob), atol=1e-6)
+
+
+def actors() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ShardWorker"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def after_shards(out: Path, count: int, do: Any) -> threading.Thread:
+    """Does something once `count` shards of a build are recorded."""
+
+    def run() -> None:
+        while len(list(out.glob(".build/shards/*.json"))) < count:
+            time.sleep(0.001)
+        do()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_two_ray_engines_make_the_cache_of_one_process(
+    cluster: None, teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache
+) -> None:
+    assert_same(build(teacher, corpus, tmp_path / "c", executor="ray", engines=2), whole)
+
+
+def test_the_shard_of_a_killed_actor_goes_to_another_one(
+    cluster: None,
+    teacher: Path,
+    corpus: Path,
+    tmp_path: Path,
+    whole: logitcache.LogitCache,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "c"
+    killer = after_shards(out, 2, lambda: actors()[0].kill())
+    assert_same(build(teacher, corpus, out, executor="ray", engines=2), whole)
+    killer.join()
+    assert "an engine was lost" in caplog.text
+
+
+def test_when_all_actors_are_lost_the_finished_shards_are_kept_and_the_same_build_continues(
+    cluster: None, teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache
+) -> None:
+    out = tmp_path / "c"
+    after_shards(out, 2, lambda: [actor.kill() for actor in actors()])
+    with pytest.raises(UserError, match=r"all engines were lost; .* The finished shards are kept"):
+        build(teacher, corpus, out, executor="ray", engines=1)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("data/*.parquet")}
+    assert len(kept) >= 2
+    assert_same(build(teacher, corpus, out), whole)
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+
+
+def test_a_teacher_that_does_not_load_in_an_actor_is_one_line(
+    cluster: None, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "teacher"
+    broken.mkdir()
+    for path in teacher.iterdir():
+        if path.suffix != ".safetensors":
+            (broken / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="its weights do not load"):
+        build(broken, corpus, tmp_path / "c", executor="ray", engines=1)
+
+
+def test_more_engines_than_the_cluster_holds_are_refused(
+    cluster: None, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"--engines 3: the Ray cluster has no GPU and 2 core\(s\); choose at most 2"):
+        build(teacher, corpus, tmp_path / "c", executor="ray", engines=3)
+
+
+def test_a_cluster_that_does_not_answer_is_named(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from logitcache.cli import main\n"
+        "sys.exit(main(['build', '--teacher', sys.argv[1], '--data', sys.argv[2], '--out', sys.argv[3], '--backend',\n"
+        "    'transformers', '--executor', 'ray', '--ray-address', '127.0.0.1:1']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, teacher, corpus, tmp_path / "c"], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 2
+    [line] = [line for line in run.stderr.splitlines() if "error" in line]
+    assert line.startswith("logitcache: error: --ray-address 127.0.0.1:1: no Ray cluster answers there")
+
+
+def test_ray_that_is_not_installed_is_named(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitcache.capture.placement.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"Ray is not installed; pip install 'logitcache\[ray\]'"):
+        build(teacher, corpus, tmp_path / "c", executor="ray")
+
+
+def test_a_killed_driver_leaves_its_shards_to_the_same_command(
+    teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache
+) -> None:
+    out = tmp_path / "c"
+    script = (
+        "import sys, ray, logitcache\n"
+        "ray.init(num_cpus=1, log_to_driver=False)\n"
+        f"logitcache.build(*sys.argv[1:4], executor='ray', engines=1, **{SETTINGS!r})"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script, teacher, corpus, out], stderr=subprocess.DEVNULL)
+    after_shards(out, 2, lambda: os.kill(driver.pid, signal.SIGKILL)).join(timeout=120)
+    assert driver.wait(timeout=60) == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while actors() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not actors(), "the engines outlived the driver"
+    assert_same(build(teacher, corpus, out), whole)
+
+
+def test_shard_ranges_share_a_folder_and_finish_makes_the_cache(
+    teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache
+) -> None:
+    out = tmp_path / "c"
+    assert build(teacher, corpus, out, shard_range=(0, 3)) is None
+    assert build(teacher, corpus, out, shard_range=(2, 3)) is None
+    with pytest.raises(UserError, match=r"shards are not complete \(1, 4, 7"):
+        finish(out)
+    with pytest.raises(UserError, match="unfinished build"):
+        logitcache.open(out)
+    assert build(teacher, corpus, out, shard_range=(1, 3)) is None
+    assert_same(finish(out), whole)
+    assert finish(out).num_positions == whole.num_positions
+    assert not (out / ".build").exists()
+
+
+def test_a_later_range_waits_for_the_first_one(
+    teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "c"
+    monkeypatch.setattr(build_module, "LOOK_AGAIN_S", 0.01)
+    later = threading.Thread(target=build, args=(teacher, corpus, out), kwargs={"shard_range": (1, 2)})
+    later.start()
+    time.sleep(0.5)
+    assert not (out / ".build").exists()
+    build(teacher, corpus, out, shard_range=(0, 2))
+    later.join()
+    assert_same(finish(out), whole)
+
+
+def test_nothing_is_finished_where_nothing_was_begun(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to finish, no build was begun there"):
+        finish(tmp_path / "c")
+
+
+def test_a_build_into_an_object_store_is_resumed_and_read_there(
+    teacher: Path,
+    corpus: Path,
+    whole: logitcache.LogitCache,
+    bucket: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = f"{bucket}/caches/one"
+    recorded: list[int] = []
+    real = build_module.Plan.record
+
+    def stops_after_two(self: Any, index: int, info: Any) -> None:
+        if len(recorded) == 2:
+            raise KeyboardInterrupt
+        recorded.append(index)
+        real(self, index, info)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(build_module.Plan, "record", stops_after_two)
+        build(teacher, corpus, out)
+    with pytest.raises(UserError, match="unfinished build"):
+        logitcache.open(out)
+    assert_same(build(teacher, corpus, out), whole)
+    assert_same(logitcache.open(out), whole)
+    with pytest.raises(UserError, match=r"capture\.top_k was 16, now 8"):
+        build(teacher, corpus, out, top_k=8)
+    with pytest.raises(UserError, match="the folder is not empty and holds no cache"):
+        build(teacher, corpus, f"{bucket}/caches")
