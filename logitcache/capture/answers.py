@@ -29,6 +29,7 @@ from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
 
 PROMPTS_NAME = f"{ANSWERS_NAME}/prompts.json"
+ANSWERED_NAME = f"{ANSWERS_NAME}/answered"
 BATCH_ANSWERS = 256
 """Answers of a batch, about: the least that is kept."""
 
@@ -104,7 +105,9 @@ def answer_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -
             abandon(folder)
             raise
     batches = _batches(folder)
-    answered = {index for index in range(len(batches.num_prompts)) if folder.exists(_answered_name(index))}
+    written = set(folder.names(ANSWERED_NAME))
+    missing = [index for index in range(len(batches.num_prompts)) if _batch_name(index) not in written]
+    left = sum(batches.num_prompts[index] for index in missing)
     total = sum(batches.num_prompts)
     logger.info(
         "answering %s prompts (layout %s, longest %d tokens): %s",
@@ -113,11 +116,10 @@ def answer_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -
         batches.longest,
         inputs.generation,
     )
-    if answered:
-        logger.info("continuing: %d of %d batches are answered", len(answered), len(batches.num_prompts))
-    missing = [index for index in range(len(batches.num_prompts)) if index not in answered]
+    if left < total:
+        logger.info("continuing: %s prompts are answered", f"{total - left:,}")
     if missing:
-        progress = Progress("answering", total, sum(batches.num_prompts[index] for index in answered), "prompts")
+        progress = Progress("answering", total, total - left, "prompts")
         try:
             _answer(folder, missing, batches, inputs, inputs.generation, progress)
         finally:
@@ -218,8 +220,12 @@ def _sequence(prompt: TokenSequence, sample: int, answer: Answer, tokenizer: Any
 
 
 def _prompts_name(index: int) -> str:
-    return f"{ANSWERS_NAME}/prompts/{index:05d}.parquet"
+    return f"{ANSWERS_NAME}/prompts/{_batch_name(index)}"
 
 
 def _answered_name(index: int) -> str:
-    return f"{ANSWERS_NAME}/answered/{index:05d}.parquet"
+    return f"{ANSWERED_NAME}/{_batch_name(index)}"
+
+
+def _batch_name(index: int) -> str:
+    return f"{index:05d}.parquet"

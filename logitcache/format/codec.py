@@ -19,7 +19,8 @@ one list of numbers that any Parquet reader opens:
 and the kept columns of the source after them. Log-probabilities of entries and samples are rounded to multiples of
 `LOGPROB_STEP` (an error of at most 3.1e-5 nats), log masses of groups to multiples of `GROUP_STEP` (0.016 nats, which
 changes the gradient by less than what 32 groups leave open: `tools/bench_fidelity.py`). They stay plain floats: there is
-nothing to undo, while the zeroed low bits compress away under BYTE_STREAM_SPLIT and zstd. The tail is not rounded.
+nothing to undo, while the zeroed low bits compress away under BYTE_STREAM_SPLIT and zstd. The tail is not rounded;
+a reader scales the groups of a position so that they add up to it.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class DecodedRows(Sequence[CachedSequence]):
             token_ids=_padded(ids, self._num_entries, PAD_ID),
             logprobs=_padded(logprobs, self._num_entries, -np.inf),
             tail_logprob=fixed["tail_logprob"],
-            group_logprobs=fixed.get("group_logprobs"),
+            group_logprobs=_shared_out(fixed.get("group_logprobs"), fixed["tail_logprob"]),
             tempered_tail={t: fixed[tempered_column(t)] for t in layout.temperatures},
             tail_entropy=fixed.get("tail_entropy"),
             sample_ids=fixed.get("sample_ids"),
@@ -238,6 +239,18 @@ def _rounded(values: np.ndarray | None, step: float) -> np.ndarray | None:
         return None
     scaled: np.ndarray = np.rint(values.astype(np.float32) / np.float32(step))
     return scaled * np.float32(step)
+
+
+def _shared_out(group_logprobs: np.ndarray | None, tail_logprob: np.ndarray) -> np.ndarray | None:
+    """Rounded log masses [M, G], each row scaled so that it adds up to the tail [M]."""
+    if group_logprobs is None:
+        return None
+    largest = group_logprobs.max(axis=1, initial=-np.inf)
+    reference = np.where(np.isneginf(largest), 0, largest)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = np.log(np.exp(group_logprobs - reference[:, None]).sum(axis=1)) + reference
+        shift = np.where(np.isfinite(total), tail_logprob - total, 0).astype(np.float32)
+    return group_logprobs + shift[:, None]
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

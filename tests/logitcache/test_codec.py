@@ -83,6 +83,15 @@ def test_a_group_without_tail_mass_keeps_minus_infinity() -> None:
     assert np.array_equal(read == -np.inf, written == -np.inf)
 
 
+def test_the_groups_of_a_position_add_up_to_its_tail() -> None:
+    decoded = DecodedRows(encoded(random_rows(30, EVERYTHING), EVERYTHING), EVERYTHING)
+    for sequence in decoded:
+        targets = sequence.targets
+        assert targets.group_logprobs is not None
+        total = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
+        assert np.allclose(total, np.exp(targets.tail_logprob, dtype=np.float64), rtol=1e-6, atol=0)
+
+
 @small
 @given(ids=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20), data=st.data())
 def test_the_row_id_is_the_hash_of_ids_and_mask(ids: list[int], data: Any) -> None:

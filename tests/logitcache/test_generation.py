@@ -25,6 +25,7 @@ from logitcache.arguments import parser
 from logitcache.capture import answers, plan, worker
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.prompts import Prompts, PromptSettings
+from logitcache.capture.finish import finish
 from logitcache.capture.generation import GenerationSettings
 from logitcache.capture.inputs import settle
 from logitcache.capture.request import make_request
@@ -212,7 +213,7 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> type[Echo]:
     return Echo
 
 
-def build(teacher: Path, data: Path, out: Path, **settings: Any) -> logitcache.LogitCache:
+def build(teacher: Path, data: Path, out: Path | str, **settings: Any) -> logitcache.LogitCache:
     defaults: dict[str, Any] = {"backend": "vllm", "capture_route": "flat", "generate": True, "keep": ("id",)}
     sampling = {"sampling_params": {"n": 2}} if settings.get("generate", True) else {}
     return logitcache.build(str(teacher), str(data), out, **{**defaults, **sampling, "top_k": 4, **settings})
@@ -292,6 +293,24 @@ class TestBuild:
         assert len(logitcache.open(out)) == 598
         echo.asked = 0
         assert build(teacher, prompts, out, **changed).manifest.fingerprint["generation"]["seed"] == 1
+        assert echo.asked == 128
+
+    def test_the_first_of_several_shard_ranges_answers_for_all(
+        self, teacher: Path, prompts: Path, tmp_path: Path, echo: type[Echo]
+    ) -> None:
+        out = tmp_path / "c"
+        for index in (0, 1):
+            build(teacher, prompts, out, shard_range=(index, 2), shard_positions=500)
+            assert echo.asked == 300
+        assert rows(finish(out)) == rows(build(teacher, prompts, tmp_path / "whole", shard_positions=500))
+
+    def test_the_output_may_be_a_url(self, teacher: Path, prompts: Path, echo: type[Echo]) -> None:
+        url = "memory://generated"
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(echo, "interrupted_after", 200)
+            build(teacher, prompts, url)
+        echo.asked = 0
+        assert len(build(teacher, prompts, url)) == 598
         assert echo.asked == 128
 
     @pytest.mark.parametrize(
