@@ -91,7 +91,13 @@ def test_the_readmes_format_section_names_every_column() -> None:
 def test_the_commands_help_names_every_option_of_the_readme() -> None:
     text = README.split("## Make a cache")[1].split("## Read it")[0]
     options = set(re.findall(r"`(--[a-z_-]+)", text)) - {"--bf16"}
-    vllms = {"--tensor-parallel-size", "--gpu-memory-utilization", "--quantization", "--max-model-len"}
+    vllms = {
+        "--tensor-parallel-size",
+        "--gpu-memory-utilization",
+        "--quantization",
+        "--max-model-len",
+        "--max-logprobs",
+    }
     helps = "".join(
         subprocess.run([sys.executable, "-m", *command, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
         for command in (["logitcache", "build"], ["trainer", "fit"])

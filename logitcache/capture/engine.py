@@ -11,6 +11,7 @@ from typing import Any
 
 from logitcache.capture.engine_options import check_engine_options, decisive_options
 from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.teachers.vllm_engine import set_environment
 from logitcache.errors import UserError, one_line
 
 logger = logging.getLogger("logitcache")
@@ -132,6 +133,7 @@ def _choose_route(route: str, model: TeacherModel, beyond: list[str], options: M
 
 
 def _why_not_vllm() -> str | None:
+    set_environment()
     try:
         importlib.import_module("vllm")
     except Exception as error:  # a build for other hardware fails in its own ways

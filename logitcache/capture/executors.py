@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from logitcache.capture.plan import Plan
 from logitcache.capture.progress import Progress
+from logitcache.capture.teachers.base import EngineLost
 from logitcache.capture.worker import Job, ShardWorker
 from logitcache.errors import UserError, one_line
 
@@ -86,7 +87,7 @@ class _ActorPool:
             actor, index = running.pop(reference)
             try:
                 self._finished(reference)
-            except ray.exceptions.RayActorError as error:
+            except EngineLost as error:
                 waiting.append(index)
                 self._lose(actor, f"shard {index} goes to another one", error)
                 continue
@@ -99,47 +100,41 @@ class _ActorPool:
             free.append(actor)
 
     def _start(self) -> None:
-        import ray
-
         starting = [(actor, actor.start.remote()) for actor in self._actors]
         for actor, reference in starting:
             try:
                 self._finished(reference)
-            except ray.exceptions.RayActorError as error:
+            except EngineLost as error:
                 self._lose(actor, "going on with the others", error)
 
     def _partition(self) -> None:
         """One engine makes the partition for all."""
-        import ray
-
         for actor in list(self._actors):
             try:
                 return self._finished(actor.make_partition.remote())
-            except ray.exceptions.RayActorError as error:
+            except EngineLost as error:
                 self._lose(actor, "another one makes the tail groups", error)
 
     def _finished(self, reference: Any) -> None:
-        """Waits for a call. What the user can mend arrives as UserError."""
+        """Waits for a call. What the user can mend arrives as UserError, a lost actor or engine as EngineLost."""
         import ray
 
         try:
             ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            raise EngineLost(_first_line(error)) from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from error
             raise
 
-    def _lose(self, actor: Any, consequence: str, error: BaseException) -> None:
+    def _lose(self, actor: Any, consequence: str, error: EngineLost) -> None:
         self._actors.remove(actor)
         if not self._actors:
-            self._fail(error)
-        logger.warning("an engine was lost (%s): %s", _first_line(error), consequence)
-
-    def _fail(self, error: BaseException) -> NoReturn:
-        raise UserError(
-            f"all engines were lost; the last one said: {_first_line(error)}. The finished shards are kept; the same command "
-            "continues"
-        ) from error
+            raise UserError(
+                f"all engines were lost; the last one said: {error}. The finished shards are kept; the same command continues"
+            ) from error
+        logger.warning("an engine was lost (%s): %s", error, consequence)
 
 
 def _placement(job: Job, wanted: int | None, cluster: dict[str, float]) -> tuple[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The real vLLM engine as teacher: its numbers against transformers, kill -9 and resume, options passed through."""
+"""The real vLLM engine in whole builds, killed and resumed, and the flat route by itself."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from references import assert_scores_agree
+import torch
+from references import assert_scores_agree, full_logprobs
 
 import logitcache
+from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.teachers import vllm_flat
+from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.teachers.vllm_flat import VllmFlatTeacher
+from logitcache.errors import UserError
+from logitcache.format.sequences import TokenSequence
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")]
 
@@ -53,6 +61,7 @@ def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_scores_are_those_of_transformers_in_float32(cache: logitcache.LogitCache, teacher: Path) -> None:
     assert cache.manifest.fingerprint["teacher"]["engine"] == "vllm"
+    assert cache.manifest.fingerprint["teacher"]["route"] == "pooling"
     assert_scores_agree(cache, teacher, list(range(0, 40, 3)))
 
 
@@ -90,3 +99,51 @@ def test_an_option_that_vllm_does_not_know_is_refused_in_one_line(teacher: Path,
     errors = [line for line in run.stderr.splitlines() if "error" in line]
     assert len(errors) == 1
     assert "--no-such-option" in errors[0]
+
+
+@pytest.fixture(scope="module")
+def flat(teacher: Path) -> Iterator[VllmFlatTeacher]:
+    model = TeacherModel.load(str(teacher), None, "float32", False)
+    started = VllmFlatTeacher(model, 200, 16, {"max_num_batched_tokens": 64, "max_num_seqs": 8})
+    yield started
+    started.close()
+
+
+def sequences(count: int) -> list[TokenSequence]:
+    random = np.random.default_rng(0)
+    lengths = random.integers(2, 201, count)
+    masks = [np.concatenate([[False, True], random.random(length - 2) < 0.6]) for length in lengths]
+    return [TokenSequence(random.integers(0, 512, len(mask), dtype=np.int32), mask) for mask in masks]
+
+
+@pytest.mark.parametrize("top_k", [4, 16])
+def test_the_flat_route_streams_what_transformers_gives(
+    flat: VllmFlatTeacher, teacher: Path, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_flat, "SUBMITTED_ENTRIES", 300 * (top_k + 1))  # windows of some 300 tokens
+    asked = sequences(12)
+    taken = []
+    scored = flat.score((taken.append(sequence) or sequence for sequence in asked), CaptureSettings(top_k=top_k))
+    for index, targets in enumerate(scored):
+        assert sum(len(sequence.input_ids) for sequence in taken[index + 1 :]) <= 300 + 200, "reads too far ahead"
+        full = full_logprobs(teacher, asked[index].input_ids)[asked[index].positions.astype(np.int64)]
+        ids = torch.from_numpy(targets.token_ids).long()
+        assert ids.shape == (len(asked[index].positions), top_k)
+        expected = full.gather(1, ids)
+        assert np.abs(targets.logprobs - expected.numpy()).max() <= 1e-4
+        assert np.abs(np.exp(targets.tail_logprob) - (1 - expected.exp().sum(dim=1)).numpy()).max() <= 1e-5
+    assert index == len(asked) - 1
+
+
+def test_the_flat_route_notices_rows_of_other_tokens(flat: VllmFlatTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = flat._engine.generate
+    monkeypatch.setattr(flat._engine, "generate", lambda *prompts, **options: generate(*prompts, **options)[::-1])
+    first, *others = sequences(3)
+    with pytest.raises(UserError, match=f"row {first.row_id}: vLLM scored other tokens"):
+        list(flat.score([first, *others], CaptureSettings(top_k=4)))
+
+
+def test_the_flat_route_refuses_what_would_end_the_engine(flat: VllmFlatTeacher) -> None:
+    foreign = TokenSequence(np.array([1, 512], np.int32), np.array([False, True]))
+    with pytest.raises(UserError, match=f"row {foreign.row_id}: token ids 1…512"):
+        list(flat.score([foreign], CaptureSettings(top_k=4)))

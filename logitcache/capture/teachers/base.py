@@ -19,6 +19,10 @@ from logitcache.format.tokenizer import tokenizer_fingerprint
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+class EngineLost(UserError):
+    """The engine ended while it was working: what it was given last is lost, another engine can do it."""
+
+
 class Teacher(Protocol):
     """An engine with the teacher's weights loaded."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import os
 import textwrap
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.teachers.base import EngineLost, TeacherModel
 from logitcache.capture.teachers.vllm_plugin import BUILD_PID
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
@@ -69,16 +71,38 @@ def check_prompt(sequence: TokenSequence, longest: int, num_logits: int) -> None
         )
 
 
+def notice_its_end(engine: Any) -> None:
+    """Makes a dead engine an error of the LLMEngine in front of it, which else waits for a killed one for ever.
+
+    The kernel kills it where memory runs out, for one.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    manager = getattr(getattr(engine.engine_core, "resources", None), "engine_manager", None)
+    # The thread holds these and nothing that would keep a closed engine alive.
+    sentinels = [process.sentinel for process in getattr(manager, "processes", [])]
+    if not sentinels:  # no process of its own
+        return
+    outputs = engine.engine_core.outputs_queue
+
+    def wait() -> None:
+        multiprocessing.connection.wait(sentinels)
+        outputs.put_nowait(EngineDeadError())
+
+    threading.Thread(target=wait, name="logitcache-engine-watch", daemon=True).start()
+
+
 @contextmanager
 def engine_errors() -> Iterator[None]:
     """Turns the death of the engine's process into one line."""
     from vllm.v1.engine.exceptions import EngineDeadError
+    from zmq import ZMQError
 
     try:
         yield
-    except EngineDeadError as error:
-        raise UserError(
-            "vLLM's engine ended while it was scoring; finished shards are kept and the same command continues. "
+    except (EngineDeadError, ZMQError) as error:  # the latter while vLLM closes its sockets
+        raise EngineLost(
+            "vLLM's engine ended while it was working; what is finished is kept and the same command continues. "
             "What the engine said stands above; VLLM_LOGGING_LEVEL=INFO makes it say more"
         ) from error
 

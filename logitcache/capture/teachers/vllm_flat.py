@@ -18,6 +18,7 @@ from logitcache.capture.teachers.vllm_engine import (
     check_prompt,
     engine_arguments,
     engine_errors,
+    notice_its_end,
     set_environment,
     starting_engine,
 )
@@ -49,6 +50,7 @@ class VllmFlatTeacher:
         }
         with starting_engine():
             self._engine = LLM(**engine_arguments(model, longest, route_options, engine_options))
+        notice_its_end(self._engine.llm_engine)
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
         """SparseTargets of the stored positions of each sequence, in order. Raises UserError where vLLM's rows are wrong."""

@@ -14,6 +14,7 @@ from logitcache.capture.teachers.vllm_engine import (
     check_prompt,
     engine_arguments,
     engine_errors,
+    notice_its_end,
     set_environment,
     starting_engine,
 )
@@ -49,6 +50,7 @@ class VllmGenerator:
         self._model, self._longest = model, longest
         with starting_engine():
             self._engine = LLMEngine.from_engine_args(_arguments(model, longest, engine_options))
+        notice_its_end(self._engine)
 
     def answer(
         self, prompts: Iterable[TokenSequence], settings: GenerationSettings

@@ -11,12 +11,13 @@ import os
 import select
 import signal
 import threading
+from typing import Final
 
 BUILD_PID = "LOGITCACHE_BUILD_PID"
 """Environment variable: the process that the engine must not outlive."""
 SCORE_LOGITS = "LOGITCACHE_SCORE_LOGITS"
 """Environment variable: set where models are to be loaded as pooling models that give rows of `capture.packing`."""
-TASK = "token_embed"
+TASK: Final = "token_embed"
 """vLLM's name for what such a model does: a tensor for each token."""
 
 

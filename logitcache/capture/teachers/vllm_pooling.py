@@ -7,7 +7,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -22,6 +22,7 @@ from logitcache.capture.teachers.vllm_engine import (
     engine_arguments,
     engine_errors,
     environment,
+    notice_its_end,
     set_environment,
     starting_engine,
 )
@@ -48,6 +49,7 @@ class VllmPoolingTeacher:
         self._model, self._longest = model, longest
         with starting_engine(), _scoring():
             self._engine = LLMEngine.from_engine_args(_arguments(model, longest, engine_options))
+        notice_its_end(self._engine)
         self._request_ids = map(str, itertools.count())
         self._has_tail_groups = False
 
@@ -102,7 +104,9 @@ class VllmPoolingTeacher:
                     tokens -= len(first.input_ids)
                     yield first, result
         finally:
-            self._engine.abort_request([request_id for request_id, _ in waiting])
+            if waiting and hasattr(self, "_engine"):  # left early, and not closed meanwhile
+                with suppress(UserError), engine_errors():
+                    self._engine.abort_request([request_id for request_id, _ in waiting])
 
     def _wanted(self, sequence: TokenSequence, settings: str | None) -> dict[str, Any]:
         """The fields of `vllm_model.Wanted`."""
