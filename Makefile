@@ -1,12 +1,20 @@
 # make demo and make test set up .venv themselves; the second time they start at once.
-.PHONY: demo test setup clean
+.PHONY: demo test test-engines test-others setup clean
 PYTHON := .venv/bin/python
 
 test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest
+	@echo "tests with engines and all others run side by side, 5 to 15 minutes; each part is shown when it is done"
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-others test-engines
+
+test-others:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not engine"
+
+# Real vLLM engines, gigabytes each: one after the other.
+test-engines:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m engine
 
 demo: setup
 	tools/demo/run.sh

@@ -113,9 +113,7 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
     group = parser.add_argument_group("what is stored of each distribution")
-    group.add_argument(
-        "--top-k", type=int, metavar="K", help="entries per position (default 48 beside tail groups, otherwise 64)"
-    )
+    group.add_argument("--top-k", type=int, metavar="K", help="entries per position (default 64)")
     group.add_argument(
         "--top-p", type=float, metavar="P", help="only as many entries as hold this mass (default 1: always K)"
     )
@@ -124,7 +122,7 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "--tail-groups",
         type=int,
         metavar="G",
-        help="mass of the tail in G groups of the vocabulary (default 32; 0 where the logits are not seen)",
+        help="mass of the tail in G groups of the vocabulary (default 0; `logitcache plan` shows what 32 would give)",
     )
     group.add_argument("--temperatures", type=_numbers, metavar="T,T", help="temperatures to train at, for example 1,2")
     group.add_argument("--tail-entropy", action="store_true", help="the tail's entropy")

@@ -62,6 +62,8 @@ def build(
     holds something else. vLLM runs in a process of its own: call this under `if __name__ == "__main__":`.
     """
     placement = Placement(executor, ray_address, engines, shard_range)
+    if shard_positions < 1:
+        raise UserError(f"--shard-positions {shard_positions}: at least 1 is needed")
     if overwrite and shard_range:
         raise UserError("--overwrite contradicts --shard-range: remove the old cache first")
     folder = Folder(out)
@@ -81,7 +83,7 @@ def build(
             remove_former(folder)
         if placement.is_first:
             save_tokenizer(folder, inputs.model.tokenizer)
-        job = Job(str(out), inputs.model, inputs.engine, inputs.settings)
+        job = Job(str(folder.local or out), inputs.model, inputs.engine, inputs.settings)
         _announce(plan, job)
         _capture(plan, job, placement)
         if shard_range is None:
@@ -114,7 +116,7 @@ def _begun(folder: Folder, request: Mapping[str, Any], overwrite: bool) -> Plan 
     refuse_changes(recorded, request, folder, "an unfinished build")
     if not folder.exists(PLAN_NAME):
         return None
-    if folder.exists(MANIFEST_NAME):
+    if overwrite and folder.exists(MANIFEST_NAME):
         remove_former(folder)  # interrupted between planning and removing the cache that it overwrites
     return read_plan(folder)
 

@@ -27,7 +27,7 @@ from logitcache.capture.inputs import settle
 from logitcache.capture.partition import rank_bands
 from logitcache.capture.plan import ColumnTypes, cache_layout
 from logitcache.capture.progress import duration
-from logitcache.capture.settings import DEFAULT_WITH_GROUPS, CaptureSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
 from logitcache.capture.teachers.start import start_teacher
 from logitcache.format.codec import Layout, encode
@@ -41,6 +41,8 @@ JUDGED_POSITIONS = 512
 """Of those, the most that are scored with `JUDGED_ENTRIES` entries each, 32 KiB."""
 JUDGED_ENTRIES = 4096
 CANDIDATE_KS = (8, 16, 32, 64, 128, 256)
+SHOWN_TAIL_GROUPS = 32
+"""Beside every k, unless the build asks for another number."""
 TIMED_S = 10.0
 """Of scoring as the build does it, more where the priced positions take longer."""
 
@@ -161,7 +163,7 @@ def estimate(
     logger.info("scoring %d sequences of the sample", len(priced))
     judgement, num_groups = None, 0
     if sees_logits:
-        num_groups = settings.tail_groups or min(DEFAULT_WITH_GROUPS[1], layout.vocab_size)
+        num_groups = settings.tail_groups or min(SHOWN_TAIL_GROUPS, layout.vocab_size)
         judgement = _judge(cast(LogitTeacher, teacher), priced, num_groups, layout.vocab_size, ks)
     began = time.monotonic()
     scored = list(teacher.score(priced, CaptureSettings(top_k=ks[-1], tail_groups=num_groups)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,12 @@ from logitcache.capture.worker import Job, ShardWorker
 from logitcache.errors import UserError, one_line
 
 logger = logging.getLogger("logitcache")
+
+STARTED_S = 60.0
+"""Within this time an actor is there, unless the cluster has no room for it: then it waits, and that is told."""
+VISIBLE_S = 90.0
+"""Within this time a file of another host is to be seen on a network file system: longer than those keep what they know."""
+LOOK_AGAIN_S = 1.0
 
 
 def capture_here(job: Job, shards: Sequence[int], progress: Progress) -> None:
@@ -44,7 +51,7 @@ def capture_on_ray(
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray-address {address}: no Ray cluster answers there ({one_line(error)})") from error
-    num_engines, resources = _placement(job, num_engines, ray.cluster_resources())
+    num_engines, resources = _placement(job, num_engines, _hosts())
     logger.info("Ray: %d engine(s) with %s each", num_engines, _in_words(resources))
     actors: list[Any] = [ray.remote(**resources)(ShardWorker).remote(job) for _ in range(num_engines)]
     try:
@@ -91,7 +98,7 @@ class _ActorPool:
                 waiting.append(index)
                 self._lose(actor, f"shard {index} goes to another one", error)
                 continue
-            if self._plan.finished(index) is None:
+            if not self._is_visible(index):
                 raise UserError(
                     f"--out {self._plan.folder}: shard {index} was written by an engine on another host and is not to be "
                     "seen from here; choose a directory that all hosts share, or a URL"
@@ -99,7 +106,24 @@ class _ActorPool:
             self._progress.advance(self._plan.shards[index].num_tokens)
             free.append(actor)
 
+    def _is_visible(self, index: int) -> bool:
+        """Whether this host sees a shard that an engine has written, perhaps on another one."""
+        deadline = time.monotonic() + VISIBLE_S
+        while self._plan.finished(index) is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(LOOK_AGAIN_S)
+        return True
+
     def _start(self) -> None:
+        import ray
+
+        there = [actor.__ray_ready__.remote() for actor in self._actors]
+        _, waiting = ray.wait(there, num_returns=len(there), timeout=STARTED_S)
+        if waiting:
+            logger.warning(
+                "%d engine(s) wait for room in the Ray cluster: something else may be using it", len(waiting)
+            )
         starting = [(actor, actor.start.remote()) for actor in self._actors]
         for actor, reference in starting:
             try:
@@ -137,27 +161,44 @@ class _ActorPool:
         logger.warning("an engine was lost (%s): %s", error, consequence)
 
 
-def _placement(job: Job, wanted: int | None, cluster: dict[str, float]) -> tuple[int, dict[str, Any]]:
-    """How many engines, and what each holds: the GPUs of a tensor-parallel group, or an equal part of the cores."""
-    gpus = int(cluster.get("GPU", 0))
-    if not gpus:
-        cores = int(cluster.get("CPU", 1))
-        if (wanted or 1) > cores:
+def _hosts() -> list[dict[str, float]]:
+    """What each host of the cluster has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _placement(job: Job, wanted: int | None, hosts: Sequence[dict[str, float]]) -> tuple[int, dict[str, Any]]:
+    """How many engines, and what each holds: the GPUs of a tensor-parallel group, or as many cores as all can have.
+
+    hosts: their resources. What an engine holds is on one host.
+    """
+    gpus = [int(host.get("GPU", 0)) for host in hosts]
+    if not any(gpus):
+        cores = [int(host.get("CPU", 0)) for host in hosts]
+        if (wanted or 1) > sum(cores):
             raise UserError(
-                f"--engines {wanted}: the Ray cluster has no GPU and {cores} core(s); choose at most {cores}"
+                f"--engines {wanted or 1}: the Ray cluster has no GPU and {sum(cores)} core(s); choose at most {sum(cores)}"
             )
+        share = max(each for each in range(1, max(cores) + 1) if _room(cores, each) >= (wanted or 1))
         # vLLM would bind the threads of every engine to the same cores.
         unbound = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
-        return wanted or 1, {"num_cpus": cores // (wanted or 1), "runtime_env": unbound}
+        return wanted or 1, {"num_cpus": share, "runtime_env": unbound}
     each = int(job.engine.options.get("tensor_parallel_size", 1)) * int(
         job.engine.options.get("pipeline_parallel_size", 1)
     )
-    if each * (wanted or 1) > gpus:
+    room = _room(gpus, each)
+    if (wanted or 1) > room:
         raise UserError(
-            f"--engines {wanted or 1}: with {each} GPU(s) each they do not fit on the {gpus} of the Ray cluster; it has room "
-            f"for {gpus // each}"
+            f"--engines {wanted or 1}: with {each} GPU(s) each, of one host, they do not fit on the {sum(gpus)} of the Ray "
+            f"cluster; it has room for {room}"
         )
-    return wanted or gpus // each, {"num_gpus": each}
+    return wanted or room, {"num_gpus": each}
+
+
+def _room(hosts: Sequence[int], each: int) -> int:
+    """How many engines fit, with `each` of what the hosts have."""
+    return sum(of_host // each for of_host in hosts)
 
 
 def _in_words(resources: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.cache import LogitCache, open_cache
-from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan, read_request
+from logitcache.capture.plan import PARTITION_NAME, PLAN_NAME, Plan, read_plan, read_request
 from logitcache.capture.workspace import workspace
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY, Manifest
@@ -43,9 +43,10 @@ def finish_plan(plan: Plan) -> LogitCache:
             f"{folder}: {len(missing)} of {len(shards)} shards are not complete ({some}): run `logitcache build` with the "
             "shard range that holds them again"
         )
+    folder.remove(TAIL_GROUPS_NAME)  # of a cache that was overwritten
     if plan.cache_layout.num_tail_groups:
         folder.write(TAIL_GROUPS_NAME, folder.read(PARTITION_NAME))
-    names = [f"{TOKENIZER_DIRECTORY}/{name}" for name in folder.names(TOKENIZER_DIRECTORY)] + [TAIL_GROUPS_NAME]
+    names = [*folder.files(TOKENIZER_DIRECTORY), TAIL_GROUPS_NAME]
     digests = {name: hashlib.sha256(folder.read(name)).hexdigest() for name in names if folder.exists(name)}
     fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": plan.sequences_sha256}}
     complete = tuple(shard for shard in shards if shard is not None)
@@ -55,13 +56,15 @@ def finish_plan(plan: Plan) -> LogitCache:
             folder.remove(f"data/{name}")  # of a cache that was overwritten, or of a killed writer
     folder.write(CARD_NAME, dataset_card(manifest))
     manifest.write(folder)
+    folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
     folder.remove(BUILD_DIRECTORY)
     return open_cache(folder.path)
 
 
 def save_tokenizer(folder: Folder, tokenizer: Any) -> None:
-    """Writes the teacher's tokenizer beside the shards."""
+    """Writes the teacher's tokenizer beside the shards, in place of any other."""
+    folder.remove(TOKENIZER_DIRECTORY)
     with tempfile.TemporaryDirectory() as draft:
         tokenizer.save_pretrained(draft)
-        for path in sorted(Path(draft).iterdir()):
-            folder.write(f"{TOKENIZER_DIRECTORY}/{path.name}", path.read_bytes())
+        for path in sorted(path for path in Path(draft).rglob("*") if path.is_file()):
+            folder.write(f"{TOKENIZER_DIRECTORY}/{path.relative_to(draft).as_posix()}", path.read_bytes())

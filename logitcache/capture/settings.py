@@ -9,11 +9,6 @@ from typing import Any
 
 from logitcache.errors import UserError
 
-DEFAULT_TOP_K = 64
-DEFAULT_WITH_GROUPS = (48, 32)
-"""Entries and tail groups where the teacher's logits are seen: fewer bytes than 64 entries alone, and nearer to the gradient
-of the full vocabulary (`tools/bench_fidelity.py`)."""
-
 
 @dataclass(frozen=True)
 class CaptureSettings:
@@ -26,7 +21,7 @@ class CaptureSettings:
     tail per position.
     """
 
-    top_k: int = DEFAULT_TOP_K
+    top_k: int = 64
     top_p: float = 1.0
     min_k: int = None  # type: ignore[assignment]  # becomes a number at once
     tail_groups: int = 0

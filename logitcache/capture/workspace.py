@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import TEMPORARY_SUFFIX
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.sharing.card import CARD_NAME
+
+logger = logging.getLogger("logitcache")
 
 MARK_NAME = f"{BUILD_DIRECTORY}/logitcache"
 """File by which a later build knows that the folder is one of ours."""
@@ -29,7 +32,12 @@ def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
     build, and one that another build holds.
     """
     if folder.local is None:
-        _refuse_what_is_not_ours(folder)
+        try:
+            _refuse_what_is_not_ours(folder)
+        except UserError:
+            raise
+        except Exception as error:  # every store has its own kinds
+            raise UserError(f"--out {folder}: this URL does not answer ({one_line(error)})") from error
         yield
         return
     try:
@@ -41,8 +49,12 @@ def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
         _refuse_what_is_not_ours(folder)
         try:
             fcntl.flock(directory, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"--out {folder}: another build is writing there") from error
+        except OSError as error:
+            logger.warning(
+                "warning: --out %s cannot be held against other builds (%s): start none there", folder, error.strerror
+            )
         try:
             yield
         finally:
@@ -75,10 +87,9 @@ def begin(folder: Folder, keep: str | None = None) -> None:
 
 def abandon(folder: Folder, keep: str | None = None) -> None:
     """Removes the build directory but for `keep`; its mark stays where what is left would be nobody's without it."""
+    begin(folder, keep)
     if keep is None and (folder.exists(MANIFEST_NAME) or not folder.exists("data")):
         folder.remove(BUILD_DIRECTORY)
-    else:
-        begin(folder, keep)
 
 
 def remove_former(folder: Folder) -> None:

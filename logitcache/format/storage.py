@@ -57,7 +57,15 @@ class Folder:
             found = self._filesystem.ls(self._full(name), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted({PurePosixPath(path).name for path in found} - {PurePosixPath(self._full(name)).name})
+        # An object store may list the folder itself.
+        return sorted(PurePosixPath(path).name for path in found if path.rstrip("/") != self._full(name).rstrip("/"))
+
+    def files(self, name: str) -> list[str]:
+        """Names, relative to this folder, of all files below the folder `name`, sorted."""
+        self._filesystem.invalidate_cache()
+        return sorted(
+            path.removeprefix(f"{self._root.rstrip('/')}/") for path in self._filesystem.find(self._full(name))
+        )
 
     def num_bytes(self, name: str) -> int:
         """Size of a file."""
@@ -89,7 +97,7 @@ class Folder:
                 yield temporary
             try:
                 self._filesystem.put_file(str(path), self._full(name))
-            except OSError as error:
+            except Exception as error:  # every store has its own kinds
                 raise UserError(f"{self.where(name)} cannot be written ({one_line(error)})") from error
 
     def write(self, name: str, content: bytes | str) -> None:

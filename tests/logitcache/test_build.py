@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from references import assert_scores_agree, full_logprobs
 
 import logitcache
 from logitcache import UserError
+from logitcache.capture import build as build_module
 from logitcache.capture import worker
+from logitcache.capture.finish import finish
 from logitcache.format.codec import GROUP_STEP
 from logitcache.format.shards import ShardWriter
+from logitcache.format.storage import Folder
 
 
 def build(teacher: Path, corpus: Path, out: Path, **settings: Any) -> logitcache.LogitCache:
@@ -219,6 +223,7 @@ def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpu
         ({"backend": "vllm", "runner": "draft"}, "--runner: a build sets this option of vLLM itself"),
         ({"dtype": "bf16"}, "--dtype bf16: choose one of auto"),
         ({"max_length": 0}, "--max-length 0"),
+        ({"shard_positions": 0}, "--shard-positions 0: at least 1"),
     ],
 )
 def test_contradictions_are_refused_before_the_weights_load(
@@ -240,6 +245,51 @@ def test_kept_columns_and_counts_of_what_was_left_out(teacher: Path, tmp_path: P
     cache = build(teacher, source, tmp_path / "c", keep=("id", "url"), skip_bad=True)
     assert [dict(s.columns) for s in cache] == [{"id": 1, "url": None}, {"id": 4, "url": "u"}]
     assert cache.manifest.skipped == {"empty": 1, "bad": 1}
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_with_all_of_them(
+    teacher: Path, teacher_tokenizer: Any, corpus: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(teacher, tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    cache = build(tmp_path / "teacher", corpus, tmp_path / "c")
+    assert AutoTokenizer.from_pretrained(cache.tokenizer_path).chat_template == tokenizer.chat_template
+    assert "tokenizer/additional_chat_templates/tool_use.jinja" in cache.manifest.files
+
+
+def test_nothing_is_left_of_the_tokenizer_of_a_cache_whose_removal_was_cut_off(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(teacher, corpus, tmp_path / "c", tail_groups=4)
+    (tmp_path / "c/tokenizer/chat_template_of_another.jinja").write_text("{{ messages }}")
+
+    def cut_off(folder: Folder) -> None:
+        folder.remove("logitcache.json")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(build_module, "remove_former", cut_off)
+        build(teacher, corpus, tmp_path / "c", top_k=8, overwrite=True)
+    cache = build(teacher, corpus, tmp_path / "c", top_k=8, overwrite=True)
+    assert "tokenizer/chat_template_of_another.jinja" not in cache.manifest.files
+    assert not (tmp_path / "c/tokenizer/chat_template_of_another.jinja").exists()
+    assert not (tmp_path / "c/tail_groups.parquet").exists()
+
+
+def test_a_cache_that_was_finished_meanwhile_is_not_removed(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(teacher, corpus, tmp_path / "c", shard_range=(0, 1))
+    shutil.copytree(tmp_path / "c/.build", tmp_path / "plan")
+    cache = finish(tmp_path / "c")
+    shutil.copytree(tmp_path / "plan", tmp_path / "c/.build")
+    monkeypatch.setattr(build_module, "_finished", lambda folder, request: None)  # as it was a moment ago
+    build(teacher, corpus, tmp_path / "c", shard_range=(0, 1))
+    assert rows(logitcache.open(tmp_path / "c")) == rows(cache)
 
 
 def test_a_document_longer_than_the_teacher_scores_is_refused(teacher: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,11 @@ from objectstore import bucket, s3_endpoint  # noqa: F401
 import logitcache
 from logitcache import UserError
 from logitcache.capture import build as build_module
+from logitcache.capture import executors
 from logitcache.capture.finish import finish
+from logitcache.format.storage import Folder
+
+pytestmark = pytest.mark.engine
 
 SETTINGS: dict[str, Any] = {
     "backend": "transformers",
@@ -138,6 +143,58 @@ def test_more_engines_than_the_cluster_holds_are_refused(
         build(teacher, corpus, tmp_path / "c", executor="ray", engines=3)
 
 
+@pytest.mark.parametrize(
+    ("resource", "hosts", "wanted", "each", "expected"),
+    [
+        ("CPU", [4], None, 1, (1, 4)),
+        ("CPU", [4, 4], None, 1, (1, 4)),
+        ("CPU", [2, 6], 2, 1, (2, 3)),
+        ("CPU", [0, 1, 1], 2, 1, (2, 1)),
+        ("GPU", [3, 3], None, 2, (2, 2)),
+        ("GPU", [1, 8], None, 1, (9, 1)),
+    ],
+)
+def test_what_an_engine_holds_is_on_one_host(
+    resource: str, hosts: list[int], wanted: int | None, each: int, expected: tuple[int, int]
+) -> None:
+    job: Any = SimpleNamespace(engine=SimpleNamespace(options={"tensor_parallel_size": each}))
+    number, held = executors._placement(job, wanted, [{resource: float(count)} for count in hosts])
+    assert (number, held[f"num_{resource.lower()}s"]) == expected
+
+
+def test_a_tensor_parallel_group_that_no_host_holds_is_refused() -> None:
+    job: Any = SimpleNamespace(engine=SimpleNamespace(options={"tensor_parallel_size": 2}))
+    with pytest.raises(UserError, match=r"with 2 GPU\(s\) each, of one host, .* it has room for 0"):
+        executors._placement(job, None, [{"GPU": 1.0}, {"GPU": 1.0}])
+
+
+def test_engines_that_find_no_room_are_told_of(
+    cluster: None,
+    teacher: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @ray.remote(num_cpus=2)
+    class Other:
+        pass
+
+    other: Any = Other.remote()  # type: ignore[attr-defined]
+    ray.get(other.__ray_ready__.remote())
+    monkeypatch.setattr(executors, "STARTED_S", 0.1)
+    building = threading.Thread(
+        target=build, args=(teacher, corpus, tmp_path / "c"), kwargs={"executor": "ray", "engines": 1}
+    )
+    building.start()
+    while "1 engine(s) wait for room in the Ray cluster" not in caplog.text:
+        time.sleep(0.05)
+        assert building.is_alive()
+    ray.kill(other)
+    building.join()
+    assert logitcache.open(tmp_path / "c").num_positions
+
+
 def test_a_cluster_that_does_not_answer_is_named(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from logitcache.cli import main\n"
@@ -209,6 +266,27 @@ def test_a_later_range_waits_for_the_first_one(
     assert_same(finish(out), whole)
 
 
+def test_a_finish_that_was_cut_off_while_it_tidied_up_is_complete(
+    teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "c"
+    remove = Folder.remove
+
+    def cut_off(folder: Folder, name: str) -> None:
+        if name == ".build":
+            remove(folder, ".build/shards")
+            raise KeyboardInterrupt
+        remove(folder, name)
+
+    build(teacher, corpus, out, shard_range=(0, 1))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Folder, "remove", cut_off)
+        finish(out)
+    assert_same(finish(out), whole)
+    assert_same(build(teacher, corpus, out), whole)
+    assert not (out / ".build").exists()
+
+
 def test_nothing_is_finished_where_nothing_was_begun(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to finish, no build was begun there"):
         finish(tmp_path / "c")
@@ -242,3 +320,26 @@ def test_a_build_into_an_object_store_is_resumed_and_read_there(
         build(teacher, corpus, out, top_k=8)
     with pytest.raises(UserError, match="the folder is not empty and holds no cache"):
         build(teacher, corpus, f"{bucket}/caches")
+
+
+def test_a_killed_vllm_engine_of_an_actor_is_a_lost_one(
+    cluster: None,
+    teacher: Path,
+    corpus: Path,
+    tmp_path: Path,
+    whole: logitcache.LogitCache,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def kill_an_engine() -> None:
+        [engine, *_] = [child for child in actors()[0].children(recursive=True) if "EngineCore" in child.name()]
+        engine.kill()
+
+    out = tmp_path / "c"
+    killer = after_shards(out, 2, kill_an_engine)
+    cache = build(teacher, corpus, out, backend="vllm", executor="ray", engines=2, dtype="float32")
+    killer.join()
+    assert "an engine was lost" in caplog.text
+    for ours, theirs in zip(cache, whole, strict=True):
+        assert ours.row_id == theirs.row_id
+        assert np.allclose(ours.targets.logprobs, theirs.targets.logprobs, atol=1e-4)
+        assert np.allclose(np.exp(ours.targets.tail_logprob), np.exp(theirs.targets.tail_logprob), atol=1e-6)

@@ -37,6 +37,18 @@ def test_what_is_written_is_read_back_and_listed(folder: Folder) -> None:
         assert file.read(3) == b"456"
 
 
+def test_files_are_listed_with_those_of_folders_below(folder: Folder) -> None:
+    for name in ("a/x", "a/b/c/y", "ab/z"):
+        folder.write(name, name)
+    assert folder.files("a") == ["a/b/c/y", "a/x"]
+    assert folder.files("nowhere") == []
+
+
+def test_what_has_the_name_of_the_folder_is_listed(folder: Folder) -> None:
+    folder.write("cache", "precious")
+    assert folder.names() == ["cache"]
+
+
 def test_a_file_is_replaced_as_a_whole(folder: Folder) -> None:
     folder.write("name", "before")
     folder.write("name", "after")

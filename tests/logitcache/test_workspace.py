@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,43 @@ def test_a_second_build_is_refused_while_the_first_runs(tmp_path: Path) -> None:
         assert (root / "logitcache.json").exists()
     with workspace(Folder(root)):
         pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("logitcache.capture.workspace.fcntl.flock", flock)
+    with workspace(Folder(tmp_path)):
+        begin(Folder(tmp_path))
+    assert "cannot be held against other builds (Function not implemented)" in caplog.text
+
+
+def test_a_store_that_does_not_answer_is_named() -> None:
+    with pytest.raises(UserError, match=r"--out http://127\.0\.0\.1:9/c: this URL does not answer"):
+        workspace(Folder("http://127.0.0.1:9/c")).__enter__()
+
+
+def test_a_folder_that_is_killed_while_it_is_abandoned_stays_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(Folder(tmp_path))
+    Folder(tmp_path).write(".build/tokens/00000.parquet", "…")
+
+    remove = Folder.remove
+
+    def cut_off(folder: Folder, name: str) -> None:
+        if name == ".build":
+            folder.remove(".build/logitcache")
+            raise KeyboardInterrupt
+        remove(folder, name)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Folder, "remove", cut_off)
+        abandon(Folder(tmp_path))
+    assert is_ours(Folder(tmp_path))
 
 
 def test_a_build_of_another_process_is_noticed_and_its_death_frees_the_folder(tmp_path: Path) -> None:
