@@ -52,7 +52,11 @@ def _build(commands: argparse._SubParsersAction[Parser]) -> None:
     group = build.add_argument_group("many engines")
     group.add_argument("--executor", choices=["local", "ray"], help="ray: several engines, on one host or many")
     group.add_argument("--engines", type=int, metavar="N", help="engines on Ray (default: as many as its GPUs hold)")
-    group.add_argument("--ray-address", metavar="HOST:PORT", help="of a running Ray cluster (default: start one here)")
+    group.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="of a running Ray cluster (default: that of RAY_ADDRESS or of this machine, otherwise one is started here)",
+    )
     group.add_argument(
         "--shard-range",
         type=_range,

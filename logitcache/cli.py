@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"logitcache: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("logitcache: stopped; the same command continues with the first shard that is missing", file=sys.stderr)
+        print("logitcache: stopped; the same command continues where it was", file=sys.stderr)
         return 130
 
 

@@ -3,9 +3,9 @@
     python tools/bench_capture.py [--only routes build ray] [--top-k 16 64 256]
 
 Routes: each in a process of its own, on the demo's teacher (3.6 M parameters: so fast that the front end is what counts).
-CPU is processor time per token (psutil; user and system) of the process that feeds the engine and reads its answers, and of
-the engine's processes; memory is the largest resident memory of either so far, k ascending. Every route ends with numpy
-arrays of ids and log-probabilities.
+CPU is processor time per token, user and system, of the process that feeds the engine and reads its answers (encoding and
+writing are in the second table), and of the engine's processes (psutil); memory is the largest resident memory of either so
+far, k ascending. Every route ends with numpy arrays of ids and log-probabilities; slow ones get fewer prompts.
 
 Build: shards on disk against the same engine with its answers thrown away, in turns, on a Llama with random weights whose
 forward pass costs what one would expect of the machine. Ray: the same teacher, one engine on one core against two on two.
@@ -46,7 +46,9 @@ from logitcache.format.storage import Folder
 from logitcache.table import aligned
 
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher"
-PROMPTS, LENGTH = 64, 256
+LENGTH = 256
+PROMPTS = {"bare": 256, "pooling": 256, "flat": 64, "flat-text": 16, "default": 16, "transformers": 16}
+BUILD_PROMPTS = 128
 REPEATS = 3
 ROUTES = {
     "bare": "bare prefill, nothing captured",
@@ -94,14 +96,13 @@ class Meter:
     """Seconds of wall clock, and of processor time of this process and of its children."""
 
     def __init__(self) -> None:
-        self._front = psutil.Process()
-        self._engine = self._front.children(recursive=True)
+        self._engine = psutil.Process().children(recursive=True)
 
     def __call__(self, run: Callable[[], Any]) -> tuple[float, float, float]:
         """What a call takes."""
-        before = time.perf_counter(), _cpu_s([self._front]), _cpu_s(self._engine)
+        before = time.perf_counter(), time.process_time(), _cpu_s(self._engine)
         run()
-        after = time.perf_counter(), _cpu_s([self._front]), _cpu_s(self._engine)
+        after = time.perf_counter(), time.process_time(), _cpu_s(self._engine)
         wall, front, engine = (b - a for a, b in zip(before, after, strict=True))
         return wall, front, engine
 
@@ -121,8 +122,8 @@ def _cpu_s(processes: list[psutil.Process]) -> float:
 def measure_route(route: str, options: argparse.Namespace) -> list[dict[str, float]]:
     """Per k: tokens per second, µs of processor time per token, MiB."""
     model = TeacherModel.load(str(DEMO_TEACHER), None, "float32", False)
-    sequences = random_sequences(model.vocab_size, PROMPTS)
-    tokens = PROMPTS * LENGTH
+    sequences = random_sequences(model.vocab_size, PROMPTS[route])
+    tokens = PROMPTS[route] * LENGTH
     found = []
     for k, run in _runs(route, model, sequences, options.top_k):
         meter = Meter()
@@ -198,7 +199,7 @@ def print_routes(ks: list[int]) -> None:
                 ]
             )
             name = ""
-    print(f"{PROMPTS} prompts of {LENGTH} tokens, the demo's teacher in float32 ({machine()})")
+    print(f"Prompts of {LENGTH} tokens, the demo's teacher in float32 ({machine()})")
     print(aligned(rows))
 
 
@@ -242,7 +243,7 @@ def planned(folder: Path, k: int, sequences: int, shard_positions: int) -> tuple
 def measure_build(k: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of building and of scoring alone, and processor µs per token of the difference."""
     with tempfile.TemporaryDirectory() as name:
-        job, plan = planned(Path(name), int(k), PROMPTS, 1 << 13)
+        job, plan = planned(Path(name), int(k), BUILD_PROMPTS, 1 << 13)
         worker = ShardWorker(job)
         worker.start()
         worker.make_partition()
@@ -254,7 +255,7 @@ def measure_build(k: str, options: argparse.Namespace) -> dict[str, float]:
         def build() -> None:
             worker.capture(shards)
 
-        build()  # the teacher learns the tail groups
+        build()  # warms up
         score()
         meter = Meter()
         measured: dict[str, list[tuple[float, float, float]]] = {"build": [], "score": []}
@@ -293,9 +294,7 @@ def print_build(ks: list[int]) -> None:
                 f"{found['front MiB']:,.0f}",
             ]
         )
-    print(
-        f"\nA whole build against its engine alone: {PROMPTS} × {LENGTH} tokens, 27 M parameters, V = 32,000, 32 tail groups"
-    )
+    print(f"\nA whole build against its engine alone: {BUILD_PROMPTS} × {LENGTH} tokens, 27 M parameters, V = 32,000")
     print(aligned(rows))
 
 
@@ -314,7 +313,7 @@ def measure_ray(engines: str, options: argparse.Namespace) -> float:
     """Tokens per second of a number of engines on as many cores, from ready to the last shard."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(engines)])
     with tempfile.TemporaryDirectory() as name:
-        job, plan = planned(Path(name), 64, 4 * PROMPTS, 1 << 12)
+        job, plan = planned(Path(name), 64, 2 * BUILD_PROMPTS, 1 << 12)
         progress = Stopwatch("scoring", plan.num_tokens, 0, "tokens")
         capture_on_ray(job, plan, range(len(plan.shards)), progress, None, int(engines))
         return plan.num_tokens / (time.perf_counter() - progress.began)

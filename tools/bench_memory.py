@@ -1,9 +1,9 @@
 """Peak memory of `logitcache build` and `trainer fit` as the corpus grows: it must not.
 
-    python tools/bench_memory.py [--positions 10000 100000 1000000] [--backend transformers|vllm]
+    python tools/bench_memory.py [--positions 10000 100000 1000000] [--backend transformers|vllm] [--commands build fit]
 
 A tiny teacher and student, so that a million positions take minutes; whole commands, each in a process of its own. With vLLM
-the figure is the largest single process, engine included.
+the engine is a process by itself: of the two the larger one counts.
 """
 
 from __future__ import annotations
@@ -65,12 +65,29 @@ def run(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - began, usage.ru_maxrss / 1024
 
 
+def fit_command(cache: Path, folder: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "trainer", "fit", "--cache", str(cache), "--student", str(folder / "model")),
+        *("--output_dir", str(folder / "run"), "--num_train_epochs", "1", "--save_strategy", "no"),
+        *("--per_device_train_batch_size", "8"),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--backend", default="transformers")
+    parser.add_argument("--commands", nargs="+", choices=["build", "fit"], default=["build", "fit"])
     options = parser.parse_args()
-    rows = [["positions", "build: peak MiB", "s", "cache MiB", "fit: peak MiB", "s"]]
+    rows = [
+        [
+            "positions",
+            "build: peak MiB",
+            "s",
+            "cache MiB",
+            *(["fit: peak MiB", "s"] if "fit" in options.commands else []),
+        ]
+    ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vocab_size = write_model(folder / "model")
@@ -83,24 +100,11 @@ def main() -> None:
                     *("--teacher", str(folder / "model"), "--data", str(folder / "corpus.jsonl")),
                 ]
             )
-            fit_s, fit_mib = run(
-                [
-                    *(
-                        sys.executable,
-                        "-m",
-                        "trainer",
-                        "fit",
-                        "--cache",
-                        str(cache),
-                        "--student",
-                        str(folder / "model"),
-                    ),
-                    *("--output_dir", str(folder / "run"), "--num_train_epochs", "1", "--save_strategy", "no"),
-                    *("--per_device_train_batch_size", "8"),
-                ]
-            )
             cache_mib = sum(path.stat().st_size for path in cache.rglob("*.parquet")) / 2**20
-            figures = [build_mib, build_s, cache_mib, fit_mib, fit_s]
+            figures = [build_mib, build_s, cache_mib]
+            if "fit" in options.commands:
+                fit_s, fit_mib = run(fit_command(cache, folder))
+                figures += [fit_mib, fit_s]
             rows.append([f"{positions:,}", *(f"{figure:,.0f}" for figure in figures)])
             shutil.rmtree(cache)
     print(f"teacher on {options.backend}, k = 64, vocabulary {vocab_size:,} ({machine()})")

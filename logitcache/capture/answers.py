@@ -4,7 +4,8 @@
     OUT/.build/answers/prompts/00000.parquet   the prompts of batch 0, tokenised
     OUT/.build/answers/answered/00000.parquet  the same prompts with their answers, once all of them are there
 
-An interruption costs the batches in flight. Every answer has a seed of its own, so that the same ones come again.
+An interruption costs the batches in flight. Every answer has a seed of its own, made from its prompt,
+so that the same ones come again (and equal prompts get equal answers).
 """
 
 from __future__ import annotations

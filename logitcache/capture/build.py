@@ -18,7 +18,7 @@ from logitcache.capture.plan import PARTITION_NAME, PLAN_NAME, SHARD_POSITIONS, 
 from logitcache.capture.progress import Progress
 from logitcache.capture.request import differences, make_request, refuse_changes
 from logitcache.capture.worker import Job
-from logitcache.capture.workspace import ANSWERS_NAME, remove_former, workspace
+from logitcache.capture.workspace import ANSWERS_NAME, range_held, remove_former, workspace
 from logitcache.errors import UserError
 from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
@@ -75,17 +75,18 @@ def build(
             return finished
         if not placement.is_first:
             _wait_for(folder, PLAN_NAME, "has the answers" if inputs.generation else "reads the corpus")
-        plan = _begun(folder, request, overwrite)
-        if plan is None:
-            logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
-            corpus = answer_prompts(folder, request, inputs) if inputs.generation else inputs.corpus()
-            plan = make_plan(folder, request, corpus, shard_positions)
-            remove_former(folder)
-        if placement.is_first:
-            save_tokenizer(folder, inputs.model.tokenizer)
-        job = Job(str(folder.local or out), inputs.model, inputs.engine, inputs.settings)
-        _announce(plan, job)
-        _capture(plan, job, placement)
+        with range_held(folder, shard_range):
+            plan = _begun(folder, request, overwrite)
+            if plan is None:
+                logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
+                corpus = answer_prompts(folder, request, inputs) if inputs.generation else inputs.corpus()
+                plan = make_plan(folder, request, corpus, shard_positions)
+                remove_former(folder)
+            if placement.is_first:
+                save_tokenizer(folder, inputs.model.tokenizer)
+            job = Job(str(folder.local or out), inputs.model, inputs.engine, inputs.settings)
+            _announce(plan, job)
+            _capture(plan, job, placement)
         if shard_range is None:
             return finish_plan(plan)
     logger.info("shards of range %d/%d are complete; when all ranges are: logitcache finish %s", *shard_range, folder)

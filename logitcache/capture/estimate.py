@@ -30,6 +30,7 @@ from logitcache.capture.progress import duration
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
 from logitcache.capture.teachers.start import start_teacher
+from logitcache.errors import UserError
 from logitcache.format.codec import Layout, encode
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
@@ -54,6 +55,8 @@ def plan_build(teacher: str | None, data: str | Sequence[str], **settings: Any) 
 
     Raises UserError for whatever the build would refuse before it scores.
     """
+    if settings.get("generate"):
+        raise UserError("--generate: a plan cannot know how long the teacher's answers will be")
     inputs = settle(teacher, data, **settings)
     logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
     sample = sample_corpus(inputs.sources, inputs.model.tokenizer, inputs.model.vocab_size, inputs.corpus_settings)

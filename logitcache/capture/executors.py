@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from logitcache.capture.plan import Plan
@@ -41,16 +43,12 @@ def capture_on_ray(
     """Scores `shards` with `num_engines` engines, each in an actor with the GPUs of one tensor-parallel group.
 
     A shard goes to whichever engine is free; that of an actor that died goes to another one. address: of a running Ray
-    cluster, or None: one is started on this machine. Raises UserError when no cluster answers, when it has no room for a
-    single engine, and when all actors died.
+    cluster, or None: the one that Ray finds (RAY_ADDRESS, `ray start`), otherwise one is started on this machine. Raises
+    UserError when no cluster answers, when it has no room for a single engine, and when all actors died.
     """
     import ray
 
-    try:
-        _knock(address)
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--ray-address {address}: no Ray cluster answers there ({one_line(error)})") from error
+    _connect(address)
     num_engines, resources = _placement(job, num_engines, _hosts())
     logger.info("Ray: %d engine(s) with %s each", num_engines, _in_words(resources))
     actors: list[Any] = [ray.remote(**resources)(ShardWorker).remote(job) for _ in range(num_engines)]
@@ -59,6 +57,35 @@ def capture_on_ray(
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    if ray.is_initialized():
+        if address is not None:
+            raise UserError(
+                f"--ray-address {address}: this process is connected to a Ray cluster already; leave it out"
+            )
+        return
+    found = address or os.environ.get("RAY_ADDRESS")
+    try:
+        try:
+            _knock(found or _left_by_ray_start())
+        except OSError:
+            if found:
+                raise
+            found = "local"  # what `ray start` left is gone
+        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        which = f"--ray-address {address}" if address else f"RAY_ADDRESS {found}"
+        raise UserError(f"{which}: no Ray cluster answers there ({one_line(error)})") from error
+
+
+def _left_by_ray_start() -> str | None:
+    """Address of the cluster that ran on this machine last, where Ray noted one; it may be gone."""
+    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return noted.read_text().strip() if noted.exists() else None
 
 
 def _knock(address: str | None) -> None:

@@ -5,6 +5,7 @@
     OUT/.build/tokens/00000.parquet token sequences of shard 0, and so on
     OUT/.build/shards/00000.json    what the manifest will say of shard 0, once it is written
     OUT/.build/tail_groups.parquet  the partition, once it is made
+    OUT/.build/ranges               held by the processes of shard ranges
     OUT/.build/answers              what the teacher answered, see `answers`; only with --generate
 
 A resumed build reads its tokens from here: the corpus is not tokenised again, and every shard holds the same rows.

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from types import TracebackType
 from typing import Self, cast
 
@@ -24,6 +24,8 @@ from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import read_tail_groups, write_tail_groups
 from logitcache.format.targets import SparseTargets, find_defect
 
+CALIBRATION_SEQUENCES = 256
+"""An engine may return a distribution over the vocabulary for each."""
 WAITING_SEQUENCES = 16
 """Scored sequences that may wait to be written: then the engine waits."""
 
@@ -87,7 +89,7 @@ class ShardWorker:
 
 def _calibration(plan: Plan) -> Iterator[TokenSequence]:
     positions = 0
-    for sequence in plan.sequences(0):
+    for sequence in islice(plan.sequences(0), CALIBRATION_SEQUENCES):
         yield sequence
         positions += len(sequence.positions)
         if positions >= CALIBRATION_POSITIONS:
@@ -134,10 +136,13 @@ class _ShardThread:
         try:
             for index, shard in groupby(self._scored(), key=lambda scored: scored[0]):
                 with ShardWriter(self._plan.folder, self._plan.shard_name(index), self._layout) as writer:
+                    written = 0
                     for _, sequence, targets in shard:
                         self._check(sequence, targets)
                         writer.write(sequence, targets)
                         self._advance(len(sequence.input_ids))
+                        written += 1
+                    self._check_count(index, written)
                 self._plan.record(index, writer.info)
         except BaseException as error:
             self._error = error
@@ -147,6 +152,12 @@ class _ShardThread:
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+    def _check_count(self, index: int, written: int) -> None:
+        if written != (planned := self._plan.shards[index].num_sequences):
+            raise UserError(
+                f"shard {index}: the teacher scored {written} of {planned} sequences; nothing of this shard is kept"
+            )
 
     def _check(self, sequence: TokenSequence, targets: SparseTargets) -> None:
         if defect := find_defect(targets, self._layout.vocab_size, mass_tolerance=1e-5):

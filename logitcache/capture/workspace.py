@@ -47,14 +47,7 @@ def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
         raise UserError(f"--out {folder}: a folder that can be written is wanted ({error.strerror})") from error
     try:
         _refuse_what_is_not_ours(folder)
-        try:
-            fcntl.flock(directory, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--out {folder}: another build is writing there") from error
-        except OSError as error:
-            logger.warning(
-                "warning: --out %s cannot be held against other builds (%s): start none there", folder, error.strerror
-            )
+        _lock(directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder, "another build is writing there")
         try:
             yield
         finally:
@@ -62,6 +55,38 @@ def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
                 folder.local.rmdir()
     finally:
         os.close(directory)
+
+
+@contextmanager
+def range_held(folder: Folder, shard_range: tuple[int, int] | None) -> Iterator[None]:
+    """Holds a shard range of a build against another process of the same range while the block runs.
+
+    The first range holds the build directory, which it makes; the others hold one of their own in it and need a plan.
+    A URL cannot be held. Raises UserError where another process holds the range.
+    """
+    if folder.local is None or shard_range is None:
+        yield
+        return
+    index, count = shard_range
+    path = folder.local / BUILD_DIRECTORY / (f"ranges/{index}-of-{count}" if index else "")
+    path.mkdir(parents=True, exist_ok=True)
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        _lock(directory, fcntl.LOCK_EX, folder, f"another process is at work on --shard-range {index}/{count}")
+        yield
+    finally:
+        os.close(directory)
+
+
+def _lock(directory: int, operation: int, folder: Folder, otherwise: str) -> None:
+    try:
+        fcntl.flock(directory, operation | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--out {folder}: {otherwise}") from error
+    except OSError as error:
+        logger.warning(
+            "warning: --out %s cannot be held against other builds (%s): start none there", folder, error.strerror
+        )
 
 
 def _refuse_what_is_not_ours(folder: Folder) -> None:

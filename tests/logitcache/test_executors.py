@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from logitcache import UserError
 from logitcache.capture import build as build_module
 from logitcache.capture import executors
 from logitcache.capture.finish import finish
+from logitcache.capture.workspace import range_held
 from logitcache.format.storage import Folder
 
 pytestmark = pytest.mark.engine
@@ -49,7 +51,7 @@ def whole(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -223,7 +225,7 @@ def test_a_killed_driver_leaves_its_shards_to_the_same_command(
     out = tmp_path / "c"
     script = (
         "import sys, ray, logitcache\n"
-        "ray.init(num_cpus=1, log_to_driver=False)\n"
+        "ray.init(address='local', num_cpus=1, log_to_driver=False)\n"
         f"logitcache.build(*sys.argv[1:4], executor='ray', engines=1, **{SETTINGS!r})"
     )
     driver = subprocess.Popen([sys.executable, "-c", script, teacher, corpus, out], stderr=subprocess.DEVNULL)
@@ -250,6 +252,21 @@ def test_shard_ranges_share_a_folder_and_finish_makes_the_cache(
     assert_same(finish(out), whole)
     assert finish(out).num_positions == whole.num_positions
     assert not (out / ".build").exists()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_second_process_of_the_same_range_is_refused(
+    teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache, index: int
+) -> None:
+    out = tmp_path / "c"
+    if index:
+        build(teacher, corpus, out, shard_range=(0, 2))
+    refused = pytest.raises(UserError, match=f"another process is at work on --shard-range {index}/2")
+    with range_held(Folder(out), (index, 2)), refused:
+        build(teacher, corpus, out, shard_range=(index, 2))
+    build(teacher, corpus, out, shard_range=(index, 2))
+    build(teacher, corpus, out, shard_range=(1 - index, 2))
+    assert_same(finish(out), whole)
 
 
 def test_a_later_range_waits_for_the_first_one(
@@ -343,3 +360,18 @@ def test_a_killed_vllm_engine_of_an_actor_is_a_lost_one(
         assert ours.row_id == theirs.row_id
         assert np.allclose(ours.targets.logprobs, theirs.targets.logprobs, atol=1e-4)
         assert np.allclose(np.exp(ours.targets.tail_logprob), np.exp(theirs.targets.tail_logprob), atol=1e-6)
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    rays = Path(tempfile.mkdtemp(prefix="ray"))  # Ray's sockets take no longer path
+    (rays / "ray").mkdir()
+    (rays / "ray/ray_current_cluster").write_text("127.0.0.1:1")
+    command = [
+        *(sys.executable, "-m", "logitcache", "build", "--teacher", str(teacher), "--data", str(corpus)),
+        *("--out", str(tmp_path / "c"), "--backend", "transformers", "--executor", "ray", "--engines", "1"),
+    ]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"RAY_TMPDIR": str(rays)}
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(logitcache.open(tmp_path / "c")) == 40

@@ -334,9 +334,12 @@ def test_an_address_that_is_none(address: str) -> None:
         describe_server(address, None)
 
 
-def test_a_password_in_the_address_is_refused_and_not_shown() -> None:
-    with pytest.raises(UserError, match="leave the password out") as caught:
-        describe_server("http://user:secret@host/v1", None)
+@pytest.mark.parametrize(
+    "address", ["http://user:secret@host/v1", "user:secret@host/v1", "http://host/v1?api_key=secret", "host/v1#secret"]
+)
+def test_a_secret_in_the_address_is_refused_and_not_shown(address: str) -> None:
+    with pytest.raises(UserError, match="leave passwords, and all from") as caught:
+        describe_server(address, None)
     assert "secret" not in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,8 @@ import psutil
 import pytest
 import torch
 
-from logitcache.capture.packing import row_width
+from logitcache.capture.packing import row_width, unpack
+from logitcache.capture.selection import draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.errors import UserError
@@ -23,7 +25,10 @@ from logitcache.format.targets import SparseTargets
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")]
 
-from logitcache.capture.teachers import vllm_pooling  # noqa: E402
+from vllm import PoolingParams  # noqa: E402
+from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates  # noqa: E402
+
+from logitcache.capture.teachers import vllm_model, vllm_pooling  # noqa: E402
 from logitcache.capture.teachers.vllm_pooling import VllmPoolingTeacher, why_not_pooling  # noqa: E402
 
 VOCAB_SIZE = 512
@@ -224,6 +229,22 @@ def test_input_is_read_as_the_engine_needs_it_and_leaving_early_does_no_harm(
     assert [len(targets) for targets in engine.score(SEQUENCES, EVERYTHING)] == [len(s.positions) for s in SEQUENCES]
 
 
+def test_sequences_may_be_scored_while_others_are(
+    engine: VllmPoolingTeacher, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_pooling, "TOKENS_IN_FLIGHT", 500)
+    first = engine.score(SEQUENCES, EVERYTHING)
+    scored = [next(first)]
+    engine.set_tail_groups(GROUPS)
+    assert_agrees(llama, SEQUENCES[:3], list(engine.score(SEQUENCES[:3], EVERYTHING)))
+    abandoned = engine.score(SEQUENCES, EVERYTHING)
+    next(abandoned)
+    scored += first
+    abandoned.close()
+    assert_agrees(llama, SEQUENCES, scored)
+    assert not engine._arrived
+
+
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
@@ -252,6 +273,67 @@ def test_engines_of_other_programs_are_left_alone(engine: VllmPoolingTeacher) ->
 
     assert not [name for name in os.environ if name.startswith("LOGITCACHE_")]
     assert not ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls().is_pooling_model
+
+
+class Steps:
+    """A pooler without an engine: sequences as random hidden states, of which each step sees what is named."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm_model, "get_tensor_model_parallel_rank", lambda: 0)
+        torch.manual_seed(0)
+        self.head = torch.randn(PADDED_SIZE, 16)
+        self.hidden = [torch.randn(len(sequence.input_ids), 16) for sequence in SEQUENCES]
+        self.states = [PoolingStates() for _ in SEQUENCES]
+        self.pooler = vllm_model.RowPooler(lambda hidden: hidden @ self.head.T, PADDED_SIZE)
+
+    def __call__(self, *scheduled: tuple[int, dict[str, Any], int, int]) -> list[torch.Tensor | None]:
+        """scheduled: (sequence, what is wanted of it, first and last + 1 of its tokens)."""
+        params = [PoolingParams(task="token_embed", extra_kwargs=wanted) for _, wanted, _, _ in scheduled]
+        lengths = torch.tensor([len(SEQUENCES[i].input_ids) for i, *_ in scheduled])
+        metadata = PoolingMetadata(lengths, None, None, params, [self.states[i] for i, *_ in scheduled])
+        counts = np.array([end - start for *_, start, end in scheduled])
+        metadata.build_pooling_cursor(counts, torch.tensor([end for *_, end in scheduled]), torch.device("cpu"))
+        return self.pooler(torch.cat([self.hidden[i][start:end] for i, _, start, end in scheduled]), metadata)
+
+    def wanted(self, i: int, settings: CaptureSettings | None) -> dict[str, Any]:
+        return {
+            "settings": None if settings is None else json.dumps(settings.to_json()),
+            "vocab_size": VOCAB_SIZE,
+            "stored": np.packbits(SEQUENCES[i].loss_mask[1:]).tobytes(),
+            "row_id": SEQUENCES[i].row_id,
+        }
+
+    def logits(self, i: int) -> torch.Tensor:
+        return (self.hidden[i][torch.from_numpy(SEQUENCES[i].positions).long()] @ self.head.T)[:, :VOCAB_SIZE]
+
+
+def test_chunks_preemption_and_mixed_requests_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_model, "ROWS_PER_CHUNK", 7)
+    steps = Steps(monkeypatch)
+    settings = CaptureSettings(top_k=5, temperatures=(2.0,), tail_samples=2), CaptureSettings(top_k=3)
+    long, short, summed = np.argsort([-len(sequence.input_ids) for sequence in SEQUENCES])[[0, 1, 2]]
+    wants = [steps.wanted(long, settings[0]), steps.wanted(short, settings[1]), steps.wanted(summed, None)]
+    ends = [len(SEQUENCES[i].input_ids) for i in (long, short, summed)]
+
+    assert steps((long, wants[0], 0, 30), (short, wants[1], 0, 50)) == [None, None]
+    assert steps((summed, wants[2], 0, 40), (long, wants[0], 30, 61)) == [None, None]
+    assert steps((long, wants[0], 0, 45), (summed, wants[2], 0, 20)) == [None, None]  # both were preempted
+    first = steps((long, wants[0], 45, ends[0]), (short, wants[1], 50, ends[1]), (summed, wants[2], 20, 33))
+    last = steps((summed, wants[2], 33, ends[2]))
+
+    assert first[2] is None
+    for i, packed, asked in ((long, first[0], settings[0]), (short, first[1], settings[1])):
+        assert packed is not None
+        drawn = draw_uniforms(SEQUENCES[i].row_id, len(SEQUENCES[i].positions), asked.tail_samples)
+        expected = unpack(select(steps.logits(i), asked, None, torch.from_numpy(drawn)).numpy(), asked)
+        found = unpack(packed.numpy(), asked)
+        assert np.array_equal(found.token_ids, expected.token_ids)
+        assert np.allclose(found.logprobs, expected.logprobs, atol=1e-5)
+        assert np.allclose(found.tail_logprob, expected.tail_logprob, atol=1e-5)
+        if asked.tail_samples:
+            assert np.array_equal(found.sample_ids, expected.sample_ids)
+    assert last[0] is not None
+    close(last[0].numpy(), steps.logits(summed).double().softmax(dim=1).sum(dim=0), 1e-5)
 
 
 def assert_route_agrees(path: Path, options: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ class TeacherModel:
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
             raise UserError(f"--teacher {name}: no such folder")
         if Path(name).expanduser().is_dir():
-            name = str(Path(name).expanduser())
+            name = str(Path(name).expanduser().absolute())
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(name, **options)

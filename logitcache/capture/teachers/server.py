@@ -291,13 +291,16 @@ def _top_k(completion: _Completion, input_ids: np.ndarray, k: int) -> tuple[np.n
 
 
 def _checked(base_url: str) -> str:
-    """The address without its last slash. Raises UserError for one that no request can go to, or that holds a password."""
+    """The address without its last slash. Raises UserError for one that no request can go to, or that may hold a secret."""
+    if set("@?#") & set(base_url):
+        raise UserError(
+            "--base-url: leave passwords, and all from ? or # on, out of the address (http://host:8000/v1); "
+            "OPENAI_API_KEY is where a key is read from"
+        )
     try:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL as error:
         raise UserError(f"--base-url: this is no address ({one_line(error)}), give http://host:8000/v1") from error
-    if url.userinfo:
-        raise UserError("--base-url: leave the password out of the address, OPENAI_API_KEY is where a key is read from")
     if url.scheme not in ("http", "https") or not url.host:
         raise UserError(f"--base-url {base_url}: this is no address of a server, give http://host:8000/v1")
     return base_url.rstrip("/")

@@ -51,12 +51,13 @@ class VllmPoolingTeacher:
             self._engine = LLMEngine.from_engine_args(_arguments(model, longest, engine_options))
         notice_its_end(self._engine)
         self._request_ids = map(str, itertools.count())
+        self._arrived: dict[str, np.ndarray] = {}
         self._has_tail_groups = False
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
         """Group of each id, int [V]; needed before scoring with `settings.tail_groups`."""
         request_id = self._submit([0], {"tail_groups": tail_groups.astype(np.int32).tobytes()})
-        self._wait_for(request_id, {})
+        self._wait_for(request_id)
         self._has_tail_groups = True
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
@@ -87,7 +88,6 @@ class VllmPoolingTeacher:
     ) -> Iterator[tuple[TokenSequence, np.ndarray]]:
         """Each sequence with what the engine gave for it, in order, while later ones are being computed."""
         waiting: deque[tuple[str, TokenSequence]] = deque()
-        arrived: dict[str, np.ndarray] = {}
         tokens = 0
         try:
             for sequence in itertools.chain(sequences, [None]):
@@ -99,14 +99,17 @@ class VllmPoolingTeacher:
                     tokens += len(sequence.input_ids)
                 while waiting and (sequence is None or tokens > TOKENS_IN_FLIGHT):
                     request_id, first = waiting[0]
-                    result = self._wait_for(request_id, arrived)
+                    result = self._wait_for(request_id)
                     waiting.popleft()
                     tokens -= len(first.input_ids)
                     yield first, result
         finally:
-            if waiting and hasattr(self, "_engine"):  # left early, and not closed meanwhile
+            left = [request_id for request_id, _ in waiting]
+            if left and hasattr(self, "_engine"):  # left early, and not closed meanwhile
                 with suppress(UserError), engine_errors():
-                    self._engine.abort_request([request_id for request_id, _ in waiting])
+                    self._engine.abort_request(left)
+            for request_id in left:
+                self._arrived.pop(request_id, None)
 
     def _wanted(self, sequence: TokenSequence, settings: str | None) -> dict[str, Any]:
         """The fields of `vllm_model.Wanted`."""
@@ -127,14 +130,14 @@ class VllmPoolingTeacher:
             self._engine.add_request(request_id, prompt, PoolingParams(task=TASK, extra_kwargs=wanted))
         return request_id
 
-    def _wait_for(self, request_id: str, arrived: dict[str, np.ndarray]) -> np.ndarray:
-        """The result of a request; those of others that come meanwhile are put into `arrived`."""
-        while request_id not in arrived:
+    def _wait_for(self, request_id: str) -> np.ndarray:
+        """The result of a request; those of others that come meanwhile are kept until they are waited for."""
+        while request_id not in self._arrived:
             with engine_errors():
                 outputs: list[Any] = self._engine.step()
             for output in outputs:
-                arrived[output.request_id] = output.outputs.data.numpy()
-        return arrived.pop(request_id)
+                self._arrived[output.request_id] = output.outputs.data.numpy()
+        return self._arrived.pop(request_id)
 
 
 def why_not_pooling(model: TeacherModel, engine_options: Mapping[str, Any]) -> str | None:
