@@ -40,6 +40,7 @@ from logitcache.capture.request import make_request
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.capture.teachers.start import start_teacher
+from logitcache.capture.teachers.vllm_engine import set_environment
 from logitcache.capture.worker import Job, ShardWorker
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
@@ -47,8 +48,8 @@ from logitcache.table import aligned
 
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher"
 LENGTH = 256
-PROMPTS = {"bare": 256, "pooling": 256, "flat": 64, "flat-text": 16, "default": 16, "transformers": 16}
-BUILD_PROMPTS = 128
+PROMPTS = {"bare": 64, "pooling": 64, "flat": 32, "flat-text": 16, "default": 16, "transformers": 16}
+BUILD_PROMPTS = 48
 REPEATS = 3
 ROUTES = {
     "bare": "bare prefill, nothing captured",
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--part", help=argparse.SUPPRESS)  # how the benchmark calls itself
     options = parser.parse_args()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    set_environment()
     if options.part:
         name, _, argument = options.part.partition("=")
         print(json.dumps({"route": measure_route, "build": measure_build, "ray": measure_ray}[name](argument, options)))
@@ -200,7 +201,7 @@ def print_routes(ks: list[int]) -> None:
             )
             name = ""
     print(f"Prompts of {LENGTH} tokens, the demo's teacher in float32 ({machine()})")
-    print(aligned(rows))
+    print(aligned(rows), flush=True)
 
 
 # Whole build ----------------------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def print_build(ks: list[int]) -> None:
             ]
         )
     print(f"\nA whole build against its engine alone: {BUILD_PROMPTS} × {LENGTH} tokens, 27 M parameters, V = 32,000")
-    print(aligned(rows))
+    print(aligned(rows), flush=True)
 
 
 # Ray ------------------------------------------------------------------------------------------------------------------
