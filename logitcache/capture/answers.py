@@ -21,11 +21,11 @@ import numpy as np
 
 from logitcache.capture.generation import GenerationSettings
 from logitcache.capture.inputs import Inputs
+from logitcache.capture.plan import check_read
 from logitcache.capture.progress import Progress
 from logitcache.capture.teachers.vllm_generate import Answer, VllmGenerator
 from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.capture.workspace import ANSWERS_NAME, abandon, begin
-from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
 
@@ -84,14 +84,6 @@ class Answers:
         )
 
 
-def read_answers_request(folder: Folder) -> dict[str, Any] | None:
-    """What an unfinished build was asked to do, if it got as far as having its prompts."""
-    if not folder.exists(PROMPTS_NAME):
-        return None
-    request: dict[str, Any] = json.loads(folder.read(PROMPTS_NAME))["request"]
-    return request
-
-
 def answer_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -> Answers:
     """Has the teacher answer every prompt that is not answered yet. What `folder` has begun was begun with this request.
 
@@ -148,11 +140,7 @@ def _read_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) ->
                 pending = next(prompts, None)
         counts.append(count)
     progress.close()
-    if not counts:
-        left_out = ", ".join(f"{number} {reason}" for reason, number in corpus.skipped.items()) or "none at all"
-        raise UserError(f"the corpus holds no prompt to answer: {corpus.num_documents} documents ({left_out})")
-    if corpus.never_kept:
-        raise UserError(f"--keep {', '.join(sorted(corpus.never_kept))}: no document has this column")
+    check_read(corpus, bool(counts), "prompt to answer")
     data = {
         "request": request,
         "layout": corpus.layout,

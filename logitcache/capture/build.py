@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from logitcache.cache import LogitCache, open_cache
-from logitcache.capture.answers import answer_prompts, read_answers_request
+from logitcache.capture.answers import PROMPTS_NAME, answer_prompts
 from logitcache.capture.executors import capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan, save_tokenizer
 from logitcache.capture.inputs import settle
@@ -108,7 +108,7 @@ def _finished(folder: Folder, request: Mapping[str, Any]) -> LogitCache | None:
 
 def _begun(folder: Folder, request: Mapping[str, Any], overwrite: bool) -> Plan | None:
     """The plan of an interrupted build that this request continues; under `overwrite` no other is refused."""
-    recorded = read_request(folder) or read_answers_request(folder)
+    recorded = read_request(folder) or read_request(folder, PROMPTS_NAME)
     if recorded is None:
         return None
     if overwrite and differences(recorded, request):

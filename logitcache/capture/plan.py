@@ -83,11 +83,9 @@ class Plan:
         """Final name of a shard, relative to the cache."""
         return shard_name(index, len(self.shards))
 
-    def missing(self, shards: Iterable[int] | None = None) -> list[int]:
-        """Which of the shards, all by default, are not complete."""
-        return [
-            index for index in (range(len(self.shards)) if shards is None else shards) if self.finished(index) is None
-        ]
+    def missing(self, shards: Iterable[int]) -> list[int]:
+        """Which of the shards are not complete."""
+        return [index for index in shards if self.finished(index) is None]
 
     def sequences(self, index: int) -> Iterator[TokenSequence]:
         """The token sequences of a shard, in order."""
@@ -127,11 +125,11 @@ def cache_layout(settings: CaptureSettings, vocab_size: int, column_types: Mappi
     )
 
 
-def read_request(folder: Folder) -> dict[str, Any] | None:
-    """What an unfinished build was asked to do, if it got as far as a plan."""
-    if not folder.exists(PLAN_NAME):
+def read_request(folder: Folder, name: str = PLAN_NAME) -> dict[str, Any] | None:
+    """What an unfinished build was asked to do, if it got as far as a plan, or as the file `name` that records it too."""
+    if not folder.exists(name):
         return None
-    request: dict[str, Any] = json.loads(folder.read(PLAN_NAME))["request"]
+    request: dict[str, Any] = json.loads(folder.read(name))["request"]
     return request
 
 
@@ -168,6 +166,15 @@ def make_plan(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, sh
         raise
 
 
+def check_read(corpus: ReadCorpus, found: bool, what: str) -> None:
+    """Raises UserError where a corpus, read to its end, held none of what was wanted, or never a column of --keep."""
+    if not found:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items()) or "none at all"
+        raise UserError(f"the corpus holds no {what}: {corpus.num_documents} documents ({left_out})")
+    if corpus.never_kept:
+        raise UserError(f"--keep {', '.join(sorted(corpus.never_kept))}: no document has this column")
+
+
 def _cut(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_positions: int) -> Plan:
     progress = Progress("reading", None, 0, "positions")
     shards: list[PlannedShard] = []
@@ -190,11 +197,7 @@ def _cut(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_p
                 pending = next(sequences, None)
         shards.append(PlannedShard(**counts))
     progress.close()
-    if not shards:
-        left_out = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items()) or "none at all"
-        raise UserError(f"the corpus holds no sequence to train on: {corpus.num_documents} documents ({left_out})")
-    if corpus.never_kept:
-        raise UserError(f"--keep {', '.join(sorted(corpus.never_kept))}: no document has this column")
+    check_read(corpus, bool(shards), "sequence to train on")
     plan = Plan(
         folder=folder,
         request=request,
