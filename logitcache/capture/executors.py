@@ -78,6 +78,8 @@ def _connect(address: str | None) -> None:
             found = "local"  # what `ray start` left is gone
         ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
+        if found in (None, "local"):
+            raise UserError(f"--executor ray: Ray does not start here ({one_line(error)})") from error
         which = f"--ray-address {address}" if address else f"RAY_ADDRESS {found}"
         raise UserError(f"{which}: no Ray cluster answers there ({one_line(error)})") from error
 
