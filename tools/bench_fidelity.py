@@ -23,14 +23,14 @@ import numpy as np
 from logitcache.capture.estimate import narrowed, stored_bytes
 from logitcache.capture.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, group_sums, stand_in
 from logitcache.capture.partition import rank_bands
-from logitcache.format.codec import Layout
+from logitcache.format.codec import GROUP_STEP, Layout
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
 from logitcache.table import aligned
 
 KS = (16, 32, 48, 64, 96, 128, 256)
 NUM_GROUPS = (0, 16, 32, 64, 128)
-STEPS_NATS = (2.0**-14, 2.0**-8, 2.0**-5, 2.0**-4, 2.0**-3, 2.0**-2, 2.0**-1)
+STEPS_NATS = (GROUP_STEP, 2.0**-4, 2.0**-3, 2.0**-2, 2.0**-1)  # the codec itself rounds to the first
 ROUNDED = ((32, 32), (48, 32), (64, 32))
 """(k, G) whose group masses are rounded more and more coarsely."""
 CONTEXT = 128
