@@ -14,7 +14,7 @@ from logitcache.errors import UserError
 from logitcache.format.codec import DecodedRows
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.shards import ShardReader
+from logitcache.format.shard_reader import ShardReader
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 

@@ -18,11 +18,11 @@ from logitcache.capture.plan import PARTITION_NAME, PLAN_NAME, SHARD_POSITIONS, 
 from logitcache.capture.progress import Progress
 from logitcache.capture.request import differences, make_request, refuse_changes
 from logitcache.capture.worker import Job
-from logitcache.capture.workspace import ANSWERS_NAME, range_held, remove_former, workspace
 from logitcache.errors import UserError
 from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
 from logitcache.format.storage import Folder
+from logitcache.format.workspace import ANSWERS_NAME, range_held, remove_former, workspace
 
 logger = logging.getLogger("logitcache")
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from logitcache.cache import LogitCache, open_cache
 from logitcache.capture.plan import PARTITION_NAME, PLAN_NAME, Plan, read_plan, read_request
-from logitcache.capture.workspace import workspace
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
-from logitcache.sharing.card import CARD_NAME, dataset_card
+from logitcache.format.workspace import workspace
+from logitcache.sharing.seal import seal, trusted_files
 from logitcache.version import __version__
 
 
@@ -46,16 +45,12 @@ def finish_plan(plan: Plan) -> LogitCache:
     folder.remove(TAIL_GROUPS_NAME)  # of a cache that was overwritten
     if plan.cache_layout.num_tail_groups:
         folder.write(TAIL_GROUPS_NAME, folder.read(PARTITION_NAME))
-    names = [*folder.files(TOKENIZER_DIRECTORY), TAIL_GROUPS_NAME]
-    digests = {name: hashlib.sha256(folder.read(name)).hexdigest() for name in names if folder.exists(name)}
     fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": plan.sequences_sha256}}
     complete = tuple(shard for shard in shards if shard is not None)
-    manifest = Manifest(plan.cache_layout, fingerprint, complete, plan.skipped, f"logitcache {__version__}", digests)
-    for name in folder.names("data"):
-        if f"data/{name}" not in {shard.name for shard in complete}:
-            folder.remove(f"data/{name}")  # of a cache that was overwritten, or of a killed writer
-    folder.write(CARD_NAME, dataset_card(manifest))
-    manifest.write(folder)
+    manifest = Manifest(
+        plan.cache_layout, fingerprint, complete, plan.skipped, f"logitcache {__version__}", trusted_files(folder)
+    )
+    seal(folder, manifest)
     folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
     folder.remove(BUILD_DIRECTORY)
     return open_cache(folder.path)

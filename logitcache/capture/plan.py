@@ -23,7 +23,6 @@ from typing import Any, Protocol
 from logitcache.capture.progress import Progress
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.tokens import TokensWriter, read_tokens
-from logitcache.capture.workspace import ANSWERS_NAME, abandon, begin
 from logitcache.errors import UserError
 from logitcache.format.codec import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
@@ -31,6 +30,7 @@ from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardInfo, shard_name
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.workspace import ANSWERS_NAME, abandon, begin
 
 PLAN_NAME = f"{BUILD_DIRECTORY}/plan.json"
 PARTITION_NAME = f"{BUILD_DIRECTORY}/{TAIL_GROUPS_NAME}"

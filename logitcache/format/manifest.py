@@ -14,6 +14,7 @@ from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
 
 MANIFEST_NAME = "logitcache.json"
+CARD_NAME = "README.md"
 BUILD_DIRECTORY = ".build"
 TOKENIZER_DIRECTORY = "tokenizer"
 
@@ -24,7 +25,8 @@ class Manifest:
 
     layout: the columns.  fingerprint: teacher, tokenizer, corpus and capture settings, as the build recorded them.
     skipped: documents left out, by reason.  shards: in row order.  files: SHA-256 of every other file that a reader
-    trusts, by its name in the cache (tokenizer, tail groups).
+    trusts, by its name in the cache (tokenizer, tail groups).  history: what made this cache of others, oldest first:
+    {"command": "slice", …} with its settings and the `created_by` of the version that ran it.
     """
 
     layout: Layout
@@ -33,6 +35,7 @@ class Manifest:
     skipped: Mapping[str, int]
     created_by: str
     files: Mapping[str, str] = field(default_factory=dict)
+    history: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def num_sequences(self) -> int:
@@ -73,6 +76,7 @@ class Manifest:
             "num_positions": self.num_positions,
             "num_bytes": self.num_bytes,
             "skipped": dict(self.skipped),
+            "history": [dict(step) for step in self.history],
             "fingerprint": dict(self.fingerprint),
             "layout": self.layout.to_json(),
             "files": dict(self.files),
@@ -95,6 +99,7 @@ class Manifest:
                 data["skipped"],
                 data["created_by"],
                 data["files"],
+                tuple(data.get("history", ())),
             )
             totals = {name: data[name] for name in ("num_sequences", "num_positions", "num_bytes")}
         except (KeyError, TypeError) as error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from logitcache.format.codec import TEMPERED_PREFIX
 from logitcache.format.manifest import Manifest
 
-CARD_NAME = "README.md"
-
 
 def dataset_card(manifest: Manifest) -> str:
     """Text of the card: YAML that `datasets` reads, what the cache is, how to load it."""

@@ -25,8 +25,8 @@ from logitcache import UserError
 from logitcache.capture import build as build_module
 from logitcache.capture import executors
 from logitcache.capture.finish import finish
-from logitcache.capture.workspace import range_held
 from logitcache.format.storage import Folder
+from logitcache.format.workspace import range_held
 
 pytestmark = pytest.mark.engine
 

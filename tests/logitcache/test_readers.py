@@ -14,8 +14,8 @@ from smallcaches import EVERYTHING, random_rows, write_cache
 
 from logitcache import CachedSequence, LogitCache
 from logitcache.format.codec import GROUP_STEP
-from logitcache.format.manifest import TOKENIZER_DIRECTORY
-from logitcache.sharing.card import CARD_NAME, dataset_card
+from logitcache.format.manifest import CARD_NAME, TOKENIZER_DIRECTORY
+from logitcache.sharing.card import dataset_card
 
 
 @pytest.fixture(scope="module")

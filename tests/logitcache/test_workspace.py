@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from logitcache import UserError
-from logitcache.capture.workspace import abandon, begin, is_ours, remove_former, workspace
 from logitcache.format.storage import Folder
+from logitcache.format.workspace import abandon, begin, is_ours, remove_former, workspace
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("logitcache.capture.workspace.fcntl.flock", flock)
+    monkeypatch.setattr("logitcache.format.workspace.fcntl.flock", flock)
     with workspace(Folder(tmp_path)):
         begin(Folder(tmp_path))
     assert "cannot be held against other builds (Function not implemented)" in caplog.text
@@ -144,7 +144,7 @@ def test_a_folder_that_is_killed_while_it_is_abandoned_stays_ours(
 
 def test_a_build_of_another_process_is_noticed_and_its_death_frees_the_folder(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from logitcache.capture.workspace import workspace\n"
+        "import sys; from pathlib import Path; from logitcache.format.workspace import workspace\n"
         "from logitcache.format.storage import Folder\n"
         "with workspace(Folder(sys.argv[1])):\n"
         "    (Path(sys.argv[1]) / '.build').mkdir(); print('held', flush=True); sys.stdin.read()"

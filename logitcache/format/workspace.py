@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import TEMPORARY_SUFFIX
-from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY
+from logitcache.format.manifest import BUILD_DIRECTORY, CARD_NAME, MANIFEST_NAME, TOKENIZER_DIRECTORY
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
-from logitcache.sharing.card import CARD_NAME
 
 logger = logging.getLogger("logitcache")
 

@@ -1,0 +1,26 @@
+"""Shards that are all there → a finished cache: the card, then the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+
+from logitcache.format.manifest import CARD_NAME, TOKENIZER_DIRECTORY, Manifest
+from logitcache.format.storage import Folder
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.sharing.card import dataset_card
+
+
+def trusted_files(folder: Folder) -> dict[str, str]:
+    """SHA-256 of the tokenizer's files and of the tail groups, by name: `Manifest.files`."""
+    names = [*folder.files(TOKENIZER_DIRECTORY), TAIL_GROUPS_NAME]
+    return {name: hashlib.sha256(folder.read(name)).hexdigest() for name in names if folder.exists(name)}
+
+
+def seal(folder: Folder, manifest: Manifest) -> None:
+    """Removes what the manifest does not name from `data`, then writes card and manifest: from here on it is a cache."""
+    named = {shard.name for shard in manifest.shards}
+    for name in folder.names("data"):
+        if f"data/{name}" not in named:
+            folder.remove(f"data/{name}")  # of a cache that was overwritten, or of a killed writer
+    folder.write(CARD_NAME, dataset_card(manifest))
+    manifest.write(folder)
