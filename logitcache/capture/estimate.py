@@ -13,7 +13,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -22,18 +22,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
-from logitcache.capture.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, group_sums, stand_in
+from logitcache.capture.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
 from logitcache.capture.inputs import settle
 from logitcache.capture.partition import rank_bands
 from logitcache.capture.plan import ColumnTypes, cache_layout
-from logitcache.capture.progress import duration
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
 from logitcache.capture.teachers.start import start_teacher
 from logitcache.errors import UserError
-from logitcache.format.codec import Layout, encode
+from logitcache.format.codebook import Codebook
+from logitcache.format.codec import encode
+from logitcache.format.layout import Layout
+from logitcache.format.narrowing import narrow, nucleus
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
+from logitcache.format.targets import SparseTargets, concatenate
+from logitcache.progress import duration
 from logitcache.table import aligned
 
 PRICED_POSITIONS = 4096
@@ -229,7 +232,9 @@ def _choice(
 ) -> Choice:
     num_groups = 0 if tail_groups is None else int(tail_groups.max()) + 1
     stored = [narrowed(targets, k, tail_groups) for targets in scored]
-    num_bytes = stored_bytes(sequences, stored, Layout(layout.vocab_size, num_groups, columns=layout.columns))
+    num_bytes = stored_bytes(
+        sequences, stored, Layout(layout.vocab_size, num_groups, columns=layout.columns, precision=layout.precision)
+    )
     tail_mass = np.concatenate([np.exp(targets.tail_logprob, dtype=np.float64) for targets in stored]).mean()
     errors = judgement.gradient_error[k, tail_groups is not None] if judgement else {}
     return Choice(k, num_groups, num_bytes / _num_positions(sequences), 1 - float(tail_mass), errors)
@@ -237,7 +242,7 @@ def _choice(
 
 def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets], layout: Layout) -> int:
     """Bytes of the rows' columns in a shard, encoded and compressed, without the file's footer."""
-    table = encode(sequences, targets, layout)
+    table = encode(sequences, targets, layout, Codebook.of(concatenate(targets), layout))
     buffer = pa.BufferOutputStream()
     with pq.ParquetWriter(buffer, table.schema, **layout.parquet_options()) as writer:
         writer.write_table(table, row_group_size=len(table))
@@ -247,18 +252,8 @@ def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTar
 
 def narrowed(targets: SparseTargets, k: int, tail_groups: np.ndarray | None) -> SparseTargets:
     """The first k entries; the others go to the tail, and with `tail_groups`, int [V], to the groups' masses."""
-    held = targets.token_ids[:, k:] != PAD_ID
-    dropped = np.where(held, np.exp(targets.logprobs[:, k:], dtype=np.float64), 0.0)
-    group_logprobs = None
-    with np.errstate(divide="ignore"):
-        tail = np.log(np.exp(targets.tail_logprob, dtype=np.float64) + dropped.sum(axis=1)).astype(np.float32)
-        if tail_groups is not None:
-            assert targets.group_logprobs is not None
-            groups = tail_groups[np.where(held, targets.token_ids[:, k:], 0)]
-            masses = np.exp(targets.group_logprobs, dtype=np.float64)
-            masses += group_sums(dropped, groups, masses.shape[1])
-            group_logprobs = np.log(masses).astype(np.float32)
-    return SparseTargets(targets.token_ids[:, :k], targets.logprobs[:, :k], tail, group_logprobs)
+    known = targets if tail_groups is not None else replace(targets, group_logprobs=None)
+    return narrow(known, nucleus(targets.logprobs, top_k=k, top_p=1.0, min_k=k), tail_groups)
 
 
 def thinned(sequences: Sequence[TokenSequence], num_positions: int) -> list[TokenSequence]:

@@ -51,6 +51,7 @@ def settle(
     temperatures: Sequence[float] = (1.0,),
     tail_entropy: bool = False,
     tail_samples: int = 0,
+    precision: str = CaptureSettings.precision,
     backend: str = "auto",
     capture_route: str = "auto",
     base_url: str | None = None,
@@ -75,7 +76,7 @@ def settle(
     teacher, revision, dtype, trust_remote_code: as in transformers and vLLM; dtype "auto" is the checkpoint's own.
     data, data_split, data_config: see `find_sources`.  layout … skip_bad: see `CorpusSettings`; max_length defaults to what
     the teacher can score, at most 4096.
-    top_k … tail_samples: see `CaptureSettings`; top_k is by default 64, or the whole of a smaller vocabulary.
+    top_k … precision: see `CaptureSettings`; top_k is by default 64, or the whole of a smaller vocabulary.
     backend: "vllm", "transformers", "openai", or "auto": vLLM where it imports.  capture_route: of vLLM, "pooling", "flat",
     or "auto": pooling where it is possible.  engine_options: vLLM's, under their own names.
     base_url, model: of "openai", the server's address and the name that it serves the teacher by; `teacher` is then where
@@ -107,6 +108,7 @@ def settle(
         temperatures=temperatures,
         tail_entropy=tail_entropy,
         tail_samples=tail_samples,
+        precision=precision,
     )
     settings.check(loaded.vocab_size)
     engine = server or choose_engine(backend, capture_route, loaded, settings.beyond_top_k, engine_options)

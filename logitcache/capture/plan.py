@@ -20,21 +20,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from logitcache.capture.progress import Progress
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.errors import UserError
-from logitcache.format.codec import Layout
+from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardInfo, shard_name
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.unfinished import PLAN_NAME, finished_shard, record_shard
 from logitcache.format.workspace import ANSWERS_NAME, abandon, begin
+from logitcache.progress import Progress
 
-PLAN_NAME = f"{BUILD_DIRECTORY}/plan.json"
 PARTITION_NAME = f"{BUILD_DIRECTORY}/{TAIL_GROUPS_NAME}"
-SHARD_POSITIONS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,11 @@ class Plan:
 
     def finished(self, index: int) -> ShardInfo | None:
         """What was recorded of a shard, if it is complete."""
-        if not self.folder.exists(_sidecar_name(index)):
-            return None
-        info = ShardInfo.from_json(json.loads(self.folder.read(_sidecar_name(index))))
-        complete = self.folder.exists(info.name) and self.folder.num_bytes(info.name) == info.num_bytes
-        return info if complete else None
+        return finished_shard(self.folder, index)
 
     def record(self, index: int, info: ShardInfo) -> None:
         """Marks a shard as complete."""
-        self.folder.write(_sidecar_name(index), json.dumps(info.to_json()))
+        record_shard(self.folder, index, info)
 
     def write(self) -> None:
         """Writes plan.json atomically."""
@@ -122,15 +117,8 @@ def cache_layout(settings: CaptureSettings, vocab_size: int, column_types: Mappi
         tail_entropy=settings.tail_entropy,
         num_tail_samples=settings.tail_samples,
         columns=column_types,
+        precision=settings.precision,
     )
-
-
-def read_request(folder: Folder, name: str = PLAN_NAME) -> dict[str, Any] | None:
-    """What an unfinished build was asked to do, if it got as far as a plan, or as the file `name` that records it too."""
-    if not folder.exists(name):
-        return None
-    request: dict[str, Any] = json.loads(folder.read(name))["request"]
-    return request
 
 
 def read_plan(folder: Folder) -> Plan:
@@ -242,7 +230,3 @@ def _as(column_type: str, value: Any) -> Any:
 
 def _tokens_name(index: int) -> str:
     return f"{BUILD_DIRECTORY}/tokens/{index:05d}.parquet"
-
-
-def _sidecar_name(index: int) -> str:
-    return f"{BUILD_DIRECTORY}/shards/{index:05d}.json"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from logitcache.errors import UserError
+from logitcache.format.levels import DEFAULT_PRECISION, check_precision
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class CaptureSettings:
     mass (1.0: always `top_k`).  min_k: floor under `top_p`, by default 32 or `top_k`; mass alone chooses badly for RKL and
     ToDi early in training.  tail_groups: G, number of tail groups (0: none).  temperatures: the T ≠ 1 that training may
     use; the tempered tail log Σ p^(1/T) is stored for each.  tail_entropy: store it.  tail_samples: ids drawn from the
-    tail per position.
+    tail per position.  precision: how finely all that is stored, exact, balanced or compact (`logitcache.format.levels`).
     """
 
     top_k: int = 64
@@ -28,6 +29,7 @@ class CaptureSettings:
     temperatures: Sequence[float] = ()
     tail_entropy: bool = False
     tail_samples: int = 0
+    precision: str = DEFAULT_PRECISION
 
     def __post_init__(self) -> None:
         """Brings the settings into canonical form."""
@@ -36,6 +38,7 @@ class CaptureSettings:
 
     def check(self, vocab_size: int) -> None:
         """Raises UserError for what a teacher with `vocab_size` tokens cannot give."""
+        check_precision(self.precision)
         for holds, message in [
             (
                 1 <= self.top_k <= vocab_size,

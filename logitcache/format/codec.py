@@ -1,191 +1,132 @@
-"""SparseTargets ↔ Arrow columns, and the Parquet settings that make them small.
+"""SparseTargets ↔ Arrow columns.
 
 One row per sequence. What belongs to positions is flattened over the row's stored positions, so that every column is
 one list of numbers that any Parquet reader opens:
 
-    row_id            string              32 hexadecimal digits
-    input_ids         list<int32>   [T]
-    loss_mask         list<bool>    [T]   True where the token is trained
-    num_entries       list<int32>   [M]   entries of each stored position
-    token_ids         list<int32>   [Σ num_entries]
-    logprobs          list<float>   [Σ num_entries]   descending within a position
-    tail_logprob      list<float>   [M]   log of the mass outside the entries, as captured
-    group_logprobs    list<float>   [M·G] log mass of each tail group             (captured with tail groups)
-    tail_log_norm_T2  list<float>   [M]   log Σ p^(1/T) over the tail, here T = 2  (captured with temperatures)
-    tail_entropy      list<float>   [M]   Σ p log p over the tail / its mass
-    sample_ids        list<int32>   [M·s] ids drawn from the tail                 (captured with tail samples)
-    sample_logprobs   list<float>   [M·s]
+    row_id              string              32 hexadecimal digits
+    input_ids           list<int32>   [T]
+    loss_mask           list<bool>    [T]   True where the token is trained
+    num_entries         list<int32>   [M]   entries of each stored position
+    tail_logprob        list<float>   [M]   log of the mass outside the entries, as captured
+    tail_log_norm_T2    list<float>   [M]   log Σ p^(1/T) over the tail, here T = 2  (captured with temperatures)
+    tail_entropy        list<float>   [M]   Σ p log p over the tail / its mass
+    sample_ids          list<int32>   [M·s] ids drawn from the tail                 (captured with tail samples)
+    sample_logprobs     list<float>   [M·s]
 
-and the kept columns of the source after them. Log-probabilities of entries and samples are rounded to multiples of
-`LOGPROB_STEP` (an error of at most 3.1e-5 nats), log masses of groups to multiples of `GROUP_STEP` (0.016 nats, which
-changes the gradient by less than what 32 groups leave open: `tools/bench_fidelity.py`). They stay plain floats: there is
-nothing to undo, while the zeroed low bits compress away under BYTE_STREAM_SPLIT and zstd. The tail is not rounded;
-a reader scales the groups of a position so that they add up to it.
+and the kept columns of the source after them. Entries and tail groups of an exact cache are
+
+    token_ids           list<int32>   [Σ num_entries]   most probable first
+    logprobs            list<float>   [Σ num_entries]
+    group_logprobs      list<float>   [M·G] log mass of each tail group             (captured with tail groups)
+
+and of a balanced or compact one
+
+    id_gaps             list<int32>   [Σ num_entries]   ranks between an entry and the one before it, ascending
+    levels_above_lowest list<int32>   [Σ num_entries]   levels from the position's least probable entry up to this one
+    lowest_level        list<int32>   [M]               level of that entry
+    group_levels        list<int32>   [M·G]             share of the tail, as difference from the profile
+
+where `codebook` says what a rank and the profile are, `levels` what a level is. Why so: the set of entries costs a third of
+the bytes when it is stored in ascending order of an order in which frequent ids come first; the order of probability then
+need not be stored, as the levels give it; and levels counted from the position's lowest are small, alike in all
+positions, and fit a byte. `tools/bench_codec.py` shows bytes and errors of this and of the alternatives. There is
+nothing to undo in the other columns: where they are rounded, their zeroed low bits compress away.
+
+Encoding what was decoded gives the same numbers again: copying rows between caches loses nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from logitcache.errors import UserError
+from logitcache.format.codebook import Codebook
+from logitcache.format.layout import Layout, tempered_column
+from logitcache.format.levels import MOST_LEVELS, Rounding, rounded
 from logitcache.format.sequences import CachedSequence, TokenSequence, trained_positions
 from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
 
-FORMAT_VERSION = 1
-LOGPROB_STEP = 2.0**-14
-GROUP_STEP = 2.0**-5
-METADATA_KEY = b"logitcache"
-TEMPERED_PREFIX = "tail_log_norm_T"
 
-
-def tempered_column(temperature: float) -> str:
-    """Column name of log Σ p^(1/T) over the tail."""
-    return f"{TEMPERED_PREFIX}{temperature:g}"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which columns a cache holds; JSON in each shard's schema metadata and in the manifest.
-
-    vocab_size: V of the teacher.  num_tail_groups: G or 0.  temperatures: captured T ≠ 1.  num_tail_samples: s or 0.
-    columns: Arrow type name of each kept source column.
-    """
-
-    vocab_size: int
-    num_tail_groups: int = 0
-    temperatures: tuple[float, ...] = ()
-    tail_entropy: bool = False
-    num_tail_samples: int = 0
-    columns: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, with the settings that a reader of the bytes needs."""
-        settings = asdict(self) | {"temperatures": list(self.temperatures), "columns": dict(self.columns)}
-        return {"format_version": FORMAT_VERSION, "logprob_step": LOGPROB_STEP, "group_step": GROUP_STEP, **settings}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Layout:
-        """Inverse of `to_json`."""
-        return cls(
-            vocab_size=data["vocab_size"],
-            num_tail_groups=data["num_tail_groups"],
-            temperatures=tuple(data["temperatures"]),
-            tail_entropy=data["tail_entropy"],
-            num_tail_samples=data["num_tail_samples"],
-            columns=data["columns"],
-        )
-
-    def values_per_position(self) -> dict[str, tuple[pa.DataType, int]]:
-        """Columns with a fixed number of values per stored position: name → (Arrow type, that number)."""
-        columns = {"num_entries": (pa.int32(), 1), "tail_logprob": (pa.float32(), 1)}
-        if self.num_tail_groups:
-            columns["group_logprobs"] = (pa.float32(), self.num_tail_groups)
-        for temperature in self.temperatures:
-            columns[tempered_column(temperature)] = (pa.float32(), 1)
-        if self.tail_entropy:
-            columns["tail_entropy"] = (pa.float32(), 1)
-        if self.num_tail_samples:
-            columns["sample_ids"] = (pa.int32(), self.num_tail_samples)
-            columns["sample_logprobs"] = (pa.float32(), self.num_tail_samples)
-        return columns
-
-    def schema(self) -> pa.Schema:
-        """The Arrow schema of every shard, metadata included."""
-        lists = {
-            "input_ids": pa.int32(),
-            "loss_mask": pa.bool_(),
-            "token_ids": pa.int32(),
-            "logprobs": pa.float32(),
-        }
-        lists |= {name: arrow_type for name, (arrow_type, _) in self.values_per_position().items()}
-        fields = [pa.field("row_id", pa.string())]
-        fields += [pa.field(name, pa.list_(arrow_type)) for name, arrow_type in lists.items()]
-        fields += [pa.field(name, pa.type_for_alias(alias)) for name, alias in self.columns.items()]
-        return pa.schema(fields, metadata={METADATA_KEY: json.dumps(self.to_json())})
-
-    def parquet_options(self) -> dict[str, Any]:
-        """Keyword arguments of `pyarrow.parquet.ParquetWriter`: the encodings that this module's docstring names."""
-        floats = [f.name for f in self.schema() if pa.types.is_list(f.type) and pa.types.is_float32(f.type.value_type)]
-        split = [*floats, "token_ids", "input_ids"]
-        return {
-            "compression": "zstd",
-            "compression_level": 3,
-            "use_dictionary": ["num_entries.list.element"],
-            "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split},
-            "write_statistics": ["row_id"],
-            "write_page_checksum": True,
-        }
-
-
-RESERVED_COLUMNS = frozenset(
-    Layout(vocab_size=1, num_tail_groups=1, tail_entropy=True, num_tail_samples=1).schema().names
-)
-"""Names that kept source columns cannot have (nor any that begins with `TEMPERED_PREFIX`)."""
-
-
-def encode(sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets], layout: Layout) -> pa.Table:
+def encode(
+    sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets], layout: Layout, codebook: Codebook
+) -> pa.Table:
     """Rows of a shard. `targets[i]` holds the stored positions of `sequences[i]`, in order."""
     schema = layout.schema()
     lengths = np.array([len(s.input_ids) for s in sequences])
     positions = np.array([len(t) for t in targets])
     joined = concatenate(targets)
-    held = joined.token_ids != PAD_ID
-    num_entries = held.sum(axis=1).astype(np.int32)
-    entries = np.diff(_offsets(num_entries)[_offsets(positions)])
-    per_position = {
-        "num_entries": num_entries,
-        "tail_logprob": joined.tail_logprob,
-        "group_logprobs": _rounded(joined.group_logprobs, GROUP_STEP),
-        **{tempered_column(t): values for t, values in joined.tempered_tail.items()},
-        "tail_entropy": joined.tail_entropy,
-        "sample_ids": joined.sample_ids,
-        "sample_logprobs": _rounded(joined.sample_logprobs, LOGPROB_STEP),
-    }
+    num_entries = joined.num_entries
+    values: dict[str, np.ndarray] = {"num_entries": num_entries, **_tail(joined, layout)}
+    if layout.rounding:
+        values |= _levelled_entries(joined, layout.rounding, codebook.ranks_of_ids(layout.vocab_size))
+        if joined.group_logprobs is not None:
+            values["group_levels"] = _group_levels(joined, layout.rounding, codebook.group_profile)
+    else:
+        held = joined.token_ids != PAD_ID
+        values |= {"token_ids": joined.token_ids[held], "logprobs": joined.logprobs[held]}
+        if joined.group_logprobs is not None:
+            values["group_logprobs"] = joined.group_logprobs
     arrays: dict[str, pa.Array] = {
         "row_id": pa.array([s.row_id for s in sequences], pa.string()),
         "input_ids": _lists(np.concatenate([s.input_ids for s in sequences]), lengths, pa.int32()),
         "loss_mask": _lists(np.concatenate([s.loss_mask for s in sequences]), lengths, pa.bool_()),
-        "token_ids": _lists(joined.token_ids[held], entries, pa.int32()),
-        "logprobs": _lists(_rounded(joined.logprobs[held], LOGPROB_STEP), entries, pa.float32()),
     }
+    entries = np.diff(_offsets(num_entries)[_offsets(positions)])
+    for name, arrow_type in layout.values_per_entry().items():
+        arrays[name] = _lists(values[name], entries, arrow_type)
     for name, (arrow_type, count) in layout.values_per_position().items():
-        arrays[name] = _lists(np.asarray(per_position[name]).reshape(-1), positions * count, arrow_type)
+        arrays[name] = _lists(values[name].reshape(-1), positions * count, arrow_type)
     for name, alias in layout.columns.items():
         arrays[name] = pa.array([s.columns.get(name) for s in sequences], pa.type_for_alias(alias))
     return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 
 class DecodedRows(Sequence[CachedSequence]):
-    """Rows of a shard as numpy; indexing gives `CachedSequence`s that are views."""
+    """Rows of a shard as numpy; indexing gives `CachedSequence`s that are views.
+
+    targets: SparseTargets of all positions of all rows, one row after the other.  offsets: the first position of each row
+    and the number of all, int64 [rows + 1].
+    """
 
     def __init__(self, table: pa.Table, layout: Layout) -> None:
+        """`table` carries the file's metadata. Raises UserError where its codebook is unreadable."""
         self._row_ids = table["row_id"].to_pylist()
         self._columns = {name: table[name].to_pylist() for name in layout.columns}
         self._tokens, self._token_offsets = flat(table["input_ids"])
         self._mask, _ = flat(table["loss_mask"])
-        ids, _ = flat(table["token_ids"])
-        logprobs, _ = flat(table["logprobs"])
-        fixed: dict[str, np.ndarray] = {}
+        values = {name: flat(table[name])[0] for name in layout.values_per_entry()}
         for name, (_, count) in layout.values_per_position().items():
-            values, offsets = flat(table[name])
-            fixed[name] = values.reshape(-1, count) if count > 1 or name in _MATRICES else values
-            self._offsets = offsets // count
-        self._num_entries = fixed["num_entries"]
-        self._targets = SparseTargets(
-            token_ids=_padded(ids, self._num_entries, PAD_ID),
-            logprobs=_padded(logprobs, self._num_entries, -np.inf),
-            tail_logprob=fixed["tail_logprob"],
-            group_logprobs=_shared_out(fixed.get("group_logprobs"), fixed["tail_logprob"]),
-            tempered_tail={t: fixed[tempered_column(t)] for t in layout.temperatures},
-            tail_entropy=fixed.get("tail_entropy"),
-            sample_ids=fixed.get("sample_ids"),
-            sample_logprobs=fixed.get("sample_logprobs"),
+            column, offsets = flat(table[name])
+            values[name] = column.reshape(-1, count) if name in _MATRICES else column
+            self.offsets = offsets // count
+        self._num_entries = values["num_entries"]
+        tail_logprob = values["tail_logprob"]
+        if layout.rounding:
+            codebook = Codebook.from_metadata(table.schema.metadata)
+            token_ids, logprobs = _entries_of_levels(values, layout.rounding, codebook.ids_of_ranks(layout.vocab_size))
+            group_levels = values.get("group_levels")
+            group_logprobs = (
+                _groups_of_levels(group_levels, tail_logprob, layout.rounding, codebook.group_profile)
+                if group_levels is not None
+                else None
+            )
+        else:
+            token_ids = _padded(values["token_ids"], self._num_entries, PAD_ID)
+            logprobs = _padded(values["logprobs"], self._num_entries, -np.inf)
+            group_logprobs = values.get("group_logprobs")
+        self.targets = SparseTargets(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            tail_logprob=tail_logprob,
+            group_logprobs=group_logprobs,
+            tempered_tail={t: values[tempered_column(t)] for t in layout.temperatures},
+            tail_entropy=values.get("tail_entropy"),
+            sample_ids=values.get("sample_ids"),
+            sample_logprobs=values.get("sample_logprobs"),
         )
 
     def __len__(self) -> int:
@@ -195,14 +136,14 @@ class DecodedRows(Sequence[CachedSequence]):
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         tokens = slice(self._token_offsets[row], self._token_offsets[row + 1])
-        stored = slice(self._offsets[row], self._offsets[row + 1])
+        stored = slice(self.offsets[row], self.offsets[row + 1])
         mask = self._mask[tokens]
         return CachedSequence(
             row_id=self._row_ids[row],
             input_ids=self._tokens[tokens],
             loss_mask=mask,
             positions=trained_positions(mask),
-            targets=self._targets[stored].narrowed(int(self._num_entries[stored].max(initial=0))),
+            targets=self.targets[stored].narrowed(int(self._num_entries[stored].max(initial=0))),
             columns={name: values[row] for name, values in self._columns.items()},
         )
 
@@ -210,54 +151,111 @@ class DecodedRows(Sequence[CachedSequence]):
         return (self[row] for row in range(len(self)))
 
 
-def read_layout(metadata: Mapping[bytes, bytes] | None, where: str) -> Layout:
-    """Layout from a shard's schema metadata. Raises UserError for foreign and altered files and for newer formats."""
-    if not metadata or METADATA_KEY not in metadata:
-        raise UserError(f"{where} is not a shard of a logitcache (no such schema metadata)")
-    try:
-        data = json.loads(metadata[METADATA_KEY])
-        check_version(data["format_version"], where)
-        return Layout.from_json(data)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} was altered: its schema metadata is unreadable ({error!r})") from error
+_MATRICES = {"group_logprobs", "group_levels", "sample_ids", "sample_logprobs"}
 
 
-def check_version(found: int, where: str) -> None:
-    """Raises UserError where a file was written in a newer format than this code reads."""
-    if found > FORMAT_VERSION:
-        raise UserError(
-            f"{where} is written in cache format {found}, this logitcache reads up to format {FORMAT_VERSION}: "
-            f"install a logitcache that reads format {found}"
-        )
+def _tail(targets: SparseTargets, layout: Layout) -> dict[str, np.ndarray]:
+    """What is stored of the tail but for its groups."""
+    tail_step = layout.rounding.tail_step if layout.rounding else None
+    floats = {"tail_logprob": targets.tail_logprob, "tail_entropy": targets.tail_entropy}
+    floats |= {tempered_column(t): values for t, values in targets.tempered_tail.items()}
+    stored = {name: rounded(values, tail_step) for name, values in floats.items() if values is not None}
+    if targets.sample_ids is not None and targets.sample_logprobs is not None:
+        stored["sample_ids"] = targets.sample_ids
+        sample_step = layout.rounding.sample_step if layout.rounding else None
+        stored["sample_logprobs"] = rounded(targets.sample_logprobs, sample_step)
+    return stored
 
 
-_MATRICES = {"group_logprobs", "sample_ids", "sample_logprobs"}
+def _levelled_entries(targets: SparseTargets, rounding: Rounding, ranks_of_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Entries in ascending order of rank: gaps and levels [Σ num_entries], lowest level [M]."""
+    held = targets.token_ids != PAD_ID
+    levels = rounding.levels(targets.logprobs)
+    lowest = levels.max(axis=1, initial=-1)
+    above = lowest[:, None] - levels  # lowest + 1 where the probability is 0
+    ranks = np.where(held, ranks_of_ids[np.where(held, targets.token_ids, 0)], np.int32(len(ranks_of_ids) << 1))
+    ranks, above = _sorted_pairs(ranks, above)
+    gaps = np.diff(ranks, axis=1, prepend=np.int32(-1)) - 1
+    held = np.arange(held.shape[1]) < targets.num_entries[:, None]
+    return {"id_gaps": gaps[held], "levels_above_lowest": above[held], "lowest_level": lowest}
 
 
-def _rounded(values: np.ndarray | None, step: float) -> np.ndarray | None:
-    if values is None:
-        return None
-    scaled: np.ndarray = np.rint(values.astype(np.float32) / np.float32(step))
-    return scaled * np.float32(step)
+def _entries_of_levels(
+    values: dict[str, np.ndarray], rounding: Rounding, ids_of_ranks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probabilities [M, k], most probable first, padded."""
+    num_entries, lowest = values["num_entries"], values["lowest_level"]
+    gaps = _padded(values["id_gaps"], num_entries, 0)
+    above = _padded(values["levels_above_lowest"], num_entries, 0)
+    ranks = np.cumsum(gaps, axis=1, dtype=np.int32)
+    ranks += np.arange(gaps.shape[1], dtype=np.int32)
+    held = np.arange(gaps.shape[1]) < num_entries[:, None] if len(values["id_gaps"]) != gaps.size else None
+    if held is not None:
+        ranks = np.where(held, ranks, 0)
+    _check_range("an id that is in no vocabulary", ranks, 0, len(ids_of_ranks) - 1)
+    _check_range("a level that does not exist", lowest, -1, MOST_LEVELS - 1)
+    levels = lowest[:, None] - above
+    _check_range("a level that does not exist", levels, -1, MOST_LEVELS - 1)
+    impossible = int(lowest.max(initial=-1)) + 1
+    if levels.size and levels.min() < 0:
+        levels = np.where(levels < 0, impossible, levels)
+    if held is not None:
+        levels = np.where(held, levels, impossible + 1)
+    levels, token_ids = _sorted_pairs(levels, ids_of_ranks[ranks])
+    logprobs = np.append(rounding.logprobs(impossible), np.float32(-np.inf))[levels]
+    if held is not None:
+        token_ids[levels > impossible] = PAD_ID
+    return token_ids, logprobs
 
 
-def _shared_out(group_logprobs: np.ndarray | None, tail_logprob: np.ndarray) -> np.ndarray | None:
-    """Rounded log masses [M, G], each row scaled so that it adds up to the tail [M]."""
-    if group_logprobs is None:
-        return None
-    largest = group_logprobs.max(axis=1, initial=-np.inf)
-    reference = np.where(np.isneginf(largest), 0, largest)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        total = np.log(np.exp(group_logprobs - reference[:, None]).sum(axis=1)) + reference
-        shift = np.where(np.isfinite(total), tail_logprob - total, 0).astype(np.float32)
-    return group_logprobs + shift[:, None]
+def _check_range(what: str, values: np.ndarray, low: int, high: int) -> None:
+    if values.size and not low <= values.min() <= values.max() <= high:
+        raise UserError(f"a shard was altered: {what}")
+
+
+def _sorted_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of pairs of numbers ≥ 0, int32 [M, k], each row in ascending order of the first number, then the second."""
+    if not first.size:
+        return first, second
+    bits = int(second.max()).bit_length()
+    wide = int(first.max()).bit_length() + bits > 31
+    dtype: Any = np.int64 if wide else np.int32
+    keys = first.astype(dtype)
+    keys <<= bits
+    keys |= second
+    keys.sort(axis=1)
+    second = (keys & ((1 << bits) - 1)).astype(np.int32, copy=False)
+    keys >>= bits
+    return keys.astype(np.int32, copy=False), second
+
+
+def _group_levels(targets: SparseTargets, rounding: Rounding, profile: np.ndarray) -> np.ndarray:
+    """0 for a group without mass, otherwise 1 + the zigzag code of its difference from the profile, int32 [M, G]."""
+    assert targets.group_logprobs is not None
+    tail = rounded(targets.tail_logprob, rounding.tail_step)[:, None]
+    held = np.isfinite(targets.group_logprobs) & np.isfinite(tail)
+    with np.errstate(invalid="ignore"):
+        steps = np.where(held, np.rint((targets.group_logprobs - tail) / np.float32(rounding.group_step)), 0)
+    difference = steps.astype(np.int32) - profile
+    return np.where(held, 1 + ((difference << 1) ^ (difference >> 31)), 0)
+
+
+def _groups_of_levels(
+    levels: np.ndarray, tail_logprob: np.ndarray, rounding: Rounding, profile: np.ndarray
+) -> np.ndarray:
+    """Inverse of `_group_levels`: log masses, float32 [M, G]."""
+    code = levels - 1
+    steps = ((code >> 1) ^ -(code & 1)) + profile
+    logprobs = tail_logprob[:, None] + steps.astype(np.float32) * np.float32(rounding.group_step)
+    logprobs[levels == 0] = -np.inf
+    return logprobs
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _lists(values: np.ndarray | None, lengths: np.ndarray, arrow_type: pa.DataType) -> pa.ListArray:
+def _lists(values: np.ndarray, lengths: np.ndarray, arrow_type: pa.DataType) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), pa.array(values, arrow_type))
 
 
@@ -269,11 +267,11 @@ def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
-def _padded(flat: np.ndarray, num_entries: np.ndarray, fill: float) -> np.ndarray:
+def _padded(values: np.ndarray, num_entries: np.ndarray, fill: float) -> np.ndarray:
     """[Σ num_entries] → [M, max num_entries]; a view where all positions have equally many."""
     k = int(num_entries.max(initial=0))
-    if len(flat) == len(num_entries) * k:
-        return flat.reshape(len(num_entries), k)
-    padded = np.full((len(num_entries), k), fill, dtype=flat.dtype)
-    padded[np.arange(k) < num_entries[:, None]] = flat
+    if len(values) == len(num_entries) * k:
+        return values.reshape(len(num_entries), k)
+    padded = np.full((len(num_entries), k), fill, dtype=values.dtype)
+    padded[np.arange(k) < num_entries[:, None]] = values
     return padded

@@ -10,13 +10,16 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from logitcache.format.atomic import file_sha256
-from logitcache.format.codec import Layout, encode
+from logitcache.format.codebook import Codebook
+from logitcache.format.codec import encode
+from logitcache.format.layout import Layout
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
-from logitcache.format.targets import SparseTargets
+from logitcache.format.targets import SparseTargets, concatenate
 
 ROW_GROUP_BYTES = 4 << 20
 """Uncompressed; about 1.7 MiB on disk, 8 000 positions at k = 64."""
@@ -66,6 +69,7 @@ class ShardWriter:
         self._layout = layout
         self._buffer: list[tuple[TokenSequence, SparseTargets]] = []
         self._buffered_bytes = 0
+        self._codebook: Codebook | None = None
         self._bytes_per_position = 4 * sum(count for _, count in layout.values_per_position().values())
         self._counts = {"num_sequences": 0, "num_tokens": 0, "num_positions": 0, "num_entries": 0}
         self._longest = 0
@@ -109,12 +113,15 @@ class ShardWriter:
         if not self._buffer:
             return
         sequences, targets = zip(*self._buffer, strict=True)
-        table = encode(sequences, targets, self._layout)
+        if self._codebook is None:
+            self._codebook = Codebook.of(concatenate(targets), self._layout)
+            self._parquet.add_key_value_metadata(self._codebook.to_metadata())
+        table = encode(sequences, targets, self._layout, self._codebook)
         self._parquet.write_table(table, row_group_size=len(table))
         self._counts["num_sequences"] += len(table)
         self._counts["num_tokens"] += sum(len(s.input_ids) for s in sequences)
         self._counts["num_positions"] += sum(len(t) for t in targets)
-        self._counts["num_entries"] += len(table["token_ids"].combine_chunks().values)
+        self._counts["num_entries"] += int(pc.sum(table["num_entries"].combine_chunks().values).as_py() or 0)
         self._tail_mass += sum(float(np.exp(t.tail_logprob, dtype=np.float64).sum()) for t in targets)
         self._row_group_sizes.append(len(table))
         self._longest = max(self._longest, *(len(s.input_ids) for s in sequences))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from logitcache import CachedSequence, LogitCache, SparseTargets
 from logitcache.format import shards
 from logitcache.format.atomic import file_sha256
-from logitcache.format.codec import GROUP_STEP, LOGPROB_STEP, Layout
+from logitcache.format.layout import Layout
+from logitcache.format.levels import PRESETS, Rounding
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
@@ -131,41 +132,49 @@ def write_cache(
     return LogitCache(str(root))
 
 
-def assert_holds(cached: CachedSequence, row: Row) -> None:
-    """The cached row is the one that was written, up to the rounding of log-probabilities that the format allows."""
+def assert_holds(cached: CachedSequence, row: Row, layout: Layout = EVERYTHING) -> None:
+    """The cached row is the one that was written, up to the rounding that the layout declares."""
     sequence, written = row
     assert cached.row_id == sequence.row_id
     assert cached.input_ids.tolist() == sequence.input_ids.tolist()
     assert cached.loss_mask.tolist() == sequence.loss_mask.tolist()
     assert cached.positions.tolist() == [i - 1 for i, trained in enumerate(sequence.loss_mask) if trained]
     assert dict(cached.columns) == dict(sequence.columns)
-    read = cached.targets
-    written = written.narrowed(int(written.num_entries.max(initial=0)))
-    assert read.token_ids.tolist() == written.token_ids.tolist()
-    assert_within_half_a_step(read.logprobs, written.logprobs)
-    assert_identical(read.tail_logprob, written.tail_logprob)
+    read, rounding = cached.targets, layout.rounding
+    assert_same_entries(read, written, rounding)
+    tail_step, sample_step = (rounding.tail_step, rounding.sample_step) if rounding else (0.0, 0.0)
+    assert_within(read.tail_logprob, written.tail_logprob, tail_step / 2)
     assert read.tempered_tail.keys() == written.tempered_tail.keys()
     for temperature, values in written.tempered_tail.items():
-        assert_identical(read.tempered_tail[temperature], values)
-    assert (read.tail_entropy is None) == (written.tail_entropy is None)
-    if written.tail_entropy is not None:
-        assert_identical(read.tail_entropy, written.tail_entropy)
-    # Rounded by half a step, then scaled by at most as much.
-    assert_within_half_a_step(read.group_logprobs, written.group_logprobs, 2.01 * GROUP_STEP)
+        assert_within(read.tempered_tail[temperature], values, tail_step / 2)
+    assert_within(read.tail_entropy, written.tail_entropy, tail_step / 2)
+    # The share is rounded, and the tail that it is of.
+    assert_within(read.group_logprobs, written.group_logprobs, rounding.group_step / 2 + tail_step if rounding else 0.0)
     assert (read.sample_ids is None) == (written.sample_ids is None)
     if written.sample_ids is not None:
         assert read.sample_ids is not None
         assert read.sample_ids.tolist() == written.sample_ids.tolist()
-    assert_within_half_a_step(read.sample_logprobs, written.sample_logprobs)
+    assert_within(read.sample_logprobs, written.sample_logprobs, sample_step / 2)
 
 
-def assert_identical(read: np.ndarray | None, written: np.ndarray) -> None:
-    assert read is not None
-    assert read.dtype == np.float32
-    assert read.tobytes() == written.tobytes()
+def assert_same_entries(read: SparseTargets, written: SparseTargets, rounding: Rounding | None) -> None:
+    """The same ids at every position, most probable first, padded at the end; probabilities within the declared bound."""
+    assert read.token_ids.shape == (len(written), int(written.num_entries.max(initial=0)))
+    assert (read.token_ids.dtype, read.logprobs.dtype) == (np.int32, np.float32)
+    for position in range(len(written)):
+        count = written.num_entries[position]
+        assert (read.token_ids[position, count:] == -1).all()
+        assert (read.logprobs[position, count:] == -np.inf).all()
+        assert (read.logprobs[position, 1:] <= read.logprobs[position, :-1]).all()
+        was = dict(zip(written.token_ids[position, :count], written.logprobs[position, :count], strict=True))
+        now = dict(zip(read.token_ids[position, :count], read.logprobs[position, :count], strict=True))
+        assert was.keys() == now.keys()
+        values = np.array([(was[token], now[token]) for token in was], dtype=np.float32).reshape(-1, 2)
+        assert_within(values[:, 1], values[:, 0], rounding.bound(values[:, 0]) if rounding else 0.0)
 
 
-def assert_within_half_a_step(read: np.ndarray | None, written: np.ndarray | None, step: float = LOGPROB_STEP) -> None:
+def assert_within(read: np.ndarray | None, written: np.ndarray | None, bound: float | np.ndarray) -> None:
+    """Equal but for `bound`, and float32's own rounding on the way there; −inf where that was written."""
     assert (read is None) == (written is None)
     if read is None or written is None:
         return
@@ -174,7 +183,9 @@ def assert_within_half_a_step(read: np.ndarray | None, written: np.ndarray | Non
     finite = np.isfinite(written)
     assert np.array_equal(np.isfinite(read), finite)
     assert (read[~finite] == -np.inf).all()
-    assert (np.abs(read[finite].astype(np.float64) - written[finite]) <= step / 2).all()
+    error = np.abs(read[finite].astype(np.float64) - written[finite])
+    bounds = np.broadcast_to(bound, written.shape)[finite]
+    assert (error <= bounds + 1e-6 * np.abs(written[finite]) * (bounds > 0)).all()
 
 
 @st.composite
@@ -187,6 +198,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         tail_entropy=draw(st.booleans()),
         num_tail_samples=draw(st.integers(0, 2)),
         columns={name: COLUMNS[name] for name in sorted(draw(st.sets(st.sampled_from(sorted(COLUMNS)))))},
+        precision=draw(st.sampled_from(sorted(PRESETS))),
     )
 
 

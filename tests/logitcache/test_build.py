@@ -17,7 +17,7 @@ from logitcache import UserError
 from logitcache.capture import build as build_module
 from logitcache.capture import worker
 from logitcache.capture.finish import finish
-from logitcache.format.codec import GROUP_STEP
+from logitcache.format.levels import PRESETS
 from logitcache.format.shards import ShardWriter
 from logitcache.format.storage import Folder
 
@@ -65,22 +65,27 @@ def test_a_build_agrees_with_the_full_distribution(teacher: Path, corpus: Path, 
 def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distribution(
     teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    cache = build(
-        teacher, corpus, tmp_path / "c", tail_groups=8, temperatures=(1, 2), tail_entropy=True, tail_samples=3
-    )
-    sequence = cache[5]
+    extras: dict[str, Any] = {"tail_groups": 8, "temperatures": (1, 2), "tail_entropy": True, "tail_samples": 3}
+    sequence = (cache := build(teacher, corpus, tmp_path / "c", precision="exact", **extras))[5]
     full = full_logprobs(teacher, sequence.input_ids)[sequence.positions.astype(np.int64)]
     targets = sequence.targets
     tail = full.scatter(1, torch.from_numpy(targets.token_ids.astype(np.int64)), float("-inf"))
     groups = torch.tensor(cache.tail_groups)
     for g in range(8):
         expected = tail[:, groups == g].logsumexp(dim=-1).numpy()
-        assert np.allclose(targets.group_logprobs[:, g], expected, atol=GROUP_STEP + 1e-4)
+        assert np.allclose(targets.group_logprobs[:, g], expected, atol=1e-4)
     assert np.allclose(targets.tempered_tail[2.0], (tail / 2).logsumexp(dim=-1).numpy(), atol=1e-4)
     weighted = torch.where(tail.isinf(), 0.0, tail.exp() * tail).sum(dim=-1) / tail.exp().sum(dim=-1)
     assert np.allclose(targets.tail_entropy, weighted.numpy(), atol=1e-3)
     drawn = tail.gather(1, torch.from_numpy(targets.sample_ids.astype(np.int64))).numpy()
     assert np.allclose(targets.sample_logprobs, drawn, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", PRESETS)
+def test_every_precision_is_as_near_as_it_declares(teacher: Path, corpus: Path, tmp_path: Path, precision: str) -> None:
+    cache = build(teacher, corpus, tmp_path / "c", precision=precision)
+    assert cache.manifest.layout.precision == cache.manifest.fingerprint["capture"]["precision"] == precision
+    assert_scores_agree(cache, teacher, [0, 7, 39])
 
 
 def test_padding_columns_are_no_part_of_the_distribution(teacher: Path, corpus: Path, tmp_path: Path) -> None:
@@ -198,6 +203,7 @@ def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"precision": "fine"}, "--precision fine: choose one of exact, balanced, compact"),
         ({"top_k": 513}, "--top-k 513: the teacher's vocabulary has 512"),
         ({"top_p": 0.0}, "--top-p 0.0"),
         ({"top_k": 8, "min_k": 9}, "--min-k 9"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,58 +14,172 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from smallcaches import EVERYTHING, VOCAB, Row, assert_holds, layouts, random_rows, scored_rows, small
+from smallcaches import (
+    EVERYTHING,
+    VOCAB,
+    Row,
+    assert_holds,
+    assert_same_entries,
+    layouts,
+    random_rows,
+    scored_rows,
+    small,
+)
 
 from logitcache import UserError
-from logitcache.format.codec import (
-    FORMAT_VERSION,
-    LOGPROB_STEP,
-    METADATA_KEY,
-    RESERVED_COLUMNS,
-    DecodedRows,
-    Layout,
-    encode,
-    read_layout,
-)
+from logitcache.format.codebook import CODEBOOK_KEY, Codebook
+from logitcache.format.codec import DecodedRows, encode
+from logitcache.format.layout import FORMAT_VERSION, METADATA_KEY, RESERVED_COLUMNS, Layout, read_layout
+from logitcache.format.levels import PRESETS
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.targets import SparseTargets
+from logitcache.format.targets import SparseTargets, concatenate
 
 
-def encoded(rows: list[Row], layout: Layout) -> pa.Table:
-    return encode([sequence for sequence, _ in rows], [targets for _, targets in rows], layout)
+def encoded(rows: list[Row], layout: Layout, codebook: Codebook | None = None) -> pa.Table:
+    """As it comes from a shard, whose file metadata holds the codebook."""
+    targets = [targets for _, targets in rows]
+    codebook = codebook or Codebook.of(concatenate(targets), layout)
+    table = encode([sequence for sequence, _ in rows], targets, layout, codebook)
+    return table.replace_schema_metadata(table.schema.metadata | codebook.to_metadata())
+
+
+@st.composite
+def codebooks(draw: st.DrawFn, layout: Layout) -> Codebook:
+    """Any ids may be called frequent, and any profile typical."""
+    ids = draw(st.lists(st.integers(0, layout.vocab_size - 1), unique=True, max_size=layout.vocab_size))
+    profile = draw(st.lists(st.integers(-300, 20), min_size=layout.num_tail_groups, max_size=layout.num_tail_groups))
+    return Codebook(np.array(ids, np.int32), np.array(profile, np.int32))
 
 
 @small
 @given(data=st.data(), layout=layouts())
 def test_rows_come_back_as_they_were_written(data: Any, layout: Layout) -> None:
     rows = data.draw(scored_rows(layout))
-    decoded = DecodedRows(encoded(rows, layout), layout)
+    decoded = DecodedRows(encoded(rows, layout, data.draw(st.none() | codebooks(layout))), layout)
     assert len(decoded) == len(rows)
     for cached, row in zip(decoded, rows, strict=True):
-        assert_holds(cached, row)
+        assert_holds(cached, row, layout)
 
 
 @small
-@given(rows=scored_rows(EVERYTHING))
-def test_rounded_log_probabilities_still_descend_and_stay_below_one(rows: list[Row]) -> None:
-    for cached in DecodedRows(encoded(rows, EVERYTHING), EVERYTHING):
-        logprobs = cached.targets.logprobs
-        assert (logprobs[:, 1:] <= logprobs[:, :-1]).all()
-        assert (logprobs <= 0).all()
+@given(data=st.data(), layout=layouts())
+def test_rows_that_are_read_and_written_again_do_not_change(data: Any, layout: Layout) -> None:
+    rows = data.draw(scored_rows(layout))
+    once = DecodedRows(encoded(rows, layout), layout)
+    again = [(TokenSequence(s.input_ids, s.loss_mask, s.columns), s.targets) for s in once]
+    other_codebook = data.draw(codebooks(layout))
+    twice = DecodedRows(encoded(again, layout, other_codebook), layout)
+    for first, second in zip(once, twice, strict=True):
+        for name in ("token_ids", "logprobs", "tail_logprob", "group_logprobs", "tail_entropy", "sample_logprobs"):
+            assert np.array_equal(getattr(first.targets, name), getattr(second.targets, name)), name
+        for temperature, values in first.targets.tempered_tail.items():
+            assert np.array_equal(values, second.targets.tempered_tail[temperature])
 
 
-def test_rounded_log_probabilities_are_multiples_of_the_step() -> None:
-    written = np.array([[-1e-7, -1.00001, -3.3, -17.123456, -900.7]], dtype=np.float32)
-    targets = SparseTargets(np.arange(5, dtype=np.int32)[None], written, np.array([-2.5], dtype=np.float32))
-    sequence = TokenSequence(np.array([1, 2], dtype=np.int32), np.array([False, True]))
-    read = DecodedRows(encode([sequence], [targets], Layout(VOCAB)), Layout(VOCAB))[0].targets.logprobs
-    assert read[0].tolist() == [round(float(x) / LOGPROB_STEP) * LOGPROB_STEP for x in written[0]]
+@pytest.mark.parametrize("precision", PRESETS)
+@small
+@given(data=st.data(), vocab_size=st.sampled_from([2, 1000, 1_000_000]), k=st.integers(1, 80))
+def test_any_ids_and_log_probabilities_come_back(data: Any, precision: str, vocab_size: int, k: int) -> None:
+    """k = 1, a million tokens, ties, log-probabilities from 0 down to −inf."""
+    k = min(k, vocab_size)
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    layout = Layout(vocab_size, precision=precision)
+    levels = st.sampled_from([0.0, -1e-7, -0.3, -1.0, -6.9, -10.4, -30.0, -103.0, -4000.0, -np.inf])
+    values = data.draw(st.lists(levels | st.floats(-120, 0, width=32), min_size=3 * k, max_size=3 * k))
+    logprobs = -np.sort(-np.array(values, np.float32).reshape(3, k), axis=1)
+    ids = np.stack([random.choice(vocab_size, k, replace=False) for _ in range(3)]).astype(np.int32)
+    written = SparseTargets(ids, logprobs, np.array([-np.inf, -2.5, 0.0], np.float32))
+    sequence = TokenSequence(np.arange(4, dtype=np.int32), np.arange(4) > 0)
+    read = DecodedRows(encoded([(sequence, written)], layout), layout)[0].targets
+    assert_same_entries(read, written, layout.rounding)
+    assert read.tail_logprob.tolist() == written.tail_logprob.tolist()
+
+
+def test_a_sequence_without_a_stored_position_comes_back_empty() -> None:
+    nothing = SparseTargets(np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
+    sequence = TokenSequence(np.array([3, 4], dtype=np.int32), np.array([False, False]))
+    read = DecodedRows(encoded([(sequence, nothing)], Layout(VOCAB)), Layout(VOCAB))[0]
+    assert (len(read.targets), read.input_ids.tolist()) == (0, [3, 4])
+
+
+@pytest.mark.parametrize("precision", ["balanced", "compact"])
+def test_the_columns_mean_what_the_formula_says(precision: str) -> None:
+    """Decoded once more with plain Python from the columns and the file's metadata alone."""
+    layout = replace(EVERYTHING, precision=precision, rounding=None)
+    rows = random_rows(12, layout)
+    frequent = np.array([7, 3, 40], np.int32)
+    table = encoded(rows, layout, Codebook(frequent, np.array([-8, 2, 0], np.int32)))
+    described = json.loads(table.schema.metadata[METADATA_KEY])["rounding"]
+    book = json.loads(table.schema.metadata[CODEBOOK_KEY])
+    n, step = described["cube_root_steps"], described["uniform_step"]
+    knot = n - 3 / step
+    for row, read in zip(table.to_pylist(), DecodedRows(table, layout), strict=True):
+        group_logprobs = read.targets.group_logprobs
+        assert group_logprobs is not None
+        entry = 0
+        for position, count in enumerate(row["num_entries"]):
+            rank, found = -1, {}
+            for _ in range(count):
+                rank += row["id_gaps"][entry] + 1
+                level = row["lowest_level"][position] - row["levels_above_lowest"][entry]
+                token = book["frequent_ids"][rank] if rank < len(frequent) else rank - len(frequent)
+                if level < knot:
+                    found[token] = 3 * math.log(1 - level / n)
+                else:
+                    found[token] = 3 * math.log(3 / (step * n)) - (level - knot) * step
+                entry += 1
+            ids = read.targets.token_ids[position, :count].tolist()
+            assert found == pytest.approx(
+                dict(zip(ids, read.targets.logprobs[position, :count], strict=True)), rel=1e-6
+            )
+            assert sorted(found) == sorted(ids)
+            for group in range(3):
+                code = row["group_levels"][3 * position + group]
+                read_logprob = group_logprobs[position, group]
+                if code == 0:
+                    assert read_logprob == -math.inf
+                else:
+                    difference = (code - 1) // 2 if code % 2 else -(code // 2)
+                    share = (book["group_profile"][group] + difference) * described["group_step"]
+                    assert row["tail_logprob"][position] + share == pytest.approx(read_logprob, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["balanced", "compact"])
+def test_frequent_ids_come_first_and_rare_ones_are_not_listed(precision: str) -> None:
+    layout = Layout(VOCAB, precision=precision)
+    ids = np.array([[9, 30 + i] if i < 10 else [9, 4] for i in range(40)], np.int32)
+    targets = SparseTargets(ids, np.full((40, 2), -1.0, np.float32), np.full(40, -2.0, np.float32))
+    assert Codebook.of(targets, layout).frequent_ids.tolist() == [9, 4]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "what"),
+    [
+        ("id_gaps", 10_000, "an id that is in no vocabulary"),
+        ("levels_above_lowest", 5000, "a level that does not exist"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(column: str, value: int, what: str) -> None:
+    table = encoded(random_rows(3, EVERYTHING), EVERYTHING)
+    values = [[value, *row[1:]] for row in table[column].to_pylist()]
+    altered = table.set_column(
+        table.schema.get_field_index(column), table.schema.field(column), pa.array(values, pa.list_(pa.int32()))
+    )
+    with pytest.raises(UserError, match=what):
+        DecodedRows(altered, EVERYTHING)
+
+
+def test_a_shard_without_its_codebook_is_refused() -> None:
+    table = encoded(random_rows(3, EVERYTHING), EVERYTHING)
+    with pytest.raises(UserError, match="its codebook is unreadable"):
+        DecodedRows(table.replace_schema_metadata({}), EVERYTHING)
 
 
 @pytest.mark.parametrize("cut", [0, 4], ids=["one chunk", "two chunks"])
 def test_part_of_a_table_decodes_like_the_whole(cut: int) -> None:
     rows = random_rows(9, EVERYTHING)
-    table = pa.concat_tables(encoded(part, EVERYTHING) for part in (rows[:cut], rows[cut:]) if part)
+    codebook = Codebook.of(concatenate([targets for _, targets in rows]), EVERYTHING)
+    table = pa.concat_tables(encoded(part, EVERYTHING, codebook) for part in (rows[:cut], rows[cut:]) if part)
     for cached, row in zip(DecodedRows(table.slice(2, 5), EVERYTHING), rows[2:7], strict=True):
         assert_holds(cached, row)
 
@@ -81,15 +197,6 @@ def test_a_group_without_tail_mass_keeps_minus_infinity() -> None:
     read = np.concatenate([s.targets.group_logprobs for s in decoded])
     assert (written == -np.inf).any()
     assert np.array_equal(read == -np.inf, written == -np.inf)
-
-
-def test_the_groups_of_a_position_add_up_to_its_tail() -> None:
-    decoded = DecodedRows(encoded(random_rows(30, EVERYTHING), EVERYTHING), EVERYTHING)
-    for sequence in decoded:
-        targets = sequence.targets
-        assert targets.group_logprobs is not None
-        total = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
-        assert np.allclose(total, np.exp(targets.tail_logprob, dtype=np.float64), rtol=1e-6, atol=0)
 
 
 @small
@@ -120,11 +227,12 @@ def test_the_schema_carries_the_layout(layout: Layout) -> None:
     assert read_layout(metadata, "x.parquet") == layout
     described = json.loads(metadata[METADATA_KEY])
     assert described["format_version"] == FORMAT_VERSION
-    assert described["logprob_step"] == LOGPROB_STEP
+    assert described["precision"] == layout.precision
 
 
 def test_every_column_of_the_format_is_reserved() -> None:
-    names = {name for name in EVERYTHING.schema().names if name not in EVERYTHING.columns}
+    layouts = [replace(EVERYTHING, precision=precision, rounding=None) for precision in PRESETS]
+    names = {name for layout in layouts for name in layout.schema().names if name not in EVERYTHING.columns}
     assert {name for name in names if not name.startswith("tail_log_norm_T")} == RESERVED_COLUMNS
     assert {"tail_log_norm_T0.5", "tail_log_norm_T2"} <= names
 

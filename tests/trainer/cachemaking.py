@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import logitcache
 from logitcache.format.atomic import file_sha256
-from logitcache.format.codec import Layout
+from logitcache.format.layout import Layout
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
@@ -103,12 +103,13 @@ def write_cache(
     temperatures: tuple[float, ...] = (),
     tail_entropy: bool = False,
     num_tail_samples: int = 0,
+    precision: str = "exact",
     teacher_tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> logitcache.LogitCache:
     """A finished cache of `sequences`. groups: tail group of each id, int [V]."""
     teacher = teacher or llama()
     num_groups = 0 if groups is None else int(groups.max()) + 1
-    layout = Layout(VOCAB, num_groups, temperatures, tail_entropy, num_tail_samples)
+    layout = Layout(VOCAB, num_groups, temperatures, tail_entropy, num_tail_samples, precision=precision)
     with ShardWriter(Folder(path), shard_name(0, 1), layout) as writer:
         for sequence in sequences:
             writer.write(sequence, sparse(teacher_logprobs(teacher, sequence), k, groups, layout))

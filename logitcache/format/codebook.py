@@ -1,0 +1,72 @@
+"""Codebook: what a shard's integers are counted from, taken from its first rows and stored in its file metadata.
+
+frequent_ids: ids by how often they are entries. A token's rank is its place in this list, and for all others its id plus the
+length of the list: the ranks of a position's entries, ascending, lie close together whatever the vocabulary's own order.
+group_profile: the typical share of each tail group, from which the positions' own shares differ by little.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from logitcache.errors import UserError
+from logitcache.format.layout import Layout
+from logitcache.format.targets import PAD_ID, SparseTargets
+
+CODEBOOK_KEY = b"logitcache.codebook"
+MOST_FREQUENT_IDS = 4096
+LEAST_OCCURRENCES = 16
+"""An id that comes up more rarely in the first rows of a shard costs more in the list than it saves."""
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """frequent_ids: int32 [F], each once.  group_profile: int32 [G], log share of the tail in steps of the layout's rounding."""
+
+    frequent_ids: np.ndarray
+    group_profile: np.ndarray
+
+    @classmethod
+    def of(cls, targets: SparseTargets, layout: Layout) -> Self:
+        """For rows like these."""
+        ids = targets.token_ids[targets.token_ids != PAD_ID]
+        counts = np.bincount(ids, minlength=1)
+        frequent = np.argsort(-counts, kind="stable")[:MOST_FREQUENT_IDS]
+        frequent = frequent[counts[frequent] >= LEAST_OCCURRENCES].astype(np.int32)
+        profile = np.zeros(layout.num_tail_groups, np.int32)
+        if targets.group_logprobs is not None and layout.rounding:
+            for group, logprobs in enumerate(targets.group_logprobs.T):
+                held = np.isfinite(logprobs) & np.isfinite(targets.tail_logprob)
+                if held.any():
+                    share = np.median(logprobs[held] - targets.tail_logprob[held])
+                    profile[group] = np.rint(share / layout.rounding.group_step)
+        return cls(frequent, profile)
+
+    def ranks_of_ids(self, vocab_size: int) -> np.ndarray:
+        """Rank of each token id, int32 [V]."""
+        ranks = np.arange(vocab_size, dtype=np.int32) + np.int32(len(self.frequent_ids))
+        ranks[self.frequent_ids] = np.arange(len(self.frequent_ids), dtype=np.int32)
+        return ranks
+
+    def ids_of_ranks(self, vocab_size: int) -> np.ndarray:
+        """Token id of each rank, int32 [F + V]."""
+        return np.concatenate([self.frequent_ids, np.arange(vocab_size, dtype=np.int32)])
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """Key and value in a Parquet file's metadata."""
+        data = {"frequent_ids": self.frequent_ids.tolist(), "group_profile": self.group_profile.tolist()}
+        return {CODEBOOK_KEY: json.dumps(data, separators=(",", ":")).encode()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> Self:
+        """Inverse of `to_metadata`. Raises UserError where it is missing or unreadable."""
+        try:
+            data = json.loads((metadata or {})[CODEBOOK_KEY])
+            return cls(np.array(data["frequent_ids"], np.int32), np.array(data["group_profile"], np.int32))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"a shard was altered: its codebook is unreadable ({error!r})") from error

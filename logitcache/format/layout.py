@@ -1,0 +1,149 @@
+"""Layout: which columns a cache holds and how their numbers are rounded; JSON in every shard and in the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from logitcache.errors import UserError
+from logitcache.format.levels import DEFAULT_PRECISION, PRESETS, Rounding, check_precision
+
+FORMAT_VERSION = 2
+METADATA_KEY = b"logitcache"
+TEMPERED_PREFIX = "tail_log_norm_T"
+
+
+def tempered_column(temperature: float) -> str:
+    """Column name of log Σ p^(1/T) over the tail."""
+    return f"{TEMPERED_PREFIX}{temperature:g}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns a cache holds.
+
+    vocab_size: V of the teacher.  num_tail_groups: G or 0.  temperatures: captured T ≠ 1.  num_tail_samples: s or 0.
+    columns: Arrow type name of each kept source column.  precision: a name in `levels.PRESETS`.  rounding: what that name
+    meant when the cache was written, None for exact.
+    """
+
+    vocab_size: int
+    num_tail_groups: int = 0
+    temperatures: tuple[float, ...] = ()
+    tail_entropy: bool = False
+    num_tail_samples: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
+    precision: str = DEFAULT_PRECISION
+    rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        """Looks the precision up. Raises UserError for an unknown one."""
+        if self.rounding is None:
+            check_precision(self.precision)
+            object.__setattr__(self, "rounding", PRESETS[self.precision])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        settings = asdict(self) | {"temperatures": list(self.temperatures), "columns": dict(self.columns)}
+        return {"format_version": FORMAT_VERSION, **settings}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Layout:
+        """Inverse of `to_json`; what format 1 wrote reads as exact."""
+        rounding = data.get("rounding")
+        return cls(
+            vocab_size=data["vocab_size"],
+            num_tail_groups=data["num_tail_groups"],
+            temperatures=tuple(data["temperatures"]),
+            tail_entropy=data["tail_entropy"],
+            num_tail_samples=data["num_tail_samples"],
+            columns=data["columns"],
+            precision=data.get("precision", "exact"),
+            rounding=Rounding.from_json(rounding) if rounding else None,
+        )
+
+    def values_per_position(self) -> dict[str, tuple[pa.DataType, int]]:
+        """Columns with a fixed number of values per stored position: name → (Arrow type, that number)."""
+        columns = {"num_entries": (pa.int32(), 1), "tail_logprob": (pa.float32(), 1)}
+        if self.rounding:
+            columns["lowest_level"] = (pa.int32(), 1)
+        if self.num_tail_groups:
+            groups = {"group_levels": pa.int32()} if self.rounding else {"group_logprobs": pa.float32()}
+            columns |= {name: (arrow_type, self.num_tail_groups) for name, arrow_type in groups.items()}
+        for temperature in self.temperatures:
+            columns[tempered_column(temperature)] = (pa.float32(), 1)
+        if self.tail_entropy:
+            columns["tail_entropy"] = (pa.float32(), 1)
+        if self.num_tail_samples:
+            columns["sample_ids"] = (pa.int32(), self.num_tail_samples)
+            columns["sample_logprobs"] = (pa.float32(), self.num_tail_samples)
+        return columns
+
+    def values_per_entry(self) -> dict[str, pa.DataType]:
+        """Columns with a value per entry: name → Arrow type."""
+        if self.rounding:
+            return {"id_gaps": pa.int32(), "levels_above_lowest": pa.int32()}
+        return {"token_ids": pa.int32(), "logprobs": pa.float32()}
+
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of every shard, metadata included."""
+        lists = {"input_ids": pa.int32(), "loss_mask": pa.bool_(), **self.values_per_entry()}
+        lists |= {name: arrow_type for name, (arrow_type, _) in self.values_per_position().items()}
+        fields = [pa.field("row_id", pa.string())]
+        fields += [pa.field(name, pa.list_(arrow_type)) for name, arrow_type in lists.items()]
+        fields += [pa.field(name, pa.type_for_alias(alias)) for name, alias in self.columns.items()]
+        return pa.schema(fields, metadata={METADATA_KEY: json.dumps(self.to_json())})
+
+    def parquet_options(self) -> dict[str, Any]:
+        """Keyword arguments of `pyarrow.parquet.ParquetWriter`.
+
+        BYTE_STREAM_SPLIT puts the low bytes of a column together and the high ones, mostly zero, elsewhere, which zstd's
+        entropy coder then sees apart. `tools/bench_codec.py` compares it with the other encodings, and zstd's levels.
+        """
+        split = [
+            name
+            for name, values in zip(self.schema().names, self.schema().types, strict=True)
+            if pa.types.is_list(values) and not pa.types.is_boolean(values.value_type) and name != "num_entries"
+        ]
+        return {
+            "compression": "zstd",
+            "compression_level": 6,
+            "use_dictionary": ["num_entries.list.element"],
+            "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split},
+            "write_statistics": ["row_id"],
+            "write_page_checksum": True,
+        }
+
+
+def _reserved() -> frozenset[str]:
+    everything = [Layout(1, 1, (), True, 1, precision=precision).schema().names for precision in PRESETS]
+    return frozenset().union(*everything)
+
+
+RESERVED_COLUMNS = _reserved()
+"""Names that kept source columns cannot have (nor any that begins with `TEMPERED_PREFIX`)."""
+
+
+def read_layout(metadata: Mapping[bytes, bytes] | None, where: str) -> Layout:
+    """Layout from a shard's schema metadata. Raises UserError for foreign and altered files and for newer formats."""
+    if not metadata or METADATA_KEY not in metadata:
+        raise UserError(f"{where} is not a shard of a logitcache (no such schema metadata)")
+    try:
+        data = json.loads(metadata[METADATA_KEY])
+        check_version(data["format_version"], where)
+        return Layout.from_json(data)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} was altered: its schema metadata is unreadable ({error!r})") from error
+
+
+def check_version(found: int, where: str) -> None:
+    """Raises UserError where a file was written in a newer format than this code reads."""
+    if found > FORMAT_VERSION:
+        raise UserError(
+            f"{where} is written in cache format {found}, this logitcache reads up to format {FORMAT_VERSION}: "
+            f"install a logitcache that reads format {found}"
+        )

@@ -1,0 +1,107 @@
+"""Levels of log-probability: what `balanced` and `compact` store instead of floats.
+
+Level c stands for the probability (1 − c/n)³, so that equal steps of c are equal steps of p^(1/3): the probable tokens, which
+carry the divergences, are known to a few thousandths of a nat, improbable ones to D nats and no finer. Where those steps
+would become longer than D, equal steps of D nats go on without end. Level −1 stands for probability 0.
+
+    p = (1 − c/n)³                            c < u = n − 3/D
+    log p = 3 log(3/(D·n)) − (c − u)·D        c ≥ u
+
+`tools/bench_codec.py` compares this grid with others at equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from logitcache.errors import UserError
+
+DEFAULT_PRECISION = "balanced"
+MOST_LEVELS = 1 << 16
+"""Log-probabilities of less than some −8000 nats, which are 0 in any arithmetic, take the last level."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How numbers are rounded that a cache does not keep as captured; recorded in every shard.
+
+    cube_root_steps: n.  uniform_step: D, nats.  tail_step: nats, of tails, tempered tails and the tail's entropy.
+    group_step: nats, of the log of a group's share of the tail.  sample_step: nats, of sampled log-probabilities.
+    """
+
+    cube_root_steps: int
+    uniform_step: float
+    tail_step: float
+    group_step: float
+    sample_step: float
+
+    @property
+    def uniform_from(self) -> int:
+        """u, the first level of the uniform part."""
+        return round(self.cube_root_steps - 3 / self.uniform_step)
+
+    def levels(self, logprobs: np.ndarray) -> np.ndarray:
+        """Nearest level of each log-probability, int32; −1 for −inf."""
+        n, u = self.cube_root_steps, self.uniform_from
+        depth = -np.minimum(logprobs.astype(np.float64), 0.0)
+        knot = -3 * np.log1p(-u / n)
+        with np.errstate(invalid="ignore"):
+            uniform = u + (depth - knot) / self.uniform_step
+            level = np.where(depth < knot, n * -np.expm1(-depth / 3), uniform)
+            return np.where(np.isposinf(depth), -1, np.minimum(np.rint(level), MOST_LEVELS - 1)).astype(np.int32)
+
+    def logprobs(self, count: int) -> np.ndarray:
+        """Log-probability of levels 0 … count − 1, then of level −1: float32 [count + 1]."""
+        n, u = self.cube_root_steps, self.uniform_from
+        level = np.arange(count, dtype=np.float64)
+        cube_root = 3 * np.log1p(-np.minimum(level, u) / n)
+        return np.append(cube_root - np.maximum(level - u, 0) * self.uniform_step, -np.inf).astype(np.float32)
+
+    def bound(self, logprobs: np.ndarray) -> np.ndarray:
+        """The most by which a log-probability may come back changed, nats, up to float32's own rounding."""
+        n, half = self.cube_root_steps, self.uniform_step / 2
+        above_zero = n * np.exp(np.minimum(logprobs.astype(np.float64), 0.0) / 3)
+        cube_root = 3 * np.log1p(0.5 / np.maximum(above_zero - 0.5, 0.5))
+        return np.minimum(cube_root, half + (half / 8))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Rounding:
+        """Inverse of `to_json`."""
+        return cls(**data)
+
+
+PRESETS: dict[str, Rounding | None] = {
+    "exact": None,
+    "balanced": Rounding(768, 2.0**-2, tail_step=2.0**-14, group_step=2.0**-3, sample_step=2.0**-6),
+    "compact": Rounding(200, 2.0**-1, tail_step=2.0**-14, group_step=2.0**-2, sample_step=2.0**-4),
+}
+"""Precisions by name, finest first. exact: float32 as captured, columns that read as they are."""
+
+
+def check_precision(precision: str) -> None:
+    """Raises UserError for a name that is no preset."""
+    if precision not in PRESETS:
+        raise UserError(f"--precision {precision}: choose one of {', '.join(PRESETS)}")
+
+
+def mass_tolerance(precision: str) -> float:
+    """How far entries and tail of a position may miss a sum of 1 once their log-probabilities have been rounded."""
+    rounding = PRESETS[precision]
+    return 1e-4 if rounding is None else 1e-4 + float(rounding.bound(np.log([1e-3]))[0])
+
+
+def rounded(values: np.ndarray, step: float | None) -> np.ndarray:
+    """The nearest multiples of a step, float32; the values themselves without a step."""
+    values = values.astype(np.float32)
+    if step is None:
+        return values
+    scaled: np.ndarray = np.rint(values / np.float32(step))
+    return scaled * np.float32(step)
