@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from logitcache.errors import Parser
+from logitcache.format.levels import PRESETS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,6 +17,11 @@ def parser() -> argparse.ArgumentParser:
     _build(commands)
     _plan(commands)
     _finish(commands)
+    _recode(commands)
+    _slice(commands)
+    _merge(commands)
+    _info(commands)
+    _verify(commands)
     return top
 
 
@@ -32,6 +38,12 @@ def _build(commands: argparse._SubParsersAction[Parser]) -> None:
     _inputs(build)
     build.add_argument("--out", required=True, metavar="DIR", help="the cache: a folder, or a URL such as s3://…")
     build.add_argument("--overwrite", action="store_true", help="replace the cache that DIR holds")
+    build.add_argument(
+        "--reuse",
+        nargs="+",
+        metavar="CACHE",
+        help="caches of the same teacher and settings: rows that they hold are copied, only the others are scored",
+    )
     build.add_argument("--shard-positions", type=int, metavar="N", help="positions per shard (default 262144)")
 
     group = build.add_argument_group("generation")
@@ -88,6 +100,120 @@ def _finish(commands: argparse._SubParsersAction[Parser]) -> None:
     finish.add_argument("out", metavar="DIR", help="the folder or URL that they shared")
 
 
+def _recode(commands: argparse._SubParsersAction[Parser]) -> None:
+    recode = commands.add_parser(
+        "recode",
+        help="fewer entries, coarser numbers or fewer columns of a cache, without the teacher",
+        description="Writes the rows of a cache to another with fewer entries, coarser numbers or fewer columns, without the "
+        "teacher. Entries that are left out join the tail. The same command continues an interrupted one.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    recode.add_argument("path", metavar="CACHE", help="folder or URL of the cache")
+    recode.add_argument("--top-k", type=int, metavar="K", help="at most so many entries per position")
+    recode.add_argument("--top-p", type=float, metavar="P", help="only as many entries as hold this mass")
+    recode.add_argument("--min-k", type=int, metavar="K", help="floor under --top-p (default 32)")
+    recode.add_argument("--precision", choices=list(PRESETS), help="no finer than the cache's own (default: the same)")
+    recode.add_argument(
+        "--drop",
+        type=_names,
+        metavar="NAME,NAME",
+        help="leave out: tail_groups, temperatures, tail_entropy, tail_samples, or kept columns",
+    )
+    _output(recode)
+
+
+def _slice(commands: argparse._SubParsersAction[Parser]) -> None:
+    part = commands.add_parser(
+        "slice",
+        help="some rows of a cache",
+        description="Writes those rows of a cache to another that meet every one of the conditions. The same command continues "
+        "an interrupted one.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    part.add_argument("path", metavar="CACHE", help="folder or URL of the cache")
+    part.add_argument("--rows", metavar="A:B", help="from row A, counted from 0, up to B, which is left out")
+    part.add_argument("--row-ids", metavar="FILE", help="those whose ids stand in a text file, one a line")
+    part.add_argument(
+        "--where",
+        metavar="EXPRESSION",
+        help="DuckDB's SQL over the kept columns, row_id, num_tokens and num_positions, for example "
+        "\"source = 'wiki' and num_tokens < 512\"",
+    )
+    part.add_argument("--sample", type=int, metavar="N", help="so many of them, at random")
+    part.add_argument("--seed", type=int, help="of --sample (default 0)")
+    _output(part)
+
+
+def _merge(commands: argparse._SubParsersAction[Parser]) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="several caches of one teacher as one, every row once",
+        description="Writes the rows of several caches, made by one teacher with the same settings, to one; of rows with the "
+        "same id the first is kept. The same command continues an interrupted one.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    merge.add_argument("paths", nargs="+", metavar="CACHE", help="folders or URLs of the caches")
+    _output(merge)
+
+
+def _info(commands: argparse._SubParsersAction[Parser]) -> None:
+    info = commands.add_parser(
+        "info",
+        help="what a cache holds and what it was made from, on one screen",
+        description="Prints what a cache holds and what it was made from, on one screen, without reading its rows.",
+        allow_abbrev=False,
+    )
+    info.add_argument("path", metavar="CACHE", help="folder or URL of the cache")
+
+
+def _verify(commands: argparse._SubParsersAction[Parser]) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="everything that is wrong with a cache",
+        description="Reads a whole cache and lists everything that is wrong with it: manifest, files, checksums, columns, rows, "
+        "targets. Exit status 0 where nothing is, 1 where something is, 2 where there is no cache.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    verify.add_argument("path", metavar="CACHE", help="folder or URL of the cache")
+    group = verify.add_argument_group("the teacher once more; options of vLLM are passed on under their own names")
+    group.add_argument("--rescore", type=int, metavar="N", help="N random rows are scored again and compared")
+    group.add_argument("--seed", type=int, help="that decides which rows (default 0)")
+    group.add_argument(
+        "--teacher", metavar="NAME", help="model name or folder (default: that of the cache's fingerprint)"
+    )
+    _teacher(group)
+
+
+def _teacher(group: argparse._ArgumentGroup) -> None:
+    """How the teacher runs."""
+    group.add_argument(
+        "--backend",
+        choices=["auto", "vllm", "transformers", "openai"],
+        help="openai: a running vLLM server; auto (default): vLLM where it is installed, otherwise transformers",
+    )
+    group.add_argument(
+        "--capture-route",
+        choices=["auto", "pooling", "flat"],
+        help="of vLLM; pooling sees the logits, flat gets top-k only; auto (default): pooling where it is possible",
+    )
+    group.add_argument("--base-url", metavar="URL", help="of the server, for example http://localhost:8000/v1")
+    group.add_argument("--model", metavar="NAME", help="the name that the server serves the teacher by")
+    group.add_argument("--revision", help="branch, tag or commit of the model")
+    group.add_argument("--dtype", help="float32, bfloat16, float16; auto: the checkpoint's own")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    """Where a cache is written to."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new cache: a folder, or a URL such as s3://…")
+    parser.add_argument("--overwrite", action="store_true", help="replace the cache that DIR holds")
+    parser.add_argument("--shard-positions", type=int, metavar="N", help="positions per shard (default 262144)")
+
+
 def _inputs(parser: argparse.ArgumentParser) -> None:
     """Options that decide what a cache will hold."""
     parser.add_argument("--teacher", default=None, metavar="NAME", help="model name or folder")
@@ -127,6 +253,12 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="G",
         help="mass of the tail in G groups of the vocabulary (default 0; `logitcache plan` shows what 32 would give)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=list(PRESETS),
+        help="exact: as captured, columns that any reader reads as they are; balanced (default): a third of the bytes, "
+        "probabilities to 0.2 %% in sum; compact: 0.7 %%, fewer bytes still",
     )
     group.add_argument("--temperatures", type=_numbers, metavar="T,T", help="temperatures to train at, for example 1,2")
     group.add_argument("--tail-entropy", action="store_true", help="the tail's entropy")

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow as pa
 
 from logitcache.errors import UserError
 from logitcache.format.codec import DecodedRows
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
+from logitcache.format.order import Step, rank_part, steps
+from logitcache.format.prefetch import prefetched
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.shard_reader import ShardReader
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 
 SHUFFLE_ROW_GROUPS = 16
-"""Row groups that a shuffled stream mixes at a time: its memory is about 16 × 4 MiB."""
+"""Row groups that a shuffled stream mixes at any time: its memory is about 16 × 4 MiB, and what is read ahead."""
 
 
 def open_cache(path: str | Path) -> LogitCache:
@@ -31,7 +35,7 @@ def open_cache(path: str | Path) -> LogitCache:
 
 
 class LogitCache(Sequence[CachedSequence]):
-    """A finished cache: `len(cache)` rows, `cache[i]`, `cache.iter_sequences(...)`.
+    """A finished cache: `len(cache)` rows, `cache[i]`, `cache.iter_sequences(...)`, `cache.iter_row_groups(...)`.
 
     manifest: fingerprint, layout, shards.  num_positions: stored positions of all rows.
     """
@@ -41,6 +45,9 @@ class LogitCache(Sequence[CachedSequence]):
         self.path = path
         self.manifest: Manifest = read_manifest(self._folder)
         self._shards = [ShardReader(self._folder, info) for info in self.manifest.shards]
+        for parent in {str(PurePosixPath(info.name).parent) for info in self.manifest.shards}:
+            with suppress(Exception):  # a store that lists a folder knows its sizes then; others are asked for each
+                self._folder.names(parent)
         for shard in self._shards:
             shard.check_size()
         self._first_rows = np.cumsum([0] + [info.num_sequences for info in self.manifest.shards])
@@ -104,9 +111,12 @@ class LogitCache(Sequence[CachedSequence]):
         """Row group `index`; the last one read is kept."""
         recent = self._recent  # read once: another thread may replace it at any time
         if recent is None or recent[0] != index:
-            shard, group = (int(value) for value in self._row_groups[index, :2])
-            recent = self._recent = (index, self._shards[shard].read_row_group(group))
+            recent = self._recent = (index, self._decode(index))
         return recent[1]
+
+    def _decode(self, index: int) -> DecodedRows:
+        shard, row_group = (int(value) for value in self._row_groups[index, :2])
+        return self._shards[shard].read_row_group(row_group)
 
     def __iter__(self) -> Iterator[CachedSequence]:
         return self.iter_sequences()
@@ -114,7 +124,7 @@ class LogitCache(Sequence[CachedSequence]):
     def iter_sequences(
         self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1), start: int = 0
     ) -> SequenceStream:
-        """Streams the rows once.
+        """Streams the rows once, reading row groups ahead in the background.
 
         shuffle: row groups in an order drawn from `seed`, rows drawn from 16 row groups at a time.
         shard: (rank, world); every rank gets len/world rows (±1), no row twice, reading its own row groups only
@@ -122,22 +132,44 @@ class LogitCache(Sequence[CachedSequence]):
         start: rows of this stream to leave out at its beginning; the stream's `position` counts on from it, so that
         `iter_sequences(..., start=stream.position)` continues exactly where `stream` was.
         """
-        rank, world = shard
-        if not 0 <= rank < world:
-            raise UserError(f"shard=({rank}, {world}): the rank must lie in 0…world−1")
-        return SequenceStream(self, shuffle, seed, rank, world, start)
+        part = rank_part(self._row_groups[:, 3], self._order(shuffle, seed), *_checked(shard))
+        window = SHUFFLE_ROW_GROUPS if shuffle else 1
+        rows = _rows(self, steps(part, window, seed if shuffle else None, start), window)
+        return SequenceStream(rows, int((part[:, 2] - part[:, 1]).sum()), start)
+
+    def iter_columns(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Streams the named columns as they are stored, a row group at a time; nothing else is read or decoded."""
+        for shard, row_group in self._row_groups[:, :2].tolist():
+            yield self._shards[shard].read_columns(row_group, columns)
+
+    def iter_row_groups(
+        self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1)
+    ) -> Iterator[DecodedRows]:
+        """Streams whole row groups, reading ahead: for what needs [M, k] arrays of some thousand positions and no single rows.
+
+        Each has `row_ids`, `input_ids`, `loss_mask` and `targets` of all its rows, with offsets, and is a sequence of them.
+        shuffle: in an order drawn from `seed`; the rows of a row group stay in theirs.
+        shard: (rank, world); every rank gets its share of the row groups.
+        """
+        rank, world = _checked(shard)
+        return prefetched(self._decode, self._order(shuffle, seed)[rank::world].tolist())
+
+    def _order(self, shuffle: bool, seed: int) -> np.ndarray:
+        """Row groups in the order of a stream."""
+        count = len(self._row_groups)
+        return np.random.default_rng(seed).permutation(count) if shuffle else np.arange(count)
 
 
 class SequenceStream(Iterator[CachedSequence]):
-    """One pass over a rank's part of a cache.
+    """One pass over a rank's part of a cache. Dropping it ends its threads and frees its row groups.
 
-    position: rows handed out so far, `start` included.  len: rows of the whole pass.
+    position: rows handed out so far, those before `start` included.  len: rows of the whole pass.
     """
 
-    def __init__(self, cache: LogitCache, shuffle: bool, seed: int, rank: int, world: int, start: int) -> None:
+    def __init__(self, rows: Iterator[CachedSequence], length: int, start: int) -> None:
+        self._rows = rows
+        self._length = length
         self.position = start
-        self._length = (len(cache) * (rank + 1)) // world - (len(cache) * rank) // world
-        self._rows = self._generate(cache, shuffle, seed, (len(cache) * rank) // world, start)
 
     def __len__(self) -> int:
         return self._length
@@ -147,31 +179,23 @@ class SequenceStream(Iterator[CachedSequence]):
         self.position += 1
         return sequence
 
-    def _generate(
-        self, cache: LogitCache, shuffle: bool, seed: int, first: int, start: int
-    ) -> Iterator[CachedSequence]:
-        random = np.random.default_rng(seed)
-        groups = cache._row_groups
-        order = random.permutation(len(groups)) if shuffle else np.arange(len(groups))
-        ends = np.cumsum(groups[order, 3])
-        window = SHUFFLE_ROW_GROUPS if shuffle else 1
-        # The rank's rows are [first, first + length) of the row groups laid end to end in `order`.
-        mine = np.flatnonzero((ends > first) & (ends - groups[order, 3] < first + self._length))
-        handed_out = 0
-        for at in range(0, len(mine), window):
-            slots = mine[at : at + window]
-            rows = []  # (slot, row in its row group) of every row of this window that is the rank's
-            for slot in slots:
-                begin = int(ends[slot] - groups[order[slot], 3])
-                low, high = max(first, begin) - begin, min(first + self._length, int(ends[slot])) - begin
-                rows += [(slot, row) for row in range(low, high)]
-            drawn = random.permutation(len(rows)) if shuffle else np.arange(len(rows))
-            skip = min(max(start - handed_out, 0), len(rows))
-            handed_out += len(rows)
-            if skip == len(rows):
-                continue
-            decoded = {slot: cache._read(int(order[slot])) for slot in {rows[i][0] for i in drawn[skip:]}}
-            for i in drawn[skip:]:
-                slot, row = rows[i]
-                yield decoded[slot][row]
-            decoded.clear()  # before the next window is read
+
+def _rows(cache: LogitCache, order: Iterator[Step], window: int) -> Iterator[CachedSequence]:
+    def read(step: Step) -> tuple[Step, DecodedRows | None]:
+        return step, None if step.row_group is None else cache._decode(step.row_group)
+
+    held: dict[int | None, DecodedRows] = {}
+    for step, decoded in prefetched(read, order):
+        if decoded is not None:
+            if len(held) == window:
+                del held[next(iter(held))]
+            held[step.row_group] = decoded
+        for row_group, row in step.rows.tolist():
+            yield held[row_group][row]
+
+
+def _checked(shard: tuple[int, int]) -> tuple[int, int]:
+    rank, world = shard
+    if not 0 <= rank < world:
+        raise UserError(f"shard=({rank}, {world}): the rank must lie in 0…world−1")
+    return shard

@@ -16,12 +16,11 @@ from logitcache.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `logitcache …`. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs `logitcache …`. Returns the exit status: 0, 1 where `verify` finds something, 2 for bad input, 130 after Ctrl-C."""
     try:
         options, rest = parser().parse_known_args(arguments)
         with _log_lines():
-            _COMMANDS[options.command](options, rest)
-        return 0
+            return _COMMANDS[options.command](options, rest) or 0
     except UserError as error:
         print(f"logitcache: error: {error}", file=sys.stderr)
         return 2
@@ -67,18 +66,80 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _finish(options: argparse.Namespace, rest: list[str]) -> None:
-    if rest:
-        raise UserError(f"unknown argument {rest[0]} (`logitcache finish --help` lists the options)")
+    _refuse(rest, "finish")
     with _engines_needed():
         from logitcache.capture.finish import finish
 
     _print_cache(finish(options.out))
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {
+def _recode(options: argparse.Namespace, rest: list[str]) -> None:
+    from logitcache.maintenance.recode import recode
+
+    _refuse(rest, "recode")
+    _print_rewritten(recode(**_settings(options)))
+
+
+def _slice(options: argparse.Namespace, rest: list[str]) -> None:
+    from logitcache.maintenance.slice import slice_cache
+
+    _refuse(rest, "slice")
+    _print_rewritten(slice_cache(**_settings(options)))
+
+
+def _merge(options: argparse.Namespace, rest: list[str]) -> None:
+    from logitcache.maintenance.merge import merge
+
+    _refuse(rest, "merge")
+    _print_rewritten(merge(**_settings(options)))
+
+
+def _info(options: argparse.Namespace, rest: list[str]) -> None:
+    from logitcache.maintenance.info import describe
+
+    _refuse(rest, "info")
+    print(describe(options.path))
+
+
+def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    from logitcache.maintenance.findings import Report
+    from logitcache.maintenance.verify import verify
+
+    settings = _settings(options)
+    path, num_rows = settings.pop("path"), settings.pop("rescore", None)
+    if num_rows is None:
+        _refuse(rest, "verify")
+        if settings:
+            raise UserError(f"--{next(iter(settings)).replace('_', '-')} needs --rescore")
+    verification, report = verify(path), Report()
+    for finding in verification:
+        report.add(finding)
+    if num_rows is not None and not report:
+        with _engines_needed():
+            from logitcache.capture.engine_options import parse_engine_options
+            from logitcache.capture.rescore import settle_rescoring
+
+        rescored = settle_rescoring(path, num_rows, **settings, **parse_engine_options(rest)).run()
+        print(rescored.table(), end="\n\n")
+        for finding in rescored.findings():
+            report.add(finding)
+    elif num_rows is not None:
+        print("logitcache: no row is scored again before these are mended", file=sys.stderr)
+    if report:
+        print(report.text(), end="\n\n")
+    print(f"{len(report):,} finding{'s' * (len(report) != 1)}: {verification.summary()}")
+    return 1 if report else 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
     "build": _build,
     "plan": _plan,
     "finish": _finish,
+    "recode": _recode,
+    "slice": _slice,
+    "merge": _merge,
+    "info": _info,
+    "verify": _verify,
 }
 
 
@@ -96,6 +157,12 @@ def _engines_needed() -> Iterator[None]:
         raise UserError(f"{error.name} is not installed: pip install 'logitcache[capture]' (or [vllm])") from error
 
 
+def _refuse(rest: list[str], command: str) -> None:
+    """Raises UserError for arguments that nobody knows."""
+    if rest:
+        raise UserError(f"unknown argument {rest[0]} (`logitcache {command} --help` lists the options)")
+
+
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name != "command"}
 
@@ -109,3 +176,14 @@ def _print_cache(cache: LogitCache) -> None:
         f"entries    {manifest.num_entries / cache.num_positions:.1f} per position, {1 - manifest.mean_tail_mass:.2%} of the mass"
     )
     print(f"bytes      {manifest.num_bytes:,} ({manifest.num_bytes / cache.num_positions:.0f} per position)")
+
+
+def _print_rewritten(cache: LogitCache) -> None:
+    """The cache, and what the last step of its history changed."""
+    _print_cache(cache)
+    step = cache.manifest.history[-1]
+    num_bytes, num_rows = (sum(source[name] for source in step["from"]) for name in ("bytes", "sequences"))
+    duplicates = f", {step['duplicates']:,} duplicates left out" if "duplicates" in step else ""
+    print(
+        f"changed    {num_bytes:,} → {cache.manifest.num_bytes:,} bytes, {num_rows:,} → {len(cache):,} sequences{duplicates}"
+    )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.format.codec import Layout
+from logitcache.format.layout import FORMAT_VERSION, Layout
+from logitcache.format.levels import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,10 +26,11 @@ FLOORS = [
     ("logitcache.cli",),
     ("logitcache.arguments",),
     ("logitcache.capture",),
+    ("logitcache.maintenance",),
     ("logitcache.sharing",),
     ("logitcache.cache",),
     ("logitcache.format",),
-    ("logitcache.errors", "logitcache.table", "logitcache.version"),
+    ("logitcache.errors", "logitcache.progress", "logitcache.table", "logitcache.version"),
 ]
 READER_SIDE = ("logitcache.cache", "logitcache.format", "logitcache.errors", "logitcache.table", "logitcache.version")
 
@@ -82,10 +84,11 @@ def test_losses_import_nothing_but_each_other_and_torch() -> None:
 
 
 def test_the_readmes_format_section_names_every_column() -> None:
-    section = README.split("## Format 1")[1].split("## Architecture")[0]
-    layout = Layout(10, num_tail_groups=2, temperatures=(2.0,), tail_entropy=True, num_tail_samples=1)
-    for column in layout.schema().names:
-        assert f"`{column}`" in section, column
+    section = README.split(f"## Format {FORMAT_VERSION}")[1].split("## Architecture")[0]
+    for precision in PRESETS:
+        layout = Layout(10, 2, (2.0,), tail_entropy=True, num_tail_samples=1, precision=precision)
+        for column in layout.schema().names:
+            assert f"`{column}`" in section, column
 
 
 def test_the_commands_help_names_every_option_of_the_readme() -> None:
@@ -100,7 +103,10 @@ def test_the_commands_help_names_every_option_of_the_readme() -> None:
     }
     helps = "".join(
         subprocess.run([sys.executable, "-m", *command, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
-        for command in (["logitcache", "build"], ["trainer", "fit"])
+        for command in (
+            *(["logitcache", name] for name in ("build", "verify", "recode", "slice", "merge")),
+            ["trainer", "fit"],
+        )
     )
     missing = {option for option in options - vllms if option not in helps}
     assert not missing

@@ -35,7 +35,6 @@ from logitcache.capture.executors import capture_on_ray
 from logitcache.capture.finish import save_tokenizer
 from logitcache.capture.inputs import Inputs, settle
 from logitcache.capture.plan import Plan, make_plan
-from logitcache.capture.progress import Progress
 from logitcache.capture.request import make_request
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
@@ -44,6 +43,7 @@ from logitcache.capture.teachers.vllm_engine import set_environment
 from logitcache.capture.worker import Job, ShardWorker
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
+from logitcache.progress import Progress
 from logitcache.table import aligned
 
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher"

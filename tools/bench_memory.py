@@ -2,15 +2,14 @@
 
     python tools/bench_memory.py [--positions 10000 100000 1000000] [--backend transformers|vllm] [--commands build fit]
 
-A tiny teacher and student, so that a million positions take minutes; whole commands, each in a process of its own. With vLLM
-the engine is a process by itself: of the two the larger one counts.
+A tiny teacher and student, so that a million positions take minutes; whole commands with all the processes that they start:
+with vLLM the engine is one by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine
+from measure import machine, peak_of_tree_mib
 
 from logitcache.table import aligned
 
@@ -54,15 +53,16 @@ def write_model(path: Path) -> int:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident MiB of the largest process of a command."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(errors)
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
+    """Seconds and peak MiB of a command and the processes below it."""
+    with tempfile.TemporaryFile("w+") as errors:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, text=True)
+        peak = peak_of_tree_mib(process)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(errors.read())
+    return seconds, peak
 
 
 def fit_command(cache: Path, folder: Path) -> list[str]:

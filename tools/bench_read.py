@@ -1,9 +1,12 @@
-"""Reading a cache into numpy: positions per second on one core, against `datasets` and polars on the same Parquet files.
+"""Writing and reading a cache on one core: positions per second of CPU time, by precision, and against other readers.
 
     python tools/bench_read.py
 
-Each reader runs in a process of its own with one thread and ends with the same arrays of every row: token ids and
-log-probabilities [M, k] and the tail [M]. Median of three passes; the cache is in the page cache.
+Encoding ends with a shard on disk, checksum included; decoding with numpy arrays of every row: token ids and
+log-probabilities [M, k] and the tail [M], all rows of a row group at once under "row groups". `datasets` and polars read
+the same files at precision exact: of the other precisions they give the columns, from which the values are still to be
+computed. Each measurement runs in a process of its own with one thread beside ours that read ahead, all on one core; median of
+three passes; the cache is in the page cache.
 """
 
 from __future__ import annotations
@@ -20,90 +23,137 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, peak_mib, synthetic_cache
+from measure import machine, peak_mib, synthetic_rows, write_synthetic_cache
 
+from logitcache.format.layout import Layout
+from logitcache.format.levels import PRESETS
 from logitcache.table import aligned
 
 K = 64
+VOCAB = 128_000
+POSITIONS_PER_SHARD = 1 << 17
 PASSES = 3
 
 
-def read_logitcache(root: Path) -> Iterator[np.ndarray]:
+def write(root: Path) -> Iterator[int]:
+    """Writes one shard of the cache again, with its precision."""
+    import logitcache
+
+    rows = synthetic_rows(POSITIONS_PER_SHARD, K, VOCAB)
+    layout = logitcache.open(root).manifest.layout
+    with tempfile.TemporaryDirectory() as folder:
+        yield 0  # the clock starts
+        write_synthetic_cache(Path(folder), rows, layout, copies=1)
+        yield POSITIONS_PER_SHARD
+
+
+def read_rows(root: Path) -> Iterator[int]:
     import logitcache
 
     for sequence in logitcache.open(root):
-        yield sequence.targets.logprobs
+        yield len(sequence.targets)
 
 
-def read_logitcache_shuffled(root: Path) -> Iterator[np.ndarray]:
+def read_rows_shuffled(root: Path) -> Iterator[int]:
     import logitcache
 
     for sequence in logitcache.open(root).iter_sequences(shuffle=True):
-        yield sequence.targets.logprobs
+        yield len(sequence.targets)
 
 
-def read_datasets(root: Path) -> Iterator[np.ndarray]:
+def read_row_groups(root: Path) -> Iterator[int]:
+    import logitcache
+
+    for rows in logitcache.open(root).iter_row_groups():
+        yield len(rows.targets)
+
+
+def read_datasets(root: Path) -> Iterator[int]:
     from datasets import load_dataset
 
     rows: Any = load_dataset("parquet", data_files=str(root / "data/*.parquet"), split="train", streaming=True)
     for row in rows.with_format("numpy"):
-        yield _padded(row["token_ids"], row["logprobs"], row["tail_logprob"])
+        yield _positions(row["token_ids"], row["logprobs"], row["tail_logprob"])
 
 
-def read_polars(root: Path) -> Iterator[np.ndarray]:
+def read_polars(root: Path) -> Iterator[int]:
     import polars
 
     for path in sorted(root.glob("data/*.parquet")):
         frame = polars.read_parquet(path)
         columns = zip(frame["token_ids"], frame["logprobs"], frame["tail_logprob"], strict=True)
         for ids, logprobs, tail in columns:
-            yield _padded(ids.to_numpy(), logprobs.to_numpy(), tail.to_numpy())
+            yield _positions(ids.to_numpy(), logprobs.to_numpy(), tail.to_numpy())
 
 
-def _padded(ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    """[M, k] arrays of one row; here all positions have equally many entries."""
+def _positions(ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> int:
+    """Positions of a row, once it is in [M, k] arrays; here all positions have equally many entries."""
     ids.reshape(len(tail), -1)
-    return logprobs.reshape(len(tail), -1)
+    return len(logprobs.reshape(len(tail), -1))
 
 
-READERS: dict[str, Callable[[Path], Iterator[np.ndarray]]] = {
-    "logitcache": read_logitcache,
-    "logitcache, shuffled": read_logitcache_shuffled,
+WAYS: dict[str, Callable[[Path], Iterator[int]]] = {
+    "encode": write,
+    "decode": read_rows,
+    "shuffled": read_rows_shuffled,
+    "row groups": read_row_groups,
+}
+OTHERS: dict[str, Callable[[Path], Iterator[int]]] = {
     "datasets, streaming, numpy format": read_datasets,
     "polars": read_polars,
 }
 
 
 def measure(name: str, root: Path) -> None:
-    times = []
+    """Prints positions per second and peak resident MiB."""
+    rates = []
     for _ in range(PASSES):
-        began = time.perf_counter()
-        positions = sum(len(logprobs) for logprobs in READERS[name](root))
-        times.append(time.perf_counter() - began)
-    print(positions / statistics.median(times), peak_mib())
+        began = time.process_time()
+        positions = 0
+        for number in (WAYS | OTHERS)[name](root):
+            if number == 0:
+                began = time.process_time()
+            positions += number
+        rates.append(positions / (time.process_time() - began))
+    print(statistics.median(rates), peak_mib())
+
+
+def measured(name: str, root: Path) -> tuple[float, float]:
+    """`measure` in a process of its own, on one core."""
+    one_thread = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
+    command = ["taskset", "-c", "0", sys.executable, __file__, "--measure", name, str(root)]
+    result = subprocess.run(command, env=os.environ | one_thread, check=True, capture_output=True, text=True)
+    rate, peak = map(float, result.stdout.split()[-2:])
+    return rate, peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=int, default=500_000)
+    parser.add_argument("--shards", type=int, default=4, help=f"of {POSITIONS_PER_SHARD:,} positions each (default 4)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         measure(options.measure[0], Path(options.measure[1]))
         return
-    one_thread = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    rows = synthetic_rows(POSITIONS_PER_SHARD, K, VOCAB)
+    by_precision = [["precision", "bytes per position", *WAYS, "peak MiB, shuffled"]]
+    by_reader = [["reader, precision exact", "positions/s", "ratio", "peak MiB"]]
     with tempfile.TemporaryDirectory() as folder:
-        synthetic_cache(Path(folder), options.positions, K, vocab_size=128_000)
-        rows = [["", "positions/s", "ratio", "peak MiB"]]
-        ours = 0.0
-        for name in READERS:
-            command = ["taskset", "-c", "0", sys.executable, __file__, "--measure", name, folder]
-            result = subprocess.run(command, env=os.environ | one_thread, check=True, capture_output=True, text=True)
-            rate, peak = map(float, result.stdout.split()[-2:])
-            ours = ours or rate
-            rows.append([name, f"{rate:,.0f}", f"{rate / ours:.3f}", f"{peak:,.0f}"])
-    print(f"{options.positions:,} positions, k = {K}, one core ({machine()})")
-    print(aligned(rows))
+        for precision in PRESETS:
+            root = Path(folder) / precision
+            write_synthetic_cache(root, rows, Layout(VOCAB, precision=precision), options.shards)
+            num_bytes = sum(path.stat().st_size for path in root.glob("data/*")) / options.shards
+            figures = {name: measured(name, root) for name in WAYS}
+            rates = [f"{rate:,.0f}" for rate, _ in figures.values()]
+            peak = figures["shuffled"][1]
+            by_precision.append([precision, f"{num_bytes / POSITIONS_PER_SHARD:.1f}", *rates, f"{peak:,.0f}"])
+        root = Path(folder) / "exact"
+        readers = {"logitcache": measured("decode", root)} | {name: measured(name, root) for name in OTHERS}
+        ours = readers["logitcache"][0]
+        by_reader += [[name, f"{r:,.0f}", f"{r / ours:.3f}", f"{peak:,.0f}"] for name, (r, peak) in readers.items()]
+    positions = options.shards * POSITIONS_PER_SHARD
+    print(f"{positions:,} synthetic positions, k = {K}, per second of CPU time ({machine()})")
+    print(aligned(by_precision), aligned(by_reader), sep="\n\n")
 
 
 if __name__ == "__main__":

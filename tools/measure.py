@@ -8,15 +8,18 @@ from __future__ import annotations
 import ctypes
 import platform
 import resource
+import subprocess
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import inf, log, sqrt
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import inf, log, log1p, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from logitcache.format.codec import Layout
+from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-POSITIONS_PER_SHARD = 1 << 17
 TOKENS_PER_SEQUENCE = 257
+# Ids of rank below this come up about equally often.
+RANK_OFFSET = 16
 NUM_SAMPLES = 16
 # Correlation of the teacher's logits with the student's; with the sharpness below KL is about one nat.
 AGREEMENT = 0.97
@@ -39,6 +43,31 @@ SHARPNESS = 1.5
 def peak_mib() -> float:
     """Largest resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now."""
+    return _status_bytes("VmRSS") / 2**20
+
+
+def peak_of_tree_mib(process: subprocess.Popen[str]) -> float:
+    """Waits for a process; the most resident memory that it and all below it had together, looked at ten times a second.
+
+    Pages that several of them share, such as libraries, count in each.
+    """
+    import psutil
+
+    peak = 0
+    while process.poll() is None:
+        held = 0
+        with suppress(psutil.NoSuchProcess):
+            top = psutil.Process(process.pid)
+            for member in [top, *top.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    held += member.memory_info().rss
+        peak = max(peak, held)
+        time.sleep(0.1)
+    return peak / 2**20
 
 
 def peak_beyond(run: Callable[[], None], device: str) -> int:
@@ -86,31 +115,40 @@ def machine() -> str:
     return f"{models[0] if models else platform.processor()}, {len(models)} cores"
 
 
-def synthetic_cache(root: Path, positions: int, k: int, vocab_size: int) -> None:
-    """A cache of Zipf-like distributions over shuffled ids: the bytes and shapes of a real one, made in seconds."""
+def synthetic_rows(positions: int, k: int, vocab_size: int) -> list[tuple[TokenSequence, SparseTargets]]:
+    """Sequences whose distributions have the shapes of real ones: Zipf-like ids and log-probabilities, in any order."""
     random = np.random.default_rng(0)
     per_sequence = TOKENS_PER_SEQUENCE - 1
-    layout = Layout(vocab_size)
-    sequences = -(-positions // per_sequence)
-    per_shard = POSITIONS_PER_SHARD // per_sequence
-    count = -(-sequences // per_shard)
-    shards = []
-    for index in range(count):
-        with ShardWriter(Folder(root), shard_name(index, count), layout) as writer:
-            for _ in range(min(per_shard, sequences - index * per_shard)):
-                ids = random.integers(0, vocab_size, TOKENS_PER_SEQUENCE, dtype=np.int32)
-                mask = np.arange(TOKENS_PER_SEQUENCE) > 0
-                first = random.integers(0, vocab_size, (per_sequence, 1))
-                token_ids = ((first + 7919 * np.arange(k)) % vocab_size).astype(np.int32)
-                weights = -random.uniform(1, 2, (per_sequence, 1)) * np.log(1 + np.arange(k)) - random.uniform(
-                    0, 0.1, (per_sequence, k)
-                )
-                weights = -np.sort(-weights, axis=1)
-                logprobs = weights - np.log(np.exp(weights).sum(axis=1, keepdims=True)) - 0.1
-                tail = np.full(per_sequence, np.log1p(-np.exp(-0.1)), dtype=np.float32)
-                writer.write(TokenSequence(ids, mask), SparseTargets(token_ids, logprobs.astype(np.float32), tail))
-        shards.append(writer.info)
-    Manifest(layout, {}, tuple(shards), {}, "tools/measure.py").write(Folder(root))
+    ids_by_rank = random.permutation(vocab_size).astype(np.int32)
+    # One id from each of k bands of rank, a band's width growing with its rank: no id twice.
+    edges = RANK_OFFSET * np.expm1(np.linspace(0, log1p((vocab_size - k) / RANK_OFFSET), k + 1))
+    bands = np.rint(edges).astype(np.int64) + np.arange(k + 1)
+    rows = []
+    for _ in range(-(-positions // per_sequence)):
+        ranks = random.integers(bands[:-1], bands[1:], (per_sequence, k))
+        weights = -random.uniform(1, 2, (per_sequence, 1)) * np.log(1 + np.arange(k))
+        weights -= random.uniform(0, 0.1, (per_sequence, k))
+        weights[:, ::-1].sort(axis=1)
+        logprobs = weights - np.log(np.exp(weights).sum(axis=1, keepdims=True)) - 0.1
+        tail = np.full(per_sequence, np.log1p(-np.exp(-0.1)), dtype=np.float32)
+        targets = SparseTargets(ids_by_rank[random.permuted(ranks, axis=1)], logprobs.astype(np.float32), tail)
+        ids = random.integers(0, vocab_size, TOKENS_PER_SEQUENCE, dtype=np.int32)
+        rows.append((TokenSequence(ids, np.arange(TOKENS_PER_SEQUENCE) > 0), targets))
+    return rows
+
+
+def write_synthetic_cache(
+    root: Path, rows: Sequence[tuple[TokenSequence, SparseTargets]], layout: Layout, copies: int
+) -> None:
+    """A cache whose shards all hold the same rows: one file under many names (hard links), so that size costs nothing."""
+    names = [shard_name(index, copies) for index in range(copies)]
+    with ShardWriter(Folder(root), names[0], layout) as writer:
+        for sequence, targets in rows:
+            writer.write(sequence, targets)
+    for name in names[1:]:
+        (root / name).hardlink_to(root / names[0])
+    shards = tuple(replace(writer.info, name=name) for name in names)
+    Manifest(layout, {}, shards, {}, "tools/measure.py").write(Folder(root))
 
 
 @dataclass(frozen=True)

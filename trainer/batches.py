@@ -29,10 +29,10 @@ class Collator:
 
     input_ids, attention_mask: int64 [B, T].  columns: int64 [C], ascending.  rows: int64 [N], ascending, into the
     logits of `columns` flattened to [B·C, V].  labels: int64 [N], the token that follows.
-    token_ids: int32 [N, k].  logprobs: float32 [N, k].  tail_logprob: float32 [N].
-    group_logprobs: float32 [N, G], with `tail_groups`.  tempered_tail: float32 [N], where `temperature` is stored.
-    tail_entropy: float32 [N], with `tail_entropy`.  sample_ids, sample_logprobs: int32 and float32 [N, s], with
-    `tail_samples`.
+    token_ids: int32 [N, k].  logprobs: float32 [N, k], `scaled_beside_tail`.  tail_logprob: float32 [N].
+    group_logprobs: float32 [N, G], `scaled_to_tail`, with `tail_groups`.  tempered_tail: float32 [N], where `temperature`
+    is stored.  tail_entropy: float32 [N], with `tail_entropy`.  sample_ids, sample_logprobs: int32 and float32 [N, s],
+    with `tail_samples`.
     """
 
     tail_groups: bool = False
@@ -60,9 +60,9 @@ class Collator:
             "rows": sequence_of * len(columns) + column_of[positions],
             "labels": input_ids[sequence_of, positions + 1],
             "token_ids": targets.token_ids,
-            "logprobs": targets.logprobs,
+            "logprobs": scaled_beside_tail(targets.logprobs, targets.tail_logprob),
             "tail_logprob": targets.tail_logprob,
-            "group_logprobs": targets.group_logprobs,
+            "group_logprobs": scaled_to_tail(targets.group_logprobs, targets.tail_logprob),
             "tempered_tail": targets.tempered_tail.get(self.temperature),
             "tail_entropy": targets.tail_entropy,
             "sample_ids": targets.sample_ids,
@@ -84,6 +84,31 @@ class Collator:
             sample_ids=targets.sample_ids if self.tail_samples else None,
             sample_logprobs=targets.sample_logprobs if self.tail_samples else None,
         )
+
+
+def scaled_beside_tail(logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
+    """Log-probabilities of entries, float32 [N, k], which are stored rounded, so that they and the tail [N] add up to 1.
+
+    All entries of a position change by one factor, of 2 at most: where they hold next to nothing, it is the tail's own
+    rounding that would be amplified.
+    """
+    missing = -np.expm1(tail_logprob.astype(np.float64))
+    held = np.exp(logprobs, dtype=np.float64).sum(axis=1)
+    factor = np.divide(missing, held, where=held > 0, out=np.ones_like(held))
+    return logprobs + np.log(np.clip(factor, 0.5, 2.0))[:, None].astype(np.float32)
+
+
+def scaled_to_tail(group_logprobs: np.ndarray | None, tail_logprob: np.ndarray) -> np.ndarray | None:
+    """Log masses of the tail's groups, float32 [N, G], which are stored rounded, so that they add up to the tail [N].
+
+    All groups of a position change by one factor; where none has any mass they stay.
+    """
+    if group_logprobs is None:
+        return None
+    with np.errstate(divide="ignore"):
+        total = np.log(np.exp(group_logprobs, dtype=np.float64).sum(axis=1))
+    shift = np.subtract(tail_logprob, total, where=np.isfinite(total), out=np.zeros_like(total))
+    return group_logprobs + shift[:, None].astype(np.float32)
 
 
 class EpochRows(Dataset[CachedSequence]):
@@ -151,8 +176,8 @@ class EpochBatches(Sampler[list[Key]]):
 class BatchLoader(DataLoader[CachedSequence]):
     """A DataLoader whose batches depend on the seed, the epoch and the shard only, not on its worker processes.
 
-    With W worker processes each decodes every row of the rank and collates one batch in W; one worker is what it takes
-    to read while an accelerator computes.
+    Rows are decoded in the background in any case. With W worker processes each decodes every row of the rank and collates
+    one batch in W; one is what it takes to collate, too, while an accelerator computes.
     """
 
     def __init__(

@@ -22,12 +22,12 @@ import numpy as np
 from logitcache.capture.generation import GenerationSettings
 from logitcache.capture.inputs import Inputs
 from logitcache.capture.plan import check_read
-from logitcache.capture.progress import Progress
 from logitcache.capture.teachers.vllm_generate import Answer, VllmGenerator
 from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
 from logitcache.format.workspace import ANSWERS_NAME, abandon, begin
+from logitcache.progress import Progress
 
 PROMPTS_NAME = f"{ANSWERS_NAME}/prompts.json"
 ANSWERED_NAME = f"{ANSWERS_NAME}/answered"

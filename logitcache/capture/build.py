@@ -14,15 +14,17 @@ from logitcache.capture.executors import capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan, save_tokenizer
 from logitcache.capture.inputs import settle
 from logitcache.capture.placement import Placement
-from logitcache.capture.plan import PARTITION_NAME, PLAN_NAME, SHARD_POSITIONS, Plan, make_plan, read_plan, read_request
-from logitcache.capture.progress import Progress
-from logitcache.capture.request import differences, make_request, refuse_changes
-from logitcache.capture.worker import Job
+from logitcache.capture.plan import PARTITION_NAME, Plan, cache_layout, make_plan, read_plan
+from logitcache.capture.request import make_request
+from logitcache.capture.reuse import ReusedCaches, refuse_itself
+from logitcache.capture.worker import Job, write_shard
 from logitcache.errors import UserError
 from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
 from logitcache.format.storage import Folder
+from logitcache.format.unfinished import PLAN_NAME, SHARD_POSITIONS, differences, read_request, refuse_changes
 from logitcache.format.workspace import ANSWERS_NAME, range_held, remove_former, workspace
+from logitcache.progress import Progress
 
 logger = logging.getLogger("logitcache")
 
@@ -48,6 +50,7 @@ def build(
     engines: int | None = None,
     shard_range: tuple[int, int] | None = None,
     overwrite: bool = False,
+    reuse: str | Path | Sequence[str | Path] = (),
     **settings: Any,
 ) -> LogitCache | None:
     """Runs a teacher once over a corpus and writes its sparse targets to a cache, a folder or any URL that fsspec writes.
@@ -57,6 +60,8 @@ def build(
     shard_positions: stored positions of a shard, the most that an interruption loses.
     executor, ray_address, engines, shard_range: see `Placement`; with a shard_range the cache is left to `finish`.
     overwrite: replace what `out` holds, once the new corpus is read.
+    reuse: finished caches of this teacher and these settings; rows that they hold are copied, only the others are scored.
+    A call that continues a build may name others or none.
 
     The same call continues an interrupted build. Raises UserError for bad input, contradictory settings, and an `out` that
     holds something else. vLLM runs in a process of its own: call this under `if __name__ == "__main__":`.
@@ -67,12 +72,15 @@ def build(
     if overwrite and shard_range:
         raise UserError("--overwrite contradicts --shard-range: remove the old cache first")
     folder = Folder(out)
+    reused = _reused([reuse] if isinstance(reuse, str | Path) else reuse, folder)
     inputs = settle(teacher, data, **settings)
     with workspace(folder, shared=shard_range is not None), space_needed(out):
         request = make_request(inputs, shard_positions)
         if not overwrite and (finished := _finished(folder, request)):
             logger.info("%s is already complete", folder)
             return finished
+        if reused:
+            reused.check(request, cache_layout(inputs.settings, inputs.model.vocab_size, {}))
         if not placement.is_first:
             _wait_for(folder, PLAN_NAME, "has the answers" if inputs.generation else "reads the corpus")
         with range_held(folder, shard_range):
@@ -84,13 +92,19 @@ def build(
                 remove_former(folder)
             if placement.is_first:
                 save_tokenizer(folder, inputs.model.tokenizer)
-            job = Job(str(folder.local or out), inputs.model, inputs.engine, inputs.settings)
+            job = Job(str(folder.local or out), inputs.model, inputs.engine, inputs.settings, reused)
             _announce(plan, job)
             _capture(plan, job, placement)
         if shard_range is None:
             return finish_plan(plan)
     logger.info("shards of range %d/%d are complete; when all ranges are: logitcache finish %s", *shard_range, folder)
     return None
+
+
+def _reused(paths: Sequence[str | Path], out: Folder) -> ReusedCaches | None:
+    folders = [Folder(path) for path in paths]
+    refuse_itself(folders, out)
+    return ReusedCaches([str(folder.local or folder) for folder in folders]) if folders else None
 
 
 def _finished(folder: Folder, request: Mapping[str, Any]) -> LogitCache | None:
@@ -102,6 +116,12 @@ def _finished(folder: Folder, request: Mapping[str, Any]) -> LogitCache | None:
     except UserError as error:
         raise UserError(f"{error}, or make the whole cache anew with --overwrite") from error
     refuse_changes(_without_result(cache.manifest.fingerprint), request, folder, "a finished cache")
+    made_by = cache.manifest.history[-1]["command"] if cache.manifest.history else "build"
+    if not made_by.startswith("build"):
+        raise UserError(
+            f"--out {folder} holds what `logitcache {made_by}` made of a cache like this one: choose another --out, "
+            "or start anew with --overwrite"
+        )
     folder.remove(BUILD_DIRECTORY)
     return cache
 
@@ -152,18 +172,19 @@ def _announce(plan: Plan, job: Job) -> None:
         logger.info("left out: %s%s", counts, f"; first bad: {plan.first_bad}" if plan.first_bad else "")
     settings = job.settings
     logger.info(
-        "teacher: %s on %s, %s, vocabulary %s; up to %d entries per position%s",
+        "teacher: %s on %s, %s, vocabulary %s; up to %d entries per position%s, %s",
         job.model.name,
         job.engine,
         job.model.dtype,
         f"{job.model.vocab_size:,}",
         settings.top_k,
         f" and the tail in {settings.tail_groups} groups" if settings.tail_groups else "",
+        settings.precision,
     )
 
 
 def _capture(plan: Plan, job: Job, placement: Placement) -> None:
-    """Scores every shard of this process that is not there yet."""
+    """Scores, or copies, every shard of this process that is not there yet."""
     mine = placement.shards(len(plan.shards))
     missing = plan.missing(mine)
     if not missing:
@@ -174,13 +195,35 @@ def _capture(plan: Plan, job: Job, placement: Placement) -> None:
         plan.folder.remove_leftovers("data")
     if job.settings.tail_groups and not placement.is_first:
         _wait_for(plan.folder, PARTITION_NAME, "has made the tail groups")
-    total = sum(plan.shards[index].num_tokens for index in mine)
-    left = sum(plan.shards[index].num_tokens for index in missing)
-    progress = Progress("scoring", total, total - left, "tokens")
+    to_score = {index: plan.shards[index].num_tokens for index in missing}
+    if job.reused:
+        to_score = _copy(plan, job.reused, missing)
+    if not to_score:
+        return
+    done = sum(plan.shards[index].num_tokens for index in mine if index not in to_score)
+    progress = Progress("scoring", done + sum(to_score.values()), done, "tokens")
     try:
         if placement.executor == "ray":
-            capture_on_ray(job, plan, missing, progress, placement.ray_address, placement.engines)
+            capture_on_ray(job, plan, to_score, progress, placement.ray_address, placement.engines)
         else:
-            capture_here(job, missing, progress)
+            capture_here(job, to_score, progress)
     finally:
         progress.close()
+
+
+def _copy(plan: Plan, reused: ReusedCaches, shards: Sequence[int]) -> dict[int, int]:
+    """Writes the shards of which nothing is to be scored. Returns the others, to the number of tokens that are."""
+    if plan.cache_layout.num_tail_groups:
+        reused.take_tail_groups(plan.folder)
+    to_score = reused.match(plan, shards)
+    whole = [index for index in shards if not to_score[index]]
+    if not whole:
+        return to_score
+    progress = Progress("copying", sum(plan.shards[index].num_tokens for index in whole), 0, "tokens")
+    try:
+        for index in whole:
+            write_shard(plan, index, iter(()), reused)
+            progress.advance(plan.shards[index].num_tokens)
+    finally:
+        progress.close()
+    return {index: tokens for index, tokens in to_score.items() if tokens}

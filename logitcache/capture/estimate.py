@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from logitcache.capture.clusters import tail_groups_of
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
 from logitcache.capture.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
 from logitcache.capture.inputs import settle
-from logitcache.capture.partition import rank_bands
 from logitcache.capture.plan import ColumnTypes, cache_layout
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
@@ -126,7 +126,8 @@ class Estimate:
             f"positions  {sample.num_positions} of {sample.num_tokens} tokens",
             f"left out   {', '.join(left_out) or 'nothing'}"
             + (f"; first bad: {sample.first_bad}" if sample.first_bad else ""),
-            f"bytes      {_size(self.num_bytes)}, {self.bytes_per_position:,.0f} per position (k = {settings.top_k}{tail})",
+            f"bytes      {_size(self.num_bytes)}, {self.bytes_per_position:,.0f} per position "
+            f"(k = {settings.top_k}{tail}, {settings.precision})",
             f"time       {duration(self.scoring_s)} at {self.tokens_per_s:,.0f} tokens/s of one engine",
             "",
             aligned([self._heading(), *(self._cells(choice) for choice in self.choices)]),
@@ -208,7 +209,7 @@ def _judge(
 ) -> _Judgement:
     """Gradient errors, on some of the positions, of every k with one bucket and with groups."""
     mean_probability = teacher.mean_probability(priced)
-    tail_groups = rank_bands(mean_probability, num_groups)
+    tail_groups = tail_groups_of(teacher, priced, num_groups)
     teacher.set_tail_groups(tail_groups)
     wide = CaptureSettings(top_k=max(min(vocab_size, JUDGED_ENTRIES), ks[-1]), tail_groups=num_groups)
     targets = concatenate(list(teacher.score(thinned(priced, JUDGED_POSITIONS), wide)))

@@ -6,15 +6,15 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from logitcache.capture.plan import Plan
-from logitcache.capture.progress import Progress
 from logitcache.capture.teachers.base import EngineLost
 from logitcache.capture.worker import Job, ShardWorker
 from logitcache.errors import UserError, one_line
+from logitcache.progress import Progress
 
 logger = logging.getLogger("logitcache")
 
@@ -25,22 +25,24 @@ VISIBLE_S = 90.0
 LOOK_AGAIN_S = 1.0
 
 
-def capture_here(job: Job, shards: Sequence[int], progress: Progress) -> None:
-    """Scores `shards` with one engine."""
+def capture_here(job: Job, shards: Mapping[int, int], progress: Progress) -> None:
+    """Scores with one engine. shards: to the number of tokens that it reads of each."""
     worker = ShardWorker(job)
     worker.start()
     try:
         worker.make_partition()
         progress.start()
-        worker.capture(shards, progress.advance)
+        worker.capture(list(shards), progress.advance)
     finally:
         worker.close()
 
 
 def capture_on_ray(
-    job: Job, plan: Plan, shards: Sequence[int], progress: Progress, address: str | None, num_engines: int | None
+    job: Job, plan: Plan, shards: Mapping[int, int], progress: Progress, address: str | None, num_engines: int | None
 ) -> None:
-    """Scores `shards` with `num_engines` engines, each in an actor with the GPUs of one tensor-parallel group.
+    """Scores with `num_engines` engines, each in an actor with the GPUs of one tensor-parallel group.
+
+    shards: to the number of tokens that are read of each.
 
     A shard goes to whichever engine is free; that of an actor that died goes to another one. address: of a running Ray
     cluster, or None: the one that Ray finds (RAY_ADDRESS, `ray start`), otherwise one is started on this machine. Raises
@@ -105,14 +107,14 @@ class _ActorPool:
         self._actors = list(actors)
         self._progress = progress
 
-    def capture(self, shards: Sequence[int]) -> None:
+    def capture(self, shards: Mapping[int, int]) -> None:
         """Returns when every shard is recorded."""
         import ray
 
         self._start()
         self._partition()
         self._progress.start()
-        waiting = list(reversed(shards))
+        waiting = list(reversed(list(shards)))
         running: dict[Any, tuple[Any, int]] = {}
         free = list(self._actors)
         while waiting or running:
@@ -132,7 +134,7 @@ class _ActorPool:
                     f"--out {self._plan.folder}: shard {index} was written by an engine on another host and is not to be "
                     "seen from here; choose a directory that all hosts share, or a URL"
                 )
-            self._progress.advance(self._plan.shards[index].num_tokens)
+            self._progress.advance(shards[index])
             free.append(actor)
 
     def _is_visible(self, index: int) -> bool:

@@ -15,12 +15,39 @@ from logitcache.format.targets import PAD_ID, SparseTargets
 
 VALUES_PER_CHUNK = 1 << 21
 
-SLOPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "fkl": lambda log_ratio: -np.exp(log_ratio),
-    "rkl": lambda log_ratio: 1 - log_ratio,
-    "todi": lambda log_ratio: (1 - log_ratio - np.exp(2 * log_ratio)) / (1 + np.exp(log_ratio)),
+HEAD_MASS = 0.5  # μ of AKL
+
+
+def _forward_slope(log_ratio: np.ndarray, q: np.ndarray, head: np.ndarray) -> np.ndarray:
+    return -np.exp(log_ratio)
+
+
+def _reverse_slope(log_ratio: np.ndarray, q: np.ndarray, head: np.ndarray) -> np.ndarray:
+    return 1 - log_ratio
+
+
+def _adaptive_slope(log_ratio: np.ndarray, q: np.ndarray, head: np.ndarray) -> np.ndarray:
+    """w·FKL + (1 − w)·RKL, w the head's part of Σ|p − q|; an outcome's gap is its tokens' Σ q·|ρ − 1|."""
+    gap = q * np.abs(np.expm1(log_ratio))
+    total = gap.sum(axis=1, keepdims=True)
+    w = (gap * head).sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
+    return w * _forward_slope(log_ratio, q, head) + (1 - w) * _reverse_slope(log_ratio, q, head)
+
+
+def _token_wise_slope(log_ratio: np.ndarray, q: np.ndarray, head: np.ndarray) -> np.ndarray:
+    return (1 - log_ratio - np.exp(2 * log_ratio)) / (1 + np.exp(log_ratio))
+
+
+SLOPES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "fkl": _forward_slope,
+    "rkl": _reverse_slope,
+    "akl": _adaptive_slope,
+    "todi": _token_wise_slope,
 }
-"""Loss → s, the derivative by an outcome's q, from log(p/q): Hinton et al. 2015; Gu et al. 2024; Jung et al. 2025 at β = 1."""
+"""Loss → s, the derivative by an outcome's q, from log(p/q) [N, E], q [N, E] and AKL's head, bool [N, E].
+
+Hinton et al. 2015; Gu et al. 2024; Wu et al. 2025 (the head as in the authors' code); Jung et al. 2025 at β = 1.
+"""
 
 STUDENTS = {"early": (0.25, 0.35, 1.0), "late": (0.8, 0.1, 0.5)}
 """Stage of training → a, b, σ of the student p^a · (mean of p)^b · exp(σ·noise) that stands in for the real one.
@@ -87,28 +114,38 @@ def stand_in(outcomes: Outcomes, stage: str) -> np.ndarray:
 
 
 def gradient_errors(
-    outcomes: Outcomes, student_logprobs: np.ndarray, ks: Sequence[int], *, grouped: bool, group_step_nats: float = 0.0
+    outcomes: Outcomes,
+    student_logprobs: np.ndarray,
+    entries: Sequence[int | np.ndarray],
+    *,
+    grouped: bool,
+    group_step_nats: float = 0.0,
 ) -> list[dict[str, float]]:
-    """‖Σ g_stored − Σ g_full‖ / ‖Σ g_full‖ by loss, for each k; sums over the positions, norms over the logits.
+    """‖Σ g_stored − Σ g_full‖ / ‖Σ g_full‖ by loss, for each choice of entries; sums over the positions, norms over the logits.
 
-    student_logprobs: float64 [N, E].  grouped: the tail's mass is known by group, otherwise as one number.
-    group_step_nats: log masses of groups are rounded to multiples of it (0: not at all).
+    student_logprobs: float64 [N, E].  entries: k, or bool [N, E], which outcomes are stored by themselves.
+    grouped: the tail's mass is known by group, otherwise as one number.  group_step_nats: the logs of the groups' shares of
+    the tail are rounded to multiples of it (0: not at all), and the groups then scaled to the tail, as the loss does.
     """
     num_rows, width = outcomes.logprobs.shape
-    sums = np.zeros((1 + len(ks), len(SLOPES), int(outcomes.ids.max()) + 1))
+    sums = np.zeros((1 + len(entries), len(SLOPES), int(outcomes.ids.max()) + 1))
     for start in range(0, num_rows, step := max(VALUES_PER_CHUNK // width, 1)):
         rows = slice(start, start + step)
         log_p, log_q, ids = outcomes.logprobs[rows], student_logprobs[rows], outcomes.ids[rows].ravel()
-        q, groups = np.exp(log_q), outcomes.groups[rows] if grouped else np.zeros_like(outcomes.groups[rows])
+        p, q = np.exp(log_p), np.exp(log_q)
+        groups = outcomes.groups[rows] if grouped else np.zeros_like(outcomes.groups[rows])
         log_ratio = np.subtract(log_p, log_q, out=np.zeros_like(q), where=q > 0)
         # The norm over n tokens with equal parts of a sum is that sum over √n.
         weight = q / np.sqrt(np.maximum(outcomes.sizes[rows], 1))
-        for choice, k in enumerate([width, *ks]):
-            stored = log_ratio.copy()
-            if k < width:
-                stored[:, k:] = _of_groups(log_p[:, k:], q[:, k:], groups[:, k:], group_step_nats)
+        for choice, stored in enumerate([width, *entries]):
+            held = np.arange(width) < stored if isinstance(stored, int) else stored[rows]
+            held = np.broadcast_to(held, q.shape)
+            known = log_ratio
+            if not held.all():
+                known = np.where(held, log_ratio, _of_groups(p * ~held, q * ~held, groups, group_step_nats))
+            head = held & _head(p)
             for loss, slope in enumerate(SLOPES.values()):
-                slopes = slope(stored)
+                slopes = slope(known, q, head)
                 gradient = weight * (slopes - (q * slopes).sum(axis=1, keepdims=True))
                 sums[choice, loss] += np.bincount(ids, gradient.ravel(), sums.shape[2])
     errors = np.linalg.norm(sums[1:] - sums[0], axis=2) / np.linalg.norm(sums[0], axis=1)
@@ -121,12 +158,22 @@ def group_sums(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.nd
     return np.bincount(cells.ravel(), values.ravel(), len(groups) * num_groups).reshape(-1, num_groups)
 
 
-def _of_groups(log_p: np.ndarray, q: np.ndarray, groups: np.ndarray, step_nats: float) -> np.ndarray:
+def _head(p: np.ndarray) -> np.ndarray:
+    """The most probable tokens that hold HEAD_MASS at most, and the first one: bool [N, E], most probable first."""
+    head: np.ndarray = p.cumsum(axis=1) <= HEAD_MASS
+    head[:, 0] = True
+    return head
+
+
+def _of_groups(p: np.ndarray, q: np.ndarray, groups: np.ndarray, step_nats: float) -> np.ndarray:
     """log(p/q) of the group of each outcome [N, E]; 0 where the student gives the group nothing."""
     num_groups = int(groups.max()) + 1
-    group_p, group_q = group_sums(np.exp(log_p), groups, num_groups), group_sums(q, groups, num_groups)
+    group_p, group_q = group_sums(p, groups, num_groups), group_sums(q, groups, num_groups)
+    tail = group_p.sum(axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         stored = np.log(group_p)
-        stored = np.rint(stored / step_nats) * step_nats if step_nats else stored
+        if step_nats:
+            shares = np.exp(np.rint((stored - np.log(tail)) / step_nats) * step_nats)
+            stored = np.log(tail * shares / shares.sum(axis=1, keepdims=True))
         ratio = np.where(group_q > 0, stored - np.log(group_q), 0.0)
     return np.take_along_axis(ratio, groups, axis=1)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.cache import LogitCache, open_cache
-from logitcache.capture.plan import PARTITION_NAME, PLAN_NAME, Plan, read_plan, read_request
+from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
+from logitcache.capture.reuse import copied_history
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.unfinished import PLAN_NAME, read_request
 from logitcache.format.workspace import workspace
 from logitcache.sharing.seal import seal, trusted_files
 from logitcache.version import __version__
@@ -24,10 +26,13 @@ def finish(out: str | Path) -> LogitCache:
     """
     folder = Folder(out)
     with workspace(folder):
-        if read_request(folder) is None:
+        request = read_request(folder)
+        if request is None:
             if folder.exists(MANIFEST_NAME):
                 return open_cache(out)
             raise UserError(f"{folder}: nothing to finish, no build was begun there")
+        if "command" in request:
+            raise UserError(f"{folder} is an unfinished `logitcache {request['command']}`: run the same command again")
         return finish_plan(read_plan(folder))
 
 
@@ -48,7 +53,13 @@ def finish_plan(plan: Plan) -> LogitCache:
     fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": plan.sequences_sha256}}
     complete = tuple(shard for shard in shards if shard is not None)
     manifest = Manifest(
-        plan.cache_layout, fingerprint, complete, plan.skipped, f"logitcache {__version__}", trusted_files(folder)
+        plan.cache_layout,
+        fingerprint,
+        complete,
+        plan.skipped,
+        f"logitcache {__version__}",
+        trusted_files(folder),
+        copied_history(folder),
     )
     seal(folder, manifest)
     folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off

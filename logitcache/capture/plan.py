@@ -7,6 +7,7 @@
     OUT/.build/tail_groups.parquet  the partition, once it is made
     OUT/.build/ranges               held by the processes of shard ranges
     OUT/.build/answers              what the teacher answered, see `answers`; only with --generate
+    OUT/.build/places, copied       rows that are copied from other caches, see `reuse`; only with --reuse
 
 A resumed build reads its tokens from here: the corpus is not tokenised again, and every shard holds the same rows.
 """

@@ -4,42 +4,43 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from types import TracebackType
 from typing import Self, cast
 
+from logitcache.capture.clusters import tail_groups_of
 from logitcache.capture.engine import Engine
-from logitcache.capture.partition import CALIBRATION_POSITIONS, rank_bands
 from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
+from logitcache.capture.reuse import ReusedCaches, read_places, record_copied
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher, TeacherModel
 from logitcache.capture.teachers.start import start_teacher
 from logitcache.errors import UserError
-from logitcache.format.sequences import TokenSequence
+from logitcache.format.layout import Layout
+from logitcache.format.levels import mass_tolerance
+from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shards import ShardWriter
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import read_tail_groups, write_tail_groups
 from logitcache.format.targets import SparseTargets, find_defect
 
 CALIBRATION_SEQUENCES = 256
-"""An engine may return a distribution over the vocabulary for each."""
+"""Of the first shard, whose positions the tail groups are made from."""
 WAITING_SEQUENCES = 16
 """Scored sequences that may wait to be written: then the engine waits."""
-
-Scored = tuple[int, TokenSequence, SparseTargets]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process must know to score shards of a build; travels to other hosts."""
+    """What a process must know to score shards of a build; travels to other hosts. reused: where rows are copied from."""
 
     out: str
     model: TeacherModel
     engine: Engine
     settings: CaptureSettings
+    reused: ReusedCaches | None = None
 
 
 class ShardWorker:
@@ -59,51 +60,112 @@ class ShardWorker:
         """Cuts the vocabulary into tail groups by the first positions of the corpus, unless that has been done."""
         if not self._job.settings.tail_groups or self._plan.folder.exists(PARTITION_NAME):
             return
-        probability = cast(LogitTeacher, self._teacher).mean_probability(_calibration(self._plan))
-        write_tail_groups(self._plan.folder, rank_bands(probability, self._job.settings.tail_groups), PARTITION_NAME)
+        first = list(islice(self._plan.sequences(0), CALIBRATION_SEQUENCES))
+        groups = tail_groups_of(cast(LogitTeacher, self._teacher), first, self._job.settings.tail_groups)
+        write_tail_groups(self._plan.folder, groups, PARTITION_NAME)
 
-    def capture(self, indices: Iterable[int], advance: Callable[[int], None] = lambda tokens: None) -> None:
+    def capture(self, shards: Sequence[int], advance: Callable[[int], None] = lambda tokens: None) -> None:
         """Scores shards one after the other, without a pause between them, and records each when it is complete.
 
-        advance: told the tokens of every sequence that was written. Raises UserError where the teacher's rows cannot be.
+        What other caches hold of their rows is copied between the scored ones. advance: told the tokens of every sequence
+        that was scored and written. Raises UserError where the teacher's rows cannot be.
         """
         if self._job.settings.tail_groups:
             with self._plan.folder.open(PARTITION_NAME) as file:
                 cast(LogitTeacher, self._teacher).set_tail_groups(read_tail_groups(file))
-        submitted: deque[tuple[int, TokenSequence]] = deque()
-
-        def sequences() -> Iterator[TokenSequence]:
-            for index in indices:
-                for sequence in self._plan.sequences(index):
-                    submitted.append((index, sequence))
-                    yield sequence
-
-        with _ShardThread(self._plan, advance) as shards:
-            for targets in self._teacher.score(sequences(), self._job.settings):
-                shards.put((*submitted.popleft(), targets))
+        plan, reused = self._plan, self._job.reused
+        to_score = (
+            sequence
+            for shard in shards
+            for sequence, is_copied in zip(plan.sequences(shard), _is_copied(plan, shard, reused), strict=True)
+            if not is_copied
+        )
+        with _ShardThread(plan, shards, reused, advance) as writing:
+            for targets in self._teacher.score(to_score, self._job.settings):
+                writing.put(targets)
 
     def close(self) -> None:
         """Frees the engine."""
         self._teacher.close()
 
 
-def _calibration(plan: Plan) -> Iterator[TokenSequence]:
-    positions = 0
-    for sequence in islice(plan.sequences(0), CALIBRATION_SEQUENCES):
-        yield sequence
-        positions += len(sequence.positions)
-        if positions >= CALIBRATION_POSITIONS:
-            return
+def write_shard(
+    plan: Plan,
+    shard: int,
+    scored: Iterator[SparseTargets],
+    reused: ReusedCaches | None,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Writes a shard and records it.
+
+    scored: targets of the rows that are not copied, in order; more than those are left alone.  advance: told the tokens of
+    each of them. Raises UserError where `scored` ends too early, and for targets that no teacher can have given.
+    """
+    layout = plan.cache_layout
+    copies: Iterator[CachedSequence] = iter(())
+    sources = []
+    if reused is not None:
+        places, positions = read_places(plan.folder, shard)
+        found = places >= 0
+        copies, sources = reused.rows(places[found], positions[found]), reused.sources(places[found], positions[found])
+    num_scored = 0
+    with ShardWriter(plan.folder, plan.shard_name(shard), layout) as writer:
+        for sequence, is_copied in zip(plan.sequences(shard), _is_copied(plan, shard, reused), strict=True):
+            if is_copied:
+                writer.write(sequence, _checked_copy(sequence, next(copies), layout))
+                continue
+            targets = next(scored, None)
+            if targets is None:
+                raise UserError(
+                    f"shard {shard}: the teacher scored {num_scored} sequences and then no more; nothing of this shard is kept"
+                )
+            _check(sequence, targets, layout, 1e-5, "the teacher")
+            writer.write(sequence, targets)
+            num_scored += 1
+            advance(len(sequence.input_ids))
+    record_copied(plan.folder, shard, sources)
+    plan.record(shard, writer.info)
+
+
+def _is_copied(plan: Plan, shard: int, reused: ReusedCaches | None) -> list[bool]:
+    """Of each row of a shard."""
+    if reused is None:
+        return [False] * plan.shards[shard].num_sequences
+    copied: list[bool] = (read_places(plan.folder, shard)[0] >= 0).tolist()
+    return copied
+
+
+def _checked_copy(sequence: TokenSequence, cached: CachedSequence, layout: Layout) -> SparseTargets:
+    if cached.row_id != sequence.row_id:
+        raise UserError(f"row {sequence.row_id}: --reuse has row {cached.row_id} there by now; repeat the command")
+    _check(sequence, cached.targets, layout, mass_tolerance(layout.precision), "the cache of --reuse")
+    return cached.targets
+
+
+def _check(sequence: TokenSequence, targets: SparseTargets, layout: Layout, tolerance: float, source: str) -> None:
+    if len(targets) != len(sequence.positions):
+        defect = f"{len(targets)} positions where {len(sequence.positions)} are wanted"
+    elif found := find_defect(targets, layout.vocab_size, mass_tolerance=tolerance):
+        defect = f"{found[1]} at position {sequence.positions[found[0]]}"
+    else:
+        return
+    raise UserError(f"row {sequence.row_id}: {source} gave {defect}; nothing of this shard is kept")
 
 
 class _ShardThread:
-    """Context manager: a thread that writes what it is given. Leaving it with an exception leaves no half shard."""
+    """Context manager: a thread that writes shards with the targets that it is given, in the order of their rows.
 
-    def __init__(self, plan: Plan, advance: Callable[[int], None]) -> None:
+    Leaving it with an exception leaves no half shard.
+    """
+
+    def __init__(
+        self, plan: Plan, shards: Sequence[int], reused: ReusedCaches | None, advance: Callable[[int], None]
+    ) -> None:
         self._plan = plan
-        self._layout = plan.cache_layout
+        self._shards = shards
+        self._reused = reused
         self._advance = advance
-        self._queue: queue.Queue[Scored | BaseException | None] = queue.Queue(WAITING_SEQUENCES)
+        self._queue: queue.Queue[SparseTargets | BaseException | None] = queue.Queue(WAITING_SEQUENCES)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="logitcache-writer", daemon=True)
 
@@ -111,9 +173,9 @@ class _ShardThread:
         self._thread.start()
         return self
 
-    def put(self, scored: Scored) -> None:
-        """Hands a sequence over; raises what went wrong with an earlier one."""
-        self._send(scored)
+    def put(self, targets: SparseTargets) -> None:
+        """Hands the targets of a row over; raises what went wrong with an earlier one."""
+        self._send(targets)
         if self._error is not None:
             raise self._error
 
@@ -125,7 +187,7 @@ class _ShardThread:
         if self._error is not None and error is None:
             raise self._error
 
-    def _send(self, item: Scored | BaseException | None) -> None:
+    def _send(self, item: SparseTargets | BaseException | None) -> None:
         while self._error is None:
             try:
                 return self._queue.put(item, timeout=1)
@@ -134,34 +196,16 @@ class _ShardThread:
 
     def _run(self) -> None:
         try:
-            for index, shard in groupby(self._scored(), key=lambda scored: scored[0]):
-                with ShardWriter(self._plan.folder, self._plan.shard_name(index), self._layout) as writer:
-                    written = 0
-                    for _, sequence, targets in shard:
-                        self._check(sequence, targets)
-                        writer.write(sequence, targets)
-                        self._advance(len(sequence.input_ids))
-                        written += 1
-                    self._check_count(index, written)
-                self._plan.record(index, writer.info)
+            scored = self._scored()
+            for shard in self._shards:
+                write_shard(self._plan, shard, scored, self._reused, self._advance)
+            if next(scored, None) is not None:
+                raise UserError("the teacher scored more sequences than it was given")
         except BaseException as error:
             self._error = error
 
-    def _scored(self) -> Iterator[Scored]:
+    def _scored(self) -> Iterator[SparseTargets]:
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
-
-    def _check_count(self, index: int, written: int) -> None:
-        if written != (planned := self._plan.shards[index].num_sequences):
-            raise UserError(
-                f"shard {index}: the teacher scored {written} of {planned} sequences; nothing of this shard is kept"
-            )
-
-    def _check(self, sequence: TokenSequence, targets: SparseTargets) -> None:
-        if defect := find_defect(targets, self._layout.vocab_size, mass_tolerance=1e-5):
-            raise UserError(
-                f"row {sequence.row_id}, position {sequence.positions[defect[0]]}: the teacher gave {defect[1]}; "
-                "nothing of this shard is kept"
-            )

@@ -14,7 +14,6 @@ from typing import Self
 
 import numpy as np
 
-from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.targets import PAD_ID, SparseTargets
 
@@ -64,9 +63,9 @@ class Codebook:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> Self:
-        """Inverse of `to_metadata`. Raises UserError where it is missing or unreadable."""
+        """Inverse of `to_metadata`. Raises ValueError where it is missing or unreadable."""
         try:
             data = json.loads((metadata or {})[CODEBOOK_KEY])
             return cls(np.array(data["frequent_ids"], np.int32), np.array(data["group_profile"], np.int32))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"a shard was altered: its codebook is unreadable ({error!r})") from error
+            raise ValueError(f"its codebook is unreadable ({error!r})") from error

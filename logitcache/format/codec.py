@@ -43,7 +43,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitcache.errors import UserError
 from logitcache.format.codebook import Codebook
 from logitcache.format.layout import Layout, tempered_column
 from logitcache.format.levels import MOST_LEVELS, Rounding, rounded
@@ -88,16 +87,17 @@ def encode(
 class DecodedRows(Sequence[CachedSequence]):
     """Rows of a shard as numpy; indexing gives `CachedSequence`s that are views.
 
-    targets: SparseTargets of all positions of all rows, one row after the other.  offsets: the first position of each row
-    and the number of all, int64 [rows + 1].
+    row_ids: one of each row.  input_ids, loss_mask: int32 and bool, of all tokens of all rows, one row after the other;
+    token_offsets: the first token of each row and the number of all, int64 [rows + 1].  targets: SparseTargets of all
+    positions of all rows; offsets: the first position of each row and the number of all, int64 [rows + 1].
     """
 
     def __init__(self, table: pa.Table, layout: Layout) -> None:
-        """`table` carries the file's metadata. Raises UserError where its codebook is unreadable."""
-        self._row_ids = table["row_id"].to_pylist()
+        """`table` carries the file's metadata. Raises KeyError and ValueError where that or a number means nothing."""
+        self.row_ids = table["row_id"].to_pylist()
         self._columns = {name: table[name].to_pylist() for name in layout.columns}
-        self._tokens, self._token_offsets = flat(table["input_ids"])
-        self._mask, _ = flat(table["loss_mask"])
+        self.input_ids, self.token_offsets = flat(table["input_ids"])
+        self.loss_mask, _ = flat(table["loss_mask"])
         values = {name: flat(table[name])[0] for name in layout.values_per_entry()}
         for name, (_, count) in layout.values_per_position().items():
             column, offsets = flat(table[name])
@@ -130,17 +130,17 @@ class DecodedRows(Sequence[CachedSequence]):
         )
 
     def __len__(self) -> int:
-        return len(self._row_ids)
+        return len(self.row_ids)
 
     def __getitem__(self, row: int) -> CachedSequence:  # type: ignore[override]
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        tokens = slice(self._token_offsets[row], self._token_offsets[row + 1])
+        tokens = slice(self.token_offsets[row], self.token_offsets[row + 1])
         stored = slice(self.offsets[row], self.offsets[row + 1])
-        mask = self._mask[tokens]
+        mask = self.loss_mask[tokens]
         return CachedSequence(
-            row_id=self._row_ids[row],
-            input_ids=self._tokens[tokens],
+            row_id=self.row_ids[row],
+            input_ids=self.input_ids[tokens],
             loss_mask=mask,
             positions=trained_positions(mask),
             targets=self.targets[stored].narrowed(int(self._num_entries[stored].max(initial=0))),
@@ -210,7 +210,7 @@ def _entries_of_levels(
 
 def _check_range(what: str, values: np.ndarray, low: int, high: int) -> None:
     if values.size and not low <= values.min() <= values.max() <= high:
-        raise UserError(f"a shard was altered: {what}")
+        raise ValueError(what)
 
 
 def _sorted_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -261,7 +261,7 @@ def _lists(values: np.ndarray, lengths: np.ndarray, arrow_type: pa.DataType) -> 
 
 def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Values of a list column and its row offsets [rows + 1]."""
-    lists = column.combine_chunks()
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
     offsets = lists.offsets.to_numpy().astype(np.int64)
     values = lists.values.to_numpy(zero_copy_only=False)
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]

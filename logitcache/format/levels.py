@@ -80,8 +80,8 @@ class Rounding:
 
 PRESETS: dict[str, Rounding | None] = {
     "exact": None,
-    "balanced": Rounding(768, 2.0**-2, tail_step=2.0**-14, group_step=2.0**-3, sample_step=2.0**-6),
-    "compact": Rounding(200, 2.0**-1, tail_step=2.0**-14, group_step=2.0**-2, sample_step=2.0**-4),
+    "balanced": Rounding(768, 2.0**-2, tail_step=2.0**-14, group_step=0.5, sample_step=2.0**-6),
+    "compact": Rounding(200, 2.0**-1, tail_step=2.0**-14, group_step=1.0, sample_step=2.0**-4),
 }
 """Precisions by name, finest first. exact: float32 as captured, columns that read as they are."""
 

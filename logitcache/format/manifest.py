@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, Self
 
 from logitcache.errors import UserError
-from logitcache.format.codec import FORMAT_VERSION, Layout, check_version
+from logitcache.format.layout import FORMAT_VERSION, Layout, check_version
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
 
@@ -102,11 +103,10 @@ class Manifest:
                 tuple(data.get("history", ())),
             )
             totals = {name: data[name] for name in ("num_sequences", "num_positions", "num_bytes")}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where} is not a cache manifest of format {FORMAT_VERSION}: {error!r}") from error
         for shard in shards:
-            name = PurePosixPath(shard.name)
-            if name.is_absolute() or ".." in name.parts or "\\" in shard.name or ":" in shard.name:
+            if points_outside(shard.name):
                 raise UserError(f"{where} names a shard outside the cache: {shard.name!r}")
             if sum(shard.row_group_sizes) != shard.num_sequences:
                 raise UserError(
@@ -122,6 +122,18 @@ class Manifest:
         folder.write(MANIFEST_NAME, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
 
 
+def points_outside(name: str) -> bool:
+    """Whether a file name in a manifest could lead out of the cache."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
+
+
+def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
+    """SHA-256 of a fingerprint as JSON with sorted keys, 64 hexadecimal digits: equal for caches made alike."""
+    canonical = json.dumps(fingerprint, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def read_manifest(folder: Folder) -> Manifest:
     """Reads logitcache.json of a finished cache.
 
@@ -132,7 +144,7 @@ def read_manifest(folder: Folder) -> Manifest:
     if not folder.exists(MANIFEST_NAME):
         if folder.exists(BUILD_DIRECTORY):
             raise UserError(
-                f"{folder} is an unfinished build: run the same `logitcache build` command again to finish it"
+                f"{folder} is an unfinished build: run the same `logitcache` command again to finish it"
             )
         if not folder.exists():
             raise UserError(f"{folder} does not exist")

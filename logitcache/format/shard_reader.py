@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from threading import Lock
 from typing import NoReturn
 
 import pyarrow as pa
@@ -9,15 +14,19 @@ import pyarrow.parquet as pq
 
 from logitcache.errors import UserError
 from logitcache.format.atomic import file_sha256
-from logitcache.format.codec import DecodedRows, read_layout
+from logitcache.format.codec import DecodedRows
+from logitcache.format.layout import read_layout
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
+
+RECENT_FOOTERS = 64
+"""Parsed footers that are kept, some 200 KiB each: streams in order parse each one once."""
 
 
 class ShardReader:
     """One shard; a local file is checked against its SHA-256 when first read, pages are checked against their CRC.
 
-    Holds no file open: a cache may have thousands of shards.
+    Holds no file open: a cache may have thousands of shards. Threads may read at the same time.
     """
 
     def __init__(self, folder: Folder, info: ShardInfo) -> None:
@@ -28,31 +37,70 @@ class ShardReader:
 
     def check_size(self) -> None:
         """Raises UserError when the file is missing or has not the manifest's size."""
-        if not self._folder.exists(self._info.name):
-            raise UserError(f"{self.path} is missing, though the manifest names it: fetch or build this shard again")
-        size = self._folder.num_bytes(self._info.name)
+        try:
+            size = self._folder.num_bytes(self._info.name)
+        except FileNotFoundError:
+            self._missing()
         if size != self._info.num_bytes:
             self._refuse(f"truncated or altered: {size} bytes, the manifest says {self._info.num_bytes}")
 
     def read_row_group(self, index: int) -> DecodedRows:
         """Decodes a row group. Raises UserError where the file is not the one that the manifest names."""
-        if not self._verified:
-            self.check_size()
-            if self._folder.local and file_sha256(self._folder.local / self._info.name) != self._info.sha256:
-                self._refuse("altered: its SHA-256 is not the manifest's")
-            self._verified = True
-        try:
-            with (
-                self._folder.open(self._info.name) as source,
-                pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True) as file,
-            ):
-                table = file.read_row_group(index, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            self._refuse(f"altered: {error} (row group {index})")
+        table = self.read_columns(index)
         layout = read_layout(table.schema.metadata, self.path)
+        try:
+            return DecodedRows(table, layout)
+        except (KeyError, ValueError) as error:
+            self._refuse(f"altered: {error} (row group {index})")
+
+    def read_columns(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The named columns of a row group, or all, as they are stored. Raises UserError as `read_row_group` does."""
+        with _verifying(os.getpid()):
+            if not self._verified:
+                self._verify()
+        try:
+            with self._opened(_footer(self)) as file:
+                table: pa.Table = file.read_row_group(index, columns, use_threads=False)
+        except FileNotFoundError:
+            self._missing()
+        except (OSError, IndexError, pa.ArrowException) as error:
+            self._refuse(f"altered: {error} (row group {index})")
         if len(table) != self._info.row_group_sizes[index]:
             self._refuse(f"altered: {len(table)} rows in row group {index}")
-        return DecodedRows(table, layout)
+        return table
+
+    def _verify(self) -> None:
+        self.check_size()
+        if self._folder.local and file_sha256(self._folder.local / self._info.name) != self._info.sha256:
+            self._refuse("altered: its SHA-256 is not the manifest's")
+        self._verified = True
+
+    @contextmanager
+    def _opened(self, footer: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+        """The file; given its footer, nothing is read yet. Of a remote one a row group is fetched in one request."""
+        local, name = self._folder.local, self._info.name
+        with (
+            nullcontext(local / name) if local else self._folder.open(name, self._info.num_bytes) as source,
+            pq.ParquetFile(source, metadata=footer, pre_buffer=not local, page_checksum_verification=True) as file,
+        ):
+            yield file
+
+    def _missing(self) -> NoReturn:
+        raise UserError(
+            f"{self.path} is missing, though the manifest names it: fetch or build this shard again"
+        ) from None
 
     def _refuse(self, what: str) -> NoReturn:
         raise UserError(f"{self.path} was {what}. Fetch or build this shard again")
+
+
+@lru_cache(1)
+def _verifying(process: int) -> Lock:
+    """Threads take turns, so that no two hash the same shard. A forked process must not wait for threads it has not."""
+    return Lock()
+
+
+@lru_cache(RECENT_FOOTERS)
+def _footer(shard: ShardReader) -> pq.FileMetaData:
+    with shard._opened() as file:
+        return file.metadata

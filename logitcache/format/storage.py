@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +24,8 @@ class Folder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        try:
-            self._filesystem, self._root = fsspec.url_to_fs(self.path)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{path}: no file system for such a URL ({one_line(error)})") from error
-        self.local = Path(self._root) if isinstance(self._filesystem, LocalFileSystem) else None
+        self._connect()
+        self.local = Path(self._root) if isinstance(self._connected, LocalFileSystem) else None
 
     def __repr__(self) -> str:
         return f"Folder({self.path!r})"
@@ -71,9 +69,13 @@ class Folder:
         """Size of a file."""
         return int(self._filesystem.size(self._full(name)))
 
-    def open(self, name: str) -> BinaryIO:
-        """A file to read from anywhere in it."""
-        return cast(BinaryIO, self._filesystem.open(self._full(name), "rb"))
+    def open(self, name: str, num_bytes: int | None = None) -> BinaryIO:
+        """A file to read from anywhere in it.
+
+        num_bytes: its size, where that is known: a store is then asked for what is read, and for no megabytes ahead.
+        """
+        options = {} if num_bytes is None else {"size": num_bytes, "cache_type": "none"}
+        return cast(BinaryIO, self._filesystem.open(self._full(name), "rb", **options))
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises FileNotFoundError."""
@@ -115,6 +117,20 @@ class Folder:
         for leftover in self.names(name):
             if leftover.endswith(TEMPORARY_SUFFIX):
                 self.remove(f"{name}/{leftover}")
+
+    def _connect(self) -> None:
+        try:
+            self._connected, self._root = fsspec.url_to_fs(self.path)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.path}: no file system for such a URL ({one_line(error)})") from error
+        self._process = os.getpid()
+
+    @property
+    def _filesystem(self) -> fsspec.AbstractFileSystem:
+        """Connected by this process: connections are not forked."""
+        if self._process != os.getpid():
+            self._connect()
+        return self._connected
 
     def _full(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.format.tensors import tensor
+
 PAD_ID = -1
 """Fills `token_ids` beyond a position's entries; `logprobs` holds −inf there."""
 
@@ -48,6 +50,15 @@ class SparseTargets:
     def narrowed(self, k: int) -> SparseTargets:
         """The same targets with entry lists cut to width k (a view); no position may hold more than k entries."""
         return replace(self, token_ids=self.token_ids[:, :k], logprobs=self.logprobs[:, :k])
+
+    def to_torch(self, device: Any = None) -> dict[str, Any]:
+        """The fields that are held, by their names, as tensors of the same dtypes; `tempered_tail` a dict of them by T.
+
+        device: as in `tensors.tensor`; on a CPU nothing is copied.
+        """
+        held = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        tempered = {temperature: tensor(values, device) for temperature, values in held.pop("tempered_tail").items()}
+        return {name: tensor(values, device) for name, values in held.items()} | {"tempered_tail": tempered}
 
     def __len__(self) -> int:
         return self.num_positions

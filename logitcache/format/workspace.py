@@ -1,4 +1,4 @@
-"""The folder that a build writes to: whose it is, and that nobody else writes there."""
+"""The folder that a cache is written to: whose it is, and that nobody else writes there."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 logger = logging.getLogger("logitcache")
 
 MARK_NAME = f"{BUILD_DIRECTORY}/logitcache"
-"""File by which a later build knows that the folder is one of ours."""
+"""File by which a later command knows that the folder is one of ours."""
 ANSWERS_NAME = f"{BUILD_DIRECTORY}/answers"
 """What the teacher answered, hours of work: not to be removed with a plan that was cut off."""
 
 
 @contextmanager
 def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
-    """Holds `folder` against other builds while the block runs; leaves no empty folder behind.
+    """Holds `folder` against other commands while the block runs; leaves no empty folder behind.
 
     shared: together with other processes of one build, each of which scores a range of its shards. A URL cannot be held:
-    it is only looked at. Raises UserError for a file, a folder that cannot be made or holds anything but a cache or a
-    build, and one that another build holds.
+    it is only looked at. Raises UserError for a file, a folder that cannot be made or holds anything but a cache, finished
+    or not, and one that another command holds.
     """
     if folder.local is None:
         try:
@@ -46,7 +46,7 @@ def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
         raise UserError(f"--out {folder}: a folder that can be written is wanted ({error.strerror})") from error
     try:
         _refuse_what_is_not_ours(folder)
-        _lock(directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder, "another build is writing there")
+        _lock(directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder, "another command is writing there")
         try:
             yield
         finally:
@@ -84,7 +84,7 @@ def _lock(directory: int, operation: int, folder: Folder, otherwise: str) -> Non
         raise UserError(f"--out {folder}: {otherwise}") from error
     except OSError as error:
         logger.warning(
-            "warning: --out %s cannot be held against other builds (%s): start none there", folder, error.strerror
+            "warning: --out %s cannot be held against other commands (%s): start none there", folder, error.strerror
         )
 
 
@@ -94,7 +94,7 @@ def _refuse_what_is_not_ours(folder: Folder) -> None:
 
 
 def is_ours(folder: Folder) -> bool:
-    """Whether a folder holds a finished cache or a build that was begun here."""
+    """Whether a folder holds a finished cache or one that was begun here."""
     if folder.exists(MANIFEST_NAME) or folder.exists(MARK_NAME):
         return True
     killed_before_its_mark = all(name.endswith(TEMPORARY_SUFFIX) for name in folder.names(BUILD_DIRECTORY))
@@ -103,7 +103,7 @@ def is_ours(folder: Folder) -> bool:
 
 def begin(folder: Folder, keep: str | None = None) -> None:
     """Empties the build directory but for `keep` and our mark, which is written first; a cache beside it stays as it is."""
-    folder.write(MARK_NAME, "Work in progress of `logitcache build`: the same command continues it.\n")
+    folder.write(MARK_NAME, "Work in progress of `logitcache`: the same command continues it.\n")
     for name in folder.names(BUILD_DIRECTORY):
         if f"{BUILD_DIRECTORY}/{name}" not in (MARK_NAME, keep):
             folder.remove(f"{BUILD_DIRECTORY}/{name}")

@@ -165,13 +165,13 @@ def test_numbers_that_mean_nothing_are_refused(column: str, value: int, what: st
     altered = table.set_column(
         table.schema.get_field_index(column), table.schema.field(column), pa.array(values, pa.list_(pa.int32()))
     )
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(ValueError, match=what):
         DecodedRows(altered, EVERYTHING)
 
 
 def test_a_shard_without_its_codebook_is_refused() -> None:
     table = encoded(random_rows(3, EVERYTHING), EVERYTHING)
-    with pytest.raises(UserError, match="its codebook is unreadable"):
+    with pytest.raises(ValueError, match="its codebook is unreadable"):
         DecodedRows(table.replace_schema_metadata({}), EVERYTHING)
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from references import full_logprobs
 
+from logitcache.capture.clusters import tail_groups_of
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.sample import sample_corpus
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.estimate import Estimate, estimate, narrowed, stored_bytes, thinned
-from logitcache.capture.partition import rank_bands
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
@@ -133,7 +133,7 @@ def sequences(corpus: Path, teacher_tokenizer: Any) -> list[TokenSequence]:
 def test_narrowing_gives_what_the_teacher_gives_with_fewer_entries(
     engine: TransformersTeacher, sequences: list[TokenSequence]
 ) -> None:
-    tail_groups = rank_bands(engine.mean_probability(sequences), 8)
+    tail_groups = tail_groups_of(engine, sequences, 8)
     engine.set_tail_groups(tail_groups)
     wide = list(engine.score(sequences, CaptureSettings(top_k=100, tail_groups=8)))
     for one, few in zip(wide, engine.score(sequences, CaptureSettings(top_k=10, tail_groups=8)), strict=True):
@@ -158,7 +158,7 @@ def test_thinning_keeps_single_positions_of_whole_sequences(
 def test_stored_bytes_count_entries_groups_and_kept_columns(
     engine: TransformersTeacher, sequences: list[TokenSequence]
 ) -> None:
-    tail_groups = rank_bands(engine.mean_probability(sequences), 8)
+    tail_groups = tail_groups_of(engine, sequences, 8)
     engine.set_tail_groups(tail_groups)
     scored = list(engine.score(sequences, CaptureSettings(top_k=64, tail_groups=8)))
     kept = [

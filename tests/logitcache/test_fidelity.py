@@ -45,16 +45,36 @@ def coarse(logprobs: torch.Tensor, k: int, groups: np.ndarray) -> list[torch.Ten
     return rows
 
 
-def autograd_sum(loss: str, k: int, groups: np.ndarray, teacher: torch.Tensor = P) -> torch.Tensor:
-    """The gradient of a divergence on stored outcomes with respect to the student's logits, summed over positions [V]."""
+def adaptive_weight(p: torch.Tensor, q: torch.Tensor, k: int) -> float:
+    """w of AKL: the head's part of all gaps. The head: entries in order while they hold half of the mass, at least one."""
+    gaps, head, mass = [abs(float(a) - float(b)) for a, b in zip(p, q, strict=True)], 0.0, 0.0
+    for i in range(min(k, len(gaps))):
+        mass += float(p[i])
+        head += gaps[i] if i == 0 or mass <= 0.5 else 0.0
+    return head / sum(gaps)
+
+
+def autograd_sum(loss: str, k: int, groups: np.ndarray, position: int | None = None) -> torch.Tensor:
+    """The gradient of a divergence on stored outcomes by the student's logits, summed over all positions or of one [V]."""
     logits = Q.clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
-    for p, q in zip(coarse(teacher, k, groups), coarse(logits.log_softmax(dim=1), k, groups), strict=True):
+    pairs = zip(coarse(P, k, groups), coarse(logits.log_softmax(dim=1), k, groups), strict=True)
+    for index, (p, q) in enumerate(pairs):
+        if position not in (None, index):
+            continue
         possible = p > 0  # a group may lie within the entries
         p, q = p[possible], q[possible]
         forward, reverse = p * (p / q).log(), q * (q / p).log()
-        share = (p / (p + q)).detach()
-        total = total + {"fkl": forward, "rkl": reverse, "todi": share * forward + (1 - share) * reverse}[loss].sum()
+        share, w = (p / (p + q)).detach(), adaptive_weight(p, q, k)
+        total = (
+            total
+            + {
+                "fkl": forward,
+                "rkl": reverse,
+                "akl": w * forward + (1 - w) * reverse,
+                "todi": share * forward + (1 - share) * reverse,
+            }[loss].sum()
+        )
     (gradient,) = torch.autograd.grad(total, logits)
     return gradient.sum(dim=0)
 
@@ -84,11 +104,23 @@ def test_rounded_group_masses_are_those_of_autograd() -> None:
     full, logits = autograd_sum("fkl", V, GROUPS), Q.clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for p, q in zip(coarse(P, 4, GROUPS), coarse(logits.log_softmax(dim=1), 4, GROUPS), strict=True):
-        log_p = p.log()
-        log_p[4:] = (log_p[4:] / step).round() * step
-        total = total - (log_p.exp() * q.log()).sum()
+        tail = p[4:].sum()
+        rounded = ((p[4:] / tail).log() / step).round().mul(step).exp()
+        stored = torch.cat([p[:4], tail * rounded / rounded.sum()])
+        total = total - (stored * q.log()).sum()
     (gradient,) = torch.autograd.grad(total, logits)
     assert found["fkl"] == pytest.approx(float((gradient.sum(dim=0) - full).norm() / full.norm()), rel=1e-9)
+
+
+def test_entries_may_differ_by_position() -> None:
+    outcomes = outcomes_of()
+    counts = np.arange(N) * 5
+    held = np.arange(V) < counts[:, None]
+    (found,) = gradient_errors(outcomes, student_of(outcomes), [held], grouped=True)
+    error, full = torch.zeros(V, dtype=torch.float64), autograd_sum("rkl", V, GROUPS)
+    for i, k in enumerate(counts):
+        error += autograd_sum("rkl", int(k), GROUPS, position=i) - autograd_sum("rkl", V, GROUPS, position=i)
+    assert found["rkl"] == pytest.approx(float(error.norm() / full.norm()), rel=1e-9)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from logitcache.capture.teachers.hf import TransformersTeacher
 from logitcache.capture.teachers.vllm_generate import Answer, VllmGenerator
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
+from logitcache.format.unfinished import SHARD_POSITIONS
 
 needs_vllm = pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")
 EOS = 0
@@ -462,7 +463,7 @@ class TestVllm:
         folder = Folder(out)
         monkeypatch.setattr(answers, "VllmGenerator", lambda *_: generator)
         monkeypatch.setattr(generator, "close", lambda: None)
-        continued = answers.answer_prompts(folder, make_request(inputs, plan.SHARD_POSITIONS), inputs)
+        continued = answers.answer_prompts(folder, make_request(inputs, SHARD_POSITIONS), inputs)
         for ours, theirs in zip_longest(rows(continued), rows(cache)):
             assert ours == theirs
         assert {p: p.stat().st_mtime_ns for p in kept} == kept

@@ -65,7 +65,7 @@ def test_row_groups_that_do_not_hold_the_rows_of_their_shard_are_refused(root: P
 
 def test_a_newer_format_is_refused_naming_the_version_it_needs(root: Path) -> None:
     rewrite(root, format_version=7, shards="unheard of")
-    with pytest.raises(UserError, match=r"format 7, .* up to format 1: install a logitcache that reads format 7"):
+    with pytest.raises(UserError, match=r"format 7, .* up to format 2: install a logitcache that reads format 7"):
         logitcache.open(root)
 
 
@@ -99,7 +99,7 @@ def test_a_manifest_without_one_of_its_parts_is_refused_by_its_name(root: Path, 
     data = content(root)
     del data[missing]
     (root / MANIFEST_NAME).write_text(json.dumps(data))
-    with pytest.raises(UserError, match=rf"not a cache manifest of format 1: KeyError\('{missing}'\)"):
+    with pytest.raises(UserError, match=rf"not a cache manifest of format 2: KeyError\('{missing}'\)"):
         logitcache.open(root)
 
 
@@ -122,5 +122,5 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
 
 def test_an_unfinished_build_is_refused_saying_how_to_finish_it(tmp_path: Path) -> None:
     (tmp_path / ".build").mkdir()
-    with pytest.raises(UserError, match=r"unfinished build: run the same `logitcache build` command again"):
+    with pytest.raises(UserError, match=r"unfinished build: run the same `logitcache` command again"):
         logitcache.open(tmp_path)

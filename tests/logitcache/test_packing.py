@@ -14,7 +14,7 @@ from smallcaches import full_distributions, small, sparse_targets
 from logitcache import SparseTargets
 from logitcache.capture.packing import row_width, unpack
 from logitcache.capture.settings import CaptureSettings
-from logitcache.format.codec import Layout
+from logitcache.format.layout import Layout
 
 BY_HAND = CaptureSettings(2, 1.0, 1, tail_groups=3, temperatures=(0.5, 2.0), tail_entropy=True, tail_samples=1)
 

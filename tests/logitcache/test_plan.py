@@ -13,10 +13,11 @@ from smallcaches import EVERYTHING, random_rows
 from logitcache import UserError
 from logitcache.capture.corpus.documents import Document, Source
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
-from logitcache.capture.plan import Plan, make_plan, read_plan, read_request
+from logitcache.capture.plan import Plan, make_plan, read_plan
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
 from logitcache.format.storage import Folder
+from logitcache.format.unfinished import read_request
 
 REQUEST = {"teacher": {"name": "tiny"}, "capture": {"top_k": 8}}
 

@@ -16,7 +16,7 @@ from logitcache.capture import selection
 from logitcache.capture.packing import row_width, unpack
 from logitcache.capture.selection import TailGroups, draw_uniforms, select, select_from_top_k, top_k
 from logitcache.capture.settings import CaptureSettings
-from logitcache.format.codec import Layout
+from logitcache.format.layout import Layout
 from logitcache.format.targets import concatenate, find_defect
 
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import s3fs
+from objectstore import bucket, s3_endpoint  # noqa: F401
 from smallcaches import EVERYTHING, VOCAB, Row, assert_holds, random_rows, write_cache
 
 from logitcache import UserError
 from logitcache.cache import LogitCache
-from logitcache.format import shards
-from logitcache.format.codec import Layout, read_layout
+from logitcache.format import shard_reader, shards
+from logitcache.format.atomic import file_sha256
+from logitcache.format.layout import Layout, read_layout
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
 from logitcache.format.storage import Folder
@@ -172,6 +177,175 @@ def test_a_shard_with_other_row_groups_than_the_manifest_says_is_refused(tmp_pat
         read_everything(tmp_path)
 
 
+def three_shards(root: Path) -> LogitCache:
+    """Nine rows, each in a row group of its own, three in each of three shards."""
+    cache = write_cache(root, random_rows(9, EVERYTHING), EVERYTHING, rows_per_shard=3, row_group_bytes=1)
+    assert [len(info.row_group_sizes) for info in cache.manifest.shards] == [3, 3, 3]
+    return cache
+
+
+READINGS: dict[str, Callable[[LogitCache], Iterable[Any]]] = {
+    "in order": lambda cache: cache.iter_sequences(),
+    "shuffled": lambda cache: cache.iter_sequences(shuffle=True, seed=1),
+    "row groups": lambda cache: cache.iter_row_groups(),
+    "by number": lambda cache: (cache[row] for row in range(9)),
+}
+reading = pytest.mark.parametrize("read", READINGS.values(), ids=READINGS.keys())
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped": (flip, "was altered: its SHA-256 is not the manifest's"),
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size // 2), "was truncated or altered: [0-9]+ bytes"),
+    "missing": (lambda path: path.unlink(), "is missing, though the manifest names it"),
+    "swapped": (lambda path: swap(path, path.with_name(Path(shards.shard_name(2, 3)).name)), "altered"),
+}
+
+
+def swap(first: Path, second: Path) -> None:
+    first.rename(first.with_suffix(".was"))
+    second.rename(first)
+    first.with_suffix(".was").rename(second)
+
+
+@reading
+@pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_done_after_opening_is_named_when_the_shard_is_read(
+    tmp_path: Path, read: Callable[[LogitCache], Iterable[Any]], damage: Callable[[Path], None], said: str
+) -> None:
+    cache = three_shards(tmp_path)
+    damage(tmp_path / shards.shard_name(1, 3))
+    with pytest.raises(UserError, match=rf"train-0000[12]-of-00003\.parquet .*{said}.* again"):
+        list(read(cache))
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "missing"])
+def test_rows_before_the_damage_are_handed_out_though_what_follows_was_read_already(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    cache = three_shards(tmp_path)
+    damage(tmp_path / shards.shard_name(1, 3))
+    stream = iter(cache)
+    assert len([next(stream) for _ in range(3)]) == 3
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.parquet"):
+        next(stream)
+
+
+def test_swapped_shards_whose_sizes_the_manifest_was_made_to_fit_are_refused(tmp_path: Path) -> None:
+    three_shards(tmp_path)
+    swap(tmp_path / shards.shard_name(0, 3), tmp_path / shards.shard_name(1, 3))
+    manifest = tmp_path / "logitcache.json"
+    data = json.loads(manifest.read_text())
+    first, second = data["shards"][:2]
+    first["num_bytes"], second["num_bytes"] = second["num_bytes"], first["num_bytes"]
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"train-00000-of-00003\.parquet was altered: its SHA-256"):
+        read_everything(tmp_path)
+
+
+def test_a_verified_shard_that_is_removed_later_is_missing(tmp_path: Path) -> None:
+    cache = three_shards(tmp_path)
+    assert len(list(cache)) == 9
+    (tmp_path / shards.shard_name(1, 3)).unlink()
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.parquet is missing"):
+        list(cache)
+
+
+def test_each_shard_is_hashed_once_however_many_threads_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def watched(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(shard_reader, "file_sha256", watched)
+    cache = three_shards(tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda row: cache[row], [0, 1, 2, 3, 4, 5, 6, 7, 8] * 3))
+    list(cache)
+    assert sorted(hashed) == sorted(Path(info.name).name for info in cache.manifest.shards)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(operation, byte range) of every request to the object store."""
+    made: list[tuple[str, str]] = []
+    call = s3fs.S3FileSystem._call_s3
+
+    def watched(self: s3fs.S3FileSystem, operation: str, *given: Any, **more: Any) -> Any:
+        made.append((operation, more.get("Range", "")))
+        return call(self, operation, *given, **more)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", watched)
+    return made
+
+
+def test_a_remote_row_group_is_one_request_for_its_own_bytes(
+    tmp_path: Path,
+    bucket: str,  # noqa: F811
+    requests: list[tuple[str, str]],
+) -> None:
+    cache = three_shards(tmp_path)
+    fsspec.filesystem("s3").put(str(tmp_path), f"{bucket}/cache", recursive=True)
+    remote = LogitCache(f"{bucket}/cache")
+    first = [row.row_id for row in remote]
+    assert first == [row.row_id for row in cache]
+
+    requests.clear()  # from here on the footers are known
+    assert [row.row_id for row in remote] == first
+    assert [operation for operation, _ in requests] == ["get_object"] * 9
+    expected = []
+    for info in cache.manifest.shards:
+        metadata = pq.read_metadata(tmp_path / info.name)
+        expected += [sum(group_bytes(metadata.row_group(i))) for i in range(3)]
+    ranges = [range_.removeprefix("bytes=").split("-") for _, range_ in requests]
+    assert sorted(int(last) - int(first) + 1 for first, last in ranges) == sorted(expected)
+
+
+def group_bytes(row_group: pq.RowGroupMetaData) -> list[int]:
+    """Bytes on disk of each column."""
+    return [row_group.column(i).total_compressed_size for i in range(row_group.num_columns)]
+
+
+def test_sizes_of_remote_shards_are_asked_for_all_at_once(
+    tmp_path: Path,
+    bucket: str,  # noqa: F811
+    requests: list[tuple[str, str]],
+) -> None:
+    three_shards(tmp_path)
+    fsspec.filesystem("s3").put(str(tmp_path), f"{bucket}/cache", recursive=True)
+    few = len(requests_of_opening(f"{bucket}/cache", requests))
+    write_cache(tmp_path / "more", random_rows(9, EVERYTHING), EVERYTHING, rows_per_shard=1)
+    fsspec.filesystem("s3").put(str(tmp_path / "more"), f"{bucket}/more", recursive=True)
+    assert len(requests_of_opening(f"{bucket}/more", requests)) == few
+
+
+def requests_of_opening(url: str, requests: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    requests.clear()
+    LogitCache(url)
+    return requests.copy()
+
+
+def test_a_remote_shard_that_is_missing_or_truncated_is_refused_on_opening(tmp_path: Path, bucket: str) -> None:  # noqa: F811
+    three_shards(tmp_path)
+    store = fsspec.filesystem("s3")
+    store.put(str(tmp_path), f"{bucket}/cache", recursive=True)
+    second = f"{bucket}/cache/{shards.shard_name(1, 3)}"
+    store.pipe_file(second, b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.parquet was truncated or altered: 16 bytes"):
+        LogitCache(f"{bucket}/cache")
+    store.rm(second)
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.parquet is missing"):
+        LogitCache(f"{bucket}/cache")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
@@ -211,12 +385,12 @@ def test_a_full_disk_ends_in_one_line_and_leaves_its_space_free(
             for sequence, targets in rows:
                 writer.write(sequence, targets)
 
-    failed = ShardWriter(Folder(small_disk), NAME, Layout(30_000))
+    failed = ShardWriter(Folder(small_disk), NAME, Layout(30_000, precision="exact"))
     with pytest.raises(UserError, match=rf"no space left for .*{NAME}: free some and run the same command again"):
         write(failed)
     assert files(small_disk) == ["ballast"]
     assert os.statvfs(small_disk).f_bfree == free
 
     ballast.unlink()
-    write(ShardWriter(Folder(small_disk), NAME, Layout(30_000)))
+    write(ShardWriter(Folder(small_disk), NAME, Layout(30_000, precision="exact")))
     assert files(small_disk) == [NAME]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,27 @@ def test_a_folder_travels_to_another_process(folder: Folder) -> None:
     copy = pickle.loads(pickle.dumps(folder))
     assert copy == folder
     assert copy.read("name") == b"value"
+
+
+def test_a_folder_reads_in_a_forked_process(folder: Folder) -> None:
+    folder.write("name", "value")
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=lambda: answers.put(folder.read("name")))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert answers.get() == b"value"
+
+
+@pytest.mark.parametrize("num_bytes", [None, 10])
+def test_any_part_of_a_file_is_read(folder: Folder, num_bytes: int | None) -> None:
+    folder.write("name", b"0123456789")
+    with folder.open("name", num_bytes) as file:
+        file.seek(6)
+        assert file.read(2) == b"67"
+        file.seek(1)
+        assert file.read() == b"123456789"
 
 
 def test_a_url_that_nothing_reads_is_refused() -> None:

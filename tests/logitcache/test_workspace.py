@@ -95,10 +95,10 @@ def test_abandoned_shards_stay_ours(tmp_path: Path) -> None:
 def test_a_second_build_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     root = tmp_path / "out"
     with workspace(Folder(root)):
-        with pytest.raises(UserError, match="another build is writing there"):
+        with pytest.raises(UserError, match="another command is writing there"):
             workspace(Folder(root)).__enter__()
         (root / "logitcache.json").write_text("{}")
-        with pytest.raises(UserError, match="another build is writing there"):
+        with pytest.raises(UserError, match="another command is writing there"):
             workspace(Folder(root)).__enter__()
         assert (root / "logitcache.json").exists()
     with workspace(Folder(root)):
@@ -114,7 +114,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     monkeypatch.setattr("logitcache.format.workspace.fcntl.flock", flock)
     with workspace(Folder(tmp_path)):
         begin(Folder(tmp_path))
-    assert "cannot be held against other builds (Function not implemented)" in caplog.text
+    assert "cannot be held against other commands (Function not implemented)" in caplog.text
 
 
 def test_a_store_that_does_not_answer_is_named() -> None:
@@ -155,7 +155,7 @@ def test_a_build_of_another_process_is_noticed_and_its_death_frees_the_folder(tm
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another build is writing there"):
+        with pytest.raises(UserError, match="another command is writing there"):
             workspace(Folder(tmp_path)).__enter__()
     finally:
         holder.kill()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate import skip_first_batches
+from cachemaking import random_sequences, write_cache
 
 from logitcache import LogitCache
-from trainer.batches import Batch, BatchLoader, Collator, EpochRows
+from logitcache.format.levels import PRESETS
+from trainer.batches import Batch, BatchLoader, Collator, EpochRows, scaled_beside_tail, scaled_to_tail
 
 
 def rows_of(loader: BatchLoader) -> list[tuple[int, ...]]:
@@ -40,13 +43,47 @@ def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache:
             assert int(batch["columns"][row % width]) == position
             assert int(batch["labels"][n]) == sequence.input_ids[position + 1]
             assert batch["token_ids"][n].tolist() == sequence.targets.token_ids[m].tolist()
-            np.testing.assert_array_equal(batch["logprobs"][n], sequence.targets.logprobs[m])
+            np.testing.assert_allclose(batch["logprobs"][n], sequence.targets.logprobs[m], atol=1e-6)
             assert float(batch["tail_logprob"][n]) == sequence.targets.tail_logprob[m]
-            np.testing.assert_array_equal(batch["group_logprobs"][n], sequence.targets.group_logprobs[m])
+            np.testing.assert_allclose(batch["group_logprobs"][n], sequence.targets.group_logprobs[m], atol=0.2)
             assert float(batch["tempered_tail"][n]) == sequence.targets.tempered_tail[2.0][m]
             n += 1
     assert n == len(batch["rows"]) == len(batch["labels"])
     assert batch["attention_mask"].sum(1).tolist() == [len(s.input_ids) for s in sequences]
+
+
+@pytest.mark.parametrize("precision", PRESETS)
+def test_entries_and_tail_of_a_batch_add_up_to_one_at_every_precision(precision: str, tmp_path: Path) -> None:
+    rounded = write_cache(tmp_path, random_sequences(8, seed=0), precision=precision)
+    batch = Collator()([rounded[i] for i in range(8)])
+    masses = batch["logprobs"].double().exp().sum(1) + batch["tail_logprob"].double().exp()
+    np.testing.assert_allclose(masses, 1, atol=1e-6)
+
+
+def test_entries_are_scaled_by_one_factor_that_is_never_wild() -> None:
+    masses = np.array([[0.52, 0.39], [0.3, 0.0], [1e-7, 3e-8], [0.0, 0.0]], dtype=np.float32)
+    tails = np.array([0.09, 0.715, 1.0, 1.0], dtype=np.float32)
+    with np.errstate(divide="ignore"):
+        scaled = scaled_beside_tail(np.log(masses), np.log(tails))
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(np.exp(scaled[:2]), [[0.52, 0.39], [0.285, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(scaled[2:]), masses[2:] / 2, rtol=1e-5)
+
+
+def test_the_groups_of_a_batch_add_up_to_the_tail(cache: LogitCache) -> None:
+    batch = Collator(tail_groups=True)([cache[i] for i in range(8)])
+    masses = batch["group_logprobs"].double().exp().sum(1)
+    np.testing.assert_allclose(masses, batch["tail_logprob"].double().exp(), rtol=1e-6)
+
+
+def test_groups_are_scaled_by_one_factor_and_stay_where_they_have_no_mass() -> None:
+    masses = np.array([[0.2, 0.1, 0.0], [0.0, 0.0, 0.0], [0.3, 0.0, 0.1]], dtype=np.float32)
+    tails = np.array([0.15, 0.1, 0.0], dtype=np.float32)
+    with np.errstate(divide="ignore"):
+        scaled = scaled_to_tail(np.log(masses), np.log(tails))
+    assert scaled is not None and scaled.dtype == np.float32
+    np.testing.assert_allclose(np.exp(scaled), [[0.1, 0.05, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], rtol=1e-6)
+    assert scaled_to_tail(None, np.log([0.5])) is None
 
 
 def test_entropy_and_samples_of_the_tail_come_with_their_positions(rich_cache: LogitCache) -> None:
@@ -120,6 +157,14 @@ def test_epochs_after_the_first_are_reached_without_a_new_loader(cache: LogitCac
 def test_worker_processes_change_nothing(cache: LogitCache) -> None:
     alone = list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2))
     assert same(alone, list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2, num_workers=2)))
+
+
+def test_worker_processes_continue_a_stream_that_was_begun_before_they_were_forked(cache: LogitCache) -> None:
+    loader = BatchLoader(cache, 3, Collator(), shuffle=True, seed=2, num_workers=1, multiprocessing_context="fork")
+    assert isinstance(loader.dataset, EpochRows)
+    loader.dataset.__getitems__([(0, 0), (0, 1), (0, 2)])
+    batches = list(skip_first_batches(loader, 1))
+    assert same(batches, list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2))[1:])
 
 
 def test_skipping_batches_gives_the_rest_of_the_same_epoch(cache: LogitCache) -> None:

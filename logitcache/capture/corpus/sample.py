@@ -13,9 +13,9 @@ import numpy as np
 
 from logitcache.capture.corpus.documents import Document, Source
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
-from logitcache.capture.progress import Progress
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
+from logitcache.progress import Progress
 
 SAMPLED_DOCUMENTS = 2000
 

@@ -12,7 +12,7 @@ import numpy as np
 from logitcache.capture.corpus.documents import Document, Source
 from logitcache.capture.corpus.layouts import LAYOUTS, BadDocument, Layouts, Tokens, find_layout
 from logitcache.errors import UserError
-from logitcache.format.codec import RESERVED_COLUMNS, TEMPERED_PREFIX
+from logitcache.format.layout import RESERVED_COLUMNS, TEMPERED_PREFIX
 from logitcache.format.sequences import TokenSequence
 
 LONG_POLICIES = ("split", "truncate", "skip")

@@ -6,8 +6,8 @@ import logging
 import time
 
 from logitcache.capture.engine import Engine
-from logitcache.capture.progress import duration
 from logitcache.capture.teachers.base import Teacher, TeacherModel
+from logitcache.progress import duration
 
 logger = logging.getLogger("logitcache")
 

@@ -1,0 +1,86 @@
+"""Tail groups as clusters of tokens that the teacher makes probable in the same places.
+
+Within a group the loss lets the student keep its own shape, so a group costs nothing where the teacher's and the student's
+log-probabilities of its tokens rise and fall together from position to position. What rises and falls together for the
+teacher is seen on a few dozen positions: `tools/bench_fidelity.py` compares these groups with bands of mean probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from logitcache.capture.teachers.base import LogitTeacher
+from logitcache.format.sequences import TokenSequence
+
+CALIBRATION_POSITIONS = 64
+"""Stored positions whose distributions are compared; 24 do nearly as well."""
+HEAD_ENTRIES = 16
+"""Tokens of a position that are taken to be entries, which no group needs to describe."""
+ITERATIONS = 25
+LEAST_LOGPROB = -80.0
+"""Of banned tokens too, so that distances stay finite."""
+
+
+def tail_groups_of(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:
+    """Tail groups, int32 [V], by what a teacher gives at stored positions of `sequences`, drawn at random."""
+    with np.errstate(divide="ignore"):
+        logprobs = [np.log(teacher.mean_probability([one])) for one in _single_positions(sequences)]
+    return profile_clusters(np.stack(logprobs).astype(np.float32), num_groups)
+
+
+def _single_positions(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """Beginnings of sequences of which only the last position is stored."""
+    owners = np.repeat(np.arange(len(sequences)), [len(sequence.positions) for sequence in sequences])
+    positions = np.concatenate([sequence.positions for sequence in sequences])
+    single = []
+    for drawn in np.random.default_rng(0).permutation(len(owners))[:CALIBRATION_POSITIONS]:
+        length = int(positions[drawn]) + 2
+        single.append(TokenSequence(sequences[owners[drawn]].input_ids[:length], np.arange(length) == length - 1))
+    return single
+
+
+def profile_clusters(logprobs: np.ndarray, num_groups: int) -> np.ndarray:
+    """Weighted k-means over the tokens' log-probabilities: int32 [V], group 0 the most probable tokens.
+
+    logprobs: float [C, V], the teacher's full distributions at C positions drawn at random; a token is the point of its C
+    log-probabilities, its weight the square root of its mean probability outside the head. Every group has at least one
+    id. num_groups ≤ V. Lloyd 1982, doi 10.1109/TIT.1982.1056489.
+    """
+    vocab_size = logprobs.shape[1]
+    assert num_groups <= vocab_size, f"{num_groups} groups of {vocab_size} tokens"
+    points = np.maximum(logprobs.T, LEAST_LOGPROB).astype(np.float32)  # [V, C]
+    probabilities = np.exp(logprobs, dtype=np.float64)
+    mean = probabilities.mean(axis=0)
+    head = np.argpartition(-logprobs, min(HEAD_ENTRIES, vocab_size - 1), axis=1)[:, :HEAD_ENTRIES]
+    np.put_along_axis(probabilities, head, 0.0, axis=1)
+    weights = np.sqrt(probabilities.mean(axis=0) + np.finfo(np.float32).tiny)
+
+    drawn = np.random.default_rng(0).choice(vocab_size, num_groups, replace=False, p=weights / weights.sum())
+    centres = points[drawn]
+    for _ in range(ITERATIONS):
+        distances = _distances(points, centres)
+        groups = distances.argmin(axis=1)
+        _fill_empty(groups, weights * distances.min(axis=1), num_groups)
+        memberships = (groups == np.arange(num_groups)[:, None]) * weights.astype(np.float32)  # [G, V]
+        centres = memberships @ points / memberships.sum(axis=1, keepdims=True)
+    order = np.argsort(-np.bincount(groups, mean, num_groups), kind="stable")
+    return np.argsort(order).astype(np.int32)[groups]
+
+
+def _distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances, float32 [V, G]."""
+    squares = (points**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
+    return np.maximum(squares - 2 * points @ centres.T, 0)
+
+
+def _fill_empty(groups: np.ndarray, costs: np.ndarray, num_groups: int) -> None:
+    """Gives each group without ids the costliest id of a group that has others; in place."""
+    sizes = np.bincount(groups, minlength=num_groups)
+    costliest = iter(np.argsort(-costs, kind="stable"))
+    for empty in np.flatnonzero(sizes == 0):
+        moved = next(i for i in costliest if sizes[groups[i]] > 1)
+        sizes[groups[moved]] -= 1
+        groups[moved] = empty
+        sizes[empty] = 1

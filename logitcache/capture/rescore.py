@@ -1,0 +1,285 @@
+"""Rows of a finished cache scored again: is what is stored what the teacher gives, and at the right positions?
+
+Two engines, or two runs of one, differ in the last bits of their arithmetic, so that a tolerance is needed; it is on a row's
+mean |Δ log p| over stored entries with p > 1e-3. Single entries differ by a multiple of the mean, so it is the mean that is
+judged, of every row by itself: one wrong row among many shows. Per dtype it is some five times what engines that agree
+differ by (float32 includes TF32 products of GPUs), plus half of what the precision rounds an entry of p = 1e-3 by at most.
+Another teacher's row differs by half a nat and more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.capture.engine import Engine, choose_engine, choose_server
+from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.teachers.start import start_teacher
+from logitcache.errors import UserError
+from logitcache.format.manifest import Manifest
+from logitcache.format.sequences import CachedSequence, TokenSequence
+from logitcache.format.targets import PAD_ID, SparseTargets
+from logitcache.format.unfinished import compared, first_of
+from logitcache.maintenance.findings import Finding
+from logitcache.table import aligned
+
+logger = logging.getLogger("logitcache")
+
+TOLERANCE_NATS = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
+JUDGED_PROBABILITY = 1e-3
+OFFSETS = (-1, 0, 1)
+SHIFT_RATIO = 0.5
+"""Targets stand at the right positions if they are less than this share as far from the teacher's as at any other offset."""
+
+
+def settle_rescoring(
+    path: str | Path,
+    num_rows: int,
+    *,
+    teacher: str | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+    capture_route: str = "auto",
+    base_url: str | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    **engine_options: Any,
+) -> Rescoring:
+    """Rescoring of `num_rows` random rows of the cache at a path or a URL. Loads no weights.
+
+    teacher, revision, dtype: by default those of the cache's fingerprint.  The others: see `logitcache.capture.inputs.settle`.
+    Raises UserError where there is no such teacher, and where its vocabulary or tokenizer is not the cache's.
+    """
+    if num_rows < 1:
+        raise UserError(f"--rescore {num_rows}: at least 1 row is needed")
+    cache = open_cache(path)
+    recorded = cache.manifest.fingerprint.get("teacher", {})
+    server = None
+    if backend == "openai":
+        server = choose_server(base_url, model, capture_route, engine_options)
+        teacher = teacher or server.server["root"]
+    elif base_url or model:
+        raise UserError(f"{'--base-url' if base_url else '--model'} needs --backend openai")
+    if teacher is None:
+        if "content_sha256" in recorded or "name" not in recorded:
+            name = recorded.get("name", "unknown")
+            raise UserError(f"--teacher is missing: the cache's was a folder named {name}, its place is not recorded")
+        teacher, revision = recorded["name"], revision or recorded.get("revision")
+    loaded = TeacherModel.load(teacher, revision, dtype or recorded.get("dtype") or "auto", trust_remote_code)
+    _refuse_other_vocabulary(cache.manifest, loaded)
+    engine = server or choose_engine(backend, capture_route, loaded, [], engine_options)
+    return Rescoring(cache, loaded, engine, min(num_rows, len(cache)), seed)
+
+
+def _refuse_other_vocabulary(manifest: Manifest, model: TeacherModel) -> None:
+    if model.vocab_size != manifest.layout.vocab_size:
+        raise UserError(
+            f"--teacher {model.name}: its vocabulary has {model.vocab_size:,} tokens, that of the cache's teacher "
+            f"{manifest.layout.vocab_size:,}; give the teacher that made the cache"
+        )
+    recorded = manifest.fingerprint.get("tokenizer", {})
+    # A chat template decides which tokens a corpus becomes, not what they mean.
+    decisive = ("vocab_size", "vocabulary_sha256", "merges_sha256")
+    own = model.tokenizer_fingerprint()
+    changes = compared(
+        {n: recorded[n] for n in decisive if n in recorded}, {n: own[n] for n in decisive if n in recorded}
+    )
+    if differences := [f"{name} is {there} in the cache, {here} here" for name, there, here in changes]:
+        raise UserError(
+            f"--teacher {model.name}: its tokenizer is not the cache's ({first_of(differences)}); "
+            "give the teacher that made the cache"
+        )
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """Which rows of a cache are scored again, and by what."""
+
+    cache: LogitCache
+    model: TeacherModel
+    engine: Engine
+    num_rows: int
+    seed: int
+
+    def run(self) -> Rescored:
+        """Loads the teacher and scores. Raises UserError where it does not load, and where the cache cannot be read."""
+        drawn = np.random.default_rng(self.seed).choice(len(self.cache), self.num_rows, replace=False)
+        numbers = np.sort(drawn).tolist()
+        rows = [self.cache[number] for number in numbers]
+        k = max(max(row.targets.token_ids.shape[1] for row in rows), 1)
+        logger.info("scoring %d rows again with %s on %s", len(rows), self.model.name, self.engine)
+        teacher = start_teacher(self.model, self.engine, self.cache.manifest.longest, k)
+        try:
+            again = list(teacher.score(map(_all_positions, rows), CaptureSettings(top_k=k)))
+        finally:
+            teacher.close()
+        compared_rows = [_compare(row, targets) for row, targets in zip(rows, again, strict=True)]
+        layout = self.cache.manifest.layout
+        rounding = float(layout.rounding.bound(np.log([JUDGED_PROBABILITY]))[0]) if layout.rounding else 0.0
+        recorded = self.cache.manifest.fingerprint.get("teacher", {})
+        own = self.model.fingerprint()
+        return Rescored(
+            rows=tuple(compared_rows),
+            places=tuple(self._place(number) for number in numbers),
+            tolerance_nats=max(_tolerance_nats(recorded.get("dtype")), _tolerance_nats(self.model.dtype))
+            + rounding / 2,
+            other_weights="content_sha256" in recorded
+            and recorded["content_sha256"] != own.get("content_sha256", recorded["content_sha256"]),
+        )
+
+    def _place(self, number: int) -> tuple[str, int]:
+        """File of a row, and its number there."""
+        for shard in self.cache.manifest.shards:
+            if number < shard.num_sequences:
+                return shard.name, number
+            number -= shard.num_sequences
+        raise IndexError(number)
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """A row beside what the teacher gives now.
+
+    differences_nats: |Δ log p| of every entry of both with p > 1e-3, float64.  tail_differences: of the tail's mass at each
+    position.  same_best: positions whose most probable token is the same, bool.  distances: mean over the positions of
+    Σ |Δp| over the stored entries, by offset; nan where no position has a neighbour there.
+    """
+
+    row_id: str
+    differences_nats: np.ndarray
+    tail_differences: np.ndarray
+    same_best: np.ndarray
+    distances: dict[int, float]
+
+    @property
+    def mean_nats(self) -> float:
+        """Mean |Δ log p|."""
+        return float(self.differences_nats.mean()) if len(self.differences_nats) else 0.0
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """What came of it. places: file and number there, of each row.  other_weights: the teacher is not the recorded one."""
+
+    rows: Sequence[ComparedRow]
+    places: Sequence[tuple[str, int]]
+    tolerance_nats: float
+    other_weights: bool = False
+
+    @property
+    def distances(self) -> dict[int, float]:
+        """Mean Σ |Δp| by offset, over the rows that have one."""
+        found = {}
+        for offset in OFFSETS:
+            values = [row.distances[offset] for row in self.rows if np.isfinite(row.distances[offset])]
+            found[offset] = float(np.mean(values)) if values else float("nan")
+        return found
+
+    def findings(self) -> Iterator[Finding]:
+        """Rows beyond the tolerance, and targets that stand at other positions than their own."""
+        for row, (file, number) in zip(self.rows, self.places, strict=True):
+            if row.mean_nats > self.tolerance_nats:
+                what = f"mean |Δ log p| {row.mean_nats:.3f} nats, at most {self.tolerance_nats:.3f} is tolerated"
+                yield Finding("teacher", file, what, row=number, row_id=row.row_id)
+            elif not row.same_best.any() and not len(row.differences_nats):
+                yield Finding("teacher", file, "no entry in common with the teacher's", row=number, row_id=row.row_id)
+        distances = self.distances
+        others = {offset: value for offset, value in distances.items() if offset and np.isfinite(value)}
+        if others:
+            best = min(others, key=lambda offset: others[offset])
+            tolerated = float(np.expm1(self.tolerance_nats))
+            if distances[0] > tolerated and distances[0] > SHIFT_RATIO * others[best]:
+                what = (
+                    f"the shift check fails: Σ|Δp| is {distances[0]:.3f} at the rows' own positions, "
+                    f"{others[best]:.3f} at {best:+d}"
+                )
+                yield Finding("teacher", self.places[0][0], what)
+
+    def table(self) -> str:
+        """Everything measured, as aligned text."""
+        nats = np.concatenate([row.differences_nats for row in self.rows])
+        tails = np.concatenate([row.tail_differences for row in self.rows])
+        best = np.concatenate([row.same_best for row in self.rows])
+        cells = [
+            ("scored again", f"{len(self.rows):,} rows, {len(best):,} positions"),
+            ("mean |Δ log p|, p > 1e-3", f"{nats.mean() if len(nats) else 0:.5f} nats"),
+            ("largest |Δ log p|, p > 1e-3", f"{nats.max(initial=0):.5f} nats"),
+            ("largest mean of a row", f"{max(row.mean_nats for row in self.rows):.5f} nats"),
+            ("tolerated mean of a row", f"{self.tolerance_nats:.5f} nats"),
+            ("mean |Δ tail mass|", f"{tails.mean() if len(tails) else 0:.6f}"),
+            ("same most probable token", f"{best.mean() if len(best) else 1:.2%}"),
+        ]
+        for offset, distance in self.distances.items():
+            cells.append((f"Σ|Δp| at offset {offset:+d}" if offset else "Σ|Δp| at offset 0", f"{distance:.4f}"))
+        note = (
+            "\nThe teacher's weights or configuration are not those that the fingerprint records."
+            if self.other_weights
+            else ""
+        )
+        return aligned(cells) + note
+
+
+def _tolerance_nats(dtype: str | None) -> float:
+    """Of a server nobody knows the dtype."""
+    return TOLERANCE_NATS.get(str(dtype), max(TOLERANCE_NATS.values()))
+
+
+def _all_positions(row: CachedSequence) -> TokenSequence:
+    """The row with every position to be scored, so that its neighbours can be compared with."""
+    mask = np.ones(len(row.input_ids), dtype=bool)
+    mask[:1] = False
+    return TokenSequence(np.array(row.input_ids), mask)
+
+
+def _compare(row: CachedSequence, again: SparseTargets) -> ComparedRow:
+    """`again` holds every position of the row: the logits' row is its own."""
+    stored, positions = row.targets, row.positions.astype(np.int64)
+    own = again[positions]
+    held = stored.token_ids != PAD_ID
+    found, now = _looked_up(stored.token_ids, own)
+    judged = held & found & (np.maximum(stored.logprobs, now) > np.log(JUDGED_PROBABILITY))
+    with np.errstate(invalid="ignore"):
+        differences = np.abs(stored.logprobs.astype(np.float64) - now)[judged]
+    beyond = np.arange(own.token_ids.shape[1]) >= stored.num_entries[:, None]
+    tail = np.exp(own.tail_logprob, dtype=np.float64) + np.where(beyond, np.exp(own.logprobs, dtype=np.float64), 0).sum(
+        1
+    )
+    distances = {}
+    for offset in OFFSETS:
+        there = positions + offset
+        inside = (there >= 0) & (there < len(again))
+        found, now = _looked_up(stored.token_ids[inside], again[there[inside]])
+        probs = np.where(held[inside], np.exp(stored.logprobs[inside], dtype=np.float64), 0)
+        distance = np.abs(probs - np.where(found & held[inside], np.exp(now), 0)).sum(axis=1)
+        distances[offset] = float(distance.mean()) if inside.any() else float("nan")
+    return ComparedRow(
+        row_id=row.row_id,
+        differences_nats=differences,
+        tail_differences=np.abs(np.exp(stored.tail_logprob, dtype=np.float64) - tail),
+        same_best=stored.token_ids[:, :1].ravel() == own.token_ids[:, :1].ravel()
+        if stored.token_ids.shape[1]
+        else np.ones(len(stored), dtype=bool),
+        distances=distances,
+    )
+
+
+def _looked_up(token_ids: np.ndarray, targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each id [M, k] is among the entries of its position [M, j], and its log-probability there, float64."""
+    order = np.argsort(targets.token_ids, axis=1)
+    found = np.zeros(token_ids.shape, dtype=bool)
+    logprobs = np.full(token_ids.shape, -np.inf)
+    for position, (wanted, sorting) in enumerate(zip(token_ids, order, strict=True)):
+        ids = targets.token_ids[position][sorting]
+        at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+        found[position] = ids[at] == wanted
+        logprobs[position] = np.where(found[position], targets.logprobs[position][sorting][at], -np.inf)
+    return found, logprobs

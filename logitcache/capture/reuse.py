@@ -1,0 +1,277 @@
+"""logitcache build --reuse: rows that finished caches hold already are copied, only the others are scored.
+
+    OUT/.build/places/00000       of each row of shard 0 its place in the other caches, −1 where it is to be scored
+    OUT/.build/copied/00000.json  what was copied to shard 0 and from where, once it is written
+
+Nothing of a row says whether it was copied, so `--reuse` is no setting that a resumed build must repeat: places are looked up
+anew by every call, for the shards that are left to it. The tail groups are the other cache's; a build that has its own
+already refuses a cache with different ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.capture.plan import PARTITION_NAME, Plan
+from logitcache.errors import UserError
+from logitcache.format.layout import Layout
+from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
+from logitcache.format.row_index import RowIndex, id_bytes
+from logitcache.format.sequences import CachedSequence
+from logitcache.format.storage import Folder
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
+from logitcache.format.unfinished import compared, first_of
+from logitcache.version import __version__
+
+WINDOW_BYTES = 64 << 20
+"""Of copied rows, decoded: what is read in the other cache's order before it is written in ours."""
+
+PLACES_NAME = f"{BUILD_DIRECTORY}/places"
+COPIED_NAME = f"{BUILD_DIRECTORY}/copied"
+
+logger = logging.getLogger("logitcache")
+
+
+class ReusedCaches:
+    """Finished caches whose rows a build copies; a row's place is its number, counted through all of them.
+
+    Opened where they are first needed, so that another process opens them itself.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+
+    def __reduce__(self) -> Any:
+        return ReusedCaches, (self.paths,)
+
+    def __str__(self) -> str:
+        return ", ".join(self.paths)
+
+    @cached_property
+    def caches(self) -> list[LogitCache]:
+        """Raises UserError for what is no finished cache, and for a damaged one."""
+        return [_opened(path) for path in self.paths]
+
+    @cached_property
+    def _first_places(self) -> np.ndarray:
+        return np.cumsum([0] + [len(cache) for cache in self.caches])
+
+    def check(self, request: Mapping[str, Any], layout: Layout) -> None:
+        """Raises UserError, naming what differs, for a cache whose rows the build that `request` asks for would not make.
+
+        layout: of the build, whatever its kept columns.
+        """
+        wanted = _comparable(request, layout)
+        for cache in self.caches:
+            found = list(compared(_comparable(cache.manifest.fingerprint, cache.manifest.layout), wanted))
+            if found:
+                what = first_of([f"{name} is {there} there, {here} here" for name, there, here in found])
+                raise UserError(
+                    f"--reuse {cache.path}: {what}. Its rows are not what this build would make: repeat its settings "
+                    "(`logitcache recode` can bring it to fewer entries or a coarser precision) or leave --reuse out"
+                )
+            if layout.num_tail_groups and not np.array_equal(_tail_groups(self.caches[0]), _tail_groups(cache)):
+                raise UserError(f"--reuse {self.caches[0].path} {cache.path}: their tail groups are not the same")
+
+    def take_tail_groups(self, folder: Folder) -> None:
+        """Makes the tail groups those of the build in `folder`, unless it has them. Raises UserError where it has others."""
+        source = self.caches[0]
+        theirs = _tail_groups(source)
+        if not folder.exists(PARTITION_NAME):
+            folder.write(PARTITION_NAME, Folder(source.path).read(TAIL_GROUPS_NAME))
+            return
+        with folder.open(PARTITION_NAME) as file:
+            if not np.array_equal(read_tail_groups(file), theirs):
+                raise UserError(
+                    f"--reuse {source.path}: its tail groups are not those that {folder} was begun with: leave --reuse out, "
+                    "or choose another --out"
+                )
+
+    def match(self, plan: Plan, shards: Sequence[int]) -> dict[int, int]:
+        """Looks the rows of shards up and writes down their places. Returns shard → tokens that are left to score.
+
+        What is not of the rows goes to disk: about 24 bytes for each row of the caches, for the time of the call.
+        """
+        local = plan.folder.local
+        tokens_left = {}
+        rows, copied = np.zeros(2, np.int64), np.zeros(2, np.int64)  # [sequences, positions]
+        with tempfile.TemporaryDirectory(prefix="row-index-", dir=local and local / BUILD_DIRECTORY) as directory:
+            index = RowIndex(Path(directory), self._row_ids(), int(self._first_places[-1]))
+            for shard in shards:
+                ids, positions, tokens = _counted(plan, shard)
+                places = index.find(ids)
+                plan.folder.write(_places_name(shard), np.stack([places, positions]).astype("<i8").tobytes())
+                found = places >= 0
+                tokens_left[shard] = int(tokens[~found].sum())
+                rows += len(ids), positions.sum()
+                copied += found.sum(), positions[found].sum()
+        if copied[0]:
+            share = f"{100 * copied[1] / rows[1]:.0f} % of the positions"
+            logger.info("reusing %s of %s sequences (%s) from %s", f"{copied[0]:,}", f"{rows[0]:,}", share, self)
+        else:
+            logger.warning("warning: --reuse %s: no row of this corpus is there, all are scored", self)
+        return tokens_left
+
+    def _row_ids(self) -> Iterator[np.ndarray]:
+        for cache in self.caches:
+            for table in cache.iter_columns(["row_id"]):
+                try:
+                    yield id_bytes(table["row_id"].to_pylist())
+                except (TypeError, ValueError) as error:
+                    raise UserError(f"--reuse {cache.path}: {error}: fetch or build it again") from error
+
+    def rows(self, places: np.ndarray, positions: np.ndarray) -> Iterator[CachedSequence]:
+        """The rows at places [n], in that order. positions: how many stored positions each has, int64 [n].
+
+        Rows are read in windows of about `WINDOW_BYTES`, each in the order of the caches: a row group is decoded once for
+        all the rows of a window, so rows in the caches' own order cost no more than a stream of them.
+        """
+        manifest = self.caches[0].manifest
+        values = sum(count for _, count in manifest.layout.values_per_position().values())
+        position_bytes = 4 * values + 8 * manifest.fingerprint["capture"]["top_k"]
+        window = positions.cumsum() * position_bytes // WINDOW_BYTES
+        for part in np.split(places, np.flatnonzero(np.diff(window)) + 1):
+            held = {place: self._row(place) for place in np.unique(part).tolist()}
+            yield from (held[place] for place in part.tolist())
+
+    def _row(self, place: int) -> CachedSequence:
+        owner = int(np.searchsorted(self._first_places, place, side="right")) - 1
+        cached = self.caches[owner][place - int(self._first_places[owner])]
+        # A copy: a view would hold its whole row group.
+        return CachedSequence(
+            cached.row_id,
+            cached.input_ids,
+            cached.loss_mask,
+            cached.positions,
+            cached.targets[np.arange(len(cached.targets))],
+        )
+
+    def sources(self, places: np.ndarray, positions: np.ndarray) -> list[dict[str, Any]]:
+        """What a history says of copied rows: for each cache with any, which it is and how much is from there."""
+        owners = np.searchsorted(self._first_places, places, side="right") - 1
+        return [
+            {
+                **self._origins[owner],
+                "sequences": int((owners == owner).sum()),
+                "positions": int(positions[owners == owner].sum()),
+            }
+            for owner in np.unique(owners).tolist()
+        ]
+
+    @cached_property
+    def _origins(self) -> list[dict[str, Any]]:
+        return [_origin(cache) for cache in self.caches]
+
+
+def refuse_itself(sources: Iterable[Folder], out: Folder) -> None:
+    """Raises UserError where a cache to reuse is what a build writes to, or one of both lies in the other."""
+    ours = _place(out)
+    for source in sources:
+        theirs = _place(source)
+        if ours == theirs:
+            raise UserError(f"--reuse {source} is --out itself: write the new cache to another folder")
+        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+            raise UserError(f"--reuse {source} and --out {out}: one lies in the other; choose a folder beside it")
+
+
+def read_places(folder: Folder, shard: int) -> np.ndarray:
+    """Place of each row of a shard, −1 for none, and its stored positions: int64 [2, n]."""
+    return np.frombuffer(folder.read(_places_name(shard)), "<i8").reshape(2, -1)
+
+
+def record_copied(folder: Folder, shard: int, sources: list[dict[str, Any]]) -> None:
+    """Writes down where rows of a shard that was just written were copied from."""
+    name = _copied_name(shard)
+    if sources:
+        folder.write(name, json.dumps(sources))
+    else:
+        folder.remove(name)
+
+
+def copied_history(folder: Folder) -> tuple[dict[str, Any], ...]:
+    """The step of the history that says what was copied to the shards of a build; none where nothing was."""
+    sources: dict[str, dict[str, Any]] = {}
+    for name in folder.names(COPIED_NAME):
+        for source in json.loads(folder.read(f"{COPIED_NAME}/{name}")):
+            known = sources.setdefault(source["manifest_sha256"], {**source, "sequences": 0, "positions": 0})
+            known["sequences"] += source["sequences"]
+            known["positions"] += source["positions"]
+    if not sources:
+        return ()
+    step = {
+        "command": "build --reuse",
+        "created_by": f"logitcache {__version__}",
+        "sequences": sum(source["sequences"] for source in sources.values()),
+        "positions": sum(source["positions"] for source in sources.values()),
+        "from": list(sources.values()),
+    }
+    return (step,)
+
+
+def _tail_groups(cache: LogitCache) -> np.ndarray:
+    """Of a cache that has them."""
+    groups = cache.tail_groups
+    assert groups is not None
+    return groups
+
+
+def _opened(path: str) -> LogitCache:
+    try:
+        return open_cache(path)
+    except UserError as error:
+        raise UserError(f"--reuse {path}: {error}, or leave --reuse out: its rows are then scored") from error
+
+
+def _comparable(fingerprint: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """What must be the same for rows to be the same."""
+    # The layout says the precision, also of caches that were written before there was a choice.
+    elsewhere = {"shard_positions", "precision"}
+    rounding = layout.rounding
+    return {
+        "teacher": fingerprint["teacher"],
+        "tokenizer": fingerprint.get("tokenizer"),
+        "precision": layout.precision,
+        "rounding": rounding.to_json() if rounding else None,
+        "capture": {name: value for name, value in fingerprint["capture"].items() if name not in elsewhere},
+    }
+
+
+def _counted(plan: Plan, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row ids as bytes, S16, stored positions and tokens of each row of a shard, int64, all [n]."""
+    rows = [(s.row_id, len(s.positions), len(s.input_ids)) for s in plan.sequences(shard)]
+    ids, positions, tokens = zip(*rows, strict=True)
+    return id_bytes(ids), np.array(positions), np.array(tokens)
+
+
+def _origin(cache: LogitCache) -> dict[str, Any]:
+    folder, manifest = Folder(cache.path), cache.manifest
+    fingerprint = json.dumps(manifest.fingerprint, sort_keys=True, ensure_ascii=False)
+    return {
+        "path": str(_place(folder)),
+        "manifest_sha256": hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest(),
+        "fingerprint_sha256": hashlib.sha256(fingerprint.encode()).hexdigest(),
+        "history": list(manifest.history),
+    }
+
+
+def _place(folder: Folder) -> PurePosixPath:
+    """The same for all ways to write the path of a folder."""
+    return PurePosixPath(folder.local.resolve()) if folder.local else PurePosixPath(folder.path)
+
+
+def _places_name(shard: int) -> str:
+    return f"{PLACES_NAME}/{shard:05d}"
+
+
+def _copied_name(shard: int) -> str:
+    return f"{COPIED_NAME}/{shard:05d}.json"

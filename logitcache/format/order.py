@@ -1,0 +1,73 @@
+"""The order in which a stream hands out rows, and with it the order in which it needs row groups. Nothing is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Step(NamedTuple):
+    """row_group: to read before the rows are handed out, None for none.  rows: int64 [n, 2], (row group, row in it)."""
+
+    row_group: int | None
+    rows: np.ndarray
+
+
+def rank_part(sizes: np.ndarray, order: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """A rank's share of all rows: len/world of them (±1), one after the other in `order`.
+
+    sizes: rows of each row group, int64 [R].  order: row groups, a permutation of 0 … R − 1.
+    Returns int64 [r, 3]: row group, first row and end of the rank's rows in it.
+    """
+    sizes = sizes[order]
+    begins = np.cumsum(sizes) - sizes
+    total = int(sizes.sum())
+    low = np.clip(total * rank // world - begins, 0, sizes)
+    high = np.clip(total * (rank + 1) // world - begins, 0, sizes)
+    part: np.ndarray = np.stack([order, low, high], axis=1)[low < high]
+    return part
+
+
+def steps(part: np.ndarray, window: int, seed: int | None, start: int) -> Iterator[Step]:
+    """The rows of `part` beginning with number `start`, step by step; in an order drawn from `seed` where there is one.
+
+    The i-th row group is open during steps i … i + window − 1. Its rows are dealt to them evenly, in an order drawn for it, and
+    the rows of one step are handed out in an order drawn for that. So all rows of row groups less than `window` apart mix,
+    the first rows need one row group only, and any `start` is found from the sizes alone. Without a seed, when the window
+    is 1, rows come as they lie. The `window` row groups named last hold all rows of a step.
+    """
+    sizes = part[:, 2] - part[:, 1]
+    due = np.zeros(len(part) + window - 1, dtype=np.int64)  # rows of each step
+    for age in range(window):
+        due[age : age + len(part)] += _dealt(sizes, age + 1, window) - _dealt(sizes, age, window)
+    ends = np.cumsum(due)
+    first = int(np.searchsorted(ends, start, side="right"))
+    held: dict[int, np.ndarray] = {}  # what is open: int64 [n, 2], its rows in the order in which they are dealt
+    for number in range(first, len(due)):
+        opened = range(max(0, number - window + 1) if number == first else number, min(number + 1, len(part)))
+        held |= {i: _rows(part[i], None if seed is None else np.random.default_rng((seed, i, 0))) for i in opened}
+        held.pop(number - window, None)
+        dealt = {i: _dealt(len(held[i]), number - i + 1, window) for i in held}
+        rows = np.concatenate([held[i][_dealt(len(held[i]), number - i, window) : dealt[i]] for i in held])
+        if seed is not None:
+            rows = np.random.default_rng((seed, number, 1)).permutation(rows)
+        if number == first:
+            rows = rows[start - int(ends[first] - due[first]) :]
+        needed = [int(part[i, 0]) for i in opened if dealt[i] < len(held[i]) or (rows[:, 0] == part[i, 0]).any()]
+        for row_group in needed[:-1]:
+            yield Step(row_group, rows[:0])
+        yield Step(needed[-1] if needed else None, rows)
+
+
+def _rows(share: np.ndarray, shuffle: np.random.Generator | None) -> np.ndarray:
+    row_group, low, high = share
+    rows = np.arange(low, high)
+    rows = shuffle.permutation(rows) if shuffle else rows
+    return np.stack([np.full(len(rows), row_group), rows], axis=1)
+
+
+def _dealt(rows: Any, steps: int, window: int) -> Any:
+    """How many of so many rows have been dealt after so many steps; the first at once."""
+    return -(-rows * steps // window)

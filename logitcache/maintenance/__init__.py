@@ -1,0 +1,1 @@
+"""Living with a cache, without the teacher."""

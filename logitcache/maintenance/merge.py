@@ -1,0 +1,115 @@
+"""logitcache merge: caches of one teacher, made with one set of settings, as one; every row once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.errors import UserError
+from logitcache.format.atomic import space_needed
+from logitcache.format.manifest import BUILD_DIRECTORY
+from logitcache.format.row_index import RowIndex
+from logitcache.format.storage import Folder
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.unfinished import SHARD_POSITIONS, compared, first_of
+from logitcache.maintenance.rewrite import Rewrite, rewrite
+from logitcache.maintenance.rows import Rows, scan
+
+
+def merge(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    shard_positions: int = SHARD_POSITIONS,
+    overwrite: bool = False,
+) -> LogitCache:
+    """Writes the rows of several caches to one, in their order; of rows with one id the first is kept.
+
+    shard_positions, overwrite: see `rewrite`.
+
+    The same call continues an interrupted one. Raises UserError for fewer than two caches, where teacher, tokenizer, capture
+    settings or columns differ, naming what differs, and as `rewrite` does.
+    """
+    if len(paths) < 2:
+        raise UserError("merge needs at least two caches")
+    sources = [open_cache(path) for path in paths]
+    for source in sources[1:]:
+        _refuse_different(sources[0], source)
+    work = Rewrite(
+        command="merge",
+        settings={},
+        sources=sources,
+        layout=sources[0].manifest.layout,
+        fingerprint=_joined([source.manifest.fingerprint for source in sources]),
+        skipped=sum((Counter(source.manifest.skipped) for source in sources), Counter()),
+        select=lambda folder: _distinct(sources, folder),
+        left_out="duplicates",
+    )
+    return rewrite(work, out, shard_positions, overwrite)
+
+
+def _refuse_different(one: LogitCache, other: LogitCache) -> None:
+    found = list(compared(_comparable(one), _comparable(other)))
+    if not found:
+        return
+    parts = {name.split(".")[0] for name, _, _ in found}
+    what = first_of([f"{name} is {a} in {one.path}, {b} in {other.path}" for name, a, b in found])
+    if parts & {"teacher", "tokenizer", "vocab_size", "tail_groups"}:
+        hint = "Only caches of one teacher, tokenizer and set of tail groups can be merged"
+    else:
+        hint = "`logitcache recode` can bring both to what the smaller one holds"
+    raise UserError(f"these caches cannot be merged: {what}. {hint}")
+
+
+def _comparable(cache: LogitCache) -> dict[str, Any]:
+    """What must be the same in two caches, in the order in which it is told."""
+    manifest, fingerprint = cache.manifest, cache.manifest.fingerprint
+    layout = {name: value for name, value in manifest.layout.to_json().items() if name != "format_version"}
+    # The layout says it too, or it is no matter of content.
+    elsewhere = {"precision", "tail_groups", "temperatures", "tail_entropy", "tail_samples", "shard_positions"}
+    return {
+        "teacher": fingerprint["teacher"],
+        "tokenizer": fingerprint.get("tokenizer"),
+        "vocab_size": layout.pop("vocab_size"),
+        "precision": layout.pop("precision"),
+        "capture": {name: value for name, value in fingerprint["capture"].items() if name not in elsewhere},
+        **layout,
+        "tail_groups": manifest.files.get(TAIL_GROUPS_NAME),
+    }
+
+
+def _joined(fingerprints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first one's, with the sources of all, and of corpus and generation settings those that all share."""
+    sources: list[Any] = []
+    for fingerprint in fingerprints:
+        sources += [source for source in fingerprint["corpus"].get("sources", []) if source not in sources]
+    shared = _shared([fingerprint["corpus"] for fingerprint in fingerprints])
+    joined = {**fingerprints[0], "corpus": {**shared, "sources": sources}}
+    if any(fingerprint.get("generation") != joined.get("generation") for fingerprint in fingerprints):
+        joined.pop("generation", None)
+    return joined
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first, *others = settings
+    return {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
+
+
+def _distinct(sources: Sequence[LogitCache], folder: Folder) -> Generator[Rows]:
+    """All rows but those whose id a row before them has."""
+    with _scratch(folder) as directory, space_needed(directory):
+        index = RowIndex(directory, (rows.ids for rows, _ in scan(sources)), sum(len(source) for source in sources))
+        for rows, _ in scan(sources):
+            yield rows[index.find(rows.ids) == rows.numbers]
+
+
+@contextmanager
+def _scratch(folder: Folder) -> Iterator[Path]:
+    """A directory for the time of the block: in the build directory, or local where the cache is written to a URL."""
+    with tempfile.TemporaryDirectory(prefix="ids-", dir=folder.local and folder.local / BUILD_DIRECTORY) as directory:
+        yield Path(directory)

@@ -1,0 +1,179 @@
+"""logitcache recode: the same rows with fewer entries, coarser numbers or fewer columns."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.errors import UserError
+from logitcache.format.layout import Layout
+from logitcache.format.levels import PRESETS, check_precision
+from logitcache.format.manifest import MANIFEST_NAME
+from logitcache.format.narrowing import narrow, nucleus
+from logitcache.format.sequences import CachedSequence
+from logitcache.format.storage import Folder
+from logitcache.format.targets import SparseTargets
+from logitcache.format.unfinished import SHARD_POSITIONS
+from logitcache.maintenance.rewrite import Rewrite, rewrite
+from logitcache.maintenance.rows import scan
+
+DEFAULT_MIN_K = 32
+"""Floor under a new --top-p, as when capturing."""
+
+
+def recode(
+    path: str | Path,
+    out: str | Path,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_k: int | None = None,
+    precision: str | None = None,
+    drop: Sequence[str] = (),
+    shard_positions: int = SHARD_POSITIONS,
+    overwrite: bool = False,
+) -> LogitCache:
+    """Writes the rows of a cache to another with less of each position. What leaves the entries joins the tail, exactly.
+
+    top_k, top_p, min_k: as of `logitcache.build`; no more than the cache holds.  precision: the cache's own or a coarser one.
+    drop: names among tail_groups, temperatures, tail_entropy, tail_samples and the kept columns.
+    shard_positions, overwrite: see `rewrite`.
+
+    The same call continues an interrupted one. Raises UserError for what the cache does not hold, and as `rewrite` does.
+    """
+    if (top_k, top_p, min_k, precision) == (None, None, None, None) and not drop:
+        raise UserError("nothing to recode: give --top-k, --top-p, --min-k, --precision or --drop")
+    source = open_cache(path)
+    capture = source.manifest.fingerprint["capture"]
+    entries = _narrower(_Entries.of(capture), top_k, top_p, min_k)
+    dropped = _checked(drop, source.manifest.layout)
+    layout = _with_precision(_without(source.manifest.layout, dropped), precision)
+    extras = {name: empty for name, empty in _EXTRAS.items() if name in dropped}
+    stored = {"top_k": entries.top_k, "top_p": entries.top_p, "min_k": entries.min_k, "precision": layout.precision}
+    work = Rewrite(
+        command="recode",
+        settings={**stored, "drop": dropped},
+        sources=[source],
+        layout=layout,
+        fingerprint={**source.manifest.fingerprint, "capture": {**capture, **stored, **extras}},
+        skipped=source.manifest.skipped,
+        select=lambda folder: (rows for rows, _ in scan([source])),
+        transform=_Recoder(entries, layout, source),
+    )
+    return rewrite(work, out, shard_positions, overwrite)
+
+
+_EXTRAS: dict[str, Any] = {"tail_groups": 0, "temperatures": [], "tail_entropy": False, "tail_samples": 0}
+"""What a capture may store beside entries and tail, and the setting without it."""
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """How many entries a position has, as `logitcache.build` takes the settings."""
+
+    top_k: int
+    top_p: float
+    min_k: int
+
+    @classmethod
+    def of(cls, capture: Mapping[str, Any]) -> _Entries:
+        top_k = capture["top_k"]
+        return cls(top_k, capture.get("top_p", 1.0), capture.get("min_k", top_k))
+
+
+def _narrower(held: _Entries, top_k: int | None, top_p: float | None, min_k: int | None) -> _Entries:
+    """What the cache will hold. Raises UserError where that is more than it holds."""
+    ragged = held.top_p < 1
+    k = held.top_k if top_k is None else top_k
+    p = held.top_p if top_p is None else top_p
+    most = min(k, held.min_k) if ragged else k  # the floor that every position is sure to have
+    default = min(DEFAULT_MIN_K, most) if top_p is not None else min(held.min_k, k)
+    floor = default if min_k is None else min_k
+    for holds, message in [
+        (
+            1 <= k <= held.top_k,
+            f"--top-k {k}: the cache holds {held.top_k} entries of a position, choose 1…{held.top_k}",
+        ),
+        (0 < p <= 1, f"--top-p {p}: choose a probability mass in (0, 1]"),
+        (p <= held.top_p, f"--top-p {p}: the cache's entries were taken up to a mass of {held.top_p}, choose no more"),
+        (1 <= floor <= k, f"--min-k {floor}: choose 1…{k}, the value of --top-k"),
+        (floor <= most or min_k is None, f"--min-k {floor}: the cache's own floor is {held.min_k}, choose 1…{most}"),
+    ]:
+        if not holds:
+            raise UserError(message)
+    return _Entries(k, p, floor)
+
+
+def _checked(drop: Sequence[str], layout: Layout) -> list[str]:
+    held = {
+        "tail_groups": layout.num_tail_groups,
+        "temperatures": layout.temperatures,
+        "tail_entropy": layout.tail_entropy,
+        "tail_samples": layout.num_tail_samples,
+        **dict.fromkeys(layout.columns, True),
+    }
+    known = [name for name, value in held.items() if value]
+    for name in drop:
+        if name not in known:
+            raise UserError(f"--drop {name}: the cache holds {', '.join(known) or 'nothing that can be dropped'}")
+    return sorted(set(drop))
+
+
+def _without(layout: Layout, dropped: Sequence[str]) -> Layout:
+    return replace(
+        layout,
+        num_tail_groups=0 if "tail_groups" in dropped else layout.num_tail_groups,
+        temperatures=() if "temperatures" in dropped else layout.temperatures,
+        tail_entropy=layout.tail_entropy and "tail_entropy" not in dropped,
+        num_tail_samples=0 if "tail_samples" in dropped else layout.num_tail_samples,
+        columns={name: alias for name, alias in layout.columns.items() if name not in dropped},
+    )
+
+
+def _with_precision(layout: Layout, precision: str | None) -> Layout:
+    if precision is None or precision == layout.precision:
+        return layout
+    check_precision(precision)
+    finest_first = list(PRESETS)
+    if finest_first.index(precision) < finest_first.index(layout.precision):
+        coarser = ", ".join(finest_first[finest_first.index(layout.precision) :])
+        raise UserError(f"--precision {precision}: finer than what the cache holds, choose one of {coarser}")
+    return replace(layout, precision=precision, rounding=None)
+
+
+class _Recoder:
+    """A row → what is stored of it.
+
+    What replaces tail samples is drawn by the row's id and the source's manifest: a resumed recode draws the same, a recode
+    of its result draws independently of it.
+    """
+
+    def __init__(self, entries: _Entries, layout: Layout, source: LogitCache) -> None:
+        self._entries, self._layout = entries, layout
+        self._tail_groups = source.tail_groups if layout.num_tail_groups else None
+        self._seed = int.from_bytes(hashlib.sha256(Folder(source.path).read(MANIFEST_NAME)).digest())
+
+    def __call__(self, sequence: CachedSequence) -> SparseTargets:
+        entries, targets = self._entries, self._fewer_columns(sequence.targets)
+        keep = nucleus(targets.logprobs, entries.top_k, entries.top_p, entries.min_k)
+        random = (
+            np.random.default_rng([self._seed, int(sequence.row_id, 16)]) if targets.sample_ids is not None else None
+        )
+        return narrow(targets, keep, self._tail_groups, random)
+
+    def _fewer_columns(self, targets: SparseTargets) -> SparseTargets:
+        layout = self._layout
+        return replace(
+            targets,
+            group_logprobs=targets.group_logprobs if layout.num_tail_groups else None,
+            tempered_tail={t: targets.tempered_tail[t] for t in layout.temperatures},
+            tail_entropy=targets.tail_entropy if layout.tail_entropy else None,
+            sample_ids=targets.sample_ids if layout.num_tail_samples else None,
+            sample_logprobs=targets.sample_logprobs if layout.num_tail_samples else None,
+        )

@@ -1,0 +1,316 @@
+"""Rows of finished caches → a new cache beside them: planned, written shard by shard, sealed; resumed where it stopped.
+
+    OUT/.build/plan.json        what was asked for, the stored positions of every shard; see `format.unfinished`
+    OUT/.build/rows/00000       numbers of the source rows of shard 0, little-endian int64, and so on
+    OUT/.build/shards/…         the shards that are complete
+
+What is written of a row depends on nothing but the row, and the rows of a shard are decided before the first is written: a
+rewrite that was interrupted anywhere ends in the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.errors import UserError
+from logitcache.format.atomic import space_needed
+from logitcache.format.layout import FORMAT_VERSION, Layout
+from logitcache.format.manifest import (
+    BUILD_DIRECTORY,
+    MANIFEST_NAME,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    fingerprint_digest,
+    points_outside,
+)
+from logitcache.format.sequences import CachedSequence, TokenSequence
+from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
+from logitcache.format.storage import Folder
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.targets import SparseTargets
+from logitcache.format.unfinished import (
+    PLAN_NAME,
+    differences,
+    finished_shard,
+    read_request,
+    record_shard,
+    refuse_changes,
+)
+from logitcache.format.workspace import ANSWERS_NAME, abandon, begin, remove_former, workspace
+from logitcache.maintenance.rows import Rows
+from logitcache.progress import Progress
+from logitcache.sharing.seal import seal, trusted_files
+from logitcache.version import __version__
+
+logger = logging.getLogger("logitcache")
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What a command makes of its sources.
+
+    command, settings: plain JSON, for the history.  layout, fingerprint, skipped: of the new cache; the fingerprint without
+    what follows from its rows.  select: the rows to keep, in ascending order.  transform: what to store of a row.
+    left_out: what the history calls the rows that are not kept.
+    """
+
+    command: str
+    settings: Mapping[str, Any]
+    sources: Sequence[LogitCache]
+    layout: Layout
+    fingerprint: Mapping[str, Any]
+    skipped: Mapping[str, int]
+    select: Callable[[Folder], Generator[Rows]]
+    transform: Callable[[CachedSequence], SparseTargets] = lambda sequence: sequence.targets
+    left_out: str = "left_out"
+
+    @property
+    def merged(self) -> bool:
+        """Whether there are several sources."""
+        return len(self.sources) > 1
+
+
+def rewrite(work: Rewrite, out: str | Path, shard_positions: int, overwrite: bool) -> LogitCache:
+    """Does the work, from where an interrupted call with the same arguments left it.
+
+    out: a folder, or a URL that fsspec writes.  shard_positions: stored positions of a shard.  overwrite: replace what `out`
+    holds, once the rows are chosen.
+
+    Raises UserError where `out` is, holds or lies in a source, where it holds something else, for a source that is
+    damaged or selects no row, and when the disk is full; whatever is complete by then stays for the next call.
+    """
+    if shard_positions < 1:
+        raise UserError(f"--shard-positions {shard_positions}: at least 1 is needed")
+    folder = Folder(out)
+    for source in work.sources:
+        _refuse_overlap(folder, Folder(source.path))
+    origins = [_origin(source, work.merged) for source in work.sources]
+    request = {"command": work.command, **work.settings, "shard_positions": shard_positions, "from": origins}
+    with workspace(folder), space_needed(out):
+        if not overwrite and (finished := _finished(folder, request)):
+            logger.info("%s is already complete", folder)
+            return finished
+        plan = _begun(folder, request, overwrite)
+        if plan is None:
+            plan = _make_plan(folder, request, work, shard_positions)
+            remove_former(folder)
+        _copy_files(work.sources[0], folder, work.layout)
+        shards = _write_shards(plan, work)
+        _finish(plan, work, shards)
+    return open_cache(folder.path)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """num_positions: stored positions of each shard.  sequences_sha256: of the row ids."""
+
+    folder: Folder
+    request: Mapping[str, Any]
+    num_positions: list[int]
+    sequences_sha256: str
+
+    def rows(self, shard: int) -> np.ndarray:
+        """Source rows of a shard, int64, ascending."""
+        return np.frombuffer(self.folder.read(_rows_name(shard)), "<i8")
+
+
+def _make_plan(folder: Folder, request: Mapping[str, Any], work: Rewrite, shard_positions: int) -> _Plan:
+    begin(folder)
+    try:
+        return _cut(folder, request, work, shard_positions)
+    except BaseException:
+        abandon(folder)
+        raise
+
+
+def _cut(folder: Folder, request: Mapping[str, Any], work: Rewrite, shard_positions: int) -> _Plan:
+    """Chooses the rows and deals them to shards: each takes rows until it has `shard_positions`."""
+    digest = hashlib.sha256()
+    num_positions: list[int] = []
+    pending: list[np.ndarray] = []
+    held = 0
+
+    def close() -> None:
+        folder.write(_rows_name(len(num_positions)), np.concatenate(pending).astype("<i8").tobytes())
+        num_positions.append(held)
+        pending.clear()
+
+    with closing(work.select(folder)) as selected:
+        for rows in selected:
+            digest.update(rows.ids.tobytes().hex().encode())
+            numbers, counts = rows.numbers, rows.num_positions
+            while len(numbers):
+                reached = held + counts.cumsum()
+                take = int(np.searchsorted(reached, shard_positions)) + 1
+                pending.append(numbers[:take])
+                held = int(reached[:take][-1])
+                numbers, counts = numbers[take:], counts[take:]
+                if held >= shard_positions:
+                    close()
+                    held = 0
+    if pending:
+        close()
+    if not sum(num_positions):
+        raise UserError(f"logitcache {work.command}: no row with a stored position is selected, nothing is written")
+    plan = _Plan(folder, request, num_positions, digest.hexdigest())
+    data = {"request": request, "num_positions": num_positions, "sequences_sha256": plan.sequences_sha256}
+    folder.write(PLAN_NAME, json.dumps(data, ensure_ascii=False))
+    return plan
+
+
+def _rows_name(shard: int) -> str:
+    return f"{BUILD_DIRECTORY}/rows/{shard:05d}"
+
+
+def _finished(folder: Folder, request: Mapping[str, Any]) -> LogitCache | None:
+    """The cache in `folder`, if it is complete and was made from the same request."""
+    if not folder.exists(MANIFEST_NAME):
+        return None
+    try:
+        cache = open_cache(folder.path)
+    except UserError as error:
+        raise UserError(f"{error}, or write the whole cache anew with --overwrite") from error
+    last = cache.manifest.history[-1] if cache.manifest.history else {"command": "build"}
+    refuse_changes({name: last.get(name) for name in request}, request, folder, "a finished cache")
+    folder.remove(BUILD_DIRECTORY)
+    return cache
+
+
+def _begun(folder: Folder, request: Mapping[str, Any], overwrite: bool) -> _Plan | None:
+    """The plan of an interrupted rewrite that this request continues; under `overwrite` no other is refused."""
+    recorded = read_request(folder)
+    if recorded is None and not folder.exists(ANSWERS_NAME):
+        return None
+    if recorded is None or "command" not in recorded:
+        recorded = {"command": "build"}
+    if overwrite and differences(recorded, request):
+        return None
+    refuse_changes(recorded, request, folder, "an unfinished cache")
+    if overwrite and folder.exists(MANIFEST_NAME):
+        remove_former(folder)  # interrupted between planning and removing the cache that it overwrites
+    return _Plan(folder, **json.loads(folder.read(PLAN_NAME)))
+
+
+def _write_shards(plan: _Plan, work: Rewrite) -> tuple[ShardInfo, ...]:
+    folder, count = plan.folder, len(plan.num_positions)
+    shards = [finished_shard(folder, index) for index in range(count)]
+    missing = [index for index, shard in enumerate(shards) if shard is None]
+    if 0 < len(missing) < count:
+        logger.info("continuing: %d of %d shards are complete", count - len(missing), count)
+    total, left = sum(plan.num_positions), sum(plan.num_positions[index] for index in missing)
+    progress = Progress(work.command, total, total - left, "positions")
+    try:
+        for index in missing:
+            with ShardWriter(folder, shard_name(index, count), work.layout) as writer:
+                for sequence in _sequences(work.sources, plan.rows(index)):
+                    kept = {name: sequence.columns.get(name) for name in work.layout.columns}
+                    tokens = TokenSequence(sequence.input_ids, sequence.loss_mask, kept)
+                    if tokens.row_id != sequence.row_id:
+                        raise UserError(f"row {sequence.row_id} was altered: the hash of its tokens is {tokens.row_id}")
+                    writer.write(tokens, work.transform(sequence))
+                    progress.advance(len(sequence.positions))
+            record_shard(folder, index, writer.info)
+            shards[index] = writer.info
+    finally:
+        progress.close()
+    return tuple(shard for shard in shards if shard is not None)
+
+
+def _sequences(sources: Sequence[LogitCache], numbers: np.ndarray) -> Iterator[CachedSequence]:
+    first = np.cumsum([0] + [len(source) for source in sources])
+    owners = np.searchsorted(first, numbers, side="right") - 1
+    for owner, row in zip(owners.tolist(), (numbers - first[owners]).tolist(), strict=True):
+        yield sources[owner][row]
+
+
+def _copy_files(source: LogitCache, folder: Folder, layout: Layout) -> None:
+    """Tokenizer and tail groups, checked against the source's manifest, in place of any others."""
+    folder.remove(TOKENIZER_DIRECTORY)
+    folder.remove(TAIL_GROUPS_NAME)
+    origin = Folder(source.path)
+    for name, digest in source.manifest.files.items():
+        if name == TAIL_GROUPS_NAME and not layout.num_tail_groups:
+            continue
+        if points_outside(name):
+            raise UserError(f"{origin.where(MANIFEST_NAME)} names a file outside the cache: {name!r}")
+        try:
+            content = origin.read(name)
+        except FileNotFoundError as error:
+            raise UserError(f"{origin.where(name)} is missing, though the manifest names it: fetch it again") from error
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise UserError(f"{origin.where(name)} was altered: its SHA-256 is not the manifest's. Fetch it again")
+        folder.write(name, content)
+
+
+def _finish(plan: _Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> None:
+    folder = plan.folder
+    before = sum(len(source) for source in work.sources)
+    after = sum(shard.num_sequences for shard in shards)
+    step = {
+        **plan.request,
+        "created_by": f"logitcache {__version__}",
+        "sequences": after,
+        "positions": sum(shard.num_positions for shard in shards),
+        work.left_out: before - after,
+    }
+    rounding = work.layout.rounding
+    stored = {"version": FORMAT_VERSION, "rounding": rounding.to_json() if rounding else None}
+    fingerprint = {
+        **work.fingerprint,
+        "corpus": {**work.fingerprint["corpus"], "sequences_sha256": plan.sequences_sha256},
+        "capture": {**work.fingerprint["capture"], "shard_positions": plan.request["shard_positions"]},
+        "format": {**work.fingerprint.get("format", {}), **stored},
+    }
+    former = () if work.merged else work.sources[0].manifest.history
+    manifest = Manifest(
+        layout=work.layout,
+        fingerprint=fingerprint,
+        shards=shards,
+        skipped=work.skipped,
+        created_by=f"logitcache {__version__}",
+        files=trusted_files(folder),
+        history=(*former, step),
+    )
+    seal(folder, manifest)
+    folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
+    folder.remove(BUILD_DIRECTORY)
+
+
+def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
+    """What a history says of a source; of one of several also what it was made from."""
+    folder, manifest = Folder(source.path), source.manifest
+    own = {name: manifest.fingerprint[name] for name in ("corpus", "generation") if name in manifest.fingerprint}
+    return {
+        "path": str(_place(folder)),
+        "manifest_sha256": hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest(),
+        "fingerprint_sha256": fingerprint_digest(manifest.fingerprint),
+        "sequences": manifest.num_sequences,
+        "positions": manifest.num_positions,
+        "bytes": manifest.num_bytes,
+        **({**own, "history": list(manifest.history)} if merged else {}),
+    }
+
+
+def _refuse_overlap(out: Folder, source: Folder) -> None:
+    """The source must outlive what is done to `out`."""
+    ours, theirs = _place(out), _place(source)
+    if ours == theirs:
+        raise UserError(f"--out {out} is the cache that is read: choose another folder")
+    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        inner, outer = (out, source) if ours.is_relative_to(theirs) else (source, out)
+        raise UserError(f"--out {out}: {inner} lies in {outer}; choose a folder beside the cache that is read")
+
+
+def _place(folder: Folder) -> PurePosixPath:
+    """The same for all ways to write the path of a folder; comparable with others."""
+    return PurePosixPath(folder.local.resolve()) if folder.local else PurePosixPath(folder.path)

@@ -1,0 +1,68 @@
+"""Which rows caches have: numbers, ids and lengths, without reading a target."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from logitcache.cache import LogitCache
+from logitcache.errors import UserError, one_line
+from logitcache.format.row_index import id_bytes
+from logitcache.progress import Progress
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of the sources, in order.
+
+    numbers: int64 [n], counted through all sources.  ids: S16 [n], the row ids' bytes.  num_positions: int64 [n], stored
+    positions.
+    """
+
+    numbers: np.ndarray
+    ids: np.ndarray
+    num_positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, kept: np.ndarray) -> Rows:
+        """Those that a bool [n] or int [m] selects."""
+        return Rows(self.numbers[kept], self.ids[kept], self.num_positions[kept])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """One part after the other."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+
+def scan(sources: Sequence[LogitCache], columns: Sequence[str] = ()) -> Generator[tuple[Rows, pa.Table]]:
+    """All rows, a row group at a time, with loss masks and the named columns: of the others nothing is read."""
+    first = 0
+    progress = Progress("reading", sum(len(source) for source in sources), 0, "sequences")
+    try:
+        for source in sources:
+            for table in source.iter_columns(["row_id", "loss_mask", *columns]):
+                mask = table["loss_mask"].combine_chunks()
+                trained = pc.list_flatten(mask).to_numpy(zero_copy_only=False)
+                rows = Rows(
+                    numbers=np.arange(first, first + len(table)),
+                    ids=_ids(table["row_id"], source),
+                    num_positions=np.bincount(pc.list_parent_indices(mask).to_numpy()[trained], minlength=len(table)),
+                )
+                yield rows, table
+                first += len(table)
+                progress.advance(len(table))
+    finally:
+        progress.close()
+
+
+def _ids(row_ids: pa.ChunkedArray, source: LogitCache) -> np.ndarray:
+    try:
+        return id_bytes(row_ids.to_pylist())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source.path} holds {one_line(error)}: fetch or build it again") from error

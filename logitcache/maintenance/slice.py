@@ -1,0 +1,240 @@
+"""logitcache slice: some rows of a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.errors import UserError, one_line
+from logitcache.format.unfinished import SHARD_POSITIONS
+from logitcache.maintenance.rewrite import Rewrite, rewrite
+from logitcache.maintenance.rows import Rows, scan
+
+COUNTS = ("row_id", "num_tokens", "num_positions")
+"""What an expression may speak of beside the kept columns."""
+
+
+def slice_cache(
+    path: str | Path,
+    out: str | Path,
+    *,
+    rows: str | None = None,
+    row_ids: str | Path | None = None,
+    where: str | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    shard_positions: int = SHARD_POSITIONS,
+    overwrite: bool = False,
+) -> LogitCache:
+    """Writes those rows of a cache to another that meet every one of the conditions given.
+
+    rows: "A:B", from row A, counted from 0, up to B, which is left out; either may be missing.  row_ids: text file, a row id a
+    line.  where: an expression of DuckDB's SQL over the kept columns, `row_id`, `num_tokens` and `num_positions`.
+    sample: so many rows of those that are left, drawn by `seed` from their ids, whatever their order.
+    shard_positions, overwrite: see `rewrite`.
+
+    The same call continues an interrupted one. Raises UserError for conditions that cannot be met, an expression that DuckDB
+    refuses or that reaches for anything but these columns, where no row meets the conditions, and as `rewrite` does.
+    """
+    if rows is None and row_ids is None and where is None and sample is None:
+        raise UserError("nothing to slice by: give --rows, --row-ids, --where or --sample")
+    source = open_cache(path)
+    listed = None if row_ids is None else _ListedIds(Path(row_ids))
+    settings = {
+        "rows": rows,
+        "row_ids": listed and listed.settings,
+        "where": where,
+        "sample": sample,
+        "seed": None if sample is None else seed,
+    }
+    choice = _Choice(source, _range(rows, len(source)), listed, where, sample, seed)
+    work = Rewrite(
+        command="slice",
+        settings={name: value for name, value in settings.items() if value is not None},
+        sources=[source],
+        layout=source.manifest.layout,
+        fingerprint=source.manifest.fingerprint,
+        skipped=source.manifest.skipped,
+        select=lambda folder: choice.rows(),
+    )
+    return rewrite(work, out, shard_positions, overwrite)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The conditions that rows must meet. numbers: first and end of those that may."""
+
+    source: LogitCache
+    numbers: tuple[int, int]
+    listed: _ListedIds | None
+    where: str | None
+    sample: int | None
+    seed: int
+
+    def rows(self) -> Generator[Rows]:
+        chosen = self._filtered()
+        return chosen if self.sample is None else _sampled(chosen, self.sample, self.seed)
+
+    def _filtered(self) -> Generator[Rows]:
+        meets = _expression(self.where, list(self.source.manifest.layout.columns)) if self.where is not None else None
+        kept_columns = list(self.source.manifest.layout.columns) if meets else []
+        first, end = self.numbers
+        for rows, table in scan([self.source], kept_columns):
+            if rows.numbers[0] >= end and not self.listed:
+                break
+            kept = (rows.numbers >= first) & (rows.numbers < end)
+            if self.listed:
+                kept &= self.listed.found(rows.ids)
+            if meets and kept.any():
+                kept[kept] = meets(rows[kept], table.filter(pa.array(kept)))
+            yield rows[kept]
+        if self.listed:
+            self.listed.refuse_unknown(self.source.path)
+
+
+def _range(rows: str | None, count: int) -> tuple[int, int]:
+    if rows is None:
+        return 0, count
+    match = re.fullmatch(r"(\d*):(\d*)", rows)
+    if not match:
+        raise UserError(f"--rows {rows}: write A:B, for example 0:1000; row B is left out")
+    first, end = int(match[1] or 0), int(match[2] or count)
+    if not first < end <= count:
+        raise UserError(f"--rows {rows}: the cache has rows 0…{count - 1}, so 0 ≤ A < B ≤ {count} is needed")
+    return first, end
+
+
+class _ListedIds:
+    """Row ids in a text file, sorted, 16 bytes each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        joined = bytearray()
+        try:
+            with path.open(encoding="ascii") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        joined += self._parse(line.strip(), number)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--row-ids {path}: cannot be read ({one_line(error)})") from error
+        self._ids = np.unique(np.frombuffer(bytes(joined), "S16"))
+        self._seen = np.zeros(len(self._ids), dtype=bool)
+
+    def _parse(self, text: str, number: int) -> bytes:
+        if not re.fullmatch("[0-9a-fA-F]{32}", text):
+            shown = text if len(text) < 40 else f"{text[:40]}…"
+            raise UserError(
+                f"--row-ids {self._path}, line {number}: {shown!r} is no row id, which has 32 hexadecimal digits"
+            )
+        return bytes.fromhex(text)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a history says of them."""
+        return {"count": len(self._ids), "sha256": hashlib.sha256(self._ids.tobytes()).hexdigest()}
+
+    def found(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids [n] are listed, bool [n]; remembers them."""
+        if not len(self._ids):
+            return np.zeros(len(ids), dtype=bool)
+        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        listed: np.ndarray = self._ids[at] == ids
+        self._seen[at[listed]] = True
+        return listed
+
+    def refuse_unknown(self, cache: str) -> None:
+        """Raises UserError where one was not seen."""
+        unknown = self._ids[~self._seen]
+        if len(unknown):
+            first = [unknown[i : i + 1].tobytes().hex() for i in range(min(3, len(unknown)))]
+            more = ", …" if len(unknown) > 3 else ""
+            raise UserError(
+                f"--row-ids {self._path}: {len(unknown)} of {len(self._ids)} ids are not in {cache}: {', '.join(first)}{more}"
+            )
+
+
+def _sampled(chosen: Iterator[Rows], count: int, seed: int) -> Generator[Rows]:
+    """The rows whose ids, mixed with the seed, are the `count` lowest numbers, in order; of equal ids the first."""
+    if count < 1:
+        raise UserError(f"--sample {count}: at least 1 row is needed")
+    seen, held = 0, 0
+    limit = np.uint64(2**64 - 1)
+    parts: list[Rows] = []
+    for rows in chosen:
+        seen += len(rows)
+        parts.append(rows[_mixed(rows.ids, seed) <= limit])
+        held += len(parts[-1])
+        if held >= 2 * count:
+            best = _lowest(parts, count, seed)
+            parts, held, limit = [best], count, _mixed(best.ids, seed).max()
+    if seen < count:
+        raise UserError(f"--sample {count}: only {seen} rows to draw from")
+    yield _lowest(parts, count, seed)
+
+
+def _lowest(parts: list[Rows], count: int, seed: int) -> Rows:
+    rows = Rows.joined(parts)
+    return rows[np.sort(np.argsort(_mixed(rows.ids, seed), kind="stable")[:count])]
+
+
+def _mixed(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A number for each id [n], uint64, that differs unpredictably between seeds: SplitMix64 (Steele, Lea and Flood, 2014)."""
+    state = ids.view("<u8").reshape(-1, 2)[:, 0] ^ np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = state ^ (state >> np.uint64(31))
+    return mixed
+
+
+def _expression(where: str, columns: list[str]) -> Callable[[Rows, pa.Table], np.ndarray]:
+    """What tells which of some rows, given with their kept columns, meet the expression.
+
+    DuckDB evaluates it in a database that holds these rows and nothing else, with its access to files, to other Python
+    objects and to its own settings turned off.
+    """
+    try:
+        import duckdb
+    except ModuleNotFoundError as error:
+        raise UserError("--where needs DuckDB: pip install 'logitcache[sql]'") from error
+    confined: dict[str, str | bool | int | float | list[str]] = {
+        "enable_external_access": "false",
+        "python_enable_replacements": "false",
+        "autoload_known_extensions": "false",
+        "autoinstall_known_extensions": "false",
+        "threads": "1",
+        "lock_configuration": "true",
+    }
+    connection = duckdb.connect(":memory:", config=confined)
+    number = "#"
+    while number in columns:
+        number += "#"
+
+    def meets(rows: Rows, table: pa.Table) -> np.ndarray:
+        values = {"num_tokens": pa.array(_num_tokens(table)), "num_positions": pa.array(rows.num_positions)}
+        values |= {name: table[name] for name in ("row_id", *columns)}
+        values[number] = pa.array(np.arange(len(rows)))
+        try:
+            found = connection.from_arrow(pa.table(values)).filter(duckdb.SQLExpression(where))
+            chosen = found.project(duckdb.ColumnExpression(number)).fetchnumpy()[number]
+        except duckdb.Error as error:
+            names = ", ".join(dict.fromkeys([*COUNTS, *columns]))
+            first = next(iter(str(error).splitlines()), "")
+            raise UserError(f"--where {where!r}: {first} (columns: {names})") from error
+        met = np.zeros(len(rows), dtype=bool)
+        met[np.asarray(chosen, dtype=np.int64)] = True
+        return met
+
+    return meets
+
+
+def _num_tokens(table: pa.Table) -> np.ndarray:
+    lengths: np.ndarray = table["loss_mask"].combine_chunks().value_lengths().to_numpy()
+    return lengths

@@ -1,0 +1,199 @@
+"""One shard read through, row group by row group: damage in one does not hide what is in the others."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitcache.errors import UserError, one_line
+from logitcache.format.atomic import file_sha256, space_needed
+from logitcache.format.layout import Layout, read_layout
+from logitcache.format.shards import ShardInfo
+from logitcache.format.storage import Folder
+from logitcache.format.unfinished import compared
+from logitcache.maintenance.findings import Finding
+from logitcache.maintenance.verify_rows import Counts, SeenRows, check_rows, empty_lists
+
+CHUNK_BYTES = 1 << 20
+TAIL_MASS_TOLERANCE = 1e-4
+"""Between the mean tail mass as captured and as stored: a rounded tail is off by 3e-5 of itself at most."""
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What a manifest says of all shards. by_sha256: the shard of each content."""
+
+    layout: Layout | None
+    by_sha256: Mapping[str, ShardInfo]
+
+
+def check_shard(
+    folder: Folder, name: str, info: ShardInfo | None, claimed: Claimed, seen: SeenRows
+) -> Iterator[Finding]:
+    """Findings about one shard's file and its content; `info` is what the manifest says of it, if anything."""
+    try:
+        if not folder.exists(name):
+            yield Finding("missing", name, "the manifest names it, it is not there")
+            return
+        with _fetched(folder, name) as path:
+            if info is not None:
+                digest, size = file_sha256(path), path.stat().st_size
+                same = claimed.by_sha256.get(digest)
+                if digest == info.sha256:
+                    if size != info.num_bytes:
+                        yield Finding("counts", name, f"{size:,} bytes, the manifest says {info.num_bytes:,}")
+                elif same is not None:
+                    yield Finding("swapped", name, f"this is what the manifest calls {same.name}")
+                    info = same
+                else:
+                    yield Finding("altered", name, _how_altered(size, digest, info))
+            yield from _check_content(path, name, info, claimed.layout, seen)
+    except UserError:
+        raise
+    except Exception as error:  # of a disk, or of a store, each of which has its own kinds
+        yield Finding("damaged", name, f"cannot be read ({_words(error)})")
+
+
+def _how_altered(size: int, digest: str, info: ShardInfo) -> str:
+    if size != info.num_bytes:
+        short = f", {info.num_bytes - size:,} too few" if size < info.num_bytes else ""
+        return f"{size:,} bytes, the manifest says {info.num_bytes:,}{short}"
+    return f"its SHA-256 is {digest[:12]}…, the manifest says {info.sha256[:12]}…"
+
+
+@contextmanager
+def _fetched(folder: Folder, name: str) -> Iterator[Path]:
+    """The file, read from a URL once and kept on this machine while the block runs."""
+    if folder.local is not None:
+        yield folder.local / name
+        return
+    with tempfile.TemporaryDirectory(prefix="logitcache-") as directory, space_needed(directory):
+        path = Path(directory) / "shard"
+        with folder.open(name) as source, path.open("wb") as copy:
+            while chunk := source.read(CHUNK_BYTES):
+                copy.write(chunk)
+        yield path
+
+
+def _check_content(
+    path: Path, name: str, info: ShardInfo | None, layout: Layout | None, seen: SeenRows
+) -> Iterator[Finding]:
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+    except Exception as error:  # Arrow has its own kinds; damaged Thrift raises others
+        yield Finding("damaged", name, f"no footer of a Parquet file can be read ({_words(error)})")
+        return
+    with file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        if info is not None and sizes != list(info.row_group_sizes):
+            what = f"{len(sizes)} row groups of {_list(sizes)} rows, the manifest says {_list(info.row_group_sizes)}"
+            yield Finding("counts", name, what)
+        try:
+            own = read_layout(file.schema_arrow.metadata, name)
+            expected = own.schema()
+        except UserError as error:
+            kind = "newer" if "is written in cache format" in str(error) else "layout"
+            yield Finding(kind, name, str(error).removeprefix(f"{name} "))
+            return
+        except (ValueError, TypeError, AttributeError) as error:
+            yield Finding("layout", name, f"its schema metadata was altered ({_words(error)})")
+            return
+        if layout is not None:
+            for part, here, there in compared(own.to_json(), layout.to_json()):
+                yield Finding("layout", name, f"{part} is {here}, the manifest says {there}")
+        sound = True
+        for finding in _check_columns(file.schema_arrow, expected, name):
+            sound = False
+            yield finding
+        if not sound:
+            return
+        counts = Counts()
+        for index in range(len(sizes)):
+            yield from _check_row_group(file, index, name, own, counts, seen)
+    if info is not None and counts.complete:
+        yield from _check_counts(name, counts, info)
+
+
+def _check_columns(schema: pa.Schema, expected: pa.Schema, name: str) -> Iterator[Finding]:
+    for column in expected:
+        index = schema.get_field_index(column.name)
+        if index < 0:
+            yield Finding("layout", name, f"column {column.name} is missing")
+        elif schema.field(index).type != column.type:
+            what = f"column {column.name} is of type {schema.field(index).type}, {column.type} is wanted"
+            yield Finding("layout", name, what)
+    for column_name in schema.names:
+        if column_name not in expected.names:
+            yield Finding("layout", name, f"column {column_name} is none of its layout's")
+
+
+def _check_row_group(
+    file: pq.ParquetFile, index: int, name: str, layout: Layout, counts: Counts, seen: SeenRows
+) -> Iterator[Finding]:
+    needed = replace(layout, columns={})
+    first = counts.num_sequences
+    rows = file.metadata.row_group(index).num_rows
+    counts.num_sequences += rows
+    table = None
+    try:
+        table = file.read_row_group(index, use_threads=False)
+    except Exception as error:
+        damaged = _damaged_columns(file, index)
+        columns = f"column {', '.join(damaged)}: " if damaged else ""
+        yield Finding("damaged", name, f"{columns}{_words(error)}", row_group=index)
+        if damaged and not set(damaged) & set(needed.schema().names):
+            table = file.read_row_group(index, columns=needed.schema().names, use_threads=False)
+    if table is not None and (nulls := empty_lists(table, needed)):
+        yield Finding("damaged", name, f"column {', '.join(nulls)}: values that are missing", row_group=index)
+        table = None
+    if table is None:
+        counts.complete = False
+        return
+    yield from check_rows(table, needed, name, index, first, counts, seen)
+
+
+def _damaged_columns(file: pq.ParquetFile, index: int) -> list[str]:
+    """Columns of a row group that cannot be read each for itself."""
+    damaged = []
+    for column in file.schema_arrow.names:
+        try:
+            file.read_row_group(index, columns=[column], use_threads=False)
+        except Exception:
+            damaged.append(column)
+    return damaged
+
+
+def _check_counts(name: str, counts: Counts, info: ShardInfo) -> Iterator[Finding]:
+    for part in ("num_sequences", "num_tokens", "num_positions", "num_entries", "longest"):
+        if getattr(counts, part) != getattr(info, part):
+            yield Finding(
+                "counts", name, f"{part} is {getattr(counts, part):,}, the manifest says {getattr(info, part):,}"
+            )
+    mean = counts.tail_mass / max(counts.num_positions, 1)
+    if not abs(mean - info.mean_tail_mass) <= TAIL_MASS_TOLERANCE:
+        yield Finding("counts", name, f"mean_tail_mass is {mean:.6f}, the manifest says {info.mean_tail_mass:.6f}")
+
+
+def _list(sizes: object) -> str:
+    text = ", ".join(map(str, sizes)) if isinstance(sizes, list | tuple) else ""
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def _words(error: BaseException) -> str:
+    return one_line(error).rstrip(".") or type(error).__name__
+
+
+def fetched_sha256(folder: Folder, name: str) -> str:
+    """SHA-256 of a file at a path or a URL, read as a stream."""
+    digest = hashlib.sha256()
+    with folder.open(name) as source:
+        while chunk := source.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
