@@ -44,7 +44,7 @@ class LogitCache(Sequence[CachedSequence]):
         self._folder = Folder(path)
         self.path = path
         self.manifest: Manifest = read_manifest(self._folder)
-        self._shards = [ShardReader(self._folder, info) for info in self.manifest.shards]
+        self._shards = [ShardReader(self._folder, info, self.manifest.layout) for info in self.manifest.shards]
         for parent in {str(PurePosixPath(info.name).parent) for info in self.manifest.shards}:
             with suppress(Exception):  # a store that lists a folder knows its sizes then; others are asked for each
                 self._folder.names(parent)
@@ -132,6 +132,8 @@ class LogitCache(Sequence[CachedSequence]):
         start: rows of this stream to leave out at its beginning; the stream's `position` counts on from it, so that
         `iter_sequences(..., start=stream.position)` continues exactly where `stream` was.
         """
+        if start < 0:
+            raise UserError(f"start={start}: 0 or more rows can be left out")
         part = rank_part(self._row_groups[:, 3], self._order(shuffle, seed), *_checked(shard))
         window = SHUFFLE_ROW_GROUPS if shuffle else 1
         rows = _rows(self, steps(part, window, seed if shuffle else None, start), window)

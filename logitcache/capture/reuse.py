@@ -16,7 +16,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,12 +175,11 @@ class ReusedCaches:
 
 def refuse_itself(sources: Iterable[Folder], out: Folder) -> None:
     """Raises UserError where a cache to reuse is what a build writes to, or one of both lies in the other."""
-    ours = _place(out)
     for source in sources:
-        theirs = _place(source)
-        if ours == theirs:
+        inside, around = source.lies_in(out), out.lies_in(source)
+        if inside and around:
             raise UserError(f"--reuse {source} is --out itself: write the new cache to another folder")
-        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        if inside or around:
             raise UserError(f"--reuse {source} and --out {out}: one lies in the other; choose a folder beside it")
 
 
@@ -257,16 +256,11 @@ def _origin(cache: LogitCache) -> dict[str, Any]:
     folder, manifest = Folder(cache.path), cache.manifest
     fingerprint = json.dumps(manifest.fingerprint, sort_keys=True, ensure_ascii=False)
     return {
-        "path": str(_place(folder)),
+        "path": folder.location,
         "manifest_sha256": hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest(),
         "fingerprint_sha256": hashlib.sha256(fingerprint.encode()).hexdigest(),
         "history": list(manifest.history),
     }
-
-
-def _place(folder: Folder) -> PurePosixPath:
-    """The same for all ways to write the path of a folder."""
-    return PurePosixPath(folder.local.resolve()) if folder.local else PurePosixPath(folder.path)
 
 
 def _places_name(shard: int) -> str:

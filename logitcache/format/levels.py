@@ -1,13 +1,13 @@
 """Levels of log-probability: what `balanced` and `compact` store instead of floats.
 
-Level c stands for the probability (1 − c/n)³, so that equal steps of c are equal steps of p^(1/3): the probable tokens, which
-carry the divergences, are known to a few thousandths of a nat, improbable ones to D nats and no finer. Where those steps
-would become longer than D, equal steps of D nats go on without end. Level −1 stands for probability 0.
+Level c stands for the probability (1 − c/n)², so that equal steps of c are equal steps of √p: the probable tokens, which
+carry the divergences, are known to a thousandth of a nat, improbable ones to D nats and no finer. Where those steps would
+become longer than D, equal steps of D nats go on without end. Level −1 stands for probability 0.
 
-    p = (1 − c/n)³                            c < u = n − 3/D
-    log p = 3 log(3/(D·n)) − (c − u)·D        c ≥ u
+    p = (1 − c/n)²                            c < u = n − 2/D
+    log p = 2 log(2/(D·n)) − (c − u)·D        c ≥ u
 
-`tools/bench_codec.py` compares this grid with others at equal bytes.
+`tools/bench_codec.py` compares this grid with others at equal bytes: steps of √p have the least L1 of all roots.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MOST_LEVELS = 1 << 16
 class Rounding:
     """How numbers are rounded that a cache does not keep as captured; recorded in every shard.
 
-    cube_root_steps: n.  uniform_step: D, nats.  tail_step: nats, of tails, tempered tails and the tail's entropy.
+    square_root_steps: n.  uniform_step: D, nats.  tail_step: nats, of tails, tempered tails and the tail's entropy.
     group_step: nats, of the log of a group's share of the tail.  sample_step: nats, of sampled log-probabilities.
     """
 
-    cube_root_steps: int
+    square_root_steps: int
     uniform_step: float
     tail_step: float
     group_step: float
@@ -42,31 +42,31 @@ class Rounding:
     @property
     def uniform_from(self) -> int:
         """u, the first level of the uniform part."""
-        return round(self.cube_root_steps - 3 / self.uniform_step)
+        return round(self.square_root_steps - 2 / self.uniform_step)
 
     def levels(self, logprobs: np.ndarray) -> np.ndarray:
         """Nearest level of each log-probability, int32; −1 for −inf."""
-        n, u = self.cube_root_steps, self.uniform_from
+        n, u = self.square_root_steps, self.uniform_from
         depth = -np.minimum(logprobs.astype(np.float64), 0.0)
-        knot = -3 * np.log1p(-u / n)
+        knot = -2 * np.log1p(-u / n)
         with np.errstate(invalid="ignore"):
             uniform = u + (depth - knot) / self.uniform_step
-            level = np.where(depth < knot, n * -np.expm1(-depth / 3), uniform)
+            level = np.where(depth < knot, n * -np.expm1(-depth / 2), uniform)
             return np.where(np.isposinf(depth), -1, np.minimum(np.rint(level), MOST_LEVELS - 1)).astype(np.int32)
 
     def logprobs(self, count: int) -> np.ndarray:
         """Log-probability of levels 0 … count − 1, then of level −1: float32 [count + 1]."""
-        n, u = self.cube_root_steps, self.uniform_from
+        n, u = self.square_root_steps, self.uniform_from
         level = np.arange(count, dtype=np.float64)
-        cube_root = 3 * np.log1p(-np.minimum(level, u) / n)
-        return np.append(cube_root - np.maximum(level - u, 0) * self.uniform_step, -np.inf).astype(np.float32)
+        square_root = 2 * np.log1p(-np.minimum(level, u) / n)
+        return np.append(square_root - np.maximum(level - u, 0) * self.uniform_step, -np.inf).astype(np.float32)
 
     def bound(self, logprobs: np.ndarray) -> np.ndarray:
         """The most by which a log-probability may come back changed, nats, up to float32's own rounding."""
-        n, half = self.cube_root_steps, self.uniform_step / 2
-        above_zero = n * np.exp(np.minimum(logprobs.astype(np.float64), 0.0) / 3)
-        cube_root = 3 * np.log1p(0.5 / np.maximum(above_zero - 0.5, 0.5))
-        return np.minimum(cube_root, half + (half / 8))
+        n, half = self.square_root_steps, self.uniform_step / 2
+        above_zero = n * np.exp(np.minimum(logprobs.astype(np.float64), 0.0) / 2)
+        square_root = 2 * np.log1p(0.5 / np.maximum(above_zero - 0.5, 0.5))
+        return np.minimum(square_root, half + (half / 8))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -80,8 +80,8 @@ class Rounding:
 
 PRESETS: dict[str, Rounding | None] = {
     "exact": None,
-    "balanced": Rounding(768, 2.0**-2, tail_step=2.0**-14, group_step=0.5, sample_step=2.0**-6),
-    "compact": Rounding(200, 2.0**-1, tail_step=2.0**-14, group_step=1.0, sample_step=2.0**-4),
+    "balanced": Rounding(1600, 2.0**-2, tail_step=2.0**-14, group_step=0.5, sample_step=2.0**-6),
+    "compact": Rounding(320, 2.0**-1, tail_step=2.0**-14, group_step=1.0, sample_step=2.0**-4),
 }
 """Precisions by name, finest first. exact: float32 as captured, columns that read as they are."""
 

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from logitcache.errors import UserError
 from logitcache.format.layout import FORMAT_VERSION, Layout, check_version
+from logitcache.format.levels import PRESETS
+from logitcache.format.shape import check_shape
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
 
@@ -88,10 +90,12 @@ class Manifest:
     def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
         """Inverse of `to_json`.
 
-        Raises UserError for a newer format, shard names that point outside the cache, and totals that are not theirs.
+        Raises UserError for a newer format, values of another kind than ours, shard names that point outside the cache, and
+        totals that are not theirs.
         """
         try:
             check_version(data["format_version"], where)
+            check_shape(data, _SHAPE, "manifest")
             shards = tuple(ShardInfo.from_json(shard) for shard in data["shards"])
             manifest = cls(
                 Layout.from_json(data["layout"]),
@@ -103,7 +107,10 @@ class Manifest:
                 tuple(data.get("history", ())),
             )
             totals = {name: data[name] for name in ("num_sequences", "num_positions", "num_bytes")}
-        except (KeyError, TypeError, AttributeError) as error:
+            manifest.layout.schema()
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where} is not a cache manifest of format {FORMAT_VERSION}: {error!r}") from error
         for shard in shards:
             if points_outside(shard.name):
@@ -120,6 +127,34 @@ class Manifest:
     def write(self, folder: Folder) -> None:
         """Writes logitcache.json."""
         folder.write(MANIFEST_NAME, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+_SHARD: dict[str, Any] = {
+    **dict.fromkeys(["name", "sha256"], str),
+    **dict.fromkeys(["num_sequences", "num_tokens", "num_positions", "num_entries", "longest", "num_bytes"], int),
+    "mean_tail_mass": float,
+    "row_group_sizes": [int],
+}
+_SHAPE: dict[str, Any] = {
+    "created_by": str,
+    "skipped": {...: int},
+    "history": ([{"command": str}],),
+    "fingerprint": {
+        "teacher": dict.fromkeys(["name", "architecture", "dtype", "engine", "engine_version"], object),
+        "corpus": {"sources": [{"name": str}]},
+        "capture": {"top_k": int, "top_p": (float,), "min_k": (int,)},
+    },
+    "layout": {
+        **dict.fromkeys(["vocab_size", "num_tail_groups", "num_tail_samples"], int),
+        "temperatures": [float],
+        "tail_entropy": bool,
+        "columns": {...: str},
+        "precision": (set(PRESETS),),
+    },
+    "files": {...: str},
+    "shards": [_SHARD],
+}
+"""What readers and commands rely on, see `check_shape`; format 1 has neither history nor precision."""
 
 
 def points_outside(name: str) -> bool:
@@ -143,9 +178,7 @@ def read_manifest(folder: Folder) -> Manifest:
     path = folder.where(MANIFEST_NAME)
     if not folder.exists(MANIFEST_NAME):
         if folder.exists(BUILD_DIRECTORY):
-            raise UserError(
-                f"{folder} is an unfinished build: run the same `logitcache` command again to finish it"
-            )
+            raise UserError(f"{folder} is an unfinished build: run the same `logitcache` command again to finish it")
         if not folder.exists():
             raise UserError(f"{folder} does not exist")
         raise UserError(f"{folder} is not a cache: it has no {MANIFEST_NAME}")
@@ -155,4 +188,6 @@ def read_manifest(folder: Folder) -> Manifest:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON that can be read ({error})") from error
     return Manifest.from_json(data, path)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from logitcache.errors import UserError
 from logitcache.format.atomic import file_sha256
 from logitcache.format.codec import DecodedRows
-from logitcache.format.layout import read_layout
+from logitcache.format.layout import Layout, read_layout
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
 
@@ -29,10 +29,11 @@ class ShardReader:
     Holds no file open: a cache may have thousands of shards. Threads may read at the same time.
     """
 
-    def __init__(self, folder: Folder, info: ShardInfo) -> None:
+    def __init__(self, folder: Folder, info: ShardInfo, layout: Layout) -> None:
         self._folder = folder
         self.path = folder.where(info.name)
         self._info = info
+        self._layout = layout
         self._verified = False
 
     def check_size(self) -> None:
@@ -47,9 +48,8 @@ class ShardReader:
     def read_row_group(self, index: int) -> DecodedRows:
         """Decodes a row group. Raises UserError where the file is not the one that the manifest names."""
         table = self.read_columns(index)
-        layout = read_layout(table.schema.metadata, self.path)
         try:
-            return DecodedRows(table, layout)
+            return DecodedRows(table, self._layout)
         except (KeyError, ValueError) as error:
             self._refuse(f"altered: {error} (row group {index})")
 
@@ -58,15 +58,18 @@ class ShardReader:
         with _verifying(os.getpid()):
             if not self._verified:
                 self._verify()
-        try:
-            with self._opened(_footer(self)) as file:
-                table: pa.Table = file.read_row_group(index, columns, use_threads=False)
-        except FileNotFoundError:
-            self._missing()
-        except (OSError, IndexError, pa.ArrowException) as error:
-            self._refuse(f"altered: {error} (row group {index})")
+        with self._folder.answering():
+            try:
+                with self._opened(_footer(self)) as file:
+                    table: pa.Table = file.read_row_group(index, columns, use_threads=False)
+            except FileNotFoundError:
+                self._missing()
+            except (OSError, IndexError, pa.ArrowException) as error:
+                self._refuse(f"altered: {error} (row group {index})")
         if len(table) != self._info.row_group_sizes[index]:
             self._refuse(f"altered: {len(table)} rows in row group {index}")
+        if read_layout(table.schema.metadata, self.path) != self._layout:
+            self._refuse("made with another layout than the manifest says: it is of another cache")
         return table
 
     def _verify(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path
 class Folder:
     """Files by their names relative to one folder. path: as given.  local: the same as a Path, None at a URL.
 
-    Raises UserError where no installed file system reads such a URL.
+    Raises UserError where no installed file system reads such a URL, and from every method where a store does not answer.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -43,16 +44,32 @@ class Folder:
         """Path or URL of a file, for messages and for other libraries."""
         return f"{self.path.rstrip('/')}/{name}" if name else self.path
 
+    @property
+    def location(self) -> str:
+        """The path, and the same for all ways to write that of a local folder."""
+        return str(self.local.resolve()) if self.local else self.path
+
+    def lies_in(self, other: Folder) -> bool:
+        """Whether this folder is the other one or lies in it."""
+        return self._place.is_relative_to(other._place)
+
+    @property
+    def _place(self) -> PurePosixPath:
+        """The same for all ways to write a path or URL, in no two file systems the same."""
+        return PurePosixPath(str(self._filesystem.protocol), self.local.resolve() if self.local else self._root)
+
     def exists(self, name: str = "") -> bool:
         """Whether there is such a file or folder, asked anew every time."""
-        self._filesystem.invalidate_cache()
-        return bool(self._filesystem.exists(self._full(name)))
+        with self.answering():
+            self._filesystem.invalidate_cache()
+            return bool(self._filesystem.exists(self._full(name)))
 
     def names(self, name: str = "") -> list[str]:
         """Names of what a folder holds, sorted; empty where there is no such folder."""
-        self._filesystem.invalidate_cache()
         try:
-            found = self._filesystem.ls(self._full(name), detail=False)
+            with self.answering():
+                self._filesystem.invalidate_cache()
+                found = self._filesystem.ls(self._full(name), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         # An object store may list the folder itself.
@@ -60,14 +77,15 @@ class Folder:
 
     def files(self, name: str) -> list[str]:
         """Names, relative to this folder, of all files below the folder `name`, sorted."""
-        self._filesystem.invalidate_cache()
-        return sorted(
-            path.removeprefix(f"{self._root.rstrip('/')}/") for path in self._filesystem.find(self._full(name))
-        )
+        with self.answering():
+            self._filesystem.invalidate_cache()
+            found = self._filesystem.find(self._full(name))
+        return sorted(path.removeprefix(f"{self._root.rstrip('/')}/") for path in found)
 
     def num_bytes(self, name: str) -> int:
         """Size of a file."""
-        return int(self._filesystem.size(self._full(name)))
+        with self.answering():
+            return int(self._filesystem.size(self._full(name)))
 
     def open(self, name: str, num_bytes: int | None = None) -> BinaryIO:
         """A file to read from anywhere in it.
@@ -75,11 +93,13 @@ class Folder:
         num_bytes: its size, where that is known: a store is then asked for what is read, and for no megabytes ahead.
         """
         options = {} if num_bytes is None else {"size": num_bytes, "cache_type": "none"}
-        return cast(BinaryIO, self._filesystem.open(self._full(name), "rb", **options))
+        with self.answering():
+            return cast(BinaryIO, self._filesystem.open(self._full(name), "rb", **options))
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises FileNotFoundError."""
-        return cast(bytes, self._filesystem.cat_file(self._full(name)))
+        with self.answering():
+            return cast(bytes, self._filesystem.cat_file(self._full(name)))
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -110,13 +130,25 @@ class Folder:
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with all that it holds; nothing where there is none."""
         if self.exists(name):
-            self._filesystem.rm(self._full(name), recursive=True)
+            full = self._full(name)  # a store would take `[1]` in it for a pattern, and remove other folders
+            with self.answering():
+                self._filesystem.rm(full if self.local else glob.escape(full), recursive=True)
 
     def remove_leftovers(self, name: str) -> None:
         """Removes what killed writers left in a folder."""
         for leftover in self.names(name):
             if leftover.endswith(TEMPORARY_SUFFIX):
                 self.remove(f"{name}/{leftover}")
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Raises UserError for what a store raises in the block, of whatever kind, but for a file that is missing."""
+        try:
+            yield
+        except Exception as error:
+            if self.local is not None or isinstance(error, (UserError, FileNotFoundError, NotADirectoryError)):
+                raise
+            raise UserError(f"{self}: this URL does not answer ({one_line(error)})") from error
 
     def _connect(self) -> None:
         try:

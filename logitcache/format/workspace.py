@@ -6,9 +6,9 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from logitcache.errors import UserError, one_line
+from logitcache.errors import UserError
 from logitcache.format.atomic import TEMPORARY_SUFFIX
 from logitcache.format.manifest import BUILD_DIRECTORY, CARD_NAME, MANIFEST_NAME, TOKENIZER_DIRECTORY
 from logitcache.format.storage import Folder
@@ -31,12 +31,7 @@ def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
     or not, and one that another command holds.
     """
     if folder.local is None:
-        try:
-            _refuse_what_is_not_ours(folder)
-        except UserError:
-            raise
-        except Exception as error:  # every store has its own kinds
-            raise UserError(f"--out {folder}: this URL does not answer ({one_line(error)})") from error
+        _refuse_what_is_not_ours(folder)
         yield
         return
     try:
@@ -50,7 +45,7 @@ def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            if not folder.names():
+            with suppress(OSError):  # it holds something, or is a link or the root of a file system
                 folder.local.rmdir()
     finally:
         os.close(directory)

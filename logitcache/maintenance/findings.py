@@ -12,7 +12,7 @@ KINDS = {
     "newer": ("written in a newer format", "install a logitcache that reads it"),
     "missing": ("missing files", "fetch them, or build the cache again"),
     "foreign": ("files that the manifest does not name", "remove them"),
-    "swapped": ("files that have another one's name", "give them the name that the manifest gives them"),
+    "swapped": ("files that have another one's name", "give them the manifest's names, fetch what is then missing"),
     "altered": ("files that are not the manifest's", "fetch them again, or build them again"),
     "damaged": (
         "data that cannot be read",

@@ -21,7 +21,7 @@ from logitcache.table import aligned
 
 READ_SHARDS = 32
 """Footers that are read, evenly spread over the cache: a few requests, however large it is."""
-SHOWN_COLUMNS = 12
+SHOWN_COLUMNS = 10
 SHOWN_BARS = 8
 SHOWN_STEPS = 4
 BAR_WIDTH = 32

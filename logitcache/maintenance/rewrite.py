@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -291,7 +291,7 @@ def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
     folder, manifest = Folder(source.path), source.manifest
     own = {name: manifest.fingerprint[name] for name in ("corpus", "generation") if name in manifest.fingerprint}
     return {
-        "path": str(_place(folder)),
+        "path": folder.location,
         "manifest_sha256": hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest(),
         "fingerprint_sha256": fingerprint_digest(manifest.fingerprint),
         "sequences": manifest.num_sequences,
@@ -303,14 +303,9 @@ def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
 
 def _refuse_overlap(out: Folder, source: Folder) -> None:
     """The source must outlive what is done to `out`."""
-    ours, theirs = _place(out), _place(source)
-    if ours == theirs:
+    inside, around = out.lies_in(source), source.lies_in(out)
+    if inside and around:
         raise UserError(f"--out {out} is the cache that is read: choose another folder")
-    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-        inner, outer = (out, source) if ours.is_relative_to(theirs) else (source, out)
+    if inside or around:
+        inner, outer = (out, source) if inside else (source, out)
         raise UserError(f"--out {out}: {inner} lies in {outer}; choose a folder beside the cache that is read")
-
-
-def _place(folder: Folder) -> PurePosixPath:
-    """The same for all ways to write the path of a folder; comparable with others."""
-    return PurePosixPath(folder.local.resolve()) if folder.local else PurePosixPath(folder.path)

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def slice_cache(
     """
     if rows is None and row_ids is None and where is None and sample is None:
         raise UserError("nothing to slice by: give --rows, --row-ids, --where or --sample")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: choose 0 or more")
     source = open_cache(path)
     listed = None if row_ids is None else _ListedIds(Path(row_ids))
     settings = {
@@ -213,6 +216,12 @@ def _expression(where: str, columns: list[str]) -> Callable[[Rows, pa.Table], np
         "lock_configuration": "true",
     }
     connection = duckdb.connect(":memory:", config=confined)
+    names = list(dict.fromkeys([*COUNTS, *columns]))
+    for name, other in combinations(names, 2):
+        if name.lower() == other.lower():
+            raise UserError(
+                f"--where: SQL takes the columns {name} and {other} for one, and cannot tell which is meant"
+            )
     number = "#"
     while number in columns:
         number += "#"
@@ -224,10 +233,11 @@ def _expression(where: str, columns: list[str]) -> Callable[[Rows, pa.Table], np
         try:
             found = connection.from_arrow(pa.table(values)).filter(duckdb.SQLExpression(where))
             chosen = found.project(duckdb.ColumnExpression(number)).fetchnumpy()[number]
-        except duckdb.Error as error:
-            names = ", ".join(dict.fromkeys([*COUNTS, *columns]))
+        except (duckdb.Error, UnicodeEncodeError) as error:
             first = next(iter(str(error).splitlines()), "")
-            raise UserError(f"--where {where!r}: {first} (columns: {names})") from error
+            raise UserError(f"--where {where!r}: {first} (columns: {', '.join(names)})") from error
+        except RuntimeError as error:  # what DuckDB makes of Ctrl-C
+            raise KeyboardInterrupt from error
         met = np.zeros(len(rows), dtype=bool)
         met[np.asarray(chosen, dtype=np.int64)] = True
         return met

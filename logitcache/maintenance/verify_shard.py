@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
+from logitcache.format.codebook import Codebook
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
@@ -108,17 +109,34 @@ def _check_content(
         if layout is not None:
             for part, here, there in compared(own.to_json(), layout.to_json()):
                 yield Finding("layout", name, f"{part} is {here}, the manifest says {there}")
-        sound = True
-        for finding in _check_columns(file.schema_arrow, expected, name):
-            sound = False
-            yield finding
-        if not sound:
+        foreign = [
+            *_check_codebook(file.metadata.metadata, own, name),
+            *_check_columns(file.schema_arrow, expected, name),
+        ]
+        yield from foreign
+        if foreign:
             return
         counts = Counts()
         for index in range(len(sizes)):
             yield from _check_row_group(file, index, name, own, counts, seen)
     if info is not None and counts.complete:
         yield from _check_counts(name, counts, info)
+
+
+def _check_codebook(metadata: Mapping[bytes, bytes] | None, layout: Layout, name: str) -> Iterator[Finding]:
+    if layout.rounding is None:
+        return
+    try:
+        codebook = Codebook.from_metadata(metadata)
+    except ValueError as error:
+        yield Finding("layout", name, _words(error))
+        return
+    ids = codebook.frequent_ids
+    if ids.size and not 0 <= ids.min() <= ids.max() < layout.vocab_size:
+        yield Finding("layout", name, f"its codebook has ids outside the vocabulary of {layout.vocab_size:,}")
+    if codebook.group_profile.shape != (layout.num_tail_groups,):
+        what = f"its codebook is of {codebook.group_profile.size} tail groups, its layout of {layout.num_tail_groups}"
+        yield Finding("layout", name, what)
 
 
 def _check_columns(schema: pa.Schema, expected: pa.Schema, name: str) -> Iterator[Finding]:

@@ -32,7 +32,7 @@ def dataset_card(manifest: Manifest) -> str:
     rounding = manifest.layout.rounding
     if rounding is None:
         return _CARD.format(table=table, columns=columns, precision=_EXACT, sql=_EXACT_SQL)
-    names = asdict(rounding) | {"u": rounding.uniform_from, "n": rounding.cube_root_steps, "D": rounding.uniform_step}
+    names = asdict(rounding) | {"u": rounding.uniform_from, "n": rounding.square_root_steps, "D": rounding.uniform_step}
     names["half"] = f"{rounding.bound(np.log([1e-3]))[0]:.3f}"
     return _CARD.format(
         table=table, columns=columns, precision=_ROUNDED.format(**names), sql=_ROUNDED_SQL.format(**names)
@@ -118,7 +118,7 @@ FROM 'data/*.parquet';
 
 _ROUNDED = """\
 They are rounded to levels: level c
-stands for p = (1 − c/{n})³ up to level {u}, and beyond it for steps of {D:g} nats (an error of at most {half} nats where
+stands for p = (1 − c/{n})² up to level {u}, and beyond it for steps of {D:g} nats (an error of at most {half} nats where
 p ≥ 0.001). An entry's level is `lowest_level` of its position minus `levels_above_lowest`. A position's entries are in
 ascending order of rank; a rank is the sum of the gaps so far plus the number of entries before. The token of rank r is
 `frequent_ids[r]` where there are so many, otherwise r − len(frequent_ids). That list and the groups' profile are in
@@ -142,6 +142,6 @@ WITH books AS (
 )
 SELECT row_id, position,
   CASE WHEN rank < len(frequent_ids) THEN frequent_ids[rank + 1] ELSE rank - len(frequent_ids) END AS token_id,
-  CASE WHEN level < {u} THEN 3 * ln(1 - level / {n}) ELSE 3 * ln(1 - {u} / {n}) - (level - {u}) * {D:g} END AS logprob
+  CASE WHEN level < {u} THEN 2 * ln(1 - level / {n}) ELSE 2 * ln(1 - {u} / {n}) - (level - {u}) * {D:g} END AS logprob
 FROM ranks JOIN books USING (filename);
 """

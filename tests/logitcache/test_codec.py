@@ -111,8 +111,8 @@ def test_the_columns_mean_what_the_formula_says(precision: str) -> None:
     table = encoded(rows, layout, Codebook(frequent, np.array([-8, 2, 0], np.int32)))
     described = json.loads(table.schema.metadata[METADATA_KEY])["rounding"]
     book = json.loads(table.schema.metadata[CODEBOOK_KEY])
-    n, step = described["cube_root_steps"], described["uniform_step"]
-    knot = n - 3 / step
+    n, step = described["square_root_steps"], described["uniform_step"]
+    knot = n - 2 / step
     for row, read in zip(table.to_pylist(), DecodedRows(table, layout), strict=True):
         group_logprobs = read.targets.group_logprobs
         assert group_logprobs is not None
@@ -124,9 +124,9 @@ def test_the_columns_mean_what_the_formula_says(precision: str) -> None:
                 level = row["lowest_level"][position] - row["levels_above_lowest"][entry]
                 token = book["frequent_ids"][rank] if rank < len(frequent) else rank - len(frequent)
                 if level < knot:
-                    found[token] = 3 * math.log(1 - level / n)
+                    found[token] = 2 * math.log(1 - level / n)
                 else:
-                    found[token] = 3 * math.log(3 / (step * n)) - (level - knot) * step
+                    found[token] = 2 * math.log(2 / (step * n)) - (level - knot) * step
                 entry += 1
             ids = read.targets.token_ids[position, :count].tolist()
             assert found == pytest.approx(

@@ -65,7 +65,7 @@ def autograd_sum(loss: str, k: int, groups: np.ndarray, position: int | None = N
         possible = p > 0  # a group may lie within the entries
         p, q = p[possible], q[possible]
         forward, reverse = p * (p / q).log(), q * (q / p).log()
-        share, w = (p / (p + q)).detach(), adaptive_weight(p, q, k)
+        share, w = (p / (p + q)).detach(), adaptive_weight(p, q.detach(), k)
         total = (
             total
             + {

@@ -9,7 +9,8 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from logitcache.format.layout import METADATA_KEY, Layout
 from logitcache.format.levels import PRESETS
 from logitcache.format.manifest import Manifest
 from logitcache.format.row_index import RowIndex, id_bytes
+from logitcache.format.sequences import TokenSequence
 from logitcache.format.shard_reader import ShardReader
 from logitcache.format.shards import ShardWriter
 from logitcache.format.storage import Folder
@@ -67,8 +69,13 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         teacher: Any = start_teacher(*arguments)
         score = teacher.score
 
-        def counting(sequences: Any, settings: Any) -> Iterator[SparseTargets]:
-            yield from score((seen.append(sequence.row_id) or sequence for sequence in sequences), settings)
+        def counted(sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
+            for sequence in sequences:
+                seen.append(sequence.row_id)
+                yield sequence
+
+        def counting(sequences: Iterable[TokenSequence], settings: Any) -> Iterator[SparseTargets]:
+            yield from score(counted(sequences), settings)
 
         teacher.score = counting
         return teacher
@@ -295,7 +302,7 @@ def test_a_cache_is_not_reused_for_itself(
     shutil.copytree(old.path, tmp_path / "c")
     (tmp_path / "link").symlink_to(tmp_path / "c")
     for path in (tmp_path / "c", tmp_path / "link", tmp_path / "x/../c/"):
-        with pytest.raises(UserError, match="--reuse .* is --out itself"):
+        with pytest.raises(UserError, match=r"--reuse .* is --out itself"):
             build(teacher, corpus, tmp_path / "c", reuse=str(path), overwrite=overwrite, **EVERYTHING)
     with pytest.raises(UserError, match="one lies in the other"):
         build(teacher, corpus, tmp_path / "c/new", reuse=tmp_path / "c", overwrite=overwrite, **EVERYTHING)
@@ -348,7 +355,7 @@ def test_a_build_with_tail_groups_of_its_own_does_not_go_on_with_rows_of_others(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_at_shard(patched, 1)
         build(teacher, documents, tmp_path / "c", **EVERYTHING)
-    with pytest.raises(UserError, match="its tail groups are not those that .* was begun with"):
+    with pytest.raises(UserError, match=r"its tail groups are not those that .* was begun with"):
         build(teacher, documents, tmp_path / "c", reuse=old.path, **EVERYTHING)
     assert build(teacher, documents, tmp_path / "c", **EVERYTHING).manifest.history == ()
 
@@ -489,9 +496,14 @@ def test_rows_are_read_in_windows_and_in_order_a_row_group_hardly_twice(
     cache = write_cache(tmp_path, random_rows(200, layout), layout, rows_per_shard=50, row_group_bytes=1000)
     num_row_groups = sum(len(shard.row_group_sizes) for shard in cache.manifest.shards)
     monkeypatch.setattr(reuse, "WINDOW_BYTES", 4000)
-    read = []
+    read: list[int] = []
     decode = ShardReader.read_row_group
-    monkeypatch.setattr(ShardReader, "read_row_group", lambda self, index: read.append(index) or decode(self, index))
+
+    def counting(shard: ShardReader, index: int) -> Any:
+        read.append(index)
+        return decode(shard, index)
+
+    monkeypatch.setattr(ShardReader, "read_row_group", counting)
     places = np.arange(200) if in_order else np.random.default_rng(0).permutation(200)
     positions = np.array([len(cache[int(place)].positions) for place in places])
     expected = [arrays(cache[int(place)]) for place in places]
@@ -515,7 +527,7 @@ def test_a_row_that_was_exchanged_since_it_was_found_is_refused(
 ) -> None:
     rows = ReusedCaches.rows
     monkeypatch.setattr(ReusedCaches, "rows", lambda self, places, positions: rows(self, places[::-1], positions))
-    with pytest.raises(UserError, match="--reuse has row .* there by now"):
+    with pytest.raises(UserError, match=r"--reuse has row .* there by now"):
         build(teacher, corpus, tmp_path / "c", reuse=old.path, **EVERYTHING)
 
 
@@ -528,8 +540,9 @@ def test_a_copied_row_that_no_teacher_can_have_given_is_refused(
     rows = [broken[i] for i in range(manifest.shards[0].num_sequences)]
     with ShardWriter(Folder(tmp_path / "old"), name, manifest.layout) as writer:
         for row in rows:
-            row.targets.tail_logprob[...] = 0.0  # and the entries beside it
-            writer.write(row, row.targets)  # type: ignore[arg-type]
+            certain = np.zeros_like(row.targets.tail_logprob)  # and the entries beside it
+            sequence = TokenSequence(row.input_ids, row.loss_mask, row.columns)
+            writer.write(sequence, replace(row.targets, tail_logprob=certain))
     Manifest(
         manifest.layout,
         manifest.fingerprint,

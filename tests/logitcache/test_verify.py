@@ -23,6 +23,7 @@ from smallcaches import EVERYTHING, VOCAB, Row, random_rows, small, write_cache
 from logitcache import UserError
 from logitcache.cli import main
 from logitcache.format.atomic import file_sha256
+from logitcache.format.codebook import CODEBOOK_KEY
 from logitcache.format.layout import Layout
 from logitcache.format.levels import PRESETS
 from logitcache.format.manifest import MANIFEST_NAME
@@ -45,9 +46,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (root / "tokenizer" / name).write_text(f"{{}} of {name}")
-        edit(
-            root, lambda data, name=name: data["files"].update({f"tokenizer/{name}": sha256(root, f"tokenizer/{name}")})
-        )
+    names = [f"tokenizer/{path.name}" for path in (root / "tokenizer").iterdir()]
+    edit(root, lambda data: data["files"].update({name: sha256(root, name) for name in names}))
     return root
 
 
@@ -87,7 +87,8 @@ def rewrite(root: Path, shard: int, change: Callable[[pa.Table], pa.Table]) -> N
     """A shard with other content whose checksums are right; `change` gets all of its rows."""
     path = root / shard_name(shard, 3)
     sizes = content(root)["shards"][shard]["row_group_sizes"]
-    table = change(pq.read_table(path, partitioning=None))
+    with pq.ParquetFile(path) as file:  # whose metadata are in the table's, unlike those of a dataset
+        table = change(file.read())
     with pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True) as writer:
         first = 0
         for size in sizes:
@@ -399,7 +400,10 @@ def test_wrong_row_ids_are_found_and_the_right_one_is_told(root: Path) -> None:
     assert (second.row, second.row_id) == (8, "not an id")
 
 
-def with_position(table: pa.Table, row: int, changes: dict[str, Callable[[list[float]], None]]) -> pa.Table:
+Change = Callable[[list[Any]], None]
+
+
+def with_position(table: pa.Table, row: int, changes: dict[str, Change]) -> pa.Table:
     """Changes lists of a row in place."""
     for column, change in changes.items():
         values = table[column].to_pylist()[row]
@@ -421,7 +425,7 @@ def a_position_with_entries(shard: int, least: int) -> tuple[int, int]:
     raise AssertionError
 
 
-def assign(at: int, value: float) -> Callable[[list[float]], None]:
+def assign(at: int, value: float) -> Change:
     return lambda values: values.__setitem__(at, value)
 
 
@@ -449,7 +453,7 @@ def test_targets_that_no_teacher_can_give_are_found_by_row_and_position(root: Pa
     sequence, targets = ROWS[10 + row]
     at = entries_before(10 + row, position)
     ids = targets.token_ids[position]
-    changes: dict[str, Callable[[list[float]], None]] = {
+    changes: dict[str, dict[str, Change]] = {
         "id": {"token_ids": assign(at, VOCAB)},
         "negative id": {"token_ids": assign(at, -7)},
         "twice": {"token_ids": assign(at + 1, int(ids[0]))},
@@ -464,8 +468,8 @@ def test_targets_that_no_teacher_can_give_are_found_by_row_and_position(root: Pa
         "entropy": {"tail_entropy": assign(position, 1.0)},
         "sample": {"sample_ids": assign(2 * position, VOCAB)},
         "sample logprob": {"sample_logprobs": assign(2 * position, 3.0)},
-    }[damage]  # type: ignore[assignment]
-    rewrite(root, 1, lambda table: with_position(table, row, changes))
+    }
+    rewrite(root, 1, lambda table: with_position(table, row, changes[damage]))
     findings = [finding for finding in found(root) if finding.kind == "targets"]
     assert len(findings) == 1
     (finding,) = findings
@@ -531,6 +535,27 @@ def test_integers_that_stand_for_nothing_are_found_by_row(tmp_path: Path, column
     rewrite(tmp_path, 1, lambda table: with_position(table, 6, {column: assign(0, value)}))
     findings = found(tmp_path)
     assert {(finding.file, finding.row, finding.row_id) for finding in findings} == {(SECOND, 6, ROWS[16][0].row_id)}
+
+
+def test_a_codebook_that_is_gone_or_another_vocabularys_is_one_finding(tmp_path: Path) -> None:
+    layout = replace(EVERYTHING, precision="balanced", rounding=None)
+    write_cache(tmp_path, ROWS, layout, rows_per_shard=10, row_group_bytes=1500)
+
+    def with_book(book: object) -> Callable[[pa.Table], pa.Table]:
+        added = {} if book is None else {CODEBOOK_KEY: json.dumps(book).encode()}
+        return lambda table: table.replace_schema_metadata(
+            {key: value for key, value in table.schema.metadata.items() if key != CODEBOOK_KEY} | added
+        )
+
+    for shard, book in enumerate(
+        [None, {"frequent_ids": [VOCAB], "group_profile": [0, 0, 0]}, {"frequent_ids": [1], "group_profile": [0]}]
+    ):
+        rewrite(tmp_path, shard, with_book(book))
+    findings = found(tmp_path)
+    assert [(finding.kind, finding.file) for finding in findings] == [
+        ("layout", name) for name in (FIRST, SECOND, THIRD)
+    ]
+    assert all("codebook" in finding.what for finding in findings)
 
 
 def test_every_wrong_position_is_listed(root: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
 
 
 def test_a_store_that_does_not_answer_is_named() -> None:
-    with pytest.raises(UserError, match=r"--out http://127\.0\.0\.1:9/c: this URL does not answer"):
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/c: this URL does not answer"):
         workspace(Folder("http://127.0.0.1:9/c")).__enter__()
 
 
