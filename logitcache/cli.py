@@ -8,24 +8,29 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logitcache.arguments import parser
-from logitcache.cache import LogitCache
+from logitcache.cache import LogitCache, open_cache
 from logitcache.errors import UserError
+
+if TYPE_CHECKING:
+    from logitcache.capture.rescore import Rescoring
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `logitcache …`. Returns the exit status: 0, 1 where `verify` finds something, 2 for bad input, 130 after Ctrl-C."""
+    continued = False
     try:
         options, rest = parser().parse_known_args(arguments)
+        continued = options.command in _CONTINUED
         with _log_lines():
             return _COMMANDS[options.command](options, rest) or 0
     except UserError as error:
         print(f"logitcache: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("logitcache: stopped; the same command continues where it was", file=sys.stderr)
+        print(f"logitcache: stopped{'; the same command continues where it was' * continued}", file=sys.stderr)
         return 130
 
 
@@ -111,15 +116,12 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         _refuse(rest, "verify")
         if settings:
             raise UserError(f"--{next(iter(settings)).replace('_', '-')} needs --rescore")
+    rescoring = None if num_rows is None else _rescoring(path, num_rows, settings, rest)
     verification, report = verify(path), Report()
     for finding in verification:
         report.add(finding)
-    if num_rows is not None and not report:
-        with _engines_needed():
-            from logitcache.capture.engine_options import parse_engine_options
-            from logitcache.capture.rescore import settle_rescoring
-
-        rescored = settle_rescoring(path, num_rows, **settings, **parse_engine_options(rest)).run()
+    if rescoring is not None and not report:
+        rescored = rescoring.run()
         print(rescored.table(), end="\n\n")
         for finding in rescored.findings():
             report.add(finding)
@@ -129,6 +131,20 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         print(report.text(), end="\n\n")
     print(f"{len(report):,} finding{'s' * (len(report) != 1)}: {verification.summary()}")
     return 1 if report else 0
+
+
+def _rescoring(path: str, num_rows: int, settings: dict[str, Any], rest: list[str]) -> Rescoring | None:
+    """Settled before the long check, which a mistyped teacher must not follow. None where the check will say why not."""
+    with _engines_needed():
+        from logitcache.capture.engine_options import parse_engine_options
+        from logitcache.capture.rescore import settle_rescoring
+
+    engine_options = parse_engine_options(rest)
+    try:
+        cache = open_cache(path)
+    except UserError:
+        return None
+    return settle_rescoring(cache, num_rows, **settings, **engine_options)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
@@ -141,6 +157,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
     "info": _info,
     "verify": _verify,
 }
+_CONTINUED = _COMMANDS.keys() - {"plan", "info", "verify"}
 
 
 @contextmanager

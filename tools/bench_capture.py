@@ -316,7 +316,8 @@ def measure_ray(engines: str, options: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory() as name:
         job, plan = planned(Path(name), 64, 2 * BUILD_PROMPTS, 1 << 12)
         progress = Stopwatch("scoring", plan.num_tokens, 0, "tokens")
-        capture_on_ray(job, plan, range(len(plan.shards)), progress, None, int(engines))
+        shards = {index: shard.num_tokens for index, shard in enumerate(plan.shards)}
+        capture_on_ray(job, plan, shards, progress, None, int(engines))
         return plan.num_tokens / (time.perf_counter() - progress.began)
 
 

@@ -1,6 +1,6 @@
 """Bytes against error of ways to store entry lists.
 
-    python tools/bench_codec.py TOPK.npz [--k 64] [--plot PICTURE.png]
+    python tools/bench_codec.py TOPK.npz [--k 64] [--vocab-size 32000] [--plot PICTURE.png]
 
 TOPK.npz: `token_ids`, `logprobs` [M, ≥ k], `tail_logprob` [M] and `input_ids` [M] of a teacher at consecutive positions.
 
@@ -32,7 +32,8 @@ import bitpacking
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from codecs_of_entries import CANDIDATES, Codec, frequent_ids, rank_tables
+import zstandard
+from entry_codecs import CANDIDATES, Codec, frequent_ids, rank_tables
 from measure import machine
 
 from logitcache.capture.fidelity import SLOPES, STUDENTS, Outcomes, stand_in
@@ -47,7 +48,6 @@ from logitcache.format.targets import SparseTargets, concatenate
 from logitcache.table import aligned
 
 CONTEXT = 128
-VOCAB_SIZE = 32_000
 TAIL_STEP = 2.0**-14
 CHOSEN = "balanced"
 ENCODINGS = ("PLAIN", "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "dictionary")
@@ -61,12 +61,12 @@ GRADIENTS = [(loss, stage) for loss in ("fkl", "todi") for stage in STUDENTS]
 class Sample:
     """Targets of k entries at many positions, and a way to judge others."""
 
-    def __init__(self, file: Path, k: int) -> None:
+    def __init__(self, file: Path, k: int, vocab_size: int) -> None:
         with np.load(file) as arrays:
             wide = SparseTargets(arrays["token_ids"].astype(np.int32), arrays["logprobs"], arrays["tail_logprob"])
             input_ids = arrays["input_ids"].astype(np.int32)
         assert k < wide.token_ids.shape[1], f"--k {k}: {file} holds {wide.token_ids.shape[1]} entries"
-        self.k = k
+        self.k, self.vocab_size = k, vocab_size
         self.num_positions = len(wide) // CONTEXT * CONTEXT
         wide = wide[: self.num_positions]
         dropped = np.exp(wide.logprobs[:, k:], dtype=np.float64).sum(axis=1)
@@ -80,12 +80,12 @@ class Sample:
 
     def _outcomes(self, wide: SparseTargets) -> None:
         """What the gradients are taken on: all entries of the file, and the tail as one more outcome."""
-        mean = np.zeros(VOCAB_SIZE)
+        mean = np.zeros(self.vocab_size)
         np.add.at(mean, wide.token_ids, np.exp(wide.logprobs, dtype=np.float64))
-        mean += np.exp(wide.tail_logprob, dtype=np.float64).sum() / VOCAB_SIZE
+        mean += np.exp(wide.tail_logprob, dtype=np.float64).sum() / self.vocab_size
         mean /= mean.sum()
         known = SparseTargets(wide.token_ids, wide.logprobs, wide.tail_logprob, wide.tail_logprob[:, None])
-        outcomes = Outcomes.of_targets(known, mean, np.zeros(VOCAB_SIZE, dtype=int))
+        outcomes = Outcomes.of_targets(known, mean, np.zeros(self.vocab_size, dtype=int))
         self._sizes = np.maximum(outcomes.sizes, 1)
         self._students = {stage: stand_in(outcomes, stage) for stage in STUDENTS}
         self._exact = {key: self._gradients(self.targets, *key) for key in GRADIENTS}
@@ -135,7 +135,7 @@ class Result:
 def of_candidate(sample: Sample, codec: Codec) -> Result:
     """Written to a file, read back, judged."""
     frequent = frequent_ids(sample.targets.token_ids)
-    ranks_of_ids, ids_of_ranks = rank_tables(frequent, VOCAB_SIZE)
+    ranks_of_ids, ids_of_ranks = rank_tables(frequent, sample.vocab_size)
     columns = codec.encode(sample.targets.token_ids, sample.targets.logprobs, ranks_of_ids)
     columns["tail_logprob"] = rounded(sample.targets.tail_logprob, TAIL_STEP)
     columns["input_ids"] = np.concatenate([s.input_ids for s in sample.sequences])
@@ -151,7 +151,7 @@ def of_candidate(sample: Sample, codec: Codec) -> Result:
 
 def of_preset(sample: Sample, precision: str) -> Result:
     """A shard as a build writes it."""
-    layout = Layout(VOCAB_SIZE, precision=precision)
+    layout = Layout(sample.vocab_size, precision=precision)
     with tempfile.TemporaryDirectory() as folder:
         with ShardWriter(Folder(Path(folder)), "shard.parquet", layout) as writer:
             for sequence, targets in zip(sample.sequences, sample.parts, strict=True):
@@ -166,34 +166,31 @@ def of_preset(sample: Sample, precision: str) -> Result:
 def of_baseline(sample: Sample) -> tuple[list[Result], str]:
     """Packed bits, raw and after zstd; and the rates."""
     ids, logprobs, num = sample.targets.token_ids, sample.targets.logprobs, sample.num_positions
-    packed = bitpacking.encode(ids, logprobs, VOCAB_SIZE)
-    found_ids, found = bitpacking.decode(*packed, sample.k, VOCAB_SIZE)
+    packed = bitpacking.encode(ids, logprobs, sample.vocab_size)
+    found_ids, found = bitpacking.decode(packed[0], packed[1], sample.k, sample.vocab_size)
     mass = np.exp(found, dtype=np.float64).sum(axis=1)
     tail = np.log(np.maximum(1 - mass, 2.0**-24)).astype(np.float32)
     errors = sample.judge(SparseTargets(found_ids, found, tail))
     raw = sum(part.shape[1] for part in packed)
-    columns = {"bytepacked_indices": packed[0], "compressed_logprobs": packed[1]}
-    inner = {
-        name: pa.ListArray.from_arrays(
-            pa.array(np.arange(0, part.size + 1, part.shape[1]), pa.int32()), pa.array(part.reshape(-1))
-        )
-        for name, part in columns.items()
-    }
+    columns = dict(zip(("bytepacked_indices", "compressed_logprobs"), packed, strict=True))
     ends = pa.array(np.arange(0, num + 1, CONTEXT), pa.int32())
-    table = pa.table({name: pa.ListArray.from_arrays(ends, part) for name, part in inner.items()})
-    file = written(table, {"compression": "zstd", "compression_level": 3, "use_dictionary": False})
+    table = pa.table(
+        {name: pa.ListArray.from_arrays(ends, _lists(part.reshape(-1), num)) for name, part in columns.items()}
+    )
+    file = written(table, {"compression": "zstd", "compression_level": 6})
+    alone = sum(len(zstandard.ZstdCompressor(6).compress(part.tobytes())) for part in packed)
 
     def read() -> None:
-        parts = [_read(file)[name].combine_chunks().flatten().flatten().to_numpy() for name in columns]
-        bitpacking.decode(*(part.reshape(num, -1) for part in parts), sample.k, VOCAB_SIZE)
+        read_back = _read(file)
+        flat = [read_back[name].combine_chunks().flatten().flatten().to_numpy().reshape(num, -1) for name in columns]
+        bitpacking.decode(flat[0], flat[1], sample.k, sample.vocab_size)
 
     def write() -> None:
-        bitpacking.encode(ids, logprobs, VOCAB_SIZE)
+        bitpacking.encode(ids, logprobs, sample.vocab_size)
 
     rates = f"decode {rate(read, num):,.0f} positions/s, packing alone {rate(write, num):,.0f}"
-    name = "naive bit-packing"
-    sizes = {f"{name}, raw": raw, f"{name}, zstd": len(file) / num}
-    return [Result(full, size, errors) for full, size in sizes.items()], rates
+    sizes = {"bits": raw, "bits after zstd": alone / num, "lists of lists of bytes in Parquet, zstd": len(file) / num}
+    return [Result(name, size, errors) for name, size in sizes.items()], rates
 
 
 def written(table: pa.Table, options: dict[str, Any], row_group_size: int | None = None) -> bytes:
@@ -250,13 +247,13 @@ def frontier_table(results: Sequence[Result]) -> str:
     rows = [["", "bytes", *columns[:2], *(f"1−cos {c}" for c in columns[2:])]]
     for result in sorted(results, key=lambda r: r.num_bytes):
         mark = ("*" if result in best else " ") + (" > " if result.preset else "   ")
-        rows.append([mark + result.name, f"{result.num_bytes:.1f}", *(f"{result.errors[c]:.2g}" for c in columns)])
+        rows.append([mark + result.name, f"{result.num_bytes:.1f}", *(f"{result.errors[c]:.3g}" for c in columns)])
     return aligned(rows)
 
 
 def storage_table(sample: Sample) -> str:
     """The chosen columns under other Parquet settings."""
-    layout = Layout(VOCAB_SIZE, precision=CHOSEN)
+    layout = Layout(sample.vocab_size, precision=CHOSEN)
     codebook = Codebook.of(sample.targets, layout)
     table = encode(sample.sequences, sample.parts, layout, codebook)
     entries = ["id_gaps", "levels_above_lowest"]
@@ -310,15 +307,13 @@ def storage_table(sample: Sample) -> str:
 
 def dictionary_line(sample: Sample) -> str:
     """What a zstd dictionary, trained on other pages, would save: Parquet has no place for one."""
-    import zstandard
-
-    layout = Layout(VOCAB_SIZE, precision=CHOSEN)
+    layout = Layout(sample.vocab_size, precision=CHOSEN)
     table = encode(sample.sequences, sample.parts, layout, Codebook.of(sample.targets, layout))
     plain = trained = 0
     for name in ("id_gaps", "levels_above_lowest"):
         values = table[name].combine_chunks().flatten().to_numpy()
         pages = [_split(part) for part in np.array_split(values, 2)]
-        chunks = [pages[0][i : i + 2048] for i in range(0, len(pages[0]), 2048)]
+        chunks: list[bytes | bytearray | memoryview] = [pages[0][i : i + 2048] for i in range(0, len(pages[0]), 2048)]
         dictionary = zstandard.train_dictionary(DICTIONARY_BYTES, chunks)
         plain += len(zstandard.ZstdCompressor(6).compress(pages[1]))
         trained += len(zstandard.ZstdCompressor(6, dict_data=dictionary).compress(pages[1]))
@@ -352,35 +347,23 @@ def draw(results: Sequence[Result], baseline: Sequence[Result], file: Path) -> N
         for (order, label), marker in zip(orders.items(), "sv.", strict=True):
             some = [r for r in results if r.name.startswith(order)]
             axis.plot([r.num_bytes for r in some], [r.errors[error] for r in some], marker, markersize=5, label=label)
-        axis.plot(
-            [r.num_bytes for r in baseline],
-            [r.errors[error] for r in baseline],
-            "x",
-            color="black",
-            label="bit-packing",
-        )
-        best = [r for r in pareto(results, error) if r.errors[error] > 0]
-        axis.plot(
-            [r.num_bytes for r in best],
-            [r.errors[error] for r in best],
-            "-",
-            color="grey",
-            lw=1,
-            zorder=0,
-            label="frontier",
-        )
+        packed = [(r.num_bytes, r.errors[error]) for r in baseline]
+        axis.plot(*zip(*packed, strict=True), "x", color="black", label="bit-packing")
+        best = [(r.num_bytes, r.errors[error]) for r in pareto(results, error) if r.errors[error] > 0]
+        axis.plot(*zip(*best, strict=True), "-", color="grey", lw=1, zorder=0, label="frontier")
+        least = min(r.errors[error] for r in results if r.name not in PRESETS) / 3
         for result in (r for r in results if r.preset):
-            value = result.errors[error]
+            value = max(result.errors[error], least)
             axis.plot(result.num_bytes, value, "*", color="crimson", markersize=12)
-            left = result.name == "exact"
             axis.annotate(
-                result.name,
+                result.name + (", no error" if value == least else ""),
                 (result.num_bytes, value),
-                xytext=(-9, 7) if left else (-10, -13),
+                xytext=(-10, -4) if value == least else (-10, -13),
                 textcoords="offset points",
                 ha="right",
                 color="crimson",
             )
+        axis.set_ylim(bottom=least / 3)
         axis.set(xscale="log", yscale="log", xlabel="bytes per position", title=title)
         ticks = [60, 80, 100, 150, 200, 300]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -396,9 +379,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topk", type=Path)
     parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--plot", type=Path, help="a picture of the frontier")
     options = parser.parse_args()
-    sample = Sample(options.topk, options.k)
+    sample = Sample(options.topk, options.k, options.vocab_size)
     results = [of_candidate(sample, codec) for codec in CANDIDATES] + [of_preset(sample, p) for p in PRESETS]
     print(f"k = {sample.k}, {sample.num_positions:,} positions; * on the frontier of bytes and L1, > presets")
     print(frontier_table(results))
@@ -406,9 +390,12 @@ def main() -> None:
     print(storage_table(sample))
     print(dictionary_line(sample))
     baseline, rates = of_baseline(sample)
+    own, published = (
+        bitpacking.bytes_per_position(*shape) for shape in ((sample.k, sample.vocab_size), (128, 151_936))
+    )
     print(
-        f"\nThe baseline: {bitpacking.bytes_per_position(sample.k, VOCAB_SIZE)} bytes at k = {sample.k}, V = {VOCAB_SIZE:,} "
-        f"by arithmetic, {bitpacking.bytes_per_position(128, 151_936)} at k = 128, V = 151,936; without tail and token ids"
+        f"\nThe baseline, naive bit-packing, without tail and token ids; by arithmetic {own} bytes at k = {sample.k}, "
+        f"V = {sample.vocab_size:,}, {published} at k = 128, V = 151,936"
     )
     print(frontier_table(baseline))
     print(rates)

@@ -284,15 +284,17 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         "entries by a probability floor": lambda s: s.floor > 0 and not s.groups,
         "entries + tail samples": lambda s: s.samples > 0,
     }
-    markers = "oo.s^xd"
+    markers = "oD.s^xd"
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
     for axis, stage, first in zip(axes, STUDENTS, (0, len(SLOPES)), strict=True):
         column = first + list(SLOPES).index("rkl")
         for (kind, belongs), marker in zip(kinds.items(), markers, strict=True):
             points = sorted((row.num_bytes, row.errors[column]) for row in rows if belongs(row.stored))
             if points:
-                line = "-" if marker in "os^" else ""
-                axis.plot(*zip(*points, strict=True), line, marker=marker, markersize=4.5, linewidth=1.2, label=kind)
+                line = "none" if marker in ".xd" else "-"
+                axis.plot(
+                    *zip(*points, strict=True), linestyle=line, marker=marker, markersize=5, linewidth=1.2, label=kind
+                )
         axis.set(xscale="log", yscale="log", xlabel="bytes per position", title=f"{stage} student")
         ticks = [20, 40, 60, 80, 120, 200, 300]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import SHARPNESS, machine, peak_beyond
+from measure import SHARPNESS, machine, peak_beyond, rank_bands
 from torch import Tensor
 
-from logitcache.capture.partition import rank_bands
 from logitcache.capture.selection import TailGroups, select, top_k
 from logitcache.capture.settings import CaptureSettings
 from logitcache.table import aligned

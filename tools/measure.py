@@ -191,7 +191,6 @@ def synthetic_step(
     """
     import torch
 
-    from logitcache.capture.partition import rank_bands
 
     vocab_size, positions, hidden_size = shape
     generator = torch.Generator(device).manual_seed(0)
@@ -231,3 +230,12 @@ def synthetic_step(
     teacher = {k: {name: torch.cat([part[k][name] for part in parts]) for name in parts[0][k]} for k in entries}
     step = TrainingStep(hidden.to(dtype), weight, torch.cat(labels), teacher_hidden, tail_groups, teacher)
     return step, float(torch.cat(entropies).mean())
+
+
+def rank_bands(mean_probability: np.ndarray, num_groups: int) -> np.ndarray:
+    """Tail groups for benchmarks, bands of rank that hold about the same mass under Zipf's law: int32 [V]."""
+    vocab_size = len(mean_probability)
+    edges = np.geomspace(1, vocab_size, num_groups + 1)[1:-1]
+    groups = np.empty(vocab_size, dtype=np.int32)
+    groups[np.argsort(-mean_probability, kind="stable")] = np.searchsorted(edges, np.arange(vocab_size), side="right")
+    return groups

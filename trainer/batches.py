@@ -32,7 +32,7 @@ class Collator:
     token_ids: int32 [N, k].  logprobs: float32 [N, k], `scaled_beside_tail`.  tail_logprob: float32 [N].
     group_logprobs: float32 [N, G], `scaled_to_tail`, with `tail_groups`.  tempered_tail: float32 [N], where `temperature`
     is stored.  tail_entropy: float32 [N], with `tail_entropy`.  sample_ids, sample_logprobs: int32 and float32 [N, s],
-    with `tail_samples`.
+    `scaled_within_tail`, with `tail_samples`.
     """
 
     tail_groups: bool = False
@@ -66,7 +66,7 @@ class Collator:
             "tempered_tail": targets.tempered_tail.get(self.temperature),
             "tail_entropy": targets.tail_entropy,
             "sample_ids": targets.sample_ids,
-            "sample_logprobs": targets.sample_logprobs,
+            "sample_logprobs": scaled_within_tail(targets.sample_logprobs, targets.sample_ids, targets.tail_logprob),
         }
         writable = {
             name: np.require(array, requirements=["C", "W"]) for name, array in arrays.items() if array is not None
@@ -109,6 +109,25 @@ def scaled_to_tail(group_logprobs: np.ndarray | None, tail_logprob: np.ndarray) 
         total = np.log(np.exp(group_logprobs, dtype=np.float64).sum(axis=1))
     shift = np.subtract(tail_logprob, total, where=np.isfinite(total), out=np.zeros_like(total))
     return group_logprobs + shift[:, None].astype(np.float32)
+
+
+def scaled_within_tail(
+    sample_logprobs: np.ndarray | None, sample_ids: np.ndarray | None, tail_logprob: np.ndarray
+) -> np.ndarray | None:
+    """Log-probabilities of sampled tokens, float32 [N, s], which are stored rounded, so that they hold no more than the tail [N].
+
+    All samples of a position, ids [N, s], change by one factor, of 0.9 at least: rounding needs no more.
+    """
+    if sample_logprobs is None or sample_ids is None:
+        return None
+    order = np.argsort(sample_ids, axis=1)
+    ids = np.take_along_axis(sample_ids, order, axis=1)
+    once = ids >= 0
+    once[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    probs = np.exp(np.take_along_axis(sample_logprobs, order, axis=1), dtype=np.float64)
+    held = np.where(once, probs, 0.0).sum(axis=1)
+    factor = np.divide(np.exp(tail_logprob, dtype=np.float64), held, where=held > 0, out=np.ones_like(held))
+    return sample_logprobs + np.log(np.clip(factor, 0.9, 1.0))[:, None].astype(np.float32)
 
 
 class EpochRows(Dataset[CachedSequence]):

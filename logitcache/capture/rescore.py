@@ -40,7 +40,7 @@ SHIFT_RATIO = 0.5
 
 
 def settle_rescoring(
-    path: str | Path,
+    cache: LogitCache | str | Path,
     num_rows: int,
     *,
     teacher: str | None = None,
@@ -54,14 +54,15 @@ def settle_rescoring(
     trust_remote_code: bool = False,
     **engine_options: Any,
 ) -> Rescoring:
-    """Rescoring of `num_rows` random rows of the cache at a path or a URL. Loads no weights.
+    """Rescoring of `num_rows` random rows of a cache, or of the one at a path or a URL. Loads no weights.
 
     teacher, revision, dtype: by default those of the cache's fingerprint.  The others: see `logitcache.capture.inputs.settle`.
     Raises UserError where there is no such teacher, and where its vocabulary or tokenizer is not the cache's.
     """
     if num_rows < 1:
         raise UserError(f"--rescore {num_rows}: at least 1 row is needed")
-    cache = open_cache(path)
+    if not isinstance(cache, LogitCache):
+        cache = open_cache(cache)
     recorded = cache.manifest.fingerprint.get("teacher", {})
     server = None
     if backend == "openai":

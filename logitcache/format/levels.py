@@ -22,7 +22,7 @@ from logitcache.errors import UserError
 
 DEFAULT_PRECISION = "balanced"
 MOST_LEVELS = 1 << 16
-"""Log-probabilities of less than some −8000 nats, which are 0 in any arithmetic, take the last level."""
+"""Log-probabilities of less than some −16 000 nats, which are 0 in any arithmetic, take the last level."""
 
 
 @dataclass(frozen=True)

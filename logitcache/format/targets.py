@@ -93,11 +93,13 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
     )
 
 
-def find_defect(targets: SparseTargets, vocab_size: int, *, mass_tolerance: float = 1e-4) -> tuple[int, str] | None:
+def find_defect(
+    targets: SparseTargets, vocab_size: int, *, mass_tolerance: float | np.ndarray = 1e-4
+) -> tuple[int, str] | None:
     """The first position that no teacher can have produced, with the reason, or None.
 
     Checks ids (range, duplicates, padding at the end only), log-probabilities (finite, ≤ 0, descending) and that entries
-    and tail sum to one within `mass_tolerance`. Returns (position, what is wrong).
+    and tail sum to one within `mass_tolerance`, of all positions or of each [M]. Returns (position, what is wrong).
     """
     ids, logprobs = targets.token_ids, targets.logprobs
     held = ids != PAD_ID

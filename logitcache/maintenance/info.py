@@ -171,7 +171,7 @@ def _bytes_by_column(manifest: Manifest, folder: Folder, chosen: Sequence[ShardI
             for group in range(metadata.num_row_groups):
                 for index in range(metadata.num_columns):
                     column = metadata.row_group(group).column(index)
-                    sizes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+                    sizes[column.path_in_schema.removesuffix(".list.element")] += column.total_compressed_size
     total = sum(shard.num_bytes for shard in chosen)
     positions = max(sum(shard.num_positions for shard in chosen), 1)
     shown = sizes.most_common(SHOWN_COLUMNS)

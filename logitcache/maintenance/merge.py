@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.cache import LogitCache
 from logitcache.errors import UserError
 from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import BUILD_DIRECTORY
@@ -17,7 +17,7 @@ from logitcache.format.row_index import RowIndex
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.unfinished import SHARD_POSITIONS, compared, first_of
-from logitcache.maintenance.rewrite import Rewrite, rewrite
+from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.rows import Rows, scan
 
 
@@ -37,7 +37,7 @@ def merge(
     """
     if len(paths) < 2:
         raise UserError("merge needs at least two caches")
-    sources = [open_cache(path) for path in paths]
+    sources = [open_source(path) for path in paths]
     for source in sources[1:]:
         _refuse_different(sources[0], source)
     work = Rewrite(
@@ -59,7 +59,7 @@ def _refuse_different(one: LogitCache, other: LogitCache) -> None:
         return
     parts = {name.split(".")[0] for name, _, _ in found}
     what = first_of([f"{name} is {a} in {one.path}, {b} in {other.path}" for name, a, b in found])
-    if parts & {"teacher", "tokenizer", "vocab_size", "tail_groups"}:
+    if parts & {"teacher", "tokenizer", "vocab_size"} or ("tail_groups" in parts and "num_tail_groups" not in parts):
         hint = "Only caches of one teacher, tokenizer and set of tail groups can be merged"
     else:
         hint = "`logitcache recode` can bring both to what the smaller one holds"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.cache import LogitCache
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.levels import PRESETS, check_precision
@@ -20,7 +20,7 @@ from logitcache.format.sequences import CachedSequence
 from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets
 from logitcache.format.unfinished import SHARD_POSITIONS
-from logitcache.maintenance.rewrite import Rewrite, rewrite
+from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.rows import scan
 
 DEFAULT_MIN_K = 32
@@ -49,7 +49,7 @@ def recode(
     """
     if (top_k, top_p, min_k, precision) == (None, None, None, None) and not drop:
         raise UserError("nothing to recode: give --top-k, --top-p, --min-k, --precision or --drop")
-    source = open_cache(path)
+    source = open_source(path)
     capture = source.manifest.fingerprint["capture"]
     entries = _narrower(_Entries.of(capture), top_k, top_p, min_k)
     dropped = _checked(drop, source.manifest.layout)

@@ -34,6 +34,7 @@ from logitcache.format.manifest import (
     points_outside,
 )
 from logitcache.format.sequences import CachedSequence, TokenSequence
+from logitcache.format.shape import check_shape
 from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
@@ -53,6 +54,24 @@ from logitcache.sharing.seal import seal, trusted_files
 from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")
+
+
+_FINGERPRINT = {
+    "teacher": dict.fromkeys(["name", "architecture", "dtype", "engine", "engine_version"], object),
+    "corpus": {"sources": [{"name": str}]},
+    "capture": {"top_k": int, "top_p": (float,), "min_k": (int,)},
+}
+"""What rewriting needs of a fingerprint, see `check_shape`."""
+
+
+def open_source(path: str | Path) -> LogitCache:
+    """Opens a cache to rewrite. Raises UserError as `open_cache` does, and for a fingerprint that no build wrote."""
+    cache = open_cache(path)
+    try:
+        check_shape(cache.manifest.fingerprint, _FINGERPRINT, "fingerprint")
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{cache.path}/{MANIFEST_NAME}: its fingerprint is of no build ({error!r})") from error
+    return cache
 
 
 @dataclass(frozen=True)
@@ -216,7 +235,11 @@ def _write_shards(plan: _Plan, work: Rewrite) -> tuple[ShardInfo, ...]:
                     kept = {name: sequence.columns.get(name) for name in work.layout.columns}
                     tokens = TokenSequence(sequence.input_ids, sequence.loss_mask, kept)
                     if tokens.row_id != sequence.row_id:
-                        raise UserError(f"row {sequence.row_id} was altered: the hash of its tokens is {tokens.row_id}")
+                        where = ", ".join(source.path for source in work.sources)
+                        raise UserError(
+                            f"{where}: row {sequence.row_id} was altered: the hash of its tokens is {tokens.row_id}. "
+                            "`logitcache verify` lists all that is wrong"
+                        )
                     writer.write(tokens, work.transform(sequence))
                     progress.advance(len(sequence.positions))
             record_shard(folder, index, writer.info)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.cache import LogitCache
 from logitcache.errors import UserError, one_line
 from logitcache.format.unfinished import SHARD_POSITIONS
-from logitcache.maintenance.rewrite import Rewrite, rewrite
+from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.rows import Rows, scan
 
 COUNTS = ("row_id", "num_tokens", "num_positions")
@@ -49,7 +49,7 @@ def slice_cache(
         raise UserError("nothing to slice by: give --rows, --row-ids, --where or --sample")
     if seed < 0:
         raise UserError(f"--seed {seed}: choose 0 or more")
-    source = open_cache(path)
+    source = open_source(path)
     listed = None if row_ids is None else _ListedIds(Path(row_ids))
     settings = {
         "rows": rows,
@@ -233,7 +233,7 @@ def _expression(where: str, columns: list[str]) -> Callable[[Rows, pa.Table], np
         try:
             found = connection.from_arrow(pa.table(values)).filter(duckdb.SQLExpression(where))
             chosen = found.project(duckdb.ColumnExpression(number)).fetchnumpy()[number]
-        except (duckdb.Error, UnicodeEncodeError) as error:
+        except duckdb.Error as error:
             first = next(iter(str(error).splitlines()), "")
             raise UserError(f"--where {where!r}: {first} (columns: {', '.join(names)})") from error
         except RuntimeError as error:  # what DuckDB makes of Ctrl-C

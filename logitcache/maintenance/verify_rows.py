@@ -176,8 +176,17 @@ def _defects(sequence: CachedSequence, layout: Layout) -> Iterator[tuple[int, st
 def _wrong(targets: SparseTargets, layout: Layout) -> str | None:
     """What is wrong with the first wrong position, or None."""
     with np.errstate(over="ignore", invalid="ignore"):
-        defect = find_defect(targets, layout.vocab_size, mass_tolerance=mass_tolerance(layout.precision))
+        defect = find_defect(targets, layout.vocab_size, mass_tolerance=_mass_tolerance(targets, layout))
         return defect[1] if defect else _wrong_tail(targets, layout)
+
+
+def _mass_tolerance(targets: SparseTargets, layout: Layout) -> float | np.ndarray:
+    """What entries as improbable as these may miss a sum of 1 by, where it is more than what is tolerated of any, [M]."""
+    least = mass_tolerance(layout.precision)
+    if layout.rounding is None:
+        return least
+    relative = np.expm1(layout.rounding.bound(targets.logprobs))
+    return np.maximum(least, 1e-4 + (np.exp(targets.logprobs, dtype=np.float64) * relative).sum(axis=1))
 
 
 def _wrong_tail(targets: SparseTargets, layout: Layout) -> str | None:

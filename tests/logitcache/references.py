@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from logitcache import LogitCache
+from logitcache import CachedSequence, LogitCache
 
 
 def full_logprobs(teacher: Path, input_ids: np.ndarray) -> torch.Tensor:
@@ -19,9 +20,9 @@ def full_logprobs(teacher: Path, input_ids: np.ndarray) -> torch.Tensor:
     return logits.double().log_softmax(dim=-1)
 
 
-def assert_scores_agree(cache: LogitCache, teacher: Path, rows: list[int]) -> None:
+def assert_scores_agree(cache: Sequence[CachedSequence], teacher: Path, rows: list[int]) -> None:
     """|Δ log p| ≤ 1e-4 beyond the declared rounding, the same ids but for ties, the tail mass within 1e-5."""
-    rounding = cache.manifest.layout.rounding
+    rounding = cache.manifest.layout.rounding if isinstance(cache, LogitCache) else None
     for row in rows:
         sequence = cache[row]
         expected = full_logprobs(teacher, sequence.input_ids)[sequence.positions.astype(np.int64)]

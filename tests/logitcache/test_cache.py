@@ -182,6 +182,12 @@ def test_a_stream_continues_where_another_stopped(cache: LogitCache, shuffle: bo
         assert rest.position == len(rest) == len(whole)
 
 
+def test_a_stream_beyond_its_end_is_empty_and_none_begins_before_its_beginning(cache: LogitCache) -> None:
+    assert list(cache.iter_sequences(start=len(cache) + 5)) == []
+    with pytest.raises(UserError, match="start=-1: 0 or more rows can be left out"):
+        cache.iter_sequences(start=-1)
+
+
 def test_a_long_shuffled_stream_continues_in_every_window(long_cache: LogitCache) -> None:
     whole = row_ids(long_cache.iter_sequences(True, 1))
     for start in range(0, 121, 5):

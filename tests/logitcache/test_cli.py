@@ -70,3 +70,16 @@ def test_ctrl_c_says_how_to_continue(
     monkeypatch.setattr("logitcache.capture.worker.ShardWorker.capture", interrupted)
     assert main(arguments(teacher, corpus, tmp_path / "c", "--backend", "transformers")) == 130
     assert "the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_ctrl_c_promises_nothing_where_nothing_continues(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("logitcache.maintenance.verify.verify", interrupted)
+    monkeypatch.setattr("logitcache.maintenance.info.describe", interrupted)
+    assert main([command, str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "logitcache: stopped\n"

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.engine
 SETTINGS: dict[str, Any] = {
     "backend": "transformers",
     "top_k": 16,
+    "precision": "exact",
     "tail_groups": 4,
     "tail_samples": 2,
     "shard_positions": 150,

@@ -17,7 +17,14 @@ KILLS = 10
 
 
 def settings(out: Path) -> dict[str, Any]:
-    return {"out": out, "backend": "transformers", "top_k": 16, "tail_groups": 4, "shard_positions": 60}
+    return {
+        "out": out,
+        "backend": "transformers",
+        "top_k": 16,
+        "precision": "exact",
+        "tail_groups": 4,
+        "shard_positions": 60,
+    }
 
 
 def num_finished_shards(out: Path) -> int:

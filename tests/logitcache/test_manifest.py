@@ -110,6 +110,45 @@ def test_json_of_another_kind_is_refused(root: Path, data: Any) -> None:
         logitcache.open(root)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("skipped", 5),
+        ("skipped", {"empty": None}),
+        ("history", ["slice"]),
+        ("fingerprint", []),
+        ("files", {"tail_groups.parquet": 1}),
+        ("layout.precision", "perfect"),
+        ("layout.columns", {"id": "no type"}),
+        ("layout.temperatures", 2),
+        ("layout.tail_entropy", 1),
+        ("shards.0.name", 5),
+        ("shards.0.row_group_sizes", "12"),
+        ("shards.0.row_group_sizes", [-1, 4]),
+        ("shards.0.num_entries", 10**30),
+        ("shards.0.num_positions", True),
+        ("shards.0.mean_tail_mass", float("nan")),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(root: Path, part: str, value: Any) -> None:
+    data = content(root)
+    *path, name = part.split(".")
+    place: Any = data
+    for step in path:
+        place = place[int(step)] if step.isdigit() else place[step]
+    place[name] = value
+    (root / MANIFEST_NAME).write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"logitcache\.json is not a cache manifest of format 2: "):
+        logitcache.open(root)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000])
+def test_json_that_no_parser_takes_is_refused(root: Path, text: str) -> None:
+    (root / MANIFEST_NAME).write_text(text)
+    with pytest.raises(UserError, match="not JSON that can be read"):
+        logitcache.open(root)
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         logitcache.open(tmp_path / "nowhere")

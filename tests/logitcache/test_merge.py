@@ -128,6 +128,13 @@ def test_caches_that_were_made_otherwise_are_refused_naming_what_differs(
     assert not (tmp_path / "out").exists()
 
 
+def test_caches_with_and_without_tail_groups_are_brought_to_the_same_by_recode(tmp_path: Path) -> None:
+    one = make_cache(tmp_path / "one", random_rows(5, EVERYTHING), EVERYTHING)
+    other = logitcache.recode(one.path, tmp_path / "other", drop=["tail_groups"])
+    with pytest.raises(UserError, match=r"num_tail_groups is 3 in .*, 0 in .*`logitcache recode` can bring both"):
+        logitcache.merge([one.path, other.path], tmp_path / "out")
+
+
 def test_recode_brings_caches_to_the_same(tmp_path: Path) -> None:
     one = make_cache(tmp_path / "one", random_rows(5, LAYOUT), LAYOUT, capture={**CAPTURE, "top_k": 4, "min_k": 4})
     exact = replace(LAYOUT, precision="exact", rounding=None)

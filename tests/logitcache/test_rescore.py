@@ -212,6 +212,15 @@ def test_the_command_prints_the_comparison(built: Path, teacher: Path, capsys: p
     assert printed.splitlines()[-1].startswith("0 findings: 40 rows")
 
 
+def test_a_mistyped_teacher_is_refused_before_the_rows_are_read(
+    built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitcache.maintenance.verify.verify", lambda _: pytest.fail("rows were read"))
+    options = ["--teacher", "./nowhere", "--backend", "transformers"]
+    assert main(["verify", str(built), "--rescore", "4", *options]) == 2
+    assert "--teacher ./nowhere: no such folder" in capsys.readouterr().err
+
+
 def test_the_command_fails_for_another_teacher(
     built: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

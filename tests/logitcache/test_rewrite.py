@@ -262,6 +262,21 @@ class TestDamagedSources:
             recode(root, root / "elsewhere/out")
         assert not (root / "elsewhere/precious").exists()
 
+    @pytest.mark.parametrize("part", ["teacher", "corpus", "capture"])
+    def test_fingerprints_of_no_build_are_refused(self, root: Path, part: str) -> None:
+        manifest = logitcache.open(root / "a").manifest
+        left = {name: value for name, value in manifest.fingerprint.items() if name != part}
+        replace(manifest, fingerprint=left).write(Folder(root / "a"))
+        for command in (recode, merge):
+            with pytest.raises(UserError, match=rf"its fingerprint is of no build \(KeyError\('{part}'\)\)"):
+                command(root, root / "out")
+
+    def test_shards_of_a_cache_of_another_layout_are_refused(self, root: Path) -> None:
+        manifest = logitcache.open(root / "a").manifest
+        replace(manifest, layout=replace(manifest.layout, temperatures=(3.0,))).write(Folder(root / "a"))
+        with pytest.raises(UserError, match=r"parquet was made with another layout than the manifest says"):
+            recode(root, root / "out")
+
     def test_rows_whose_id_is_not_theirs_are_refused(self, tmp_path: Path) -> None:
         with patch.object(TokenSequence, "row_id", "0" * 32):
             make_cache(tmp_path / "a", random_rows(1, LAYOUT), LAYOUT)

@@ -220,6 +220,30 @@ def test_samples_of_more_than_there_is_are_refused(
         logitcache.slice(source.path, tmp_path / "out", sample=sample)
 
 
+def test_a_seed_below_0_is_refused(source: LogitCache, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--seed -1: choose 0 or more"):
+        logitcache.slice(source.path, tmp_path / "out", sample=3, seed=-1)
+
+
+def test_columns_that_sql_takes_for_one_are_refused(tmp_path: Path) -> None:
+    layout = Layout(VOCAB, columns={"id": "int64", "ID": "int64"})
+    cache = make_cache(tmp_path / "cache", random_rows(3, Layout(VOCAB)), layout)
+    with pytest.raises(UserError, match="--where: SQL takes the columns id and ID for one"):
+        logitcache.slice(cache.path, tmp_path / "out", where="ID = 7")
+
+
+def test_what_duckdb_makes_of_ctrl_c_stops_the_command(
+    source: LogitCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: str) -> None:
+        raise RuntimeError("Query interrupted")
+
+    monkeypatch.setattr("duckdb.SQLExpression", interrupted)
+    assert main(["slice", source.path, "--out", str(tmp_path / "out"), "--where", "id > 3"]) == 130
+    assert capsys.readouterr().err.endswith("stopped; the same command continues where it was\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_conditions_hold_together(source: LogitCache, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("\n".join(source[i].row_id for i in range(0, 40, 2)))
     part = logitcache.slice(

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from objectstore import bucket, s3_endpoint  # noqa: F401
 
+import logitcache
 from logitcache import UserError
 from logitcache.format.storage import Folder
 
@@ -71,6 +73,39 @@ def test_removing_takes_a_folder_with_all_that_it_holds_and_minds_no_absence(fol
     folder.remove("a")
     folder.remove("never there")
     assert folder.names() == ["e"]
+
+
+@pytest.mark.parametrize(("name", "other"), [("run[1]", "run1"), ("run*", "run2"), ("run?", "run3")])
+def test_a_name_is_no_pattern_for_others(folder: Folder, name: str, other: str) -> None:
+    ours, theirs = Folder(folder.where(name)), Folder(folder.where(other))
+    for each in (ours, theirs):
+        each.write("data/file", "value")
+    ours.remove("data")
+    assert ours.files("") == []
+    assert theirs.files("") == ["data/file"]
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "lies_in"),
+    [
+        ("s3://bucket/a", "s3://bucket/a/", True),
+        ("s3a://bucket/a/b", "s3://bucket/a", True),
+        ("memory://bucket/a/b", "s3://bucket/a", False),
+        ("s3://bucket/ab", "s3://bucket/a", False),
+        ("file:///tmp/a/../a/b", "/tmp/a", True),
+    ],
+)
+def test_a_folder_lies_in_another_however_both_are_written(inner: str, outer: str, lies_in: bool) -> None:
+    assert Folder(inner).lies_in(Folder(outer)) == lies_in
+
+
+def test_a_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> bool:
+        raise RuntimeError("no route\nto host")
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", unreachable)
+    with pytest.raises(UserError, match=r"^memory://silent/cache: this URL does not answer \(no route to host\)$"):
+        logitcache.open("memory://silent/cache")
 
 
 def test_leftovers_of_killed_writers_are_removed(folder: Folder) -> None:

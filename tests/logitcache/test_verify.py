@@ -20,13 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from smallcaches import EVERYTHING, VOCAB, Row, random_rows, small, write_cache
 
-from logitcache import UserError
+from logitcache import SparseTargets, UserError
 from logitcache.cli import main
 from logitcache.format.atomic import file_sha256
 from logitcache.format.codebook import CODEBOOK_KEY
 from logitcache.format.layout import Layout
 from logitcache.format.levels import PRESETS
 from logitcache.format.manifest import MANIFEST_NAME
+from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.maintenance import verify as verify_module
@@ -651,6 +652,20 @@ def test_a_url_is_checked_as_a_folder_is(root: Path) -> None:
     finally:
         memory.rm("/verified", recursive=True)
     assert len(found(root)) == 4
+
+
+@pytest.mark.parametrize("precision", PRESETS)
+def test_a_flat_distribution_with_all_its_tokens_as_entries_is_no_finding(tmp_path: Path, precision: str) -> None:
+    """Where all entries are as improbable and rounded alike, their sum misses 1 by a fifth."""
+    vocab_size, layout = 3400, Layout(3400, precision=precision)
+    ids = np.tile(np.arange(vocab_size, dtype=np.int32), (2, 1))
+    logprobs = np.full(ids.shape, -np.log(vocab_size), np.float32)
+    targets = SparseTargets(ids, logprobs, np.full(2, -np.inf, np.float32))
+    sequence = TokenSequence(np.zeros(3, np.int32), np.arange(3) > 0)
+    write_cache(tmp_path, [(sequence, targets)], layout)
+    assert found(tmp_path) == []
+    write_cache(tmp_path, [(sequence, replace(targets, tail_logprob=np.full(2, -0.5, np.float32)))], layout)
+    assert kinds(found(tmp_path)) == {("targets", shard_name(0, 1))}
 
 
 def test_a_file_that_cannot_be_read_is_a_finding(root: Path) -> None:

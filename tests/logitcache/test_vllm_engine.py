@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -32,6 +33,7 @@ def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
     passed_on = ["--max-num-batched-tokens", "64", "--max-num-seqs=32"]
     return [
         *(sys.executable, "-m", "logitcache", "build", "--backend", "vllm", "--top-k", "16", "--shard-positions", "60"),
+        *("--precision", "exact"),
         *("--teacher", str(teacher), "--data", str(corpus), "--out", str(out), *passed_on),
     ]
 
@@ -68,7 +70,8 @@ def test_scores_are_those_of_transformers_in_float32(cache: logitcache.LogitCach
 def test_rows_are_those_of_a_build_with_transformers(
     cache: logitcache.LogitCache, teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    reference = logitcache.build(str(teacher), str(corpus), tmp_path / "c", backend="transformers", top_k=16)
+    settings: dict[str, Any] = {"backend": "transformers", "top_k": 16, "precision": "exact"}
+    reference = logitcache.build(str(teacher), str(corpus), tmp_path / "c", **settings)
     assert len(cache) == len(reference)
     for ours, theirs in zip(cache, reference, strict=True):
         assert ours.row_id == theirs.row_id
@@ -86,7 +89,8 @@ def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, corpus: Path,
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the build and its engine
     errors = run.communicate(timeout=60)[1]
     assert run.returncode == 130, errors
-    assert errors.splitlines()[-1].startswith("logitcache: stopped; the same command continues")
+    own = [line for line in errors.splitlines() if "resource_tracker" not in line]  # which vLLM's end may make complain
+    assert own[-1].startswith("logitcache: stopped; the same command continues")
     assert "Traceback" not in errors
     assert not psutil.wait_procs(children, timeout=60)[1]
 

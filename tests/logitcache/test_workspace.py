@@ -26,6 +26,14 @@ def test_a_build_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_a_link_to_an_empty_folder_is_left(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with workspace(Folder(tmp_path / "link")):
+        pass
+    assert (tmp_path / "link").is_dir()
+
+
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(UserError, match="a folder that can be written is wanted"):

@@ -7,12 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import skip_first_batches
 from cachemaking import random_sequences, write_cache
 
+import trainer
 from logitcache import LogitCache
+from logitcache.format.layout import Layout
 from logitcache.format.levels import PRESETS
-from trainer.batches import Batch, BatchLoader, Collator, EpochRows, scaled_beside_tail, scaled_to_tail
+from logitcache.format.sequences import TokenSequence
+from logitcache.format.shard_reader import ShardReader
+from logitcache.format.shards import ShardWriter, shard_name
+from logitcache.format.storage import Folder
+from logitcache.format.targets import SparseTargets
+from trainer.batches import (
+    Batch,
+    BatchLoader,
+    Collator,
+    EpochRows,
+    scaled_beside_tail,
+    scaled_to_tail,
+    scaled_within_tail,
+)
 
 
 def rows_of(loader: BatchLoader) -> list[tuple[int, ...]]:
@@ -84,6 +100,41 @@ def test_groups_are_scaled_by_one_factor_and_stay_where_they_have_no_mass() -> N
     assert scaled is not None and scaled.dtype == np.float32
     np.testing.assert_allclose(np.exp(scaled), [[0.1, 0.05, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], rtol=1e-6)
     assert scaled_to_tail(None, np.log([0.5])) is None
+
+
+def test_samples_hold_no_more_than_the_tail_each_token_counted_once() -> None:
+    masses = np.array([[0.21, 0.1, 0.21], [0.1, 0.2, 0.0], [0.3, 0.3, 0.3], [0.0, 0.0, 0.0]], np.float32)
+    ids = np.array([[7, 5, 7], [1, 2, -1], [1, 2, 3], [-1, -1, -1]], np.int32)
+    tails = np.array([0.3, 0.5, 0.3, 0.0], np.float32)
+    with np.errstate(divide="ignore"):
+        scaled = scaled_within_tail(np.log(masses), ids, np.log(tails))
+    assert scaled is not None and scaled.dtype == np.float32
+    np.testing.assert_allclose(np.exp(scaled[:2]), [masses[0] * (0.3 / 0.31), masses[1]], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(scaled[2:]), [[0.27] * 3, [0.0] * 3], rtol=1e-6)
+    assert scaled_within_tail(None, None, np.log(tails)) is None
+
+
+@pytest.mark.parametrize("precision", PRESETS)
+def test_samples_that_are_the_whole_tail_are_accepted_at_every_precision(precision: str, tmp_path: Path) -> None:
+    layout = Layout(4, num_tail_samples=2, precision=precision)
+    random = np.random.default_rng(0)
+    probs = random.dirichlet([1.0, 1.0, 1.0, 1e-9], 50)
+    order = np.argsort(-probs, axis=1).astype(np.int32)
+    probs = np.take_along_axis(probs, order, 1)
+    logprobs = np.log(np.maximum(probs, 1e-30)).astype(np.float32)
+    tail = np.log(1 - probs[:, 0]).astype(np.float32)
+    targets = SparseTargets(
+        order[:, :1], logprobs[:, :1], tail, sample_ids=order[:, 1:3], sample_logprobs=logprobs[:, 1:3]
+    )
+    sequence = TokenSequence(np.zeros(51, np.int32), np.arange(51) > 0)
+    with ShardWriter(Folder(tmp_path), shard_name(0, 1), layout) as writer:
+        writer.write(sequence, targets)
+    batch = Collator(tail_samples=True)(list(ShardReader(Folder(tmp_path), writer.info, layout).read_row_group(0)))
+    names = ["token_ids", "logprobs", "tail_logprob", "sample_ids", "sample_logprobs"]
+    loss = trainer.sparse_divergence(
+        torch.tensor(np.log(np.full((50, 4), 0.25))), tail="samples", **{name: batch[name] for name in names}
+    )
+    assert loss.isfinite().all()
 
 
 def test_entropy_and_samples_of_the_tail_come_with_their_positions(rich_cache: LogitCache) -> None:
