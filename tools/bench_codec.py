@@ -363,11 +363,11 @@ def draw(results: Sequence[Result], baseline: Sequence[Result], file: Path) -> N
                 ha="right",
                 color="crimson",
             )
-        axis.set_ylim(bottom=least / 3)
         axis.set(xscale="log", yscale="log", xlabel="bytes per position", title=title)
         ticks = [60, 80, 100, 150, 200, 300]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_xlim(48, 400)
+        axis.set_ylim(least / 3, 2 * max(r.errors[error] for r in results))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, frameon=False)
