@@ -258,7 +258,7 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=list(PRESETS),
         help="exact: as captured, columns that any reader reads as they are; balanced (default): a third of the bytes, "
-        "probabilities to 0.2 %% in sum; compact: 0.7 %%, fewer bytes still",
+        "probabilities to 0.1 %% in sum; compact: 0.5 %%, fewer bytes still",
     )
     group.add_argument("--temperatures", type=_numbers, metavar="T,T", help="temperatures to train at, for example 1,2")
     group.add_argument("--tail-entropy", action="store_true", help="the tail's entropy")

@@ -118,7 +118,7 @@ class Sample:
         for loss, stage in GRADIENTS:
             exact, other = self._exact[loss, stage], self._gradients(found, loss, stage)
             cosine = (exact * other).sum(axis=1) / (np.linalg.norm(exact, axis=1) * np.linalg.norm(other, axis=1))
-            errors[f"{loss} {stage}"] = float((1 - cosine).mean())
+            errors[f"{loss} {stage}"] = max(float((1 - cosine).mean()), 0.0)
         return errors
 
 

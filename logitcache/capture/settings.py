@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from logitcache.errors import UserError
+from logitcache.format.layout import tempered_column
 from logitcache.format.levels import DEFAULT_PRECISION, check_precision
 
 
@@ -53,6 +54,11 @@ class CaptureSettings:
             (
                 all(0 < t < math.inf for t in self.temperatures),
                 f"--temperatures {', '.join(map(str, self.temperatures))}: all must be positive and finite",
+            ),
+            (
+                len({tempered_column(t) for t in self.temperatures}) == len(self.temperatures),
+                f"--temperatures {', '.join(map(str, self.temperatures))}: columns are named by six digits of them, "
+                "in which all must differ",
             ),
             (self.tail_samples >= 0, f"--tail-samples {self.tail_samples}: must not be negative"),
         ]:

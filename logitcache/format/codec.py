@@ -28,9 +28,9 @@ and of a balanced or compact one
 
 where `codebook` says what a rank and the profile are, `levels` what a level is. Why so: the set of entries costs a third of
 the bytes when it is stored in ascending order of an order in which frequent ids come first; the order of probability then
-need not be stored, as the levels give it; and levels counted from the position's lowest are small, alike in all
-positions, and fit a byte. `tools/bench_codec.py` shows bytes and errors of this and of the alternatives. There is
-nothing to undo in the other columns: where they are rounded, their zeroed low bits compress away.
+need not be stored, as the levels give it; and levels counted from the position's lowest are alike in all positions, and
+small: nineteen of twenty fit a byte. `tools/bench_codec.py` shows bytes and errors of this and of the alternatives. There
+is nothing to undo in the other columns: where they are rounded, their zeroed low bits compress away.
 
 Encoding what was decoded gives the same numbers again: copying rows between caches loses nothing.
 """

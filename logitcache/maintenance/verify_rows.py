@@ -195,9 +195,9 @@ def _wrong_tail(targets: SparseTargets, layout: Layout) -> str | None:
     if targets.group_logprobs is not None:
         groups = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
         step = layout.rounding.group_step if layout.rounding else GROUP_STEP_OF_FORMAT_1
-        most = np.exp(tail) * np.expm1(step / 2 + GROUP_TOLERANCE_NATS)
+        factor = np.exp(step + GROUP_TOLERANCE_NATS)  # half a step as captured, and half for entries that joined later
         # A comparison with what is not a number is false.
-        if not (np.abs(groups - np.exp(tail)) <= most + 1e-7).all():
+        if not ((groups <= np.exp(tail) * factor + 1e-7) & (groups >= np.exp(tail) / factor - 1e-7)).all():
             return "tail groups that do not add up to the tail"
     if any(np.isnan(values).any() or np.isposinf(values).any() for values in targets.tempered_tail.values()):
         return "a tempered tail that is not a number"
@@ -206,6 +206,9 @@ def _wrong_tail(targets: SparseTargets, layout: Layout) -> str | None:
     if targets.sample_ids is not None and targets.sample_logprobs is not None:
         if ((targets.sample_ids < -1) | (targets.sample_ids >= layout.vocab_size)).any():
             return "a sampled id outside the vocabulary"
+        sampled = targets.sample_ids.T[:, :, None]  # [s, M, 1]
+        if any(((ids == targets.token_ids) & (ids >= 0)).any() for ids in sampled):
+            return "a sampled id that is an entry"
         if not (targets.sample_logprobs <= 1e-6).all():
             return "a sampled log-probability above 0"
     return None

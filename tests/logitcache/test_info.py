@@ -75,6 +75,15 @@ def test_bytes_by_column_add_up_to_the_files(root: Path) -> None:
     assert sizes["id_gaps"] == expected
 
 
+def test_a_column_with_a_dot_in_its_name_is_called_by_all_of_it(tmp_path: Path) -> None:
+    layout = Layout(VOCAB, columns={"meta.url": "string"})
+    rows = [
+        (replace(sequence, columns={"meta.url": "x"}), targets) for sequence, targets in random_rows(3, Layout(VOCAB))
+    ]
+    write_cache(tmp_path, rows, layout)
+    assert len(lines_of(describe(tmp_path), "meta.url")) == 1
+
+
 def test_ragged_entries_are_drawn_as_bars_that_count_all_positions(root: Path) -> None:
     cache, text = logitcache.open(root), describe(root)
     counts = np.concatenate([row.targets.num_entries for row in cache])

@@ -402,6 +402,7 @@ def test_an_engines_tail_is_never_smaller_than_the_rounding_of_one() -> None:
         ({"top_p": float("nan")}, "--top-p nan"),
         ({"min_k": 9}, "--min-k 9: choose 1…8, the value of --top-k"),
         ({"tail_groups": 51}, "--tail-groups 51: choose 0…50"),
+        ({"temperatures": (2.0, 2.0000001)}, r"--temperatures 2\.0, 2\.0000001: columns are named by six digits"),
         ({"temperatures": (1.0, 0.5, 0.0)}, r"--temperatures 0\.0, 0\.5: all must be positive and finite"),
         ({"temperatures": (float("inf"),)}, "--temperatures inf"),
         ({"tail_samples": -1}, "--tail-samples -1: must not be negative"),

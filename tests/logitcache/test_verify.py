@@ -446,6 +446,7 @@ def assign(at: int, value: float) -> Change:
         ("tempered", "a tempered tail that is not a number"),
         ("entropy", "a tail entropy that is not ≤ 0"),
         ("sample", "a sampled id outside the vocabulary"),
+        ("sampled entry", "a sampled id that is an entry"),
         ("sample logprob", "a sampled log-probability above 0"),
     ],
 )
@@ -468,6 +469,7 @@ def test_targets_that_no_teacher_can_give_are_found_by_row_and_position(root: Pa
         "tempered": {"tail_log_norm_T2": assign(position, float("nan"))},
         "entropy": {"tail_entropy": assign(position, 1.0)},
         "sample": {"sample_ids": assign(2 * position, VOCAB)},
+        "sampled entry": {"sample_ids": assign(2 * position, int(ids[0]))},
         "sample logprob": {"sample_logprobs": assign(2 * position, 3.0)},
     }
     rewrite(root, 1, lambda table: with_position(table, row, changes[damage]))

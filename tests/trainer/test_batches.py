@@ -111,7 +111,7 @@ def test_samples_hold_no_more_than_the_tail_each_token_counted_once() -> None:
     assert scaled is not None and scaled.dtype == np.float32
     np.testing.assert_allclose(np.exp(scaled[:2]), [masses[0] * (0.3 / 0.31), masses[1]], rtol=1e-6)
     np.testing.assert_allclose(np.exp(scaled[2:]), [[0.27] * 3, [0.0] * 3], rtol=1e-6)
-    assert scaled_within_tail(None, None, np.log(tails)) is None
+    assert scaled_within_tail(None, None, np.log([0.5])) is None
 
 
 @pytest.mark.parametrize("precision", PRESETS)
