@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 
@@ -50,13 +51,16 @@ def narrow(
     if not leaves.any():
         return targets.narrowed(width)
     stays = rank[:width] < keep[:, None]
-    logprobs = np.where(leaves, targets.logprobs, -np.inf).astype(np.float64)  # [M, k]
+    scaled = scaled_beside_tail(targets.logprobs, targets.tail_logprob)  # so that no tail exceeds 1
+    logprobs = np.where(leaves, scaled, -np.inf).astype(np.float64)  # [M, k]
     left = _logsumexp(logprobs)
     tail = np.logaddexp(targets.tail_logprob, left)
     group_logprobs = sample_ids = sample_logprobs = None
     if targets.group_logprobs is not None:
         assert tail_groups is not None
-        group_logprobs = _with_entries(targets.group_logprobs, targets.token_ids, np.exp(logprobs), tail_groups)
+        scaled_groups = scaled_to_tail(targets.group_logprobs, targets.tail_logprob)
+        shares = np.where(leaves.any(axis=1)[:, None], scaled_groups, targets.group_logprobs)
+        group_logprobs = _with_entries(shares, targets.token_ids, np.exp(logprobs), tail_groups)
     if targets.sample_ids is not None and targets.sample_logprobs is not None:
         assert random is not None
         replaced = random.random(targets.sample_ids.shape) < _ratio(left, tail)[:, None]

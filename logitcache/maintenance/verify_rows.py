@@ -192,6 +192,8 @@ def _mass_tolerance(targets: SparseTargets, layout: Layout) -> float | np.ndarra
 def _wrong_tail(targets: SparseTargets, layout: Layout) -> str | None:
     """What is wrong with what else is stored of the tail, or None."""
     tail = targets.tail_logprob.astype(np.float64)
+    if (tail > 1e-4).any():
+        return "a tail log-probability above 0"
     if targets.group_logprobs is not None:
         groups = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
         step = layout.rounding.group_step if layout.rounding else GROUP_STEP_OF_FORMAT_1

@@ -353,3 +353,14 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
         "drop": ["tail_samples", "url"],
         "sequences": 40,
     }
+
+
+@pytest.mark.parametrize("precision", ["balanced", "compact"])
+def test_the_tail_of_rounded_entries_never_exceeds_one(precision: str) -> None:
+    rounding = PRESETS[precision]
+    assert rounding is not None
+    for k in range(300, 620, 20):  # of a uniform teacher, whose entries are all rounded the same way
+        levels = rounding.levels(np.full((1, k), -np.log(k)))
+        logprobs = rounding.logprobs(int(levels.max()) + 1)[levels]
+        targets = SparseTargets(np.arange(k, dtype=np.int32)[None], logprobs, np.array([-np.inf], np.float32))
+        assert narrow(targets, np.array([1])).tail_logprob[0] < 1e-6

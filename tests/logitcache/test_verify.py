@@ -670,6 +670,27 @@ def test_a_flat_distribution_with_all_its_tokens_as_entries_is_no_finding(tmp_pa
     assert kinds(found(tmp_path)) == {("targets", shard_name(0, 1))}
 
 
+def test_a_tail_of_more_than_everything_is_found_though_rounding_might_explain_the_sum(tmp_path: Path) -> None:
+    layout = Layout(VOCAB, precision="compact")
+    targets = SparseTargets(np.array([[7]], np.int32), np.log([[0.01]], dtype="f4"), np.array([0.01], np.float32))
+    write_cache(tmp_path, [(TokenSequence(np.zeros(2, np.int32), np.arange(2) > 0), targets)], layout)
+    assert "a tail log-probability above 0" in [finding.what for finding in found(tmp_path)]
+
+
+@pytest.mark.parametrize("precision", ["balanced", "compact"])
+@pytest.mark.parametrize(("steps", "findings"), [(-2, 1), (-1, 0), (1, 0), (2, 1)])
+def test_groups_may_miss_the_tail_by_as_much_as_two_roundings_do(
+    tmp_path: Path, precision: str, steps: int, findings: int
+) -> None:
+    """That of the capture, and that of a recode which added entries to what was rounded."""
+    layout = Layout(VOCAB, num_tail_groups=1, precision=precision)
+    half = np.log([0.5], dtype=np.float32)
+    groups = half + steps * layout.rounding.group_step  # type: ignore[union-attr]
+    targets = SparseTargets(np.array([[7]], np.int32), half[:, None], half, groups[:, None].astype(np.float32))
+    write_cache(tmp_path, [(TokenSequence(np.zeros(2, np.int32), np.arange(2) > 0), targets)], layout)
+    assert len(found(tmp_path)) == findings
+
+
 def test_a_file_that_cannot_be_read_is_a_finding(root: Path) -> None:
     (root / SECOND).unlink()
     (root / SECOND).mkdir()

@@ -15,6 +15,7 @@ import trainer
 from logitcache import LogitCache
 from logitcache.format.layout import Layout
 from logitcache.format.levels import PRESETS
+from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled_within_tail
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shard_reader import ShardReader
 from logitcache.format.shards import ShardWriter, shard_name
@@ -25,9 +26,6 @@ from trainer.batches import (
     BatchLoader,
     Collator,
     EpochRows,
-    scaled_beside_tail,
-    scaled_to_tail,
-    scaled_within_tail,
 )
 
 
@@ -61,6 +59,7 @@ def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache:
             assert batch["token_ids"][n].tolist() == sequence.targets.token_ids[m].tolist()
             np.testing.assert_allclose(batch["logprobs"][n], sequence.targets.logprobs[m], atol=1e-6)
             assert float(batch["tail_logprob"][n]) == sequence.targets.tail_logprob[m]
+            assert sequence.targets.group_logprobs is not None
             np.testing.assert_allclose(batch["group_logprobs"][n], sequence.targets.group_logprobs[m], atol=0.2)
             assert float(batch["tempered_tail"][n]) == sequence.targets.tempered_tail[2.0][m]
             n += 1
