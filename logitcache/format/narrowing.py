@@ -59,6 +59,7 @@ def narrow(
     if targets.group_logprobs is not None:
         assert tail_groups is not None
         scaled_groups = scaled_to_tail(targets.group_logprobs, targets.tail_logprob)
+        assert scaled_groups is not None
         shares = np.where(leaves.any(axis=1)[:, None], scaled_groups, targets.group_logprobs)
         group_logprobs = _with_entries(shares, targets.token_ids, np.exp(logprobs), tail_groups)
     if targets.sample_ids is not None and targets.sample_logprobs is not None:
