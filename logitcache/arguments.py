@@ -203,7 +203,7 @@ def _teacher(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--base-url", metavar="URL", help="of the server, for example http://localhost:8000/v1")
     group.add_argument("--model", metavar="NAME", help="the name that the server serves the teacher by")
     group.add_argument("--revision", help="branch, tag or commit of the model")
-    group.add_argument("--dtype", help="float32, bfloat16, float16; auto: the checkpoint's own")
+    group.add_argument("--dtype", help="float32, bfloat16, float16; auto (default): the checkpoint's own")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
@@ -225,22 +225,7 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         help=".jsonl[.gz|.zst], .parquet, .txt, folder, glob, or dataset name",
     )
 
-    group = parser.add_argument_group("teacher")
-    group.add_argument(
-        "--backend",
-        choices=["auto", "vllm", "transformers", "openai"],
-        help="openai: a running vLLM server; auto (default): vLLM where it is installed, otherwise transformers",
-    )
-    group.add_argument(
-        "--capture-route",
-        choices=["auto", "pooling", "flat"],
-        help="of vLLM; pooling sees the logits, flat gets top-k only; auto (default): pooling where it is possible",
-    )
-    group.add_argument("--base-url", metavar="URL", help="of the server, for example http://localhost:8000/v1")
-    group.add_argument("--model", metavar="NAME", help="the name that the server serves the teacher by")
-    group.add_argument("--revision", help="branch, tag or commit of the model")
-    group.add_argument("--dtype", help="float32, bfloat16, float16; auto (default): the checkpoint's own")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    _teacher(parser.add_argument_group("teacher"))
 
     group = parser.add_argument_group("what is stored of each distribution")
     group.add_argument("--top-k", type=int, metavar="K", help="entries per position (default 64)")

@@ -191,7 +191,6 @@ def synthetic_step(
     """
     import torch
 
-
     vocab_size, positions, hidden_size = shape
     generator = torch.Generator(device).manual_seed(0)
 
