@@ -93,8 +93,17 @@ def choose_engine(
     return Engine(backend, _choose_route(route, model, beyond, options), options)
 
 
-def choose_server(base_url: str | None, served_model: str | None, route: str, options: Mapping[str, Any]) -> Engine:
-    """A running server as engine. Raises UserError where it does not answer or does not serve the model."""
+def choose_server(
+    backend: str, base_url: str | None, served_model: str | None, route: str, options: Mapping[str, Any]
+) -> Engine | None:
+    """A running server as engine, None for other backends.
+
+    Raises UserError where it does not answer or does not serve the model, and for a server's options without one.
+    """
+    if backend != "openai":
+        if base_url or served_model:
+            raise UserError(f"{'--base-url' if base_url else '--model'} needs --backend openai")
+        return None
     if base_url is None:
         raise UserError("--backend openai needs --base-url, for example http://localhost:8000/v1")
     if route != "auto":

@@ -91,12 +91,9 @@ def settle(
         raise UserError("--sampling-params needs --generate")
     if generate and backend in ("transformers", "openai"):
         raise UserError(f"--generate needs vLLM's own engine, and the backend is {backend}")
-    server = None
-    if backend == "openai":
-        server = choose_server(base_url, model, capture_route, engine_options)
+    server = choose_server(backend, base_url, model, capture_route, engine_options)
+    if server:
         teacher = teacher or server.server["root"]
-    elif base_url or model:
-        raise UserError(f"{'--base-url' if base_url else '--model'} needs --backend openai")
     if teacher is None:
         raise UserError("--teacher is missing: the name or folder of a model")
     loaded = TeacherModel.load(teacher, revision, dtype, trust_remote_code)

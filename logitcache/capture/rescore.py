@@ -64,12 +64,9 @@ def settle_rescoring(
     if not isinstance(cache, LogitCache):
         cache = open_cache(cache)
     recorded = cache.manifest.fingerprint.get("teacher", {})
-    server = None
-    if backend == "openai":
-        server = choose_server(base_url, model, capture_route, engine_options)
+    server = choose_server(backend, base_url, model, capture_route, engine_options)
+    if server:
         teacher = teacher or server.server["root"]
-    elif base_url or model:
-        raise UserError(f"{'--base-url' if base_url else '--model'} needs --backend openai")
     if teacher is None:
         if "content_sha256" in recorded or "name" not in recorded:
             name = recorded.get("name", "unknown")

@@ -25,7 +25,7 @@ from logitcache.cache import LogitCache, open_cache
 from logitcache.capture.plan import PARTITION_NAME, Plan
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
-from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
+from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, fingerprint_digest
 from logitcache.format.row_index import RowIndex, id_bytes
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.storage import Folder
@@ -254,11 +254,10 @@ def _counted(plan: Plan, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _origin(cache: LogitCache) -> dict[str, Any]:
     folder, manifest = Folder(cache.path), cache.manifest
-    fingerprint = json.dumps(manifest.fingerprint, sort_keys=True, ensure_ascii=False)
     return {
         "path": folder.location,
         "manifest_sha256": hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest(),
-        "fingerprint_sha256": hashlib.sha256(fingerprint.encode()).hexdigest(),
+        "fingerprint_sha256": fingerprint_digest(manifest.fingerprint),
         "history": list(manifest.history),
     }
 
