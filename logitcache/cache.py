@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from logitcache.errors import UserError
 from logitcache.format.codec import DecodedRows
-from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
+from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, cache_identity, read_manifest
 from logitcache.format.order import Step, rank_part, steps
 from logitcache.format.prefetch import prefetched
 from logitcache.format.sequences import CachedSequence
@@ -68,6 +68,11 @@ class LogitCache(Sequence[CachedSequence]):
     def vocab_size(self) -> int:
         """V of the teacher."""
         return self.manifest.layout.vocab_size
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest, by which a cache is told from an altered one: see `logitcache verify --against`."""
+        return cache_identity(self._folder)
 
     @property
     def tokenizer_path(self) -> str:

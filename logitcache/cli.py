@@ -193,6 +193,7 @@ def _print_cache(cache: LogitCache) -> None:
         f"entries    {manifest.num_entries / cache.num_positions:.1f} per position, {1 - manifest.mean_tail_mass:.2%} of the mass"
     )
     print(f"bytes      {manifest.num_bytes:,} ({manifest.num_bytes / cache.num_positions:.0f} per position)")
+    print(f"identity   {cache.identity}")
 
 
 def _print_rewritten(cache: LogitCache) -> None:

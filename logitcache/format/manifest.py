@@ -165,6 +165,11 @@ def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def cache_identity(folder: Folder) -> str:
+    """SHA-256 of logitcache.json, 64 hexadecimal digits: it names every file's SHA-256, so it identifies the cache."""
+    return hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest()
+
+
 def read_manifest(folder: Folder) -> Manifest:
     """Reads logitcache.json of a finished cache.
 

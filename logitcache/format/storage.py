@@ -101,6 +101,11 @@ class Folder:
         with self.answering():
             return cast(bytes, self._filesystem.cat_file(self._full(name)))
 
+    def fetch(self, name: str, path: Path) -> None:
+        """Copies a file to a local path, which is overwritten. Raises FileNotFoundError."""
+        with self.answering():
+            self._filesystem.get_file(self._full(name), str(path))
+
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """Yields a local path to write; on success the file appears as `name`, on any exception nothing does.

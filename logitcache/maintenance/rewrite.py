@@ -30,6 +30,7 @@ from logitcache.format.manifest import (
     MANIFEST_NAME,
     TOKENIZER_DIRECTORY,
     Manifest,
+    cache_identity,
     fingerprint_digest,
     points_outside,
 )
@@ -315,7 +316,7 @@ def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
     own = {name: manifest.fingerprint[name] for name in ("corpus", "generation") if name in manifest.fingerprint}
     return {
         "path": folder.location,
-        "manifest_sha256": hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest(),
+        "manifest_sha256": cache_identity(folder),
         "fingerprint_sha256": fingerprint_digest(manifest.fingerprint),
         "sequences": manifest.num_sequences,
         "positions": manifest.num_positions,
