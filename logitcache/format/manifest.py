@@ -18,6 +18,10 @@ from logitcache.format.storage import Folder
 
 MANIFEST_NAME = "logitcache.json"
 CARD_NAME = "README.md"
+SIGNATURE_NAME = "logitcache.json.sig"
+"""Where `ssh-keygen -Y sign` leaves a signature of the manifest; nothing here reads it, it travels with the cache."""
+UNFINISHED_NAME = "logitcache.json.unfinished"
+"""The manifest of a cache whose files are on their way to where this one lies; removed when logitcache.json is there."""
 BUILD_DIRECTORY = ".build"
 TOKENIZER_DIRECTORY = "tokenizer"
 
@@ -124,9 +128,13 @@ class Manifest:
                 raise UserError(f"{where} was altered: {total} is {value}, its shards add up to {found}")
         return manifest
 
+    def to_bytes(self) -> bytes:
+        """Content of logitcache.json."""
+        return (json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n").encode()
+
     def write(self, folder: Folder) -> None:
         """Writes logitcache.json."""
-        folder.write(MANIFEST_NAME, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+        folder.write(MANIFEST_NAME, self.to_bytes())
 
 
 _SHARD: dict[str, Any] = {
@@ -176,15 +184,26 @@ def read_manifest(folder: Folder) -> Manifest:
     Raises UserError when there is none (saying how to finish an interrupted build), when it does not parse, and for a
     newer format.
     """
-    path = folder.where(MANIFEST_NAME)
+    return parse_manifest(manifest_content(folder), folder.where(MANIFEST_NAME))
+
+
+def manifest_content(folder: Folder) -> bytes:
+    """logitcache.json of a finished cache as it is. Raises UserError when there is none."""
     if not folder.exists(MANIFEST_NAME):
+        if folder.exists(UNFINISHED_NAME):
+            raise UserError(f"{folder} is not whole: `logitcache push` did not get to its end, the same push continues it")
         if folder.exists(BUILD_DIRECTORY):
             raise UserError(f"{folder} is an unfinished build: run the same `logitcache` command again to finish it")
         if not folder.exists():
-            raise UserError(f"{folder} does not exist")
+            raise UserError(folder.absence())
         raise UserError(f"{folder} is not a cache: it has no {MANIFEST_NAME}")
+    return folder.read(MANIFEST_NAME)
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """A manifest of its JSON; `path` names it in messages. Raises UserError as `read_manifest` does."""
     try:
-        data = json.loads(folder.read(MANIFEST_NAME))
+        data = json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:

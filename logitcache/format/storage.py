@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import glob
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -15,6 +19,28 @@ from fsspec.implementations.local import LocalFileSystem
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path
+from logitcache.format.hub_errors import hub_refusal
+
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL, where it is not Amazon's), or `aws configure`",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
+}
+
+
+class Unreachable(UserError):
+    """A store that did not answer, or not to the end: the same may succeed when it is tried again."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a listing says of a file. algorithm, digest: a checksum that the store took of the content, where it tells one.
+
+    algorithm: "md5", "sha256" or "git" (SHA-1 of `blob <size>\\0` and the content).  digest: hexadecimal.
+    """
+
+    num_bytes: int
+    algorithm: str | None = None
+    digest: str = ""
 
 
 class Folder:
@@ -62,7 +88,22 @@ class Folder:
         """Whether there is such a file or folder, asked anew every time."""
         with self.answering():
             self._filesystem.invalidate_cache()
-            return bool(self._filesystem.exists(self._full(name)))
+            if self._filesystem.exists(self._full(name)):
+                return True
+            if self.local is None:
+                with suppress(FileNotFoundError):  # what else `exists` may have taken for absence is raised
+                    self._filesystem.info(self._full(name))
+            return False
+
+    def absence(self) -> str:
+        """Says that there is no such folder, and why, where the store tells."""
+        try:
+            with self.answering():
+                self._filesystem.info(self._root)
+        except FileNotFoundError as error:
+            if refusal := hub_refusal(error, self.path):
+                return refusal
+        return f"{self} does not exist"
 
     def names(self, name: str = "") -> list[str]:
         """Names of what a folder holds, sorted; empty where there is no such folder."""
@@ -81,6 +122,17 @@ class Folder:
             self._filesystem.invalidate_cache()
             found = self._filesystem.find(self._full(name))
         return sorted(path.removeprefix(f"{self._root.rstrip('/')}/") for path in found)
+
+    def stored(self) -> dict[str, Stored]:
+        """All files below this folder by their names, from one listing. Raises FileNotFoundError, for example of a bucket."""
+        with self.answering():
+            self._filesystem.invalidate_cache()
+            found = self._filesystem.find(self._root, detail=True)
+        root = f"{self._root.rstrip('/')}/"
+        if self._root in found:
+            raise UserError(f"{self} is a file, a folder is wanted")
+        s3 = "s3" in _protocols(self._filesystem)
+        return {path.removeprefix(root): _stored(info, s3) for path, info in found.items() if not path.endswith("/")}
 
     def num_bytes(self, name: str) -> int:
         """Size of a file."""
@@ -106,6 +158,20 @@ class Folder:
         with self.answering():
             self._filesystem.get_file(self._full(name), str(path))
 
+    def put(self, path: Path, name: str) -> None:
+        """Copies a local file here; it appears under its name when it is whole.
+
+        Raises UserError when the disk is full or the URL does not take the file, Unreachable where another try may help.
+        """
+        if self.local is not None:
+            with self.writing(name) as temporary:
+                shutil.copyfile(path, temporary)
+            return
+        try:
+            self._filesystem.put_file(str(path), self._full(name))
+        except Exception as error:  # every store has its own kinds
+            raise self._refusal(error, f"{self.where(name)} cannot be written") from error
+
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """Yields a local path to write; on success the file appears as `name`, on any exception nothing does.
@@ -122,10 +188,7 @@ class Folder:
             path = Path(directory) / PurePosixPath(name).name
             with atomic_path(path) as temporary:
                 yield temporary
-            try:
-                self._filesystem.put_file(str(path), self._full(name))
-            except Exception as error:  # every store has its own kinds
-                raise UserError(f"{self.where(name)} cannot be written ({one_line(error)})") from error
+            self.put(path, name)
 
     def write(self, name: str, content: bytes | str) -> None:
         """Writes a whole file; text becomes UTF-8."""
@@ -147,13 +210,25 @@ class Folder:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Raises UserError for what a store raises in the block, of whatever kind, but for a file that is missing."""
+        """Raises UserError for what a store raises in the block, of whatever kind, but for a file that is missing.
+
+        Unreachable, where another try may help.
+        """
         try:
             yield
         except Exception as error:
             if self.local is not None or isinstance(error, (UserError, FileNotFoundError, NotADirectoryError)):
                 raise
-            raise UserError(f"{self}: this URL does not answer ({one_line(error)})") from error
+            raise self._refusal(error, f"{self}: this URL does not answer") from error
+
+    def _refusal(self, error: Exception, what: str) -> UserError:
+        if refusal := hub_refusal(error, self.path):
+            return UserError(refusal)
+        message = f"{what} ({one_line(error) or type(error).__name__})"
+        if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+            hints = [_CREDENTIALS[name] for name in _protocols(self._filesystem) if name in _CREDENTIALS]
+            return UserError(f"{message}: {hints[0]}" if hints else message)
+        return UserError(message) if isinstance(error, FileNotFoundError) else Unreachable(message)
 
     def _connect(self) -> None:
         try:
@@ -174,3 +249,20 @@ class Folder:
 
     def __reduce__(self) -> Any:
         return Folder, (self.path,)
+
+
+def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _stored(info: Mapping[str, Any], s3: bool) -> Stored:
+    """Of an entry of a listing: S3 has an MD5 as ETag, but for uploads in parts; Google's store an md5Hash; the Hub both."""
+    num_bytes, etag, lfs = int(info["size"] or 0), str(info.get("ETag", "")).strip('"'), info.get("lfs")
+    if s3 and re.fullmatch("[0-9a-f]{32}", etag):
+        return Stored(num_bytes, "md5", etag)
+    if info.get("md5Hash"):
+        return Stored(num_bytes, "md5", base64.b64decode(info["md5Hash"]).hex())
+    if lfs:
+        return Stored(num_bytes, "sha256", lfs["sha256"])
+    return Stored(num_bytes, "git", info["blob_id"]) if info.get("blob_id") else Stored(num_bytes)

@@ -10,7 +10,13 @@ from contextlib import contextmanager, suppress
 
 from logitcache.errors import UserError
 from logitcache.format.atomic import TEMPORARY_SUFFIX
-from logitcache.format.manifest import BUILD_DIRECTORY, CARD_NAME, MANIFEST_NAME, TOKENIZER_DIRECTORY
+from logitcache.format.manifest import (
+    BUILD_DIRECTORY,
+    CARD_NAME,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    TOKENIZER_DIRECTORY,
+)
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 
@@ -113,5 +119,5 @@ def abandon(folder: Folder, keep: str | None = None) -> None:
 
 def remove_former(folder: Folder) -> None:
     """Removes a cache but for its build directory. The manifest goes first: without it the rest is no cache."""
-    for name in (MANIFEST_NAME, CARD_NAME, TAIL_GROUPS_NAME, TOKENIZER_DIRECTORY, "data"):
+    for name in (MANIFEST_NAME, SIGNATURE_NAME, CARD_NAME, TAIL_GROUPS_NAME, TOKENIZER_DIRECTORY, "data"):
         folder.remove(name)

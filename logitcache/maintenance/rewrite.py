@@ -51,6 +51,7 @@ from logitcache.format.unfinished import (
 from logitcache.format.workspace import ANSWERS_NAME, abandon, begin, remove_former, workspace
 from logitcache.maintenance.rows import Rows
 from logitcache.progress import Progress
+from logitcache.sharing.card import common_licenses
 from logitcache.sharing.seal import seal, trusted_files
 from logitcache.version import __version__
 
@@ -305,7 +306,7 @@ def _finish(plan: _Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> None:
         files=trusted_files(folder),
         history=(*former, step),
     )
-    seal(folder, manifest)
+    seal(folder, manifest, common_licenses(Folder(source.path) for source in work.sources))
     folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
     folder.remove(BUILD_DIRECTORY)
 

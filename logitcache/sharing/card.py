@@ -1,147 +1,115 @@
-"""README.md of a cache: the dataset card that makes its folder a Hugging Face dataset repository."""
+"""README.md of a cache: written by every command that changes the cache; what people wrote below its last line is kept."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-import numpy as np
+from logitcache.errors import UserError
+from logitcache.format.manifest import CARD_NAME, Manifest, cache_identity, read_manifest
+from logitcache.format.storage import Folder
+from logitcache.report.statistics import statistics
+from logitcache.sharing.card_text import card_text
 
-from logitcache.format.layout import TEMPERED_PREFIX
-from logitcache.format.manifest import Manifest
+logger = logging.getLogger("logitcache")
 
-
-def dataset_card(manifest: Manifest) -> str:
-    """Text of the card: YAML that `datasets` reads, what the cache is, how to load it."""
-    teacher, corpus, capture = (manifest.fingerprint[part] for part in ("teacher", "corpus", "capture"))
-    positions = manifest.num_positions
-    rows = [
-        ("teacher", f"{teacher['name']} ({teacher['architecture']}, {teacher['dtype']})"),
-        ("engine", f"{teacher['engine']} {teacher['engine_version']}"),
-        ("sequences", f"{manifest.num_sequences:,}"),
-        ("positions", f"{positions:,}"),
-        ("entries per position", f"{manifest.num_entries / positions:.1f} (at most {capture['top_k']})"),
-        ("mass covered by the entries", f"{1 - manifest.mean_tail_mass:.4f}"),
-        ("bytes per position", f"{manifest.num_bytes / positions:.1f}"),
-        ("vocabulary", f"{manifest.layout.vocab_size:,}"),
-        ("precision", manifest.layout.precision),
-        ("documents from", ", ".join(source["name"] for source in corpus["sources"])),
-    ]
-    rows += [(f"documents left out: {reason}", f"{count:,}") for reason, count in manifest.skipped.items()]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    columns = "\n".join(f"| `{c.name}` | `{c.type}` | {_meaning(c.name)} |" for c in manifest.layout.schema())
-    rounding = manifest.layout.rounding
-    if rounding is None:
-        return _CARD.format(table=table, columns=columns, precision=_EXACT, sql=_EXACT_SQL)
-    names = asdict(rounding) | {"u": rounding.uniform_from, "n": rounding.square_root_steps, "D": rounding.uniform_step}
-    names["half"] = f"{rounding.bound(np.log([1e-3]))[0]:.3f}"
-    return _CARD.format(
-        table=table, columns=columns, precision=_ROUNDED.format(**names), sql=_ROUNDED_SQL.format(**names)
-    )
+UNKNOWN = "unknown"
+LICENSES = ("license", "teacher_license", "data_license")
+_MARK = "<!-- logitcache writes what stands above this line ({digest}); what stands below it is yours and is kept -->"
+_MARKED = re.compile("^" + re.escape(_MARK).replace(r"\{digest\}", "([0-9a-f]{16})") + "$", re.MULTILINE)
 
 
-def _meaning(column: str) -> str:
-    if column.startswith(TEMPERED_PREFIX):
-        return f"log Σ p^(1/T) over the tail, T = {column.removeprefix(TEMPERED_PREFIX)}"
-    return _MEANINGS.get(column, "kept from the source")
+@dataclass(frozen=True)
+class Card:
+    """What a README.md says beside what the manifest does.
+
+    licenses: those of `LICENSES` that it states.  notes: what stands below the mark.  edited: what stands above it is not
+    what was written there.
+    """
+
+    licenses: Mapping[str, str] = field(default_factory=dict)
+    notes: str = ""
+    edited: bool = False
 
 
-_MEANINGS = {
-    "row_id": "hash of token ids and loss mask",
-    "input_ids": "the sequence",
-    "loss_mask": "true where a token is trained",
-    "num_entries": "entries of each stored position",
-    "token_ids": "entries of all stored positions, one after the other",
-    "logprobs": "their log-probabilities, descending within a position",
-    "id_gaps": "ranks between an entry and the one before it in its position, ascending",
-    "levels_above_lowest": "levels from the position's least probable entry up to this one",
-    "lowest_level": "level of each position's least probable entry",
-    "group_levels": "log of a tail group's share of the tail, by group as above; groups in `tail_groups.parquet`",
-    "tail_logprob": "log of the probability outside a position's entries",
-    "group_logprobs": "log of the probability outside the entries, by tail group; groups in `tail_groups.parquet`",
-    "tail_entropy": "Σ p log p over the tail, divided by its mass",
-    "sample_ids": "ids drawn from the tail",
-    "sample_logprobs": "their log-probabilities",
-}
+def read_card(folder: Folder) -> Card:
+    """The card of a cache; an empty one where it has none."""
+    if not folder.exists(CARD_NAME):
+        return Card()
+    text = folder.read(CARD_NAME).decode(errors="replace").replace("\r\n", "\n")
+    mark = _MARKED.search(text)
+    above = text[: mark.start()] if mark else text
+    front = above.partition("---\n")[2].partition("\n---\n")[0]
+    stated = {name: found for name in LICENSES if (found := _stated(name, front)) not in (None, UNKNOWN)}
+    edited = mark is None or mark[1] != _digest(above)
+    return Card({name: value for name, value in stated.items() if value}, text[mark.end() :] if mark else "", edited)
 
-_CARD = """\
----
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/train-*.parquet
-tags:
-- logitcache
-- knowledge-distillation
----
 
-# Teacher log-probabilities
+def write_card(
+    folder: Folder, manifest: Manifest, identity: str, licenses: Mapping[str, str], notes: str = "\n"
+) -> None:
+    """Writes README.md of a cache whose shards are there, unless it says the same already.
 
-Made by `logitcache build`. Row i of a sequence's targets is the teacher's distribution of token i + 1 given tokens 0…i;
-a position is stored where `loss_mask` is true for token i + 1. Log-probabilities are natural logarithms at temperature 1,
-normalised over the full vocabulary. {precision}
+    identity: SHA-256 of the manifest as it lies there, or will.  licenses, notes: as `Card` has them.
+    """
+    stated = {name: licenses.get(name, UNKNOWN) for name in LICENSES}
+    above = card_text(manifest, identity, statistics(folder, manifest), stated) + "\n"
+    text = above + _MARK.format(digest=_digest(above)) + notes
+    if not folder.exists(CARD_NAME) or folder.read(CARD_NAME) != text.encode():
+        folder.write(CARD_NAME, text)
 
-|  |  |
-|---|---|
-{table}
 
-## Columns
+def update_card(folder: Folder, licenses: Mapping[str, str | None]) -> None:
+    """Writes the card of a finished cache anew, with these licences; those that are None stay as they are.
 
-| column | type | meaning |
-|---|---|---|
-{columns}
+    Raises UserError for a card that was edited where logitcache writes it, and for a licence that the Hub would not take.
+    """
+    card = read_card(folder)
+    if card.edited:
+        raise UserError(
+            f"{folder.where(CARD_NAME)} was edited where logitcache writes it: move your words below its last line (the comment "
+            "'what stands below it is yours'), state licences by --license, or remove the file; it is written anew"
+        )
+    given = {name: value for name, value in licenses.items() if value is not None}
+    for name, value in given.items():
+        check_license(name, value)
+    stated = {**card.licenses, **given}
+    if missing := [f"--{name.replace('_', '-')}" for name in LICENSES if name not in stated]:
+        logger.warning("warning: the card says 'unknown' where no licence is stated: %s", ", ".join(missing))
+    write_card(folder, read_manifest(folder), cache_identity(folder), stated, card.notes or "\n")
 
-## Load it
 
-```python
-import logitcache
+def check_license(name: str, value: str) -> None:
+    """Raises UserError for what cannot stand in a card."""
+    if name == "license" and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", value):
+        raise UserError(
+            f"--license {value!r}: write an identifier as the Hub has them, such as apache-2.0, cc-by-4.0 or other"
+        )
+    if not value.strip() or not value.isprintable():
+        raise UserError(f"--{name.replace('_', '-')} {value!r}: write a licence on one line")
 
-cache = logitcache.open(".")  # this folder
-sequence = cache[0]  # row_id, input_ids [T], loss_mask [T], positions [M], targets
-targets = sequence.targets  # token_ids [M, k], logprobs [M, k], tail_logprob [M]
-```
 
-```sql
--- DuckDB: every entry; position counts a row's stored positions from 1
-{sql}```
+def common_licenses(folders: Iterable[Folder]) -> dict[str, str]:
+    """What all these caches' cards state alike."""
+    cards = [read_card(folder).licenses for folder in folders]
+    first = cards[0] if cards else {}
+    return {name: value for name, value in first.items() if all(card.get(name) == value for card in cards)}
 
-Train a student from it: `trainer fit --cache . --student NAME --loss todi`.
-"""
 
-_EXACT = "They are what the teacher gave in float32."
+def _stated(name: str, front: str) -> str | None:
+    found = re.search(rf"^{name}: (.*)$", front, re.MULTILINE)
+    if not found:
+        return None
+    try:
+        value = json.loads(found[1])
+    except ValueError:
+        return found[1].strip()
+    return value if isinstance(value, str) else None
 
-_EXACT_SQL = """\
-SELECT row_id, unnest(flatten([[p for _ in range(num_entries[p])] for p in range(1, len(num_entries) + 1)])) AS position,
-  unnest(token_ids) AS token_id, unnest(logprobs) AS logprob
-FROM 'data/*.parquet';
-"""
 
-_ROUNDED = """\
-They are rounded to levels: level c
-stands for p = (1 − c/{n})² up to level {u}, and beyond it for steps of {D:g} nats (an error of at most {half} nats where
-p ≥ 0.001). An entry's level is `lowest_level` of its position minus `levels_above_lowest`. A position's entries are in
-ascending order of rank; a rank is the sum of the gaps so far plus the number of entries before. The token of rank r is
-`frequent_ids[r]` where there are so many, otherwise r − len(frequent_ids). That list and the groups' profile are in
-the file metadata of each shard, under the key `logitcache.codebook`. `group_levels` is 0 for an empty group; from level v > 0,
-the log of the group's share of the tail is (profile + z)·{group_step:g}, z = (v − 1)/2 for odd v and −v/2 for even v. The tail,
-its normalisers and its entropy are rounded to multiples of {tail_step:g}, sampled log-probabilities to {sample_step:g}."""
-
-_ROUNDED_SQL = """\
-WITH books AS (
-  SELECT file_name AS filename, CAST(json_extract(decode(value), '$.frequent_ids') AS INTEGER[]) AS frequent_ids
-  FROM parquet_kv_metadata('data/*.parquet') WHERE decode(key) = 'logitcache.codebook'
-), entries AS (
-  SELECT filename, file_row_number, row_id, lowest_level,
-    unnest(flatten([[p for _ in range(num_entries[p])] for p in range(1, len(num_entries) + 1)])) AS position,
-    unnest(id_gaps) AS gap, unnest(levels_above_lowest) AS above, generate_subscripts(id_gaps, 1) AS place
-  FROM read_parquet('data/*.parquet', filename = true, file_row_number = true)
-), ranks AS (
-  SELECT *, lowest_level[position] - above AS level,
-    CAST(sum(gap + 1) OVER (PARTITION BY filename, file_row_number, position ORDER BY place) AS BIGINT) - 1 AS rank
-  FROM entries
-)
-SELECT row_id, position,
-  CASE WHEN rank < len(frequent_ids) THEN frequent_ids[rank + 1] ELSE rank - len(frequent_ids) END AS token_id,
-  CASE WHEN level < {u} THEN 2 * ln(1 - level / {n}) ELSE 2 * ln(1 - {u} / {n}) - (level - {u}) * {D:g} END AS logprob
-FROM ranks JOIN books USING (filename);
-"""
+def _digest(above: str) -> str:
+    return hashlib.sha256(above.encode()).hexdigest()[:16]

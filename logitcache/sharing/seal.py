@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
-from logitcache.format.manifest import CARD_NAME, TOKENIZER_DIRECTORY, Manifest
+from logitcache.format.manifest import SIGNATURE_NAME, TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
-from logitcache.sharing.card import dataset_card
+from logitcache.sharing.card import write_card
 
 
 def trusted_files(folder: Folder) -> dict[str, str]:
@@ -16,11 +17,15 @@ def trusted_files(folder: Folder) -> dict[str, str]:
     return {name: hashlib.sha256(folder.read(name)).hexdigest() for name in names if folder.exists(name)}
 
 
-def seal(folder: Folder, manifest: Manifest) -> None:
-    """Removes what the manifest does not name from `data`, then writes card and manifest: from here on it is a cache."""
+def seal(folder: Folder, manifest: Manifest, licenses: Mapping[str, str] | None = None) -> None:
+    """Removes what the manifest does not name from `data`, then writes card and manifest: from here on it is a cache.
+
+    licenses: what the card states, see `card.LICENSES`.
+    """
     named = {shard.name for shard in manifest.shards}
     for name in folder.names("data"):
         if f"data/{name}" not in named:
             folder.remove(f"data/{name}")  # of a cache that was overwritten, or of a killed writer
-    folder.write(CARD_NAME, dataset_card(manifest))
+    folder.remove(SIGNATURE_NAME)
+    write_card(folder, manifest, hashlib.sha256(manifest.to_bytes()).hexdigest(), licenses or {})
     manifest.write(folder)

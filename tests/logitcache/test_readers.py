@@ -18,7 +18,8 @@ from smallcaches import EVERYTHING, random_rows, write_cache
 from logitcache import CachedSequence, LogitCache
 from logitcache.format.levels import PRESETS
 from logitcache.format.manifest import CARD_NAME, TOKENIZER_DIRECTORY
-from logitcache.sharing.card import dataset_card
+from logitcache.format.storage import Folder
+from logitcache.sharing.card import write_card
 
 
 @pytest.fixture(scope="module", params=PRESETS)
@@ -28,7 +29,7 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     layout = replace(EVERYTHING, precision=request.param, rounding=None)
     with patch("logitcache.format.codebook.LEAST_OCCURRENCES", 3):
         written = write_cache(root, random_rows(20, layout), layout, rows_per_shard=8, row_group_bytes=2000)
-    (root / CARD_NAME).write_text(dataset_card(written.manifest), encoding="utf-8")
+    write_card(Folder(root), written.manifest, written.identity, {})
     (root / TOKENIZER_DIRECTORY).mkdir()
     (root / TOKENIZER_DIRECTORY / "tokenizer.json").write_text("{}")
     return written
@@ -128,6 +129,6 @@ def test_the_python_of_the_card_runs(cache: LogitCache, monkeypatch: pytest.Monk
 
 
 def test_the_card_names_every_column(cache: LogitCache) -> None:
-    card = dataset_card(cache.manifest)
+    card = (Path(cache.path) / CARD_NAME).read_text(encoding="utf-8")
     for field in cache.manifest.layout.schema():
         assert f"| `{field.name}` | `{field.type}` |" in card

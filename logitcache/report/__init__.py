@@ -1,0 +1,1 @@
+"""What is inside a cache, computed and shown."""

@@ -1,0 +1,96 @@
+"""What a cache is and was made from, as labelled lines: for a terminal, a card, a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from logitcache.format.manifest import Manifest, fingerprint_digest
+
+
+def origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(label, value) of what made the cache."""
+    fingerprint, layout = manifest.fingerprint, manifest.layout
+    teacher, tokenizer, corpus, capture = (
+        fingerprint.get(part, {}) for part in ("teacher", "tokenizer", "corpus", "capture")
+    )
+    version = fingerprint.get("format", {}).get("version")
+    yield "created by", f"{manifest.created_by}{f', format {version}' if version else ''}, precision {layout.precision}"
+    yield "fingerprint", fingerprint_digest(fingerprint)[:16]
+    identity = teacher.get("revision") or teacher.get("content_sha256")
+    which = "revision" if teacher.get("revision") else "content"
+    details = [teacher.get("architecture"), teacher.get("dtype"), identity and f"{which} {identity[:12]}"]
+    yield "teacher", f"{teacher.get('name', '?')} ({', '.join(detail for detail in details if detail)})"
+    yield (
+        "engine",
+        " ".join(str(teacher[part]) for part in ("engine", "engine_version", "route") if teacher.get(part)) or "?",
+    )
+    if tokenizer:
+        template = tokenizer.get("chat_template_sha256")
+        yield (
+            "tokenizer",
+            f"{tokenizer['vocab_size']:,} tokens, vocabulary {tokenizer['vocabulary_sha256'][:12]}, "
+            + (f"chat template {template[:12]}" if template else "no chat template"),
+        )
+    sources = [source["name"] for source in corpus.get("sources", [])]
+    yield "corpus", ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+    if "generation" in fingerprint:
+        yield "generated with", _assignments(fingerprint["generation"])
+    shown = {name: value for name, value in capture.items() if name not in _SHOWN_ELSEWHERE}
+    yield "captured with", _assignments(shown)
+    extras = [
+        f"{layout.num_tail_groups} groups" if layout.num_tail_groups else "",
+        f"normalisers at T = {', '.join(f'{t:g}' for t in layout.temperatures)}" if layout.temperatures else "",
+        "entropy" if layout.tail_entropy else "",
+        f"{layout.num_tail_samples} samples" if layout.num_tail_samples else "",
+    ]
+    yield "of the tail", ", ".join(["mass", *(extra for extra in extras if extra)])
+    if layout.columns:
+        yield "kept columns", ", ".join(f"{name} ({kind})" for name, kind in layout.columns.items())
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items())
+    yield "left out", left_out or "no document"
+
+
+_SHOWN_ELSEWHERE = {"tail_groups", "temperatures", "tail_entropy", "tail_samples", "precision", "shard_positions"}
+
+
+def history(manifest: Manifest) -> list[str]:
+    """What was done to the cache since the teacher was run, a line a step, oldest first."""
+    return [_step(step) for step in manifest.history]
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    parts = [f"{name} {value}" for name, value in step.items() if name not in _NO_SETTING and _is_plain(value)]
+    sources = step.get("from")
+    if isinstance(sources, Sequence) and not isinstance(sources, str):
+        paths = [source.get("path", "?") if isinstance(source, Mapping) else str(source) for source in sources]
+        parts.append(f"from {', '.join(paths[:3])}" + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""))
+    return f"{step.get('command', '?')}: {', '.join(parts)}"
+
+
+_NO_SETTING = {"command", "created_by", "from"}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float | list) and value not in ("", [])
+
+
+def _assignments(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, [], False)) or "?"
+
+
+def amounts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(label, value) of how much it holds."""
+    positions, sizes = manifest.num_positions, [shard.num_bytes for shard in manifest.shards]
+    tokens = sum(shard.num_tokens for shard in manifest.shards)
+    yield "rows", f"{manifest.num_sequences:,}, the longest of {manifest.longest:,} tokens"
+    yield "positions", f"{positions:,} of {tokens:,} tokens, vocabulary {manifest.layout.vocab_size:,}"
+    yield (
+        "mass covered",
+        f"{1 - manifest.mean_tail_mass:.3%} by {manifest.num_entries / max(positions, 1):.1f} entries (means)",
+    )
+    yield "bytes", f"{manifest.num_bytes:,}, {manifest.num_bytes / max(positions, 1):.1f} per position"
+    if sizes:
+        between = f"{min(sizes):,} to {max(sizes):,}" if len(sizes) > 1 else f"{sizes[0]:,}"
+        groups = sum(len(shard.row_group_sizes) for shard in manifest.shards)
+        yield "shards", f"{len(sizes):,} of {between} bytes, {groups:,} row groups"

@@ -1,0 +1,175 @@
+"""A cache as one file, .tar.zst: a tar archive (POSIX ustar) in one Zstandard frame, the manifest first.
+
+The same files give the same bytes. What is read is not unpacked by a library: of a tar archive's many kinds of members a bundle
+has one, regular files, so a link, a device or an extension header has nothing here that would follow it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import zstandard
+
+from logitcache.errors import UserError, one_line
+from logitcache.format.manifest import MANIFEST_NAME
+from logitcache.format.storage import Folder
+
+SUFFIX = ".tar.zst"
+MAX_MANIFEST_BYTES = 1 << 26
+"""A cache of 10 billion positions has a manifest of some 20 MB; it is the one member that is held in memory."""
+CHUNK_BYTES = 1 << 20
+_LEVEL = 1
+"""Shards are Zstandard already: what a higher level would still find in a manifest and a tokenizer is not worth its time."""
+_BLOCK_BYTES = tarfile.BLOCKSIZE
+
+
+def is_bundle(url: str) -> bool:
+    """Whether a path or URL names a bundle."""
+    return url.endswith(SUFFIX)
+
+
+def place(url: str) -> tuple[Folder, str]:
+    """The folder that a bundle lies in, and its name there."""
+    parent, slash, name = url.rpartition("/")
+    return Folder(parent or slash or "."), name
+
+
+def write_bundle(folder: Path, names: Sequence[str], path: Path, advance: Callable[[int], None]) -> str:
+    """Writes files of a cache, the manifest first whatever their order, to a bundle. Returns its MD5.
+
+    advance: told the bytes of every file. Raises UserError for a name that an archive cannot hold.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    ordered = sorted(names, key=lambda name: (name != MANIFEST_NAME, name))
+    # Threads of zstandard's own, 1 or more, give the same bytes, however many.
+    compressor = zstandard.ZstdCompressor(_LEVEL, write_checksum=True, threads=1)
+    with path.open("wb") as raw, compressor.stream_writer(_Hashing(raw, digest.update), closefd=False) as bundle:
+        for name in ordered:
+            num_bytes = (folder / name).stat().st_size
+            bundle.write(_header(name, num_bytes))
+            with (folder / name).open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    bundle.write(chunk)
+            bundle.write(bytes(-num_bytes % _BLOCK_BYTES))
+            advance(num_bytes)
+        bundle.write(bytes(2 * _BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+class _Hashing:
+    """A file to write, whose content is hashed on the way."""
+
+    def __init__(self, file: IO[bytes], update: Callable[[bytes], None]) -> None:
+        self._file, self._update = file, update
+
+    def write(self, data: bytes) -> int:
+        """As a file's."""
+        self._update(data)
+        return self._file.write(data)
+
+
+def _header(name: str, num_bytes: int) -> bytes:
+    member = tarfile.TarInfo(name)  # of nobody, from 1970, mode 644
+    member.size = num_bytes
+    try:
+        return member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    except ValueError as error:
+        raise UserError(f"{name} cannot be put into a bundle ({one_line(error)})") from error
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file of a bundle. chunks: its content, once; what is not taken is skipped."""
+
+    name: str
+    num_bytes: int
+    chunks: Iterator[bytes]
+
+
+@contextmanager
+def opened_bundle(url: str) -> Iterator[Iterator[Member]]:
+    """The members of a bundle, one after the other, the manifest first; it is read once, as a stream.
+
+    Raises UserError for anything but regular files, for a manifest that is not first or is larger than `MAX_MANIFEST_BYTES`, and
+    where the file ends too early or is none of ours; Unreachable where a store breaks off.
+    """
+    folder, name = place(url)
+    with _understood(url, folder):
+        raw = folder.open(name)
+    with raw, zstandard.ZstdDecompressor().stream_reader(raw, read_size=CHUNK_BYTES) as stream:
+
+        def read(num_bytes: int) -> bytes:
+            content = b""
+            with _understood(url, folder):
+                while len(content) < num_bytes:
+                    if not (chunk := stream.read(num_bytes - len(content))):
+                        raise UserError(f"{url} ends too early: fetch or make it again")
+                    content += chunk
+            return content
+
+        yield _members(read, url)
+
+
+def bundled_manifest(url: str) -> bytes:
+    """The manifest of a bundle; no more than that is read. Raises UserError as `opened_bundle` does."""
+    with opened_bundle(url) as members:
+        return b"".join(next(members).chunks)
+
+
+@contextmanager
+def _understood(url: str, folder: Folder) -> Iterator[None]:
+    try:
+        with folder.answering():
+            yield
+    except zstandard.ZstdError as error:
+        raise UserError(f"{url} is not a bundle, or was damaged ({one_line(error)})") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{url} does not exist") from error
+    except OSError as error:
+        raise UserError(f"{url} cannot be read ({one_line(error)})") from error
+
+
+def _members(read: Callable[[int], bytes], url: str) -> Iterator[Member]:
+    """read: exactly so many bytes."""
+    first = True
+    while (block := read(_BLOCK_BYTES)).strip(b"\0"):
+        member = _parsed(block, url)
+        if first and member.name != MANIFEST_NAME:
+            raise UserError(f"{url} is not a bundle of a cache: it begins with {member.name!r}, not with {MANIFEST_NAME}")
+        if first and member.size > MAX_MANIFEST_BYTES:
+            raise UserError(f"{url}: a manifest of {member.size} bytes is refused, at most {MAX_MANIFEST_BYTES} are read")
+        first = False
+        chunks = _content(read, member.size)
+        yield Member(member.name, member.size, chunks)
+        for _ in chunks:
+            pass
+        read(-member.size % _BLOCK_BYTES)
+    if first:
+        raise UserError(f"{url} is empty")
+
+
+def _parsed(block: bytes, url: str) -> tarfile.TarInfo:
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        raise UserError(f"{url} is not a bundle, or was damaged ({one_line(error)})") from error
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise UserError(
+            f"{url} holds {member.name!r}, which is no regular file: nothing but the files of a cache is taken"
+        )
+    if member.size < 0:
+        raise UserError(f"{url} was damaged: {member.name!r} has {member.size} bytes")
+    return member
+
+
+def _content(read: Callable[[int], bytes], num_bytes: int) -> Iterator[bytes]:
+    while num_bytes:
+        chunk = read(min(num_bytes, CHUNK_BYTES))
+        num_bytes -= len(chunk)
+        yield chunk

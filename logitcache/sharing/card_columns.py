@@ -1,0 +1,88 @@
+"""What a card says of the columns: their meanings, and the SQL that turns them into token ids and log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+
+from logitcache.format.layout import TEMPERED_PREFIX, Layout
+
+
+def column_table(layout: Layout) -> str:
+    """A Markdown table of the columns."""
+    rows = "\n".join(f"| `{c.name}` | `{c.type}` | {_meaning(c.name)} |" for c in layout.schema())
+    return f"| column | type | meaning |\n|---|---|---|\n{rows}"
+
+
+def decoding(layout: Layout) -> tuple[str, str]:
+    """How the columns are read: in words, and as SQL for DuckDB."""
+    rounding = layout.rounding
+    if rounding is None:
+        return _EXACT, _EXACT_SQL
+    names = asdict(rounding) | {"u": rounding.uniform_from, "n": rounding.square_root_steps, "D": rounding.uniform_step}
+    names["half"] = f"{rounding.bound(np.log([1e-3]))[0]:.3f}"
+    return _ROUNDED.format(**names), _ROUNDED_SQL.format(**names)
+
+
+def _meaning(column: str) -> str:
+    if column.startswith(TEMPERED_PREFIX):
+        return f"log Σ p^(1/T) over the tail, T = {column.removeprefix(TEMPERED_PREFIX)}"
+    return _MEANINGS.get(column, "kept from the source")
+
+
+_MEANINGS = {
+    "row_id": "hash of token ids and loss mask",
+    "input_ids": "the sequence",
+    "loss_mask": "true where a token is trained",
+    "num_entries": "entries of each stored position",
+    "token_ids": "entries of all stored positions, one after the other",
+    "logprobs": "their log-probabilities, descending within a position",
+    "id_gaps": "ranks between an entry and the one before it in its position, ascending",
+    "levels_above_lowest": "levels from the position's least probable entry up to this one",
+    "lowest_level": "level of each position's least probable entry",
+    "group_levels": "log of a tail group's share of the tail, by group as above; groups in `tail_groups.parquet`",
+    "tail_logprob": "log of the probability outside a position's entries",
+    "group_logprobs": "log of the probability outside the entries, by tail group; groups in `tail_groups.parquet`",
+    "tail_entropy": "Σ p log p over the tail, divided by its mass",
+    "sample_ids": "ids drawn from the tail",
+    "sample_logprobs": "their log-probabilities",
+}
+
+_EXACT = "Log-probabilities are what the teacher gave in float32."
+
+_EXACT_SQL = """\
+SELECT row_id, unnest(flatten([[p for _ in range(num_entries[p])] for p in range(1, len(num_entries) + 1)])) AS position,
+  unnest(token_ids) AS token_id, unnest(logprobs) AS logprob
+FROM 'data/*.parquet';
+"""
+
+_ROUNDED = """\
+Log-probabilities are rounded to levels: level c stands for p = (1 − c/{n})² up to level {u}, and beyond it for steps of
+{D:g} nats (an error of at most {half} nats where p ≥ 0.001). An entry's level is `lowest_level` of its position minus
+`levels_above_lowest`. A position's entries are in ascending order of rank; a rank is the sum of the gaps so far plus the
+number of entries before. The token of rank r is
+`frequent_ids[r]` where there are so many, otherwise r − len(frequent_ids). That list and the groups' profile are in
+the file metadata of each shard, under the key `logitcache.codebook`. `group_levels` is 0 for an empty group; from level v > 0,
+the log of the group's share of the tail is (profile + z)·{group_step:g}, z = (v − 1)/2 for odd v and −v/2 for even v. The tail,
+its normalisers and its entropy are rounded to multiples of {tail_step:g}, sampled log-probabilities to {sample_step:g}."""
+
+_ROUNDED_SQL = """\
+WITH books AS (
+  SELECT file_name AS filename, CAST(json_extract(decode(value), '$.frequent_ids') AS INTEGER[]) AS frequent_ids
+  FROM parquet_kv_metadata('data/*.parquet') WHERE decode(key) = 'logitcache.codebook'
+), entries AS (
+  SELECT filename, file_row_number, row_id, lowest_level,
+    unnest(flatten([[p for _ in range(num_entries[p])] for p in range(1, len(num_entries) + 1)])) AS position,
+    unnest(id_gaps) AS gap, unnest(levels_above_lowest) AS above, generate_subscripts(id_gaps, 1) AS place
+  FROM read_parquet('data/*.parquet', filename = true, file_row_number = true)
+), ranks AS (
+  SELECT *, lowest_level[position] - above AS level,
+    CAST(sum(gap + 1) OVER (PARTITION BY filename, file_row_number, position ORDER BY place) AS BIGINT) - 1 AS rank
+  FROM entries
+)
+SELECT row_id, position,
+  CASE WHEN rank < len(frequent_ids) THEN frequent_ids[rank + 1] ELSE rank - len(frequent_ids) END AS token_id,
+  CASE WHEN level < {u} THEN 2 * ln(1 - level / {n}) ELSE 2 * ln(1 - {u} / {n}) - (level - {u}) * {D:g} END AS logprob
+FROM ranks JOIN books USING (filename);
+"""

@@ -1,0 +1,118 @@
+"""Files of a cache on their way from one place to another: which they are, which are the same already, several at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from logitcache.errors import UserError
+from logitcache.format.manifest import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    points_outside,
+)
+from logitcache.format.storage import Unreachable
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.progress import Progress
+
+logger = logging.getLogger("logitcache")
+T = TypeVar("T")
+
+NUM_TRANSFERS = 4
+"""At a time: one waits for the store's answer while others send or hash."""
+TRIES = 4
+FIRST_PAUSE_S = 1.0
+"""Before the second try; doubled before each one after it."""
+MAX_FILE_BYTES = 1 << 28
+"""Of a file whose size the manifest does not say: a tokenizer of a million tokens has some 50 MB."""
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TravellingFile:
+    """A file that the manifest vouches for. num_bytes: None where the manifest does not say."""
+
+    name: str
+    sha256: str
+    num_bytes: int | None = None
+
+
+def vouched_files(manifest: Manifest, where: str) -> list[TravellingFile]:
+    """Every file that a manifest names with its SHA-256: tokenizer and tail groups, then the shards.
+
+    Raises UserError for names that are not where a cache has its files, that are no plain path in it, or that stand there twice.
+    """
+    files = [TravellingFile(name, digest) for name, digest in manifest.files.items()]
+    files += [TravellingFile(shard.name, shard.sha256, shard.num_bytes) for shard in manifest.shards]
+    seen: set[str] = set()
+    for file in files:
+        if points_outside(file.name) or not _is_ours(file.name):
+            raise UserError(f"{where} names a file that no cache has: {file.name!r}")
+        if file.name in seen:
+            raise UserError(f"{where} names {file.name} twice")
+        seen.add(file.name)
+    return files
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file of this name may be in a cache."""
+    plain = name.isprintable() and str(PurePosixPath(name)) == name
+    return plain and (name.startswith(("data/", f"{TOKENIZER_DIRECTORY}/")) or name == TAIL_GROUPS_NAME)
+
+
+def left_behind(names: Iterable[str], kept: Collection[str]) -> list[str]:
+    """Those of a folder's files that were of a former cache there: not among `kept`, and where a cache has its files."""
+    own = (CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME)
+    return sorted(name for name in names if name not in kept and (_is_ours(name) or name in own))
+
+
+def digests(path: Path, algorithms: Collection[str]) -> dict[str, str]:
+    """Digests of a file's content, hexadecimal, by algorithm (see `Stored`), in one reading."""
+    hashes = {name: hashlib.new("sha1" if name == "git" else name) for name in algorithms}
+    if "git" in hashes:
+        hashes["git"].update(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            for each in hashes.values():
+                each.update(chunk)
+    return {name: each.hexdigest() for name, each in hashes.items()}
+
+
+def persistently(work: Callable[[], T]) -> T:
+    """Does work that a store may fail to answer, a few times. Raises UserError with what is lost by that: nothing."""
+    for number in range(1, TRIES + 1):
+        try:
+            return work()
+        except Unreachable as error:
+            if number == TRIES:
+                raise UserError(f"{error}. Tried {TRIES} times; the same command continues where it was") from error
+            pause_s = FIRST_PAUSE_S * 2 ** (number - 1)
+            logger.info("%s; another try in %g s", error, pause_s)
+            time.sleep(pause_s)
+    raise AssertionError
+
+
+def at_once(
+    work: Callable[[TravellingFile], T], files: Sequence[TravellingFile], label: str, sizes: Sequence[int]
+) -> list[T]:
+    """work(file) of every file, several at a time, with progress in bytes. The first failure ends it."""
+    progress = Progress(label, sum(sizes), 0, "bytes")
+    threads = ThreadPoolExecutor(NUM_TRANSFERS, "transfer")
+    try:
+        futures = {threads.submit(work, file): size for file, size in zip(files, sizes, strict=True)}
+        for future in as_completed(futures):
+            future.result()
+            progress.advance(futures[future])
+        return [future.result() for future in futures]
+    finally:
+        threads.shutdown(cancel_futures=True)
+        progress.close()
