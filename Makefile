@@ -3,6 +3,7 @@
 PYTHON := .venv/bin/python
 
 test: setup
+	tools/setup_browser.sh
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from logitcache.errors import UserError
 from logitcache.format.codec import DecodedRows
+from logitcache.format.local_copies import LocalCopies
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, cache_identity, read_manifest
 from logitcache.format.order import Step, rank_part, steps
-from logitcache.format.prefetch import prefetched
+from logitcache.format.prefetch import begun_ahead, prefetched
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.shard_reader import ShardReader
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 
+T = TypeVar("T")
+
 SHUFFLE_ROW_GROUPS = 16
 """Row groups that a shuffled stream mixes at any time: its memory is about 16 × 4 MiB, and what is read ahead."""
+COPIED_AHEAD = 16
+"""Row groups whose shards are being copied from a store before they are needed: shuffled, the first are all of other shards."""
+COPYING_THREADS = 4
 
 
 def open_cache(path: str | Path) -> LogitCache:
     """Opens a finished cache, local or at any URL that fsspec reads.
 
+    Streams of a remote one copy its shards to this machine, see `format.local_copies`; single rows are read by themselves.
     Raises UserError for a missing or unfinished cache, a newer format, and a shard that is missing or truncated.
     """
     return LogitCache(str(path))
@@ -44,7 +52,10 @@ class LogitCache(Sequence[CachedSequence]):
         self._folder = Folder(path)
         self.path = path
         self.manifest: Manifest = read_manifest(self._folder)
-        self._shards = [ShardReader(self._folder, info, self.manifest.layout) for info in self.manifest.shards]
+        self._copies = None if self._folder.local else LocalCopies(self.manifest.shards)
+        self._shards = [
+            ShardReader(self._folder, info, self.manifest.layout, self._copies) for info in self.manifest.shards
+        ]
         for parent in {str(PurePosixPath(info.name).parent) for info in self.manifest.shards}:
             with suppress(Exception):  # a store that lists a folder knows its sizes then; others are asked for each
                 self._folder.names(parent)
@@ -123,6 +134,14 @@ class LogitCache(Sequence[CachedSequence]):
         shard, row_group = (int(value) for value in self._row_groups[index, :2])
         return self._shards[shard].read_row_group(row_group)
 
+    def _streamed(self, index: int) -> DecodedRows:
+        """`_decode` for streams: of a remote shard they need all sooner or later."""
+        self._copy(index)
+        return self._decode(index)
+
+    def _copy(self, index: int) -> None:
+        self._shards[int(self._row_groups[index, 0])].copy()
+
     def __iter__(self) -> Iterator[CachedSequence]:
         return self.iter_sequences()
 
@@ -144,10 +163,18 @@ class LogitCache(Sequence[CachedSequence]):
         rows = _rows(self, steps(part, window, seed if shuffle else None, start), window)
         return SequenceStream(rows, int((part[:, 2] - part[:, 1]).sum()), start)
 
-    def iter_columns(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Streams the named columns as they are stored, a row group at a time; nothing else is read or decoded."""
-        for shard, row_group in self._row_groups[:, :2].tolist():
-            yield self._shards[shard].read_columns(row_group, columns)
+    def iter_columns(
+        self, columns: Sequence[str], first: int = 0, end: int | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """Streams the named columns as they are stored, a row group at a time; nothing else is read or decoded.
+
+        first, end: rows that are wanted, all by default; row groups without any of them are not read.
+        Yields the number of a row group's first row beside its columns.
+        """
+        begins, sizes = self._row_groups[:, 2], self._row_groups[:, 3]
+        wanted = (begins + sizes > first) & (begins < (len(self) if end is None else end))
+        for shard, row_group, begin, _ in self._row_groups[wanted].tolist():
+            yield begin, self._shards[shard].read_columns(row_group, columns)
 
     def iter_row_groups(
         self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1)
@@ -159,7 +186,19 @@ class LogitCache(Sequence[CachedSequence]):
         shard: (rank, world); every rank gets its share of the row groups.
         """
         rank, world = _checked(shard)
-        return prefetched(self._decode, self._order(shuffle, seed)[rank::world].tolist())
+        order = self._order(shuffle, seed)[rank::world].tolist()
+        return prefetched(self._streamed, self._copied_ahead(order, lambda index: index))
+
+    def _copied_ahead(self, items: Iterable[T], row_group: Callable[[T], int | None]) -> Iterator[T]:
+        """Passes on what needs row groups; of a remote cache, the shards of the next ones are copied meanwhile."""
+        if self._copies is None:
+            return iter(items)
+
+        def copy(item: T) -> None:
+            if (index := row_group(item)) is not None:
+                self._copy(index)
+
+        return begun_ahead(copy, items, COPIED_AHEAD, COPYING_THREADS)
 
     def _order(self, shuffle: bool, seed: int) -> np.ndarray:
         """Row groups in the order of a stream."""
@@ -189,10 +228,10 @@ class SequenceStream(Iterator[CachedSequence]):
 
 def _rows(cache: LogitCache, order: Iterator[Step], window: int) -> Iterator[CachedSequence]:
     def read(step: Step) -> tuple[Step, DecodedRows | None]:
-        return step, None if step.row_group is None else cache._decode(step.row_group)
+        return step, None if step.row_group is None else cache._streamed(step.row_group)
 
     held: dict[int | None, DecodedRows] = {}
-    for step, decoded in prefetched(read, order):
+    for step, decoded in prefetched(read, cache._copied_ahead(order, lambda step: step.row_group)):
         if decoded is not None:
             if len(held) == window:
                 del held[next(iter(held))]

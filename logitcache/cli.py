@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from logitcache.arguments import parser
 from logitcache.cache import LogitCache, open_cache
-from logitcache.errors import UserError
+from logitcache.errors import UserError, printable
 
 if TYPE_CHECKING:
     from logitcache.capture.rescore import Rescoring
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _log_lines():
             return _COMMANDS[options.command](options, rest) or 0
     except UserError as error:
-        print(f"logitcache: error: {error}", file=sys.stderr)
+        print(f"logitcache: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"logitcache: stopped{'; the same command continues where it was' * continued}", file=sys.stderr)
@@ -103,7 +103,7 @@ def _info(options: argparse.Namespace, rest: list[str]) -> None:
     from logitcache.maintenance.info import describe
 
     _refuse(rest, "info")
-    print(describe(options.path))
+    print(printable(describe(options.path)))
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
@@ -128,7 +128,7 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     elif num_rows is not None:
         print("logitcache: no row is scored again before these are mended", file=sys.stderr)
     if report:
-        print(report.text(), end="\n\n")
+        print(printable(report.text()), end="\n\n")
     print(f"{len(report):,} finding{'s' * (len(report) != 1)}: {verification.summary()}")
     return 1 if report else 0
 

@@ -19,3 +19,8 @@ class Parser(ArgumentParser):
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks."""
     return " ".join(str(error).split())
+
+
+def printable(text: str) -> str:
+    """Text that may come from someone else's file, for a terminal: lines stay, other control characters are spelled out."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)

@@ -10,7 +10,6 @@ already refuses a cache with different ones.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -25,7 +24,7 @@ from logitcache.cache import LogitCache, open_cache
 from logitcache.capture.plan import PARTITION_NAME, Plan
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
-from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, fingerprint_digest
+from logitcache.format.manifest import BUILD_DIRECTORY, cache_identity, fingerprint_digest
 from logitcache.format.row_index import RowIndex, id_bytes
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.storage import Folder
@@ -256,7 +255,7 @@ def _origin(cache: LogitCache) -> dict[str, Any]:
     folder, manifest = Folder(cache.path), cache.manifest
     return {
         "path": folder.location,
-        "manifest_sha256": hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest(),
+        "manifest_sha256": cache_identity(folder),
         "fingerprint_sha256": fingerprint_digest(manifest.fingerprint),
         "history": list(manifest.history),
     }

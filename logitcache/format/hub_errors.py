@@ -29,13 +29,13 @@ def hub_refusal(error: BaseException, url: str) -> str | None:
             return f"{url} is gated: ask for access on its page, then {LOG_IN}"
         if isinstance(cause, errors.RevisionNotFoundError):
             return f"{url}: the repository has no such revision; a branch, a tag or a commit id goes after the @"
-        if isinstance(cause, errors.RepositoryNotFoundError):
-            datasets = "" if url.startswith("hf://datasets/") else " (a dataset is hf://datasets/ORG/NAME)"
-            return f"{url} does not exist{datasets}, or is private: {LOG_IN} of an account that may read it"
-        if status == 401:
+        if status == 401 and "credentials" in (cause.server_message or ""):
             return f"{url}: the Hub does not know this token; {LOG_IN} anew"
+        if status == 401 or cause.response.headers.get("X-Error-Code") == "RepoNotFound":
+            datasets = "" if url.startswith("hf://datasets/") else " (a dataset is hf://datasets/ORG/NAME)"
+            return f"{url} does not exist{datasets}, or is private: {LOG_IN}, of an account that may read it"
         if status == 403:
-            return f"{url}: this token has no permission ({cause.server_message}); {LOG_IN} of an account that has"
+            return f"{url}: this token has no permission ({cause.server_message}); {LOG_IN}, of an account that has it"
         if 400 <= status < 500 and status not in _PASSING:
             return f"{url}: the Hub refuses this ({one_line(cause)})"
     return None

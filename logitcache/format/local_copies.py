@@ -88,33 +88,33 @@ class LocalCopies:
                 if path.exists():
                     continue
                 descriptor = _open_locked(_temporary(path))
-                if descriptor is not None and not self._make_room(shard.num_bytes, _temporary(path)):
-                    _temporary(path).unlink()
-                    _close(descriptor)
-                    self._without_room.add(shard.sha256)
-                    return None
+                if descriptor is not None:
+                    if not self._make_room(shard.num_bytes, _temporary(path)):
+                        _temporary(path).unlink()
+                        _close(descriptor)
+                        self._without_room.add(shard.sha256)
+                        return None
+                    os.ftruncate(descriptor, 0)
+                    os.ftruncate(descriptor, shard.num_bytes)  # taken, for whoever counts
             if descriptor is None:
                 _wait_for(_temporary(path))
             else:
-                self._copy(path, descriptor, shard, fill)
+                self._copy(path, descriptor, fill)
                 self._verified.add(shard.sha256)
         return path
 
-    def _copy(self, path: Path, descriptor: int, shard: ShardInfo, fill: Callable[[BinaryIO], None]) -> None:
+    def _copy(self, path: Path, descriptor: int, fill: Callable[[BinaryIO], None]) -> None:
         """Fills the temporary file that `descriptor` holds. A crash may tear it after it is renamed: its hash will tell."""
-        whole = False
         try:
-            os.ftruncate(descriptor, 0)
-            os.ftruncate(descriptor, shard.num_bytes)  # counted by others from now on
-            with open(descriptor, "wb", closefd=False) as file:
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
                 fill(file)
-            whole = True
-        finally:
             with self._locked():
-                if whole:
-                    _temporary(path).replace(path)
-                else:
-                    _temporary(path).unlink(missing_ok=True)
+                _temporary(path).replace(path)
+        except BaseException:
+            with self._locked():
+                _temporary(path).unlink(missing_ok=True)
+            raise
+        finally:
             _close(descriptor)
 
     def _is_usable(self, path: Path, shard: ShardInfo) -> bool:

@@ -43,3 +43,25 @@ def prefetched(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     finally:
         if process == os.getpid():
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def begun_ahead(work: Callable[[T], object], items: Iterable[T], ahead: int, num_threads: int) -> Iterator[T]:
+    """Yields the items, in order, while threads do `work` with the next `ahead` of them.
+
+    For work that is done again when its item's turn comes, and quickly where it was done before: what it returns or raises is
+    dropped. A forked process goes on without.
+    """
+    waiting: deque[T] = deque()
+    process = os.getpid()
+    threads = ThreadPoolExecutor(num_threads, "ahead")
+    try:
+        for item in items:
+            waiting.append(item)
+            if process == os.getpid():
+                threads.submit(work, item)
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        if process == os.getpid():
+            threads.shutdown(wait=False, cancel_futures=True)

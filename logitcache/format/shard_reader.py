@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,25 +18,32 @@ from logitcache.errors import UserError
 from logitcache.format.atomic import file_sha256
 from logitcache.format.codec import DecodedRows
 from logitcache.format.layout import Layout, read_layout
+from logitcache.format.local_copies import LocalCopies
+from logitcache.format.retries import RetriedFile
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
 
 RECENT_FOOTERS = 64
 """Parsed footers that are kept, some 200 KiB each: streams in order parse each one once."""
+COPIED_AT_ONCE_BYTES = 8 << 20
+"""Asked for in one request while a shard is copied, and held in memory."""
 
 
 class ShardReader:
     """One shard; a local file is checked against its SHA-256 when first read, pages are checked against their CRC.
 
     Holds no file open: a cache may have thousands of shards. Threads may read at the same time.
+    copies: where a remote shard may be copied to, see `copy`.
     """
 
-    def __init__(self, folder: Folder, info: ShardInfo, layout: Layout) -> None:
+    def __init__(self, folder: Folder, info: ShardInfo, layout: Layout, copies: LocalCopies | None = None) -> None:
         self._folder = folder
         self.path = folder.where(info.name)
         self._info = info
         self._layout = layout
         self._verified = False
+        self._copies = copies
+        self._copy: Path | None = None
 
     def check_size(self) -> None:
         """Raises UserError when the file is missing or has not the manifest's size."""
@@ -44,6 +53,26 @@ class ShardReader:
             self._missing()
         if size != self._info.num_bytes:
             self._refuse(f"truncated or altered: {size} bytes, the manifest says {self._info.num_bytes}")
+
+    def copy(self) -> None:
+        """Copies a remote shard to this machine if there is room; from then on it is read there.
+
+        Raises UserError where the content is not what the manifest says, and where it cannot be fetched.
+        """
+        if self._copies is not None:
+            self._copy = self._copies.path(self._info, self._fill)
+
+    def _fill(self, copy: BinaryIO) -> None:
+        digest = hashlib.sha256()
+        try:
+            with RetriedFile(self._folder, self._info.name, self._info.num_bytes) as source:
+                while chunk := source.read(COPIED_AT_ONCE_BYTES):
+                    digest.update(chunk)
+                    copy.write(chunk)
+        except FileNotFoundError:
+            self._missing()
+        if digest.hexdigest() != self._info.sha256:
+            self._refuse("altered: its SHA-256 is not the manifest's")
 
     def read_row_group(self, index: int) -> DecodedRows:
         """Decodes a row group. Raises UserError where the file is not the one that the manifest names."""
@@ -55,9 +84,10 @@ class ShardReader:
 
     def read_columns(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The named columns of a row group, or all, as they are stored. Raises UserError as `read_row_group` does."""
-        with _verifying(os.getpid()):
-            if not self._verified:
-                self._verify()
+        if self._copy is None:
+            with _verifying(os.getpid()):
+                if not self._verified:
+                    self._verify()
         with self._folder.answering():
             try:
                 with self._opened(_footer(self)) as file:
@@ -81,20 +111,32 @@ class ShardReader:
     @contextmanager
     def _opened(self, footer: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
         """The file; given its footer, nothing is read yet. Of a remote one a row group is fetched in one request."""
-        local, name = self._folder.local, self._info.name
+        name, path = self._info.name, self._path
         with (
-            nullcontext(local / name) if local else self._folder.open(name, self._info.num_bytes) as source,
-            pq.ParquetFile(source, metadata=footer, pre_buffer=not local, page_checksum_verification=True) as file,
+            nullcontext(path) if path else RetriedFile(self._folder, name, self._info.num_bytes) as source,
+            pq.ParquetFile(source, metadata=footer, pre_buffer=not path, page_checksum_verification=True) as file,
         ):
             yield file
 
+    @property
+    def _path(self) -> Path | None:
+        """The file on this machine, if there is one."""
+        if self._folder.local:
+            return self._folder.local / self._info.name
+        copy = self._copy
+        return copy if copy is not None and copy.exists() else None
+
     def _missing(self) -> NoReturn:
         raise UserError(
-            f"{self.path} is missing, though the manifest names it: fetch or build this shard again"
+            f"{self.path} is missing, though the manifest names it: {self._remedy.lower()} this shard again"
         ) from None
 
     def _refuse(self, what: str) -> NoReturn:
-        raise UserError(f"{self.path} was {what}. Fetch or build this shard again")
+        raise UserError(f"{self.path} was {what}. {self._remedy} this shard again")
+
+    @property
+    def _remedy(self) -> str:
+        return "Fetch or build" if self._folder.local else "Fetch or push"
 
 
 @lru_cache(1)

@@ -125,14 +125,20 @@ def bundled_manifest(url: str) -> bytes:
 @contextmanager
 def _understood(url: str, folder: Folder) -> Iterator[None]:
     try:
-        with folder.answering():
+        with folder.answering(), _decompressed(url):
             yield
-    except zstandard.ZstdError as error:
-        raise UserError(f"{url} is not a bundle, or was damaged ({one_line(error)})") from error
     except FileNotFoundError as error:
         raise UserError(f"{url} does not exist") from error
     except OSError as error:
         raise UserError(f"{url} cannot be read ({one_line(error)})") from error
+
+
+@contextmanager
+def _decompressed(url: str) -> Iterator[None]:
+    try:
+        yield
+    except zstandard.ZstdError as error:
+        raise UserError(f"{url} is not a bundle, or was damaged ({one_line(error)})") from error
 
 
 def _members(read: Callable[[int], bytes], url: str) -> Iterator[Member]:

@@ -382,6 +382,11 @@ def _blob(handler: Any, hub: HubServer, repo_id: str, sha256: str) -> None:
     handler.send_file(hub.repositories[repo_id].blobs[sha256], {})
 
 
+def _nothing(handler: Any, hub: HubServer, repo_id: str) -> None:
+    """A model or a bucket, of which there are none."""
+    raise Refused(404, "Repository not found", "RepoNotFound")
+
+
 _REPO = r"([^/]+/[^/]+)"
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", _create),
@@ -396,6 +401,7 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", rf"/datasets/{_REPO}/resolve/([^/]+)/(.+)", _resolve),
     ("HEAD", rf"/datasets/{_REPO}/resolve/([^/]+)/(.+)", _resolve),
     ("GET", rf"/lfs-blobs/{_REPO}/(\w+)", _blob),
+    ("GET", rf"/api/(?:models|buckets)/{_REPO}(?:/.*)?", _nothing),
 ]
 
 

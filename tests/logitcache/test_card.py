@@ -147,6 +147,15 @@ def test_info_tells_identity_and_licences(folder: Folder, capsys: pytest.Capture
     assert lines["licences"].endswith('license cc-by-4.0, teacher apache-2.0, data Our "terms": see <x>')
 
 
+def test_what_a_manifest_says_does_not_steer_the_terminal(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = logitcache.open(folder.path).manifest
+    fingerprint = {**manifest.fingerprint, "corpus": {"sources": [{"name": "\x1b]0;title\x07\u202e.jsonl"}]}}
+    replace(manifest, fingerprint=fingerprint).write(folder)
+    assert main(["info", folder.path]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07\\u202e.jsonl" in shown and "\x1b" not in shown
+
+
 def test_a_cache_without_a_position_has_a_card(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, [], EVERYTHING)
     write_card(Folder(tmp_path), cache.manifest, cache.identity, {})
