@@ -163,18 +163,18 @@ class LogitCache(Sequence[CachedSequence]):
         rows = _rows(self, steps(part, window, seed if shuffle else None, start), window)
         return SequenceStream(rows, int((part[:, 2] - part[:, 1]).sum()), start)
 
-    def iter_columns(
-        self, columns: Sequence[str], first: int = 0, end: int | None = None
-    ) -> Iterator[tuple[int, pa.Table]]:
-        """Streams the named columns as they are stored, a row group at a time; nothing else is read or decoded.
+    def iter_columns(self, columns: Sequence[str], first: int = 0, end: int | None = None) -> Iterator[pa.Table]:
+        """Streams the named columns of the rows first … end − 1 (all by default) as they are stored, by row groups.
 
-        first, end: rows that are wanted, all by default; row groups without any of them are not read.
-        Yields the number of a row group's first row beside its columns.
+        Nothing else is read or decoded, nor row groups without such a row.
         """
+        end = len(self) if end is None else end
         begins, sizes = self._row_groups[:, 2], self._row_groups[:, 3]
-        wanted = (begins + sizes > first) & (begins < (len(self) if end is None else end))
+        wanted = (begins + sizes > first) & (begins < end)
         for shard, row_group, begin, _ in self._row_groups[wanted].tolist():
-            yield begin, self._shards[shard].read_columns(row_group, columns)
+            table = self._shards[shard].read_columns(row_group, columns)
+            skipped = max(first - begin, 0)
+            yield table.slice(skipped, end - begin - skipped)
 
     def iter_row_groups(
         self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1)

@@ -99,11 +99,66 @@ def _merge(options: argparse.Namespace, rest: list[str]) -> None:
     _print_rewritten(merge(**_settings(options)))
 
 
+def _push(options: argparse.Namespace, rest: list[str]) -> None:
+    from logitcache.sharing.push import push
+
+    _refuse(rest, "push")
+    pushed = push(**_settings(options))
+    print(f"url        {pushed.url}")
+    print(f"identity   {pushed.identity}")
+    print(f"sent       {pushed.num_sent:,} files ({pushed.sent_bytes:,} bytes)")
+    print(f"kept       {pushed.num_kept:,} files")
+    if pushed.revision is not None:
+        print(f"revision   {pushed.revision}")
+
+
+def _pull(options: argparse.Namespace, rest: list[str]) -> None:
+    from logitcache.maintenance.pull_rows import pull_rows
+    from logitcache.sharing.pull import pull
+
+    _refuse(rest, "pull")
+    settings = _settings(options)
+    if "rows" in settings:
+        _print_rewritten(pull_rows(**settings))
+    elif "shards" in settings:
+        _print_rewritten(pull(**settings))
+    else:
+        _print_cache(pull(**settings))
+
+
+def _import(options: argparse.Namespace, rest: list[str]) -> None:
+    _refuse(rest, "import")
+    with _engines_needed():
+        from logitcache.exchange.importing import import_logits
+
+    _print_cache(import_logits(**_settings(options)))
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> None:
+    from logitcache.exchange.exporting import export
+
+    _refuse(rest, "export")
+    exported = export(**_settings(options))
+    print(f"exported   {exported.path}")
+    print(f"rows       {exported.num_rows:,}")
+    print(f"positions  {exported.num_positions:,}")
+    print(f"bytes      {exported.num_bytes:,}")
+
+
 def _info(options: argparse.Namespace, rest: list[str]) -> None:
     from logitcache.maintenance.info import describe
 
     _refuse(rest, "info")
     print(printable(describe(options.path)))
+
+
+def _view(options: argparse.Namespace, rest: list[str]) -> None:
+    from logitcache.report.page import view
+
+    _refuse(rest, "view")
+    page = view(**_settings(options))
+    shown = f"{page.num_rows:,} of {page.of_rows:,} rows, {page.num_tokens:,} tokens of them"
+    print(f"page       {page.path} ({page.num_bytes:,} bytes), which shows {shown}")
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
@@ -112,12 +167,14 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 
     settings = _settings(options)
     path, num_rows = settings.pop("path"), settings.pop("rescore", None)
+    against = settings.pop("against", None)
     if num_rows is None:
         _refuse(rest, "verify")
         if settings:
             raise UserError(f"--{next(iter(settings)).replace('_', '-')} needs --rescore")
-    rescoring = None if num_rows is None else _rescoring(path, num_rows, settings, rest)
-    verification, report = verify(path), Report()
+    verification, report = verify(path, against), Report()
+    to_rescore = num_rows is not None and not verification.is_another
+    rescoring = _rescoring(path, num_rows, settings, rest) if to_rescore else None
     for finding in verification:
         report.add(finding)
     if rescoring is not None and not report:
@@ -154,10 +211,15 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
     "recode": _recode,
     "slice": _slice,
     "merge": _merge,
+    "import": _import,
+    "export": _export,
+    "push": _push,
+    "pull": _pull,
     "info": _info,
+    "view": _view,
     "verify": _verify,
 }
-_CONTINUED = _COMMANDS.keys() - {"plan", "info", "verify"}
+_CONTINUED = _COMMANDS.keys() - {"plan", "info", "view", "verify", "export"}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ TEXT = [
     "Distillation needs the whole distribution, so what is not stored is kept as one number: the tail.",
     "Numbers such as 3.14159, 2.71828 and 42 appear, as do (brackets), [lists] and {sets}.",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_copies_of_other_tests(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where shards of remote caches are copied to; made when it is needed."""
+    monkeypatch.setenv("LOGITCACHE_HOME", str(tmp_path_factory.getbasetemp() / f"home-{uuid.uuid4().hex}"))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,6 @@ from measure import machine, peak_mib
 
 from logitcache.capture.engine import Engine
 from logitcache.capture.executors import capture_on_ray
-from logitcache.capture.finish import save_tokenizer
 from logitcache.capture.inputs import Inputs, settle
 from logitcache.capture.plan import Plan, make_plan
 from logitcache.capture.request import make_request
@@ -43,6 +42,7 @@ from logitcache.capture.teachers.vllm_engine import set_environment
 from logitcache.capture.worker import Job, ShardWorker
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
+from logitcache.format.tokenizer import save_tokenizer
 from logitcache.progress import Progress
 from logitcache.table import aligned
 

@@ -94,6 +94,11 @@ def prepare(config: DistillConfig) -> Run:
             f"--eval_cache {eval_cache.path}: its teacher has {eval_cache.vocab_size} tokens, that of {cache.path} has "
             f"{cache.vocab_size}. Both must come from one teacher"
         )
+    warnings += [
+        f"{opened.path}: the mass of its tail is {about}; losses that weigh the tail, RKL above all, learn from that"
+        for opened in caches
+        if (about := opened.manifest.fingerprint.get("capture", {}).get("tail"))
+    ]
     choices = describe_run(config, cache, eval_cache, tail, whose_tokenizer, checkpoint)
     return Run(config, cache, eval_cache, model_config, tokenizer, choices, warnings, checkpoint)
 

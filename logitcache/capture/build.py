@@ -11,7 +11,7 @@ from typing import Any, overload
 from logitcache.cache import LogitCache, open_cache
 from logitcache.capture.answers import PROMPTS_NAME, answer_prompts
 from logitcache.capture.executors import capture_here, capture_on_ray
-from logitcache.capture.finish import finish_plan, save_tokenizer
+from logitcache.capture.finish import finish_plan
 from logitcache.capture.inputs import settle
 from logitcache.capture.placement import Placement
 from logitcache.capture.plan import PARTITION_NAME, Plan, cache_layout, make_plan, read_plan
@@ -22,6 +22,7 @@ from logitcache.errors import UserError
 from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
 from logitcache.format.storage import Folder
+from logitcache.format.tokenizer import save_tokenizer
 from logitcache.format.unfinished import PLAN_NAME, SHARD_POSITIONS, differences, read_request, refuse_changes
 from logitcache.format.workspace import ANSWERS_NAME, range_held, remove_former, workspace
 from logitcache.progress import Progress

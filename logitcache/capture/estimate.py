@@ -25,13 +25,14 @@ from logitcache.capture.clusters import tail_groups_of
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
 from logitcache.capture.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
 from logitcache.capture.inputs import settle
-from logitcache.capture.plan import ColumnTypes, cache_layout
+from logitcache.capture.plan import cache_layout
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
 from logitcache.capture.teachers.start import start_teacher
 from logitcache.errors import UserError
 from logitcache.format.codebook import Codebook
 from logitcache.format.codec import encode
+from logitcache.format.kept_columns import ColumnTypes
 from logitcache.format.layout import Layout
 from logitcache.format.narrowing import narrow, nucleus
 from logitcache.format.sequences import TokenSequence

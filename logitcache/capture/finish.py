@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import Any
 
 from logitcache.cache import LogitCache, open_cache
 from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
 from logitcache.capture.reuse import copied_history
 from logitcache.errors import UserError
-from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY, Manifest
+from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, Manifest
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.unfinished import PLAN_NAME, read_request
@@ -65,12 +63,3 @@ def finish_plan(plan: Plan) -> LogitCache:
     folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
     folder.remove(BUILD_DIRECTORY)
     return open_cache(folder.path)
-
-
-def save_tokenizer(folder: Folder, tokenizer: Any) -> None:
-    """Writes the teacher's tokenizer beside the shards, in place of any other."""
-    folder.remove(TOKENIZER_DIRECTORY)
-    with tempfile.TemporaryDirectory() as draft:
-        tokenizer.save_pretrained(draft)
-        for path in sorted(path for path in Path(draft).rglob("*") if path.is_file()):
-            folder.write(f"{TOKENIZER_DIRECTORY}/{path.relative_to(draft).as_posix()}", path.read_bytes())

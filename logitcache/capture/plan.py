@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.errors import UserError
+from logitcache.format.kept_columns import ColumnTypes, stored_value
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import TokenSequence
@@ -91,7 +92,7 @@ class Plan:
         """The token sequences of a shard, in order."""
         with self.folder.open(_tokens_name(index)) as source:
             for sequence in read_tokens(source):
-                kept = {name: _as(self.column_types[name], value) for name, value in sequence.columns.items()}
+                kept = {name: stored_value(self.column_types[name], value) for name, value in sequence.columns.items()}
                 yield replace(sequence, columns=kept)
 
     def finished(self, index: int) -> ShardInfo | None:
@@ -201,32 +202,6 @@ def _cut(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_p
     )
     plan.write()
     return plan
-
-
-class ColumnTypes:
-    """Arrow type of each kept column: the one that all its values share, otherwise string, non-strings as JSON text."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, set[str]] = {}
-
-    def see(self, columns: Mapping[str, Any]) -> None:
-        """Takes a row's values into account."""
-        for name, value in columns.items():
-            types = self._seen.setdefault(name, set())
-            if value is not None:
-                types.add({bool: "bool", int: "int64", float: "double"}.get(type(value), "string"))
-            if type(value) is int and not -(2**63) <= value < 2**63:
-                types.add("string")
-
-    def names(self) -> dict[str, str]:
-        """Column → name of an Arrow type."""
-        return {name: min(types) if len(types) == 1 else "string" for name, types in self._seen.items()}
-
-
-def _as(column_type: str, value: Any) -> Any:
-    if column_type != "string" or value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _tokens_name(index: int) -> str:

@@ -35,7 +35,8 @@ def hub_refusal(error: BaseException, url: str) -> str | None:
             datasets = "" if url.startswith("hf://datasets/") else " (a dataset is hf://datasets/ORG/NAME)"
             return f"{url} does not exist{datasets}, or is private: {LOG_IN}, of an account that may read it"
         if status == 403:
-            return f"{url}: this token has no permission ({cause.server_message}); {LOG_IN}, of an account that has it"
+            why = " ".join((cause.server_message or str(cause)).split())
+            return f"{url}: this token has no permission ({why}); {LOG_IN}, of an account that has it"
         if 400 <= status < 500 and status not in _PASSING:
             return f"{url}: the Hub refuses this ({one_line(cause)})"
     return None

@@ -19,6 +19,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -47,9 +48,9 @@ class LocalCopies:
     def __init__(self, shards: Sequence[ShardInfo]) -> None:
         self._home = Path(os.environ.get("LOGITCACHE_HOME") or "~/.cache/logitcache").expanduser()
         self._limit_bytes = _limit_bytes()
-        self._digests = [shard.sha256 for shard in shards]
+        self._digests = [shard.sha256 for shard in shards if re.fullmatch("[0-9a-f]{64}", shard.sha256)]
         self._off = self._limit_bytes == 0
-        self._without_room: set[str] = set()
+        self._without_room = {shard.sha256 for shard in shards} - set(self._digests)  # of no digest comes a file's name
         self._verified: set[str] = set()
         self._claim: BinaryIO | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -176,6 +177,22 @@ def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
 def cache_identity(folder: Folder) -> str:
     """SHA-256 of logitcache.json, 64 hexadecimal digits: it names every file's SHA-256, so it identifies the cache."""
     return hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest()
+
+
+def read_identity(text: str) -> str:
+    """The identity that somebody wrote for `--against`, in lower case. Raises UserError where it is none."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise UserError(
+            f"--against {text[:80]}: the 64 hexadecimal digits of a cache's identity are wanted, as `logitcache build` and "
+            "`logitcache push` print it"
+        )
+    return text.lower()
+
+
+def check_identity(identity: str, against: str | None, where: str) -> None:
+    """Raises UserError where the identity of a cache is not the one that somebody trusts, where they give one."""
+    if against is not None and identity != read_identity(against):
+        raise UserError(f"{where} is not the cache that --against names: its identity is {identity}")
 
 
 def read_manifest(folder: Folder) -> Manifest:

@@ -7,8 +7,8 @@ import logging
 import os
 import time
 
-from logitcache.errors import UserError, one_line
-from logitcache.format.storage import Folder
+from logitcache.errors import UserError
+from logitcache.format.storage import Folder, Unreachable
 
 RETRIES_AFTER_S = (1.0, 4.0)
 """Seconds until a broken read is tried again, beside what a store's own library tries."""
@@ -39,24 +39,22 @@ class RetriedFile(io.RawIOBase):
     def _read(self, wanted: int) -> bytes:
         for wait_s in (*RETRIES_AFTER_S, None):
             try:
-                self._source.seek(self._position)
-                content = self._source.read(wanted)
-            except (FileNotFoundError, PermissionError, UserError):
-                raise
-            except Exception as error:  # every store has its own kinds
+                with self._folder.answering():
+                    if self._source.closed:
+                        self._source = self._folder.open(self._name, self._num_bytes)
+                    self._source.seek(self._position)
+                    content = self._source.read(wanted)
+            except Unreachable as error:
                 if wait_s is None:
-                    raise UserError(
-                        f"{self._folder.where(self._name)} cannot be read, tried {len(RETRIES_AFTER_S) + 1} times "
-                        f"({one_line(error) or type(error).__name__}): run the same command again when the store answers"
-                    ) from error
-                logger.info("reading %s again (%s)", self._folder.where(self._name), one_line(error))
+                    message = f"{error}, tried {len(RETRIES_AFTER_S) + 1} times: run the same command again"
+                    raise UserError(message) from error
+                logger.info("%s: trying again", error)
             else:
                 if len(content) == wanted or wait_s is None:
-                    return content
+                    break
             time.sleep(wait_s)
             self._source.close()
-            self._source = self._folder.open(self._name, self._num_bytes)
-        raise AssertionError
+        return content
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """As of any file."""

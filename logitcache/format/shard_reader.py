@@ -128,15 +128,15 @@ class ShardReader:
 
     def _missing(self) -> NoReturn:
         raise UserError(
-            f"{self.path} is missing, though the manifest names it: {self._remedy.lower()} this shard again"
+            f"{self.path} is missing, though the manifest names it: {self._remedy.lower()} again"
         ) from None
 
     def _refuse(self, what: str) -> NoReturn:
-        raise UserError(f"{self.path} was {what}. {self._remedy} this shard again")
+        raise UserError(f"{self.path} was {what}. {self._remedy} again")
 
     @property
     def _remedy(self) -> str:
-        return "Fetch or build" if self._folder.local else "Fetch or push"
+        return "Fetch or build this shard" if self._folder.local else "Fetch or push it"
 
 
 @lru_cache(1)

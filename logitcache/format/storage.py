@@ -21,6 +21,7 @@ from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path
 from logitcache.format.hub_errors import hub_refusal
 
+_EXTRAS = {"hf": "hub", "s3": "s3", "gs": "gs"}
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL, where it is not Amazon's), or `aws configure`",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
@@ -134,6 +135,15 @@ class Folder:
         s3 = "s3" in _protocols(self._filesystem)
         return {path.removeprefix(root): _stored(info, s3) for path, info in found.items() if not path.endswith("/")}
 
+    def look_up(self, name: str) -> Stored | None:
+        """What a store says of one file; None where it is missing."""
+        try:
+            with self.answering():
+                self._filesystem.invalidate_cache()
+                return _stored(self._filesystem.info(self._full(name)), "s3" in _protocols(self._filesystem))
+        except FileNotFoundError:
+            return None
+
     def num_bytes(self, name: str) -> int:
         """Size of a file."""
         with self.answering():
@@ -234,7 +244,9 @@ class Folder:
         try:
             self._connected, self._root = fsspec.url_to_fs(self.path)
         except (ImportError, ValueError) as error:
-            raise UserError(f"{self.path}: no file system for such a URL ({one_line(error)})") from error
+            extra = _EXTRAS.get(self.path.partition("://")[0]) if isinstance(error, ImportError) else None
+            what = f"pip install 'logitcache[{extra}]'" if extra else one_line(error)
+            raise UserError(f"{self.path}: no file system for such a URL ({what})") from error
         self._process = os.getpid()
 
     @property

@@ -1,10 +1,15 @@
-"""What identifies a tokenizer: hashes that a cache records and a trainer compares."""
+"""The teacher's tokenizer in a cache: its files, and the hashes that a cache records and a trainer compares."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
+
+from logitcache.format.manifest import TOKENIZER_DIRECTORY
+from logitcache.format.storage import Folder
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
@@ -45,3 +50,12 @@ def _plain(token: Any) -> Any:
 
 def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def save_tokenizer(folder: Folder, tokenizer: Any) -> None:
+    """Writes the teacher's tokenizer beside the shards, in place of any other."""
+    folder.remove(TOKENIZER_DIRECTORY)
+    with tempfile.TemporaryDirectory() as draft:
+        tokenizer.save_pretrained(draft)
+        for path in sorted(path for path in Path(draft).rglob("*") if path.is_file()):
+            folder.write(f"{TOKENIZER_DIRECTORY}/{path.relative_to(draft).as_posix()}", path.read_bytes())

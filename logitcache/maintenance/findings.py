@@ -8,6 +8,10 @@ from dataclasses import dataclass
 SHOWN_PER_KIND = 20
 
 KINDS = {
+    "another": (
+        "not the cache that --against names",
+        "nothing else was read: ask its maker for the identity, or fetch the cache that has it",
+    ),
     "manifest": ("the manifest", "it was altered: fetch it again, or build the cache again"),
     "newer": ("written in a newer format", "install a logitcache that reads it"),
     "missing": ("missing files", "fetch them, or build the cache again"),

@@ -40,15 +40,9 @@ from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.targets import SparseTargets
-from logitcache.format.unfinished import (
-    PLAN_NAME,
-    differences,
-    finished_shard,
-    read_request,
-    record_shard,
-    refuse_changes,
-)
-from logitcache.format.workspace import ANSWERS_NAME, abandon, begin, remove_former, workspace
+from logitcache.format.unfinished import PLAN_NAME, finished_shard, record_shard
+from logitcache.format.workspace import abandon, begin, remove_former, workspace
+from logitcache.maintenance.resume import begun_plan, finished_cache
 from logitcache.maintenance.rows import Rows
 from logitcache.progress import Progress
 from logitcache.sharing.card import common_licenses
@@ -118,11 +112,13 @@ def rewrite(work: Rewrite, out: str | Path, shard_positions: int, overwrite: boo
     origins = [_origin(source, work.merged) for source in work.sources]
     request = {"command": work.command, **work.settings, "shard_positions": shard_positions, "from": origins}
     with workspace(folder), space_needed(out):
-        if not overwrite and (finished := _finished(folder, request)):
+        if not overwrite and (finished := finished_cache(folder, request)):
             logger.info("%s is already complete", folder)
             return finished
-        plan = _begun(folder, request, overwrite)
-        if plan is None:
+        begun = begun_plan(folder, request, overwrite)
+        if begun is not None:
+            plan = _Plan(folder, **begun)
+        else:
             plan = _make_plan(folder, request, work, shard_positions)
             remove_former(folder)
         _copy_files(work.sources[0], folder, work.layout)
@@ -191,35 +187,6 @@ def _cut(folder: Folder, request: Mapping[str, Any], work: Rewrite, shard_positi
 
 def _rows_name(shard: int) -> str:
     return f"{BUILD_DIRECTORY}/rows/{shard:05d}"
-
-
-def _finished(folder: Folder, request: Mapping[str, Any]) -> LogitCache | None:
-    """The cache in `folder`, if it is complete and was made from the same request."""
-    if not folder.exists(MANIFEST_NAME):
-        return None
-    try:
-        cache = open_cache(folder.path)
-    except UserError as error:
-        raise UserError(f"{error}, or write the whole cache anew with --overwrite") from error
-    last = cache.manifest.history[-1] if cache.manifest.history else {"command": "build"}
-    refuse_changes({name: last.get(name) for name in request}, request, folder, "a finished cache")
-    folder.remove(BUILD_DIRECTORY)
-    return cache
-
-
-def _begun(folder: Folder, request: Mapping[str, Any], overwrite: bool) -> _Plan | None:
-    """The plan of an interrupted rewrite that this request continues; under `overwrite` no other is refused."""
-    recorded = read_request(folder)
-    if recorded is None and not folder.exists(ANSWERS_NAME):
-        return None
-    if recorded is None or "command" not in recorded:
-        recorded = {"command": "build"}
-    if overwrite and differences(recorded, request):
-        return None
-    refuse_changes(recorded, request, folder, "an unfinished cache")
-    if overwrite and folder.exists(MANIFEST_NAME):
-        remove_former(folder)  # interrupted between planning and removing the cache that it overwrites
-    return _Plan(folder, **json.loads(folder.read(PLAN_NAME)))
 
 
 def _write_shards(plan: _Plan, work: Rewrite) -> tuple[ShardInfo, ...]:

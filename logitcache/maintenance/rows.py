@@ -40,23 +40,30 @@ class Rows:
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
-def scan(sources: Sequence[LogitCache], columns: Sequence[str] = ()) -> Generator[tuple[Rows, pa.Table]]:
-    """All rows, a row group at a time, with loss masks and the named columns: of the others nothing is read."""
-    first = 0
-    progress = Progress("reading", sum(len(source) for source in sources), 0, "sequences")
+def scan(
+    sources: Sequence[LogitCache], columns: Sequence[str] = (), first: int = 0, end: int | None = None
+) -> Generator[tuple[Rows, pa.Table]]:
+    """Rows first … end − 1, counted through all sources (all by default), by row groups, with loss masks and named columns.
+
+    Of other columns and of row groups without such rows nothing is read.
+    """
+    begin, number = 0, first
+    end = sum(len(source) for source in sources) if end is None else end
+    progress = Progress("reading", end - first, 0, "sequences")
     try:
         for source in sources:
-            for table in source.iter_columns(["row_id", "loss_mask", *columns]):
+            for table in source.iter_columns(["row_id", "loss_mask", *columns], first - begin, end - begin):
                 mask = table["loss_mask"].combine_chunks()
                 trained = pc.list_flatten(mask).to_numpy(zero_copy_only=False)
                 rows = Rows(
-                    numbers=np.arange(first, first + len(table)),
+                    numbers=np.arange(number, number + len(table)),
                     ids=_ids(table["row_id"], source),
                     num_positions=np.bincount(pc.list_parent_indices(mask).to_numpy()[trained], minlength=len(table)),
                 )
                 yield rows, table
-                first += len(table)
+                number += len(table)
                 progress.advance(len(table))
+            begin += len(source)
     finally:
         progress.close()
 

@@ -90,9 +90,8 @@ class _Choice:
         meets = _expression(self.where, list(self.source.manifest.layout.columns)) if self.where is not None else None
         kept_columns = list(self.source.manifest.layout.columns) if meets else []
         first, end = self.numbers
-        for rows, table in scan([self.source], kept_columns):
-            if rows.numbers[0] >= end and not self.listed:
-                break
+        read = (0, None) if self.listed else self.numbers  # a listed id that is nowhere is refused
+        for rows, table in scan([self.source], kept_columns, *read):
             kept = (rows.numbers >= first) & (rows.numbers < end)
             if self.listed:
                 kept &= self.listed.found(rows.ids)

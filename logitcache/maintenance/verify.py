@@ -17,6 +17,7 @@ from logitcache.format.manifest import (
     BUILD_DIRECTORY,
     MANIFEST_NAME,
     TOKENIZER_DIRECTORY,
+    read_identity,
     read_manifest,
 )
 from logitcache.format.shards import ShardInfo
@@ -34,23 +35,33 @@ WAITING_ROWS = 1 << 16
 """Row ids that are kept until they are dealt to the files."""
 
 
-def verify(path: str | Path) -> Verification:
+def verify(path: str | Path, against: str | None = None) -> Verification:
     """All that is wrong with the cache at a path or a URL, as an iterator of findings.
 
-    Raises UserError where there is no cache at all. What is damaged does not keep the rest from being checked. Memory is
-    bounded: a row group is held at a time; row ids go to temporary files, in which repeated ones are then looked for.
+    against: the identity that the cache must have; where it has another, that is the one finding, and nothing else is read.
+
+    Raises UserError where there is no cache at all, for an identity that is none, and for a store that stops answering. What
+    is damaged does not keep the rest from being checked. Memory and disk are bounded: a row group is held at a time, of a
+    remote cache one shard lies in a temporary file; row ids go to others, in which repeated ones are then looked for.
     """
-    return Verification(str(path))
+    return Verification(str(path), None if against is None else read_identity(against))
 
 
 class Verification(Iterator[Finding]):
-    """One pass over a cache. num_rows, num_positions, num_bytes, num_shards: checked so far."""
+    """One pass over a cache. num_rows, num_positions, num_bytes, num_shards: checked so far.
 
-    def __init__(self, path: str) -> None:
+    is_another: whether the cache has another identity than it must have.
+    """
+
+    def __init__(self, path: str, against: str | None) -> None:
         self._folder = Folder(path)
         self._has_manifest = self._folder.exists(MANIFEST_NAME)
         if not self._has_manifest and (self._folder.exists(BUILD_DIRECTORY) or not self._folder.names("data")):
             read_manifest(self._folder)  # says why this is no cache
+        self._manifest = self._read_manifest() if self._has_manifest else b""
+        self._identity = hashlib.sha256(self._manifest).hexdigest() if isinstance(self._manifest, bytes) else "unknown"
+        self._against = against
+        self.is_another = against not in (None, self._identity)
         self._began = time.monotonic()
         self._ended: float | None = None
         self.num_rows = self.num_positions = self.num_bytes = self.num_shards = 0
@@ -71,17 +82,24 @@ class Verification(Iterator[Finding]):
             f"{self.num_shards:,} shard{'s' * (self.num_shards != 1)} checked in {seconds:.1f} s"
         )
 
+    def _read_manifest(self) -> bytes | Exception:
+        try:
+            return self._folder.read(MANIFEST_NAME)
+        except Exception as error:  # every store has its own kinds
+            return error
+
     def _check(self) -> Iterator[Finding]:
         claims = Claims()
         if not self._has_manifest:
             yield Finding("missing", MANIFEST_NAME, "there are shards, and no manifest")
+        elif isinstance(self._manifest, Exception):
+            yield Finding("damaged", MANIFEST_NAME, f"cannot be read ({one_line(self._manifest)})")
+        elif self.is_another:
+            yield Finding("another", MANIFEST_NAME, f"its SHA-256 is {self._identity}, {self._against} is wanted")
         else:
-            try:
-                content = self._folder.read(MANIFEST_NAME)
-            except Exception as error:  # every store has its own kinds
-                yield Finding("damaged", MANIFEST_NAME, f"cannot be read ({one_line(error)})")
-            else:
-                yield from check_manifest(content, claims)
+            yield from check_manifest(self._manifest, claims)
+        if self.is_another:
+            return
         named = self._has_manifest and bool(claims.named)
         held = [name for name in self._folder.files("data") if not name.split("/")[-1].startswith(".")]
         yield from _check_files(self._folder, claims)

@@ -16,13 +16,15 @@ from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codebook import Codebook
 from logitcache.format.layout import Layout, read_layout
+from logitcache.format.retries import RetriedFile
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
 from logitcache.format.unfinished import compared
 from logitcache.maintenance.findings import Finding
 from logitcache.maintenance.verify_rows import Counts, SeenRows, check_rows, empty_lists
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 8 << 20
+"""Held in memory, and of a remote file asked for in one request."""
 TAIL_MASS_TOLERANCE = 1e-4
 """Between the mean tail mass as captured and as stored: a rounded tail is off by 3e-5 of itself at most."""
 
@@ -77,7 +79,7 @@ def _fetched(folder: Folder, name: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="logitcache-") as directory, space_needed(directory):
         path = Path(directory) / "shard"
-        with folder.open(name) as source, path.open("wb") as copy:
+        with RetriedFile(folder, name, folder.num_bytes(name)) as source, path.open("wb") as copy:
             while chunk := source.read(CHUNK_BYTES):
                 copy.write(chunk)
         yield path
@@ -211,7 +213,7 @@ def _words(error: BaseException) -> str:
 def fetched_sha256(folder: Folder, name: str) -> str:
     """SHA-256 of a file at a path or a URL, read as a stream."""
     digest = hashlib.sha256()
-    with folder.open(name) as source:
+    with RetriedFile(folder, name, folder.num_bytes(name)) as source:
         while chunk := source.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

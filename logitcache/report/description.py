@@ -45,13 +45,23 @@ def origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
         f"{layout.num_tail_samples} samples" if layout.num_tail_samples else "",
     ]
     yield "of the tail", ", ".join(["mass", *(extra for extra in extras if extra)])
+    if "tail" in capture:
+        yield "tail", str(capture["tail"])
     if layout.columns:
         yield "kept columns", ", ".join(f"{name} ({kind})" for name, kind in layout.columns.items())
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items())
     yield "left out", left_out or "no document"
 
 
-_SHOWN_ELSEWHERE = {"tail_groups", "temperatures", "tail_entropy", "tail_samples", "precision", "shard_positions"}
+_SHOWN_ELSEWHERE = {
+    "tail",
+    "tail_groups",
+    "temperatures",
+    "tail_entropy",
+    "tail_samples",
+    "precision",
+    "shard_positions",
+}
 
 
 def history(manifest: Manifest) -> list[str]:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import zstandard
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.storage import Folder
+from logitcache.sharing.transfer import TravellingFile, check
 
 SUFFIX = ".tar.zst"
 MAX_MANIFEST_BYTES = 1 << 26
@@ -40,38 +40,27 @@ def place(url: str) -> tuple[Folder, str]:
     return Folder(parent or slash or "."), name
 
 
-def write_bundle(folder: Path, names: Sequence[str], path: Path, advance: Callable[[int], None]) -> str:
-    """Writes files of a cache, the manifest first whatever their order, to a bundle. Returns its MD5.
+def write_bundle(folder: Path, files: Sequence[TravellingFile], path: Path, advance: Callable[[int], None]) -> None:
+    """Writes files of a cache in this order, the manifest first, to a bundle.
 
-    advance: told the bytes of every file. Raises UserError for a name that an archive cannot hold.
+    advance: told the bytes of every file. Raises UserError for a file that is not the one of the manifest, and for a name that an
+    archive cannot hold.
     """
-    digest = hashlib.md5(usedforsecurity=False)
-    ordered = sorted(names, key=lambda name: (name != MANIFEST_NAME, name))
     # Threads of zstandard's own, 1 or more, give the same bytes, however many.
     compressor = zstandard.ZstdCompressor(_LEVEL, write_checksum=True, threads=1)
-    with path.open("wb") as raw, compressor.stream_writer(_Hashing(raw, digest.update), closefd=False) as bundle:
-        for name in ordered:
-            num_bytes = (folder / name).stat().st_size
-            bundle.write(_header(name, num_bytes))
-            with (folder / name).open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
+    with path.open("wb") as raw, compressor.stream_writer(raw, closefd=False) as bundle:
+        for file in files:
+            num_bytes = (folder / file.name).stat().st_size
+            bundle.write(_header(file.name, num_bytes))
+            digest = hashlib.sha256()
+            with (folder / file.name).open("rb") as content:
+                while chunk := content.read(CHUNK_BYTES):
+                    digest.update(chunk)
                     bundle.write(chunk)
+            check(file, digest.hexdigest(), str(folder / file.name))
             bundle.write(bytes(-num_bytes % _BLOCK_BYTES))
             advance(num_bytes)
         bundle.write(bytes(2 * _BLOCK_BYTES))
-    return digest.hexdigest()
-
-
-class _Hashing:
-    """A file to write, whose content is hashed on the way."""
-
-    def __init__(self, file: IO[bytes], update: Callable[[bytes], None]) -> None:
-        self._file, self._update = file, update
-
-    def write(self, data: bytes) -> int:
-        """As a file's."""
-        self._update(data)
-        return self._file.write(data)
 
 
 def _header(name: str, num_bytes: int) -> bytes:
@@ -147,9 +136,13 @@ def _members(read: Callable[[int], bytes], url: str) -> Iterator[Member]:
     while (block := read(_BLOCK_BYTES)).strip(b"\0"):
         member = _parsed(block, url)
         if first and member.name != MANIFEST_NAME:
-            raise UserError(f"{url} is not a bundle of a cache: it begins with {member.name!r}, not with {MANIFEST_NAME}")
+            raise UserError(
+                f"{url} is not a bundle of a cache: it begins with {member.name!r}, not with {MANIFEST_NAME}"
+            )
         if first and member.size > MAX_MANIFEST_BYTES:
-            raise UserError(f"{url}: a manifest of {member.size} bytes is refused, at most {MAX_MANIFEST_BYTES} are read")
+            raise UserError(
+                f"{url}: a manifest of {member.size} bytes is refused, at most {MAX_MANIFEST_BYTES} are read"
+            )
         first = False
         chunks = _content(read, member.size)
         yield Member(member.name, member.size, chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from logitcache.format.hub_errors import LOG_IN, hub_refusal
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
+
+logger = logging.getLogger("logitcache")
 
 UPLOAD_BYTES = 1 << 30
 """Files whose upload is finished together: the most that an interrupted push sends again."""
@@ -70,6 +73,11 @@ def _head(api: HfApi, repo_id: str, branch: str | None, private: bool) -> str:
 
     try:
         info = api.repo_info(repo_id, repo_type="dataset", revision=branch)
+        if info.private is not None and info.private != private:
+            is_now = "private" if info.private else "public"
+            logger.info(
+                "%s is %s already and stays so: the repository's settings on the Hub change that", repo_id, is_now
+            )
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:

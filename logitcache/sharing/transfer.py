@@ -27,19 +27,23 @@ from logitcache.progress import Progress
 logger = logging.getLogger("logitcache")
 T = TypeVar("T")
 
-NUM_TRANSFERS = 4
-"""At a time: one waits for the store's answer while others send or hash."""
+NUM_TRANSFERS = 8
+"""At a time: some wait for the store's answer while others send or hash."""
+IN_FLIGHT_BYTES = 1 << 29
+"""Of all transfers together, for a file may be held in memory while it is sent: of large files fewer go at a time."""
 TRIES = 4
 FIRST_PAUSE_S = 1.0
 """Before the second try; doubled before each one after it."""
 MAX_FILE_BYTES = 1 << 28
 """Of a file whose size the manifest does not say: a tokenizer of a million tokens has some 50 MB."""
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class TravellingFile:
-    """A file that the manifest vouches for. num_bytes: None where the manifest does not say."""
+    """A file of a cache. sha256: as the manifest says, empty for the card and a signature, which it does not name.
+    num_bytes: None where the manifest does not say.
+    """
 
     name: str
     sha256: str
@@ -75,6 +79,12 @@ def left_behind(names: Iterable[str], kept: Collection[str]) -> list[str]:
     return sorted(name for name in names if name not in kept and (_is_ours(name) or name in own))
 
 
+def check(file: TravellingFile, sha256: str, where: str) -> None:
+    """Raises UserError where a file's content, at `where`, is not what the manifest says it is."""
+    if file.sha256 and sha256 != file.sha256:
+        raise UserError(f"{where} was altered: its SHA-256 is not the manifest's. Fetch, build or push it again")
+
+
 def digests(path: Path, algorithms: Collection[str]) -> dict[str, str]:
     """Digests of a file's content, hexadecimal, by algorithm (see `Stored`), in one reading."""
     hashes = {name: hashlib.new("sha1" if name == "git" else name) for name in algorithms}
@@ -106,7 +116,8 @@ def at_once(
 ) -> list[T]:
     """work(file) of every file, several at a time, with progress in bytes. The first failure ends it."""
     progress = Progress(label, sum(sizes), 0, "bytes")
-    threads = ThreadPoolExecutor(NUM_TRANSFERS, "transfer")
+    most = IN_FLIGHT_BYTES // max([1, *sizes])
+    threads = ThreadPoolExecutor(max(1, min(NUM_TRANSFERS, most)), "transfer")
     try:
         futures = {threads.submit(work, file): size for file, size in zip(files, sizes, strict=True)}
         for future in as_completed(futures):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import yaml
@@ -83,17 +83,18 @@ class Repository:
         """Last commit of a branch, or the one of an id."""
         if revision in self.branches:
             return self.branches[revision][-1]
-        for commit in sum(self.branches.values(), []):
-            if commit.oid == revision:
-                return commit
+        for history in self.branches.values():
+            for commit in history:
+                if commit.oid == revision:
+                    return commit
         raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
 
 class HubServer:
-    """repositories: by "ORG/NAME".  requests: "METHOD path" of all, in order.  uploaded: bytes of blobs received, also in vain.
+    """repositories: by "ORG/NAME".  requests: "METHOD path" of all, in order.  uploaded: sizes of the blobs received whole.
 
-    writers: for every token the organisations that it may read and write; readers: that it may only read.
-    cut_after: bytes of blobs after which every upload's connection is closed in the middle; None: never.
+    writers, readers: for every token the organisations whose repositories it may write, and read.
+    whole_uploads: blobs that are received before every upload's connection is closed in the middle; None: all.
     """
 
     def __init__(self) -> None:
@@ -101,8 +102,8 @@ class HubServer:
         self.writers = {"hf_team_a": {"team-a"}, "hf_team_b": set[str]()}
         self.readers = {"hf_team_a": {"team-a"}, "hf_team_b": {"team-a"}, "hf_stranger": set[str]()}
         self.requests: list[str] = []
-        self.uploaded = 0
-        self.cut_after: int | None = None
+        self.uploaded: list[int] = []
+        self.whole_uploads: int | None = None
         self.was_cut = threading.Event()
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -217,20 +218,16 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def receive(self) -> bytes | None:
             """A blob; None where the connection is cut in the middle of it."""
-            content = bytearray()
-            while len(content) < self.length:
-                piece = self.rfile.read(min(1 << 12, self.length - len(content)))
-                if not piece:
-                    return None
-                content += piece
-                with hub.lock:
-                    hub.uploaded += len(piece)
-                    if hub.cut_after is not None and hub.uploaded > hub.cut_after:
-                        hub.was_cut.set()
-                        self.close_connection = True
-                        return None
-            self.length = 0
-            return bytes(content)
+            with hub.lock:
+                cut = hub.whole_uploads == 0
+                if hub.whole_uploads:
+                    hub.whole_uploads -= 1
+            if cut:
+                self.rfile.read(self.length // 2)
+                self.close_connection = True
+                hub.was_cut.set()
+                return None
+            return self._body()
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -301,7 +298,9 @@ def _upload(handler: Any, hub: HubServer, repo_id: str, sha256: str) -> None:
         return
     if hashlib.sha256(content).hexdigest() != sha256:
         raise Refused(400, "the content has another SHA-256")
-    hub.repositories[repo_id].blobs[sha256] = content
+    with hub.lock:
+        hub.repositories[repo_id].blobs[sha256] = content
+        hub.uploaded.append(len(content))
     handler.send(200)
 
 
@@ -374,11 +373,13 @@ def _resolve(handler: Any, hub: HubServer, repo_id: str, revision: str, name: st
     headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.sha256 or blob.oid}"'}
     if blob.sha256 is None:
         return handler.send_file(blob.content, headers)
-    location = {"Location": f"{hub.url}/lfs-blobs/{quote(repo_id)}/{blob.sha256}"}
+    elsewhere = hub.url.replace("127.0.0.1", "localhost")  # another host, to which no login is sent
+    location = {"Location": f"{elsewhere}/lfs-blobs/{repo_id}/{blob.sha256}"}
     handler.send(302, b"", headers | location | {"X-Linked-Size": str(len(blob.content)), "X-Linked-Etag": blob.sha256})
 
 
 def _blob(handler: Any, hub: HubServer, repo_id: str, sha256: str) -> None:
+    assert handler.headers["Authorization"] is None
     handler.send_file(hub.repositories[repo_id].blobs[sha256], {})
 
 
@@ -405,8 +406,8 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
 ]
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+@pytest.fixture(name="hub")
+def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The Hub of this process and of those that it starts, logged in as team A."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
@@ -422,6 +423,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setenv(name, value)
     # huggingface_hub read these from the environment when it was imported.
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(_http, "time", _NoWaiting)

@@ -124,7 +124,10 @@ def test_one_flipped_bit_anywhere_is_found(tmp_path: Path, place: float) -> None
         read_everything(tmp_path)
 
 
-def test_a_flipped_bit_in_any_column_of_a_remote_shard_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_any_column_of_a_remote_shard_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITCACHE_LOCAL_GB", "0")
     write_cache(tmp_path, random_rows(5, EVERYTHING), EVERYTHING)
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path), "/remote", recursive=True)
@@ -291,7 +294,9 @@ def test_a_remote_row_group_is_one_request_for_its_own_bytes(
     tmp_path: Path,
     bucket: str,  # noqa: F811
     requests: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("LOGITCACHE_LOCAL_GB", "0")
     cache = three_shards(tmp_path)
     fsspec.filesystem("s3").put(str(tmp_path), f"{bucket}/cache", recursive=True)
     remote = LogitCache(f"{bucket}/cache")

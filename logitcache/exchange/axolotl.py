@@ -1,0 +1,101 @@
+"""A cache → rows for Axolotl's distillation (github.com/axolotl-ai-cloud/axolotl, integrations/kd): v1 and v2.
+
+The kept columns, above all the chat messages, and a list over positions. Axolotl tokenises the messages itself, and takes list r
+of R for the distribution of token T − R + r: lists are aligned with the tokens that they predict, at the end of the sequence.
+So they begin with the first trained token and run to the last token of the row. What it knows of a position are its entries,
+all positions of a row as many of them, which it divides by their sum: the tail is lost. Tokens in between that are not
+trained have a list too, which Axolotl masks: it holds the token itself with a probability of 1.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from logitcache.format.codec import DecodedRows
+from logitcache.format.sequences import CachedSequence
+from logitcache.format.targets import PAD_ID
+
+IDS = "target_token_ids"
+NOTHING_NATS = -100.0
+"""Log-probability of an entry that only fills a list up; JSON has no −∞."""
+
+
+def table_v1(rows: DecodedRows, logprobs_field: str) -> pa.Table:
+    """`logprobs_field`: per position a list of {"token": "token_id:<id>", "logprob": …}."""
+    ids, logprobs, lists, positions = _lists(rows)
+    tokens = pa.array(np.char.add("token_id:", ids.astype(str)), pa.string())
+    entries = pa.StructArray.from_arrays([tokens, pa.array(logprobs, pa.float32())], ["token", "logprob"])
+    return pa.table({logprobs_field: _nested(entries, lists, positions)})
+
+
+def table_v2(rows: DecodedRows, logprobs_field: str) -> pa.Table:
+    """`logprobs_field`: per position a list of log-probabilities; `target_token_ids`: their ids."""
+    ids, logprobs, lists, positions = _lists(rows)
+    return pa.table(
+        {
+            logprobs_field: _nested(pa.array(logprobs, pa.float32()), lists, positions),
+            IDS: _nested(pa.array(ids, pa.int32()), lists, positions),
+        }
+    )
+
+
+def as_it_was(value: Any) -> Any:
+    """A kept value, of which lists and objects are stored as JSON text, as the source had it."""
+    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _lists(rows: DecodedRows) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
+    """(ids of all lists, their log-probabilities, length of every list, number of lists of every row)."""
+    ids, logprobs, lengths, counts = [], [], [], []
+    for row in rows:
+        row_ids, row_logprobs = _lists_of(row)
+        ids.append(row_ids.reshape(-1))
+        logprobs.append(row_logprobs.reshape(-1))
+        lengths += [row_ids.shape[1]] * len(row_ids)
+        counts.append(len(row_ids))
+    return np.concatenate(ids), np.concatenate(logprobs), lengths, counts
+
+
+def _lists_of(row: CachedSequence) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 and log-probabilities float32 [R, k] of the row's last R tokens, k the most entries of any."""
+    targets = row.targets
+    k = targets.token_ids.shape[1]
+    if not len(targets) or not k:
+        return np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
+    first = int(row.positions[0])
+    predicted = row.input_ids[first + 1 :]  # [R]
+    ids = np.full((len(predicted), k), PAD_ID, dtype=np.int32)
+    logprobs = np.full(ids.shape, NOTHING_NATS, dtype=np.float32)
+    ids[:, 0], logprobs[:, 0] = predicted, 0.0
+    stored = row.positions - first
+    held = targets.token_ids != PAD_ID
+    ids[stored] = targets.token_ids
+    logprobs[stored] = np.where(held, np.maximum(targets.logprobs, NOTHING_NATS), NOTHING_NATS)
+    return _filled_up(ids), logprobs
+
+
+def _filled_up(ids: np.ndarray) -> np.ndarray:
+    """The lists with the lowest ids that they do not hold in place of PAD_ID."""
+    filled = ids.copy()
+    for position in np.flatnonzero((ids == PAD_ID).any(axis=1)):
+        missing = ids[position] == PAD_ID
+        others = np.setdiff1d(np.arange(ids.shape[1]), ids[position])
+        filled[position, missing] = others[: missing.sum()]
+    return filled
+
+
+def _nested(values: pa.Array, lists: list[int], positions: list[int]) -> pa.Array:
+    return pa.ListArray.from_arrays(_offsets(positions), pa.ListArray.from_arrays(_offsets(lists), values))
+
+
+def _offsets(lengths: list[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int32())

@@ -1,0 +1,186 @@
+"""The plan of an import: which of the sources' rows make which shard, decided from their tokens alone.
+
+OUT/.build/plan.json        what was asked for, the rows of every shard; see `format.unfinished`
+OUT/.build/written/00000.json   what writing shard 0 came to, see `Written`; there before the shard counts as complete
+OUT/.build/ids/00000        row ids of shard 0, 16 bytes each
+OUT/.build/shards/…         the shards that are complete
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from logitcache.errors import UserError
+from logitcache.exchange.sequences import SequenceReader
+from logitcache.exchange.source_files import SourceFile
+from logitcache.exchange.source_rows import SourceRow, read_rows
+from logitcache.exchange.values import BadRow
+from logitcache.format.kept_columns import ColumnTypes
+from logitcache.format.manifest import BUILD_DIRECTORY
+from logitcache.format.sequences import TokenSequence
+from logitcache.format.storage import Folder
+from logitcache.format.unfinished import PLAN_NAME
+from logitcache.format.workspace import abandon, begin
+from logitcache.progress import Progress
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """Rows of a shard: num_rows from row `row` of file number `file` on, and their stored positions."""
+
+    file: int
+    row: int
+    num_rows: int
+    num_positions: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """column_types: Arrow type of each kept column."""
+
+    folder: Folder
+    request: Mapping[str, Any]
+    shards: Sequence[PlannedShard]
+    column_types: Mapping[str, str]
+
+    @classmethod
+    def from_json(cls, folder: Folder, data: Mapping[str, Any]) -> Plan:
+        """Of what plan.json holds."""
+        return cls(folder, data["request"], [PlannedShard(**shard) for shard in data["shards"]], data["column_types"])
+
+
+@dataclass
+class Written:
+    """What writing a shard came to: rows left out, by reason, the first bad one, positions whose entries were scaled, whose tail
+    was approximated, and the most entries of any."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    first_bad: str | None = None
+    num_scaled: int = 0
+    num_approximate: int = 0
+    most_entries: int = 0
+
+    def record(self, folder: Folder, shard: int, row_ids: Sequence[str]) -> None:
+        """Keeps it beside the shard until the cache is finished."""
+        folder.write(f"{BUILD_DIRECTORY}/ids/{shard:05d}", bytes.fromhex("".join(row_ids)))
+        folder.write(f"{BUILD_DIRECTORY}/written/{shard:05d}.json", json.dumps(asdict(self)))
+
+    @classmethod
+    def of(cls, folder: Folder, shard: int) -> tuple[Written, str]:
+        """What was recorded of a shard, and its row ids, 32 hexadecimal digits each, one after the other."""
+        data = json.loads(folder.read(f"{BUILD_DIRECTORY}/written/{shard:05d}.json"))
+        return cls(**{**data, "skipped": Counter(data["skipped"])}), folder.read(
+            f"{BUILD_DIRECTORY}/ids/{shard:05d}"
+        ).hex()
+
+    def add(self, other: Written) -> None:
+        """Takes another shard into account."""
+        self.skipped += other.skipped
+        self.first_bad = self.first_bad or other.first_bad
+        self.num_scaled += other.num_scaled
+        self.num_approximate += other.num_approximate
+        self.most_entries = max(self.most_entries, other.most_entries)
+
+
+def make_plan(
+    folder: Folder,
+    request: Mapping[str, Any],
+    files: Sequence[SourceFile],
+    reader: SequenceReader,
+    shard_positions: int,
+    skip_bad: bool,
+) -> Plan:
+    """Reads the tokens of all rows and deals the rows to shards: each takes rows until it has `shard_positions`.
+
+    Raises UserError for a bad row, unless such are skipped, where nothing is trained, and for a kept column that no row has.
+    """
+    begin(folder)
+    try:
+        return _cut(folder, request, files, reader, shard_positions, skip_bad)
+    except BaseException:
+        abandon(folder)
+        raise
+
+
+def _cut(
+    folder: Folder,
+    request: Mapping[str, Any],
+    files: Sequence[SourceFile],
+    reader: SequenceReader,
+    shard_positions: int,
+    skip_bad: bool,
+) -> Plan:
+    shards: list[PlannedShard] = []
+    types, never_kept = ColumnTypes(), set(reader.keep)
+    begins = (0, 0)
+    num_rows = num_positions = total = 0
+    progress = Progress("reading", None, 0, "positions")
+    try:
+        for number, row_number, row in rows_from(files, reader.columns, (0, 0)):
+            begins = begins if num_rows else (number, row_number)
+            num_rows += 1
+            total += 1
+            never_kept -= {name for name in never_kept if name in row.values}
+            tokens = _tokens(row, reader, skip_bad)
+            if tokens is not None:
+                types.see(tokens.columns)
+                num_positions += len(tokens.positions)
+                progress.advance(len(tokens.positions))
+            if num_positions >= shard_positions:
+                shards.append(PlannedShard(*begins, num_rows, num_positions))
+                num_rows = num_positions = 0
+    finally:
+        progress.close()
+    if num_positions:
+        shards.append(PlannedShard(*begins, num_rows, num_positions))
+    elif num_rows and shards:  # so that they are counted as left out
+        last = shards[-1]
+        shards[-1] = PlannedShard(last.file, last.row, last.num_rows + num_rows, last.num_positions)
+    if not shards:
+        raise UserError(
+            f"the sources hold no row to train on: {total:,} rows, all of them bad, empty or without a trained token"
+        )
+    if never_kept:
+        raise UserError(f"--keep {', '.join(sorted(never_kept))}: no row has this column")
+    plan = Plan(folder, request, shards, types.names())
+    data = {"request": request, "shards": [asdict(shard) for shard in shards], "column_types": plan.column_types}
+    folder.write(PLAN_NAME, json.dumps(data, ensure_ascii=False))
+    return plan
+
+
+def rows_from(
+    files: Sequence[SourceFile], columns: Sequence[str], begin: tuple[int, int]
+) -> Iterator[tuple[int, int, SourceRow]]:
+    """(file number, row number in it, row) from a file's row on to the end of the last file."""
+    first_file, first_row = begin
+    for number in range(first_file, len(files)):
+        skipped = first_row if number == first_file else 0
+        for index, row in enumerate(read_rows(files[number], columns, skipped), start=skipped):
+            yield number, index, row
+
+
+def _tokens(row: SourceRow, reader: SequenceReader, skip_bad: bool) -> TokenSequence | None:
+    try:
+        return reader.read(row)
+    except BadRow as error:
+        if skip_bad:
+            return None
+        raise bad_row(row, error) from error
+
+
+def bad_row(row: SourceRow, error: Exception) -> UserError:
+    """What stops an import without --skip-bad."""
+    return UserError(f"{row.where}: {error}; mend it, or leave such rows out with --skip-bad")
+
+
+def no_positions(tokens: TokenSequence) -> str | None:
+    """Why a row has nothing to store, as `skipped` calls it, or None."""
+    if len(tokens.input_ids) < 2:
+        return "empty"
+    return None if np.any(tokens.loss_mask) else "untrainable"

@@ -1,0 +1,308 @@
+"""logitcache import: other people's logit datasets → a cache, shard by shard; resumed where it stopped.
+
+What is written of a row depends on nothing but the row, and the rows of a shard are decided before the first is written: an
+import that was interrupted anywhere ends in the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.errors import UserError, one_line
+from logitcache.exchange.formats import FORMATS, SourceFormat
+from logitcache.exchange.import_plan import Plan, PlannedShard, Written, bad_row, make_plan, no_positions, rows_from
+from logitcache.exchange.sequences import SequenceReader
+from logitcache.exchange.source_files import SourceFile, find_sources
+from logitcache.exchange.source_rows import SourceRow
+from logitcache.exchange.tails import APPROXIMATE, finish_targets
+from logitcache.exchange.values import BadRow
+from logitcache.format.atomic import space_needed
+from logitcache.format.kept_columns import stored_value
+from logitcache.format.layout import FORMAT_VERSION, Layout
+from logitcache.format.levels import DEFAULT_PRECISION, check_precision
+from logitcache.format.manifest import BUILD_DIRECTORY, Manifest
+from logitcache.format.sequences import TokenSequence
+from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
+from logitcache.format.storage import Folder
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.targets import SparseTargets
+from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
+from logitcache.format.unfinished import PLAN_NAME, SHARD_POSITIONS, finished_shard, record_shard
+from logitcache.format.workspace import remove_former, workspace
+from logitcache.maintenance.resume import begun_plan, finished_cache
+from logitcache.progress import Progress
+from logitcache.sharing.seal import seal, trusted_files
+from logitcache.version import __version__
+
+logger = logging.getLogger("logitcache")
+
+
+def import_logits(
+    sources: str | Sequence[str],
+    out: str | Path,
+    *,
+    source_format: str,
+    teacher: str,
+    tokenizer: str,
+    vocab_size: int | None = None,
+    config: str | None = None,
+    loss_mask: str | None = None,
+    top_k: int | None = None,
+    precision: str = DEFAULT_PRECISION,
+    keep: Sequence[str] = (),
+    data_name: str | None = None,
+    skip_bad: bool = False,
+    shard_positions: int = SHARD_POSITIONS,
+    overwrite: bool = False,
+) -> LogitCache:
+    """Writes the rows of a logit dataset in another tool's format to a cache.
+
+    sources: .parquet and .jsonl[.gz|.zst] files, folders and patterns of such, local or at any URL that fsspec reads.
+    source_format: a name in FORMATS.  config: DistillKit's configuration, where it does not lie beside the data.
+    teacher: name of the model that gave the log-probabilities.  tokenizer: its tokenizer, a name or folder.
+    vocab_size: tokens that the log-probabilities are normalised over; by default what the format says, or the tokenizer.
+    loss_mask: column of 0 and 1 for each token; where a format has none, all tokens but a row's first are trained.
+    top_k: the most probable entries that are kept, by default all.  precision: see `logitcache.format.levels`.
+    keep: columns that travel along.  data_name: what the cache calls its corpus.  skip_bad: bad rows are left out and counted.
+    shard_positions: stored positions of a shard.  overwrite: replace what `out` holds.
+
+    The same call continues an interrupted one. Raises UserError for bad input, naming file and row, and where settings or
+    sources are not those that `out` was begun with.
+    """
+    if source_format not in FORMATS:
+        raise UserError(f"--from {source_format}: choose one of {', '.join(FORMATS)}")
+    check_precision(precision)
+    for name, value in [("shard-positions", shard_positions), ("top-k", top_k), ("vocab-size", vocab_size)]:
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1 is needed")
+    found = find_sources([sources] if isinstance(sources, str) else sources)
+    kind = FORMATS[source_format](found, config)
+    loaded, num_known = _load_tokenizer(tokenizer)
+    vocabulary = vocab_size or kind.vocab_size or num_known
+    reader = SequenceReader(loss_mask or kind.loss_mask, loss_mask is not None, min(num_known, vocabulary), tuple(keep))
+    job = _Job(
+        kind=kind,
+        files=[file for source in found for file in source.files],
+        reader=reader,
+        vocab_size=vocabulary,
+        top_k=top_k,
+        precision=precision,
+        skip_bad=skip_bad,
+    )
+    tokens = tokenizer_fingerprint(loaded)
+    named = {"name": data_name} if data_name else {}
+    request = {
+        "command": "import",
+        "source_format": source_format,
+        **kind.settings,
+        "teacher": teacher,
+        "vocabulary": tokens["vocabulary_sha256"][:16],
+        "vocab_size": vocabulary,
+        "top_k": top_k,
+        "precision": precision,
+        "loss_mask": reader.mask,
+        "keep": list(keep),
+        "skip_bad": skip_bad,
+        "shard_positions": shard_positions,
+        "from": [{"path": source.argument, **source.identity(), **named} for source in found],
+    }
+    folder = Folder(out)
+    with workspace(folder), space_needed(out):
+        if not overwrite and (finished := finished_cache(folder, request)):
+            logger.info("%s is already complete", folder)
+            return finished
+        begun = begun_plan(folder, request, overwrite)
+        if begun is not None:
+            plan = Plan.from_json(folder, begun)
+        else:
+            plan = make_plan(folder, request, job.files, reader, shard_positions, skip_bad)
+            remove_former(folder)
+        folder.remove(TAIL_GROUPS_NAME)
+        save_tokenizer(folder, loaded)
+        layout = Layout(vocabulary, columns=plan.column_types, precision=precision)
+        shards = _write_shards(plan, job, layout)
+        _finish(plan, shards, layout, tokens)
+    return open_cache(folder.path)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """How rows are read and what is stored of them."""
+
+    kind: SourceFormat
+    files: Sequence[SourceFile]
+    reader: SequenceReader
+    vocab_size: int
+    top_k: int | None
+    precision: str
+    skip_bad: bool
+
+    def read(
+        self, row: SourceRow, types: Mapping[str, str], written: Written
+    ) -> tuple[TokenSequence, SparseTargets] | None:
+        """What a shard holds of a row, or None where it is left out, which `written` counts."""
+        try:
+            tokens = self.reader.read(row)
+            if reason := no_positions(tokens):
+                written.skipped[reason] += 1
+                return None
+            positions = tokens.positions
+            ids, logprobs, tail = self.kind.read(row, positions, len(tokens.input_ids))
+            targets, num_scaled = finish_targets(
+                ids,
+                logprobs,
+                tail,
+                positions,
+                vocab_size=self.vocab_size,
+                top_k=self.top_k,
+                precision=self.precision,
+                most_mass=self.kind.most_mass,
+            )
+            columns = {name: stored_value(types[name], value) for name, value in tokens.columns.items()}
+        except (BadRow, TypeError) as error:
+            if not self.skip_bad:
+                raise bad_row(row, error) from error
+            written.skipped["bad"] += 1
+            written.first_bad = written.first_bad or f"{row.where}: {error}"
+            return None
+        written.num_scaled += num_scaled
+        written.num_approximate += 0 if tail is not None else len(targets)
+        written.most_entries = max(written.most_entries, targets.token_ids.shape[1])
+        return replace(tokens, columns=columns), targets
+
+
+def _write_shards(plan: Plan, job: _Job, layout: Layout) -> list[ShardInfo]:
+    folder, count = plan.folder, len(plan.shards)
+    shards = [finished_shard(folder, index) for index in range(count)]
+    missing = [index for index, shard in enumerate(shards) if shard is None]
+    if 0 < len(missing) < count:
+        logger.info("continuing: %d of %d shards are complete", count - len(missing), count)
+    total, left = (sum(plan.shards[index].num_positions for index in some) for some in (range(count), missing))
+    progress = Progress("importing", total, total - left, "positions")
+    rows = _Rows(job)
+    folder.remove_leftovers("data")
+    try:
+        for index in missing:
+            written, row_ids = Written(), []
+            with ShardWriter(folder, shard_name(index, count), layout) as writer:
+                for row in rows.of(plan.shards[index]):
+                    stored = job.read(row, plan.column_types, written)
+                    if stored is not None:
+                        row_ids.append(stored[0].row_id)
+                        writer.write(*stored)
+                        progress.advance(len(stored[1]))
+            written.record(folder, index, row_ids)
+            record_shard(folder, index, writer.info)
+            shards[index] = writer.info
+    finally:
+        progress.close()
+    return [shard for shard in shards if shard is not None]
+
+
+class _Rows:
+    """Rows of shard after shard: where one follows the other, reading goes on."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._columns = [*job.reader.columns, *(name for name in job.kind.columns if name not in job.reader.columns)]
+        self._stream: Iterator[tuple[int, int, SourceRow]] = iter(())
+        self._after: tuple[int, int] | None = None
+
+    def of(self, shard: PlannedShard) -> Iterator[SourceRow]:
+        """The rows of a shard."""
+        if (shard.file, shard.row) != self._after:
+            self._stream = rows_from(self._job.files, self._columns, (shard.file, shard.row))
+        missing = shard.num_rows
+        for file, row, values in islice(self._stream, shard.num_rows):
+            self._after = (file, row + 1)
+            missing -= 1
+            yield values
+        if missing:
+            raise UserError("the sources were changed while they were read: import them again with --overwrite")
+
+
+def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: Mapping[str, Any]) -> None:
+    folder, request = plan.folder, plan.request
+    digest, total = hashlib.sha256(), Written()
+    for index in range(len(plan.shards)):
+        written, row_ids = Written.of(folder, index)
+        digest.update(row_ids.encode())
+        total.add(written)
+    kept = tuple(shard for shard in shards if shard.num_sequences)
+    if not kept:
+        raise UserError(f"no row could be imported: {_counted(total.skipped)}; the first bad one: {total.first_bad}")
+    counts = {
+        "sequences": sum(shard.num_sequences for shard in kept),
+        "positions": sum(shard.num_positions for shard in kept),
+        "scaled": total.num_scaled,
+    }
+    rounding = layout.rounding
+    fingerprint = {
+        "teacher": {
+            "name": request["teacher"],
+            "architecture": "unknown",
+            "dtype": "unknown",
+            "engine": request["source_format"],
+            "engine_version": "",
+            "vocab_size": layout.vocab_size,
+        },
+        "tokenizer": tokenizer,
+        "corpus": {
+            "sources": [
+                {name: value for name, value in source.items() if name != "path"} for source in request["from"]
+            ],
+            "keep": request["keep"],
+            "skip_bad": request["skip_bad"],
+            "loss_mask": request["loss_mask"],
+            "sequences_sha256": digest.hexdigest(),
+        },
+        "source": {"format": request["source_format"], "config": request.get("config")},
+        "capture": {
+            "top_k": total.most_entries,
+            "top_p": 1.0,
+            "min_k": total.most_entries,
+            **{"tail_groups": 0, "temperatures": [], "tail_entropy": False, "tail_samples": 0},
+            "precision": layout.precision,
+            "shard_positions": request["shard_positions"],
+            **({"tail": APPROXIMATE} if total.num_approximate else {}),
+        },
+        "format": {"version": FORMAT_VERSION, "rounding": rounding.to_json() if rounding else None},
+    }
+    created_by = f"logitcache {__version__}"
+    step = {**request, "created_by": created_by, **counts}
+    files = trusted_files(folder)
+    seal(folder, Manifest(layout, fingerprint, kept, dict(total.skipped), created_by, files, (step,)))
+    folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
+    folder.remove(BUILD_DIRECTORY)
+    if total.num_scaled:
+        logger.info("%s of %s positions held more than 1: scaled", f"{total.num_scaled:,}", f"{counts['positions']:,}")
+    if total.skipped:
+        bad = f"; first bad: {total.first_bad}" if total.first_bad else ""
+        logger.info("left out: %s%s", _counted(total.skipped), bad)
+
+
+def _counted(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "nothing"
+
+
+def _load_tokenizer(name: str) -> tuple[Any, int]:
+    """A tokenizer, and the number of ids that it knows. Raises UserError where there is none."""
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise UserError("transformers is not installed, which loads the tokenizer: pip install transformers") from error
+    path = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not path.is_dir():
+        raise UserError(f"--tokenizer {name}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.absolute()) if path.is_dir() else name)
+    except Exception as error:  # of the hub client, of damaged files: any kind
+        raise UserError(f"--tokenizer {name}: does not load ({one_line(error)})") from error
+    return tokenizer, max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -1,0 +1,87 @@
+"""Plain top-k rows: `input_ids`, `topk_ids` and `topk_logprobs` as lists over positions, optional `loss_mask` and `tail_logprob`.
+
+List i is the teacher's distribution of token i + 1; there are T − 1 of them for T tokens, or T with the last one unused. Lists of
+positions that are not trained may be empty, or null.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from logitcache.exchange.distillkit import check_length
+from logitcache.exchange.source_rows import SourceRow
+from logitcache.exchange.values import BadRow, numbers, ragged
+from logitcache.format.codec import DecodedRows
+from logitcache.format.targets import PAD_ID
+
+IDS, LOGPROBS, TAIL, MASK = "topk_ids", "topk_logprobs", "tail_logprob", "loss_mask"
+
+
+def read_entries(
+    row: SourceRow, positions: np.ndarray, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(ids int64 [N, k], log-probabilities float32 [N, k], tail float32 [N] or None) of some positions of a row.
+
+    Raises BadRow for lists that do not belong together and for log-probabilities above 0.
+    """
+    ids, logprobs = ragged(row.value(IDS), IDS, "iu"), ragged(row.value(LOGPROBS), LOGPROBS, "fiu")
+    check_length(ids, IDS, num_tokens)
+    if len(logprobs.lengths) != len(ids.lengths):
+        raise BadRow(f"{IDS} has {len(ids.lengths)} positions, {LOGPROBS} has {len(logprobs.lengths)}")
+    ids, logprobs = ids.take(positions), logprobs.take(positions)
+    unequal = np.flatnonzero(ids.lengths != logprobs.lengths)
+    if len(unequal):
+        at = unequal[0]
+        raise BadRow(f"position {positions[at]}: {ids.lengths[at]} {IDS}, {logprobs.lengths[at]} {LOGPROBS}")
+    padded = logprobs.padded(-np.inf, np.float32)
+    above = np.flatnonzero((padded > 1e-6).any(axis=1))
+    if len(above):
+        raise BadRow(f"position {positions[above[0]]}: a log-probability above 0")
+    return ids.padded(PAD_ID, np.int64), padded, _tail(row, positions, len(ids.lengths))
+
+
+def _tail(row: SourceRow, positions: np.ndarray, count: int) -> np.ndarray | None:
+    """−inf, no mass at all, is null in a file."""
+    if not row.has(TAIL):
+        return None
+    value = row.value(TAIL)
+    plain = value.as_py() if isinstance(value, pa.Scalar) else value
+    filled = [-np.inf if one is None else one for one in plain] if isinstance(plain, list) else plain
+    tail = numbers(filled, TAIL, "fiu")
+    if len(tail) <= int(positions.max(initial=-1)):
+        raise BadRow(f"{TAIL} has {len(tail)} positions, more are trained")
+    stored = tail[positions].astype(np.float32)
+    if not (stored <= 1e-6).all():
+        raise BadRow(f"{TAIL} is above 0, or not a number, at a trained position")
+    return np.minimum(stored, 0)
+
+
+def table(rows: DecodedRows) -> pa.Table:
+    """A row group of a cache as plain top-k rows, with T − 1 lists each."""
+    lengths = np.diff(rows.token_offsets)
+    predicted = np.ones(len(rows.input_ids), dtype=bool)
+    predicted[rows.token_offsets[:-1][lengths > 0]] = False
+    stored = rows.loss_mask[predicted]  # of every token but the first of its row
+    counts = np.zeros(len(stored), dtype=np.int64)
+    counts[stored] = rows.targets.num_entries
+    held = rows.targets.token_ids != PAD_ID
+    tails = np.full(len(stored), -np.inf, dtype=np.float32)
+    tails[stored] = rows.targets.tail_logprob
+    per_row = _offsets(np.maximum(lengths - 1, 0))
+    columns = {
+        "input_ids": _lists(_offsets(lengths), pa.array(rows.input_ids, pa.int32())),
+        MASK: _lists(_offsets(lengths), pa.array(rows.loss_mask, pa.bool_())),
+        IDS: _lists(per_row, _lists(_offsets(counts), pa.array(rows.targets.token_ids[held], pa.int32()))),
+        LOGPROBS: _lists(per_row, _lists(_offsets(counts), pa.array(rows.targets.logprobs[held], pa.float32()))),
+        TAIL: _lists(per_row, pa.array(tails, pa.float32(), mask=np.isneginf(tails))),
+    }
+    return pa.table(columns)
+
+
+def _offsets(lengths: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+
+
+def _lists(offsets: pa.Array, values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(offsets, values)

@@ -1,0 +1,204 @@
+"""One HTML page that shows what is in a cache: it holds all that it needs, asks no network and runs nothing of the cache."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.errors import UserError
+from logitcache.format.atomic import write_text
+from logitcache.format.manifest import CARD_NAME
+from logitcache.format.storage import Folder
+from logitcache.report.description import amounts, history, origin
+from logitcache.report.footers import column_bytes, spread
+from logitcache.report.samples import NATS_STEP, SHOWN_ENTRIES, Samples, chosen_rows, packed, read_samples
+from logitcache.report.statistics import Histogram, Statistics, statistics
+from logitcache.report.token_text import Text, token_texts
+
+NUM_SEQUENCES = 24
+GENERATOR = '<meta name="generator" content="logitcache view">'
+"""By which a page of ours is told from another file."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that was written. num_rows, num_tokens: what it shows of the cache's `of_rows` rows."""
+
+    path: Path
+    num_bytes: int
+    num_rows: int
+    of_rows: int
+    num_tokens: int
+
+
+def view(
+    cache: LogitCache | str | Path,
+    out: str | Path | None = None,
+    *,
+    rows: Sequence[str] = (),
+    num_sequences: int = NUM_SEQUENCES,
+) -> Page:
+    """Writes the page of a cache, local or at a URL, of which only ranges are read.
+
+    out: default NAME.html here.  rows: A:B, numbers and ids of rows to show; default `num_sequences` spread evenly.
+    Raises UserError where the cache does not open, has not these rows, or `out` is something else than such a page.
+    """
+    if not isinstance(cache, LogitCache):
+        cache = open_cache(cache)
+    path = Path(f"{_name(cache)}.html" if out is None else out)
+    _check_replaceable(path)
+    samples = read_samples(cache, chosen_rows(cache, rows, num_sequences))
+    text = page_html(cache, samples)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return Page(path, path.stat().st_size, len(samples.rows), len(cache), samples.num_tokens)
+
+
+def page_html(cache: LogitCache, samples: Samples) -> str:
+    """The page: markup, style, script and data, each of them by its hash in the page's security policy."""
+    style = _resource("page.css")
+    script = "\n".join(_resource(name) for name in ("charts.js", "tokens.js", "page.js"))
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "generator": GENERATOR,
+        "policy": policy,
+        "title": html.escape(_name(cache)),
+        "style": style,
+        "script": script,
+        "data": embedded(_data(cache, samples)),
+    }
+    # In one pass: what is put in is not looked through for more places.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _resource("page.html"))
+
+
+def embedded(data: Any) -> str:
+    """JSON that stands in a <script> element and cannot end it: ASCII, with <, > and & as escapes."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _data(cache: LogitCache, samples: Samples) -> dict[str, Any]:
+    """All that the page shows, in plain JSON types."""
+    folder, manifest = Folder(cache.path), cache.manifest
+    found = statistics(folder, manifest)
+    texts, note = token_texts(folder, manifest, samples.ids.tolist())
+    groups = cache.tail_groups
+    return {
+        "name": _name(cache),
+        "teacher": manifest.fingerprint.get("teacher", {}).get("name", "?"),
+        "corpus": dict(origin(manifest))["corpus"] or "?",
+        "note": note,
+        "tiles": _tiles(cache),
+        "facts": [
+            *origin(manifest),
+            *(item for item in amounts(manifest) if item[0] == "shards"),
+            ("identity", cache.identity),
+            *_licenses(folder),
+        ],
+        "history": history(manifest),
+        "num_rows": len(cache),
+        "statistics": _statistics_data(found),
+        "column_bytes": _column_bytes(cache, folder),
+        "group_sizes": [] if groups is None else [int((groups == g).sum()) for g in range(int(groups.max()) + 1)],
+        "nats_step": NATS_STEP,
+        "shown_entries": SHOWN_ENTRIES,
+        "rows": samples.rows,
+        "arrays": {name: packed(array) for name, array in samples.arrays.items()},
+        "ids": packed(samples.ids),
+        "texts": [_text_data(text) for text in texts],
+    }
+
+
+def _tiles(cache: LogitCache) -> list[tuple[str, str, str]]:
+    """What is read first: value, label, remark."""
+    manifest = cache.manifest
+    positions = max(manifest.num_positions, 1)
+    tokens = sum(shard.num_tokens for shard in manifest.shards)
+    return [
+        (f"{manifest.num_positions:,}", "positions", f"of {tokens:,} tokens"),
+        (f"{len(cache):,}", "rows", f"longest {manifest.longest:,} tokens"),
+        (f"{1 - manifest.mean_tail_mass:.2%}", "mass covered", "by the entries, on average"),
+        (f"{manifest.num_entries / positions:.1f}", "entries per position", f"vocabulary {cache.vocab_size:,}"),
+        (_bytes(manifest.num_bytes), "on disk", f"{manifest.num_bytes / positions:.0f} bytes per position"),
+    ]
+
+
+def _statistics_data(found: Statistics) -> dict[str, Any]:
+    data = asdict(found)
+    data["entries_per_position"] = list(found.entries_per_position.items())
+    for name in ("entropy_histogram", "tail_histogram"):
+        histogram: Histogram = getattr(found, name)
+        data[name] = {"edges": [_short(edge) for edge in histogram.edges], "counts": histogram.counts}
+    for name in ("entropy", "tail_mass"):
+        data[name] = {key: _short(value) for key, value in getattr(found, name).items()}
+    data["mass_covered"] = [_short(mass) for mass in found.mass_covered]
+    return data
+
+
+def _column_bytes(cache: LogitCache, folder: Folder) -> dict[str, Any]:
+    shards = spread(cache.manifest.shards)
+    sizes = column_bytes(folder, shards)
+    footers = sum(shard.num_bytes for shard in shards) - sizes.total()
+    return {
+        "columns": [*sizes.most_common(), ("footers", footers)],
+        "positions": sum(shard.num_positions for shard in shards),
+        "shards": len(shards),
+        "of_shards": len(cache.manifest.shards),
+    }
+
+
+def _licenses(folder: Folder) -> list[tuple[str, str]]:
+    """What the card states of licences in its YAML head."""
+    if not folder.exists(CARD_NAME):
+        return []
+    head = folder.read(CARD_NAME).decode(errors="replace").partition("---\n")[2].partition("\n---")[0]
+    stated = re.findall(r"^((?:teacher_|data_)?license): *(.+?) *$", head, re.MULTILINE)
+    return [(label.replace("license", "licence").replace("_", "'s "), value.strip("'\"")) for label, value in stated]
+
+
+def _text_data(text: Text) -> str | list[int] | None:
+    return list(text) if isinstance(text, bytes) else text
+
+
+def _name(cache: LogitCache) -> str:
+    """Of the folder; not where it lies, which need not be known where the page goes."""
+    folder = Folder(cache.path)
+    return folder.local.resolve().name if folder.local else PurePosixPath(cache.path.partition("?")[0]).name
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: name a file, for example {path / 'page.html'}")
+    if path.exists() and GENERATOR.encode() not in path.read_bytes()[:1000]:
+        raise UserError(f"{path} exists and is not a page of `logitcache view`: choose another name with --out")
+
+
+def _resource(name: str) -> str:
+    return files("logitcache.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(inline: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

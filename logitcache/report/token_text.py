@@ -1,0 +1,103 @@
+"""Token ids → text, from the tokenizer.json of a cache. It is parsed, not run: nothing but JSON is needed to show a text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from logitcache.errors import UserError
+from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
+from logitcache.format.storage import Folder
+
+TOKENIZER_NAME = f"{TOKENIZER_DIRECTORY}/tokenizer.json"
+MOST_BYTES = 256 << 20
+"""Largest file that is parsed; the largest vocabularies take 40 MB."""
+
+Text = str | bytes | None
+"""Of one token: its text; its bytes, where these are only a part of a character; None where nothing says what it is."""
+
+
+def token_texts(folder: Folder, manifest: Manifest, ids: Sequence[int]) -> tuple[list[Text], str]:
+    """Text of each id, and why ids must be shown in place of texts, or "".
+
+    The texts of a row's tokens, joined, are the row's text. Raises UserError where the file is not the cache's.
+    """
+    unknown: list[Text] = [None] * len(ids)
+    if TOKENIZER_NAME not in manifest.files:
+        return unknown, f"The cache has no {TOKENIZER_NAME}: tokens are shown as ids."
+    try:
+        if folder.num_bytes(TOKENIZER_NAME) > MOST_BYTES:
+            return unknown, f"{TOKENIZER_NAME} is larger than {MOST_BYTES >> 20} MiB: tokens are shown as ids."
+        content = folder.read(TOKENIZER_NAME)
+    except FileNotFoundError:
+        raise UserError(f"{folder.where(TOKENIZER_NAME)} is missing: fetch it or build the cache again") from None
+    if hashlib.sha256(content).hexdigest() != manifest.files[TOKENIZER_NAME]:
+        raise UserError(
+            f"{folder.where(TOKENIZER_NAME)} was altered (its SHA-256 is not the manifest's): fetch it or build the cache again"
+        )
+    try:
+        return _texts(json.loads(content), ids), ""
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return unknown, f"{TOKENIZER_NAME} is not understood ({error!r:.100}): tokens are shown as ids."
+
+
+def _texts(tokenizer: Mapping[str, Any], ids: Sequence[int]) -> list[Text]:
+    vocabulary = tokenizer["model"]["vocab"]  # of a unigram model a list of [piece, score]
+    numbered = (
+        enumerate(piece for piece, _ in vocabulary)
+        if isinstance(vocabulary, list)
+        else ((number, piece) for piece, number in vocabulary.items())
+    )
+    pieces: dict[int, str] = dict(numbered)
+    added = {token["id"]: str(token["content"]) for token in tokenizer.get("added_tokens") or ()}
+    steps = list(_steps(tokenizer.get("decoder")))
+    return [added[i] if i in added else _text(pieces[i], steps) if i in pieces else None for i in map(int, ids)]
+
+
+def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    if decoder is not None:
+        yield decoder
+        for inner in decoder.get("decoders", ()):
+            yield from _steps(inner)
+
+
+def _text(piece: str, steps: Sequence[Mapping[str, Any]]) -> str | bytes:
+    """A vocabulary's piece as text, by the steps of the tokenizer's decoder that change single pieces."""
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                return _readable(bytes(_BYTES[c] for c in piece) if all(c in _BYTES for c in piece) else piece.encode())
+            case {"type": "ByteFallback"} if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
+                return _readable(bytes.fromhex(byte[1]))
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                piece = piece.replace(mark, " ")
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                piece = piece.replace(old, new)
+            case {"type": "WordPiece", "prefix": str(prefix)}:
+                piece = piece.removeprefix(prefix) if piece.startswith(prefix) else f" {piece}"
+            case {"type": "BPEDecoder", "suffix": str(suffix)}:
+                piece = piece.replace(suffix, " ")
+    return piece
+
+
+def _readable(content: bytes) -> str | bytes:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as: printable Latin-1 as itself, the others from U+0100 on.
+
+    As in GPT-2's encoder.py (`bytes_to_unicode`).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()

@@ -1,0 +1,281 @@
+"""logitcache push: a finished cache to where others read it, its manifest last.
+
+What a place holds already is told by checksum and not sent again, so the same command continues an interrupted push and sends of
+a cache that grew what is new. While files that a manifest there names are changing, that manifest is away and logitcache.json.
+unfinished lies in its place: nobody takes a part for the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from logitcache.cache import LogitCache, open_cache
+from logitcache.errors import UserError
+from logitcache.format.atomic import space_needed
+from logitcache.format.manifest import (
+    BUILD_DIRECTORY,
+    CARD_NAME,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    UNFINISHED_NAME,
+    Manifest,
+    parse_manifest,
+)
+from logitcache.format.storage import Folder, Stored
+from logitcache.format.unfinished import differences, first_of
+from logitcache.progress import Progress
+from logitcache.sharing.bundle import bundled_manifest, is_bundle, place, write_bundle
+from logitcache.sharing.card import update_card
+from logitcache.sharing.transfer import (
+    TravellingFile,
+    at_once,
+    check,
+    digests,
+    left_behind,
+    persistently,
+    vouched_files,
+)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did. identity: SHA-256 of the manifest that is there now.  num_sent, num_kept: files.  revision: commit of a
+    repository on the Hub, None elsewhere.
+    """
+
+    url: str
+    identity: str
+    num_sent: int
+    sent_bytes: int
+    num_kept: int
+    revision: str | None = None
+
+
+def push(
+    path: str | Path,
+    url: str | Path,
+    *,
+    license: str | None = None,
+    teacher_license: str | None = None,
+    data_license: str | None = None,
+    overwrite: bool = False,
+    public: bool = False,
+) -> Pushed:
+    """Copies a finished cache to a URL that fsspec writes, hf://datasets/ORG/NAME, a folder, or one file that ends in .tar.zst.
+
+    license, teacher_license, data_license: for the card; what is None stays as the card has it.  overwrite: replace another cache
+    that is there.  public: of a repository on the Hub that this makes.
+
+    Raises UserError where the cache is not whole or not local, where the place holds another cache or anything else, for a URL
+    that takes nothing, without credentials, and for a connection that breaks every time.
+    """
+    url = str(url)
+    source = Folder(path)
+    if source.local is None:
+        raise UserError(f"{path} is a URL, a local cache is pushed: `logitcache pull` it first")
+    if public and not url.startswith("hf://"):
+        raise UserError(f"--public is of repositories on the Hub: who reads {url} is decided where that is kept")
+    cache = open_cache(path)
+    files = vouched_files(cache.manifest, source.where(MANIFEST_NAME))
+    licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
+    if is_bundle(url):
+        return _push_bundle(cache, source.local, files, licenses, url, overwrite)
+    return _push_files(cache, source.local, files, licenses, url, overwrite, public)
+
+
+def _push_files(
+    cache: LogitCache,
+    source: Path,
+    files: Sequence[TravellingFile],
+    licenses: Mapping[str, str | None],
+    url: str,
+    overwrite: bool,
+    public: bool,
+) -> Pushed:
+    target = Folder(url)
+    if target.lies_in(Folder(source)) or Folder(source).lies_in(target):
+        raise UserError(f"{url}: choose a place outside the cache that is pushed, {source}")
+    on_hub = url.startswith("hf://")
+    stored = _stored(target, on_hub)
+    there = _manifest_there(target, stored, on_hub, overwrite)
+    if there is not None and not overwrite:
+        _refuse_other(there, cache.manifest, url)
+    words = {file.name: file.sha256 for file in vouched_files(there, url)} if there and MANIFEST_NAME in stored else {}
+
+    def missing(files: Sequence[TravellingFile]) -> list[TravellingFile]:
+        same = at_once(
+            partial(_is_same, source, target, stored, words),
+            files,
+            "checking",
+            [_num_bytes(source, file) for file in files],
+        )
+        return [file for file, is_same in zip(files, same, strict=True) if not is_same]
+
+    travelling = missing(files)
+    update_card(Folder(source), licenses)
+    unvouched = [TravellingFile(name, "") for name in (CARD_NAME, SIGNATURE_NAME) if (source / name).exists()]
+    manifest = TravellingFile(MANIFEST_NAME, cache.identity)
+    travelling += missing(unvouched)
+    last = missing([manifest])
+    names = [file.name for file in [*files, *unvouched, manifest]]
+    left = left_behind(stored, names)
+    revision = None
+    if on_hub:
+        from logitcache.sharing.hub import push_to_hub
+
+        sent = [file.name for file in [*travelling, *last]]
+        message = f"logitcache push: {cache.identity}"
+        revision = push_to_hub(source, sent, left, url, private=not public, message=message)
+    else:
+        changing = words.keys() & {file.name for file in travelling}
+        if last or changing:
+            persistently(partial(target.put, source / MANIFEST_NAME, UNFINISHED_NAME))
+        if changing:
+            persistently(partial(target.remove, MANIFEST_NAME))
+            last = [manifest]
+        _send(source, travelling, target)
+        _send(source, last, target)
+        for name in left:
+            persistently(partial(target.remove, name))
+        if last or UNFINISHED_NAME in stored:
+            persistently(partial(target.remove, UNFINISHED_NAME))
+    sent_bytes = sum(_num_bytes(source, file) for file in [*travelling, *last])
+    num_sent = len(travelling) + len(last)
+    return Pushed(url, cache.identity, num_sent, sent_bytes, len(names) - num_sent, revision)
+
+
+def _stored(target: Folder, on_hub: bool) -> Mapping[str, Stored]:
+    """What is there; a repository that is not there yet is made by the push, a bucket is not."""
+    try:
+        return persistently(target.stored)
+    except FileNotFoundError as error:
+        if on_hub:
+            return {}
+        raise UserError(f"{target} cannot be written: there is no such bucket ({error}); create it first") from error
+
+
+def _manifest_there(target: Folder, stored: Mapping[str, Stored], on_hub: bool, overwrite: bool) -> Manifest | None:
+    """Of the cache that a place holds, whole or on its way there; under `overwrite` None where it cannot be read.
+
+    Raises UserError where the place holds something else.
+    """
+    name = MANIFEST_NAME if MANIFEST_NAME in stored else UNFINISHED_NAME
+    if name in stored:
+        content = persistently(partial(target.read, name))
+        try:
+            return parse_manifest(content, target.where(name))
+        except UserError as error:
+            if overwrite:
+                return None
+            raise UserError(f"{error}; --overwrite replaces the cache there") from error
+    if any(other.startswith(f"{BUILD_DIRECTORY}/") for other in stored):
+        raise UserError(f"{target} is an unfinished build: finish it, or choose another place")
+    # Where the Hub made a repository, it put these there.
+    others = sorted(stored.keys() - ({".gitattributes", CARD_NAME} if on_hub else set()))
+    if others:
+        raise UserError(f"{target} holds no cache but other files ({others[0]}, …): choose an empty place")
+    return None
+
+
+def _refuse_other(there: Manifest, ours: Manifest, url: str) -> None:
+    """Raises UserError unless a cache is the same one, whole or at an earlier or later state of the same build."""
+    changes = differences(
+        {"fingerprint": there.fingerprint, "history": list(there.history)},
+        {"fingerprint": ours.fingerprint, "history": list(ours.history)},
+    )
+    if changes:
+        raise UserError(
+            f"{url} holds another cache: {first_of(changes)}. Choose another place, or replace that cache with --overwrite"
+        )
+
+
+def _is_same(
+    source: Path, target: Folder, stored: Mapping[str, Stored], words: Mapping[str, str], file: TravellingFile
+) -> bool:
+    """Whether the target holds a file already, by whatever tells its content.
+
+    words: SHA-256 by name, of a whole manifest there, for a store that has no checksums. Raises UserError for a file here whose
+    SHA-256 is not that of its manifest.
+    """
+    path, there = source / file.name, stored.get(file.name)
+    comparable = there is not None and there.num_bytes == path.stat().st_size
+    theirs = there.algorithm if there is not None and comparable else None
+    ours = digests(path, {"sha256", theirs or "sha256"})
+    check(file, ours["sha256"], str(path))
+    if there is None or not comparable:
+        return False
+    if theirs is not None:
+        return ours[theirs] == there.digest
+    if target.local is not None:
+        return digests(target.local / file.name, {"sha256"})["sha256"] == ours["sha256"]
+    if file.name in words:
+        return words[file.name] == ours["sha256"]
+    if file.num_bytes is not None:
+        return False
+    content = persistently(partial(target.read, file.name))  # of the few files that are not large
+    return hashlib.sha256(content).hexdigest() == ours["sha256"]
+
+
+def _send(source: Path, files: Sequence[TravellingFile], target: Folder) -> None:
+    def send(file: TravellingFile) -> None:
+        persistently(partial(target.put, source / file.name, file.name))
+
+    at_once(send, files, "sending", [_num_bytes(source, file) for file in files])
+
+
+def _push_bundle(
+    cache: LogitCache,
+    source: Path,
+    files: Sequence[TravellingFile],
+    licenses: Mapping[str, str | None],
+    url: str,
+    overwrite: bool,
+) -> Pushed:
+    target, name = place(url)
+    stored = persistently(partial(target.look_up, name))
+    if stored is not None and not overwrite:
+        _refuse_other(parse_manifest(persistently(partial(bundled_manifest, url)), url), cache.manifest, url)
+    update_card(Folder(source), licenses)
+    unvouched = [TravellingFile(each, "") for each in (CARD_NAME, SIGNATURE_NAME) if (source / each).exists()]
+    members = [TravellingFile(MANIFEST_NAME, cache.identity), *sorted([*files, *unvouched], key=lambda file: file.name)]
+    progress = Progress("bundling", sum(_num_bytes(source, file) for file in members), 0, "bytes")
+    try:
+        with _written_for(target, name) as path:
+            write_bundle(source, members, path, progress.advance)
+            num_bytes = path.stat().st_size
+            if stored == Stored(num_bytes, "md5", digests(path, {"md5"})["md5"]):
+                return Pushed(url, cache.identity, 0, 0, 1)
+            if target.local is None:
+                persistently(partial(target.put, path, name))
+    finally:
+        progress.close()
+    return Pushed(url, cache.identity, 1, num_bytes, 0)
+
+
+@contextmanager
+def _written_for(target: Folder, name: str) -> Iterator[Path]:
+    """A path to write a file to, beside its place in a local folder."""
+    if target.local is not None:
+        with target.writing(name) as path:
+            yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="logitcache-") as directory:
+        path = Path(directory) / name
+        with space_needed(path):
+            yield path
+
+
+def _num_bytes(source: Path, file: TravellingFile) -> int:
+    """Size of a file here. Raises UserError where it is missing."""
+    try:
+        return (source / file.name).stat().st_size
+    except OSError as error:
+        raise UserError(
+            f"{source / file.name} cannot be read ({error.strerror}), though the manifest names it: fetch it again"
+        ) from error
