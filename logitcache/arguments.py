@@ -268,7 +268,8 @@ def _export(commands: argparse._SubParsersAction[Parser]) -> None:
         "loss_mask, topk_ids, topk_logprobs, tail_logprob; nothing of these is lost. axolotl (a list of token and logprob per "
         "position) and axolotl-v2 (logprobs and target_token_ids): for type axolotl.integrations.kd.chat_template. There the "
         "tail is lost, Axolotl divides the entries by their sum. It tokenises the kept chat messages itself and "
-        "puts the last list at the last token: only rows that it tokenises as the cache did, whole, line up, and it must train the same tokens.",
+        "puts the last list at the last token: only rows that it tokenises as the cache did, whole, line up, and it must "
+        "train the same tokens.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

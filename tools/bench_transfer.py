@@ -1,10 +1,11 @@
 """Push and pull of a cache against a plain recursive copy of the same bytes, by s3fs to the same S3 server on loopback.
 
-    python tools/bench_transfer.py [--positions 6291456] [--precision balanced] [--rounds 5]
+    python tools/bench_transfer.py [--positions 3145728] [--precision balanced] [--rounds 5]
+        [--folder /dev/shm]
 
-The server is moto's, in a process of its own, which keeps objects in memory: disk and network are not measured, the rate is bound
-by the two processes. A round does each of them once, in turn; medians of the rounds are shown. A push hashes every file before the
-first one is sent, a pull hashes every file before it gets its name; the copy does neither. Files are in the page cache.
+The server is moto's, in a process of its own, which keeps objects in memory: no network is measured, the rate is bound by the two
+processes. A round does each once, in turn; medians of the rounds are shown. A push hashes every file before the first one is sent
+and brings the card up to date; a pull hashes every file and has it on the disk before it gets its name; the copy does neither.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from measure import machine, synthetic_rows, write_synthetic_cache
@@ -51,9 +53,8 @@ def object_store() -> Iterator[None]:
     """An S3 server with an empty bucket, named by the environment."""
     import s3fs
 
-    with subprocess.Popen(
-        [sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
+    command = [sys.executable, "-c", _SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
             assert server.stdout is not None
             os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{int(server.stdout.readline())}"
@@ -74,15 +75,16 @@ def timed(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=int, default=6 << 20)
+    parser.add_argument("--positions", type=int, default=3 << 20)
     parser.add_argument("--precision", choices=list(PRESETS), default=DEFAULT_PRECISION)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", help="where local files are (default: that of temporary files)")
     options = parser.parse_args()
     import s3fs
 
     copies = -(-options.positions // POSITIONS_PER_SHARD)
     times: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as directory, object_store():
+    with tempfile.TemporaryDirectory(dir=options.folder) as directory, object_store():
         root = Path(directory)
         rows = synthetic_rows(POSITIONS_PER_SHARD, K, VOCAB)
         write_synthetic_cache(root / "cache", rows, Layout(VOCAB, precision=options.precision), copies)
@@ -93,24 +95,24 @@ def main() -> None:
         num_bytes = sum(path.stat().st_size for path in (root / "cache").rglob("*") if path.is_file())
         files = s3fs.S3FileSystem()
         for number in range(options.rounds):
+            copied, pushed = f"{URL}/copy{number}", f"{URL}/push{number}"
             kinds: dict[str, Callable[[], object]] = {
-                "plain copy to S3": lambda number=number: files.put(
-                    f"{root}/cache/", f"{URL}/copy{number}/", recursive=True
-                ),
-                "push to S3": lambda number=number: push(root / "cache", f"{URL}/push{number}"),
-                "push again, nothing new": lambda number=number: push(root / "cache", f"{URL}/push{number}"),
-                "plain copy from S3": lambda: files.get(f"{URL}/warm/", f"{root}/got/", recursive=True),
-                "pull from S3": lambda: pull(f"{URL}/warm", root / "pulled"),
-                "push to a bundle": lambda: push(root / "cache", root / "cache.tar.zst", overwrite=True),
-                "pull of a bundle": lambda: pull(root / "cache.tar.zst", root / "unpacked"),
-                "plain copy on disk": lambda: shutil.copytree(root / "cache", root / "copied"),
+                "plain copy to S3": partial(files.put, f"{root}/cache/", f"{copied}/", recursive=True),
+                "push to S3": partial(push, root / "cache", pushed),
+                "push again, nothing new": partial(push, root / "cache", pushed),
+                "plain copy from S3": partial(files.get, f"{URL}/warm/", f"{root}/got/", recursive=True),
+                "pull from S3": partial(pull, f"{URL}/warm", root / "pulled"),
+                "push to a bundle": partial(push, root / "cache", root / "cache.tar.zst", overwrite=True),
+                "pull of a bundle": partial(pull, root / "cache.tar.zst", root / "unpacked"),
+                "plain copy of files": partial(shutil.copytree, root / "cache", root / "copied"),
             }
             for kind, work in kinds.items():
                 times.setdefault(kind, []).append(timed(work))
             for name in ("got", "pulled", "unpacked", "copied"):
                 shutil.rmtree(root / name)
-            for name in ("copy", "push"):
-                files.rm(f"{URL}/{name}{number}", recursive=True)
+            for url in (copied, pushed):
+                files.rm(url, recursive=True)
+            os.sync()
     medians = {kind: statistics.median(measured) for kind, measured in times.items()}
     print(
         f"{copies} shards of {POSITIONS_PER_SHARD:,} positions, k = {K}, {options.precision}: {num_bytes / 2**20:,.0f} MiB, "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import logitcache
-from logitcache import CachedSequence, LogitCache, SparseTargets
+from logitcache import CachedSequence, LogitCache, SparseTargets, UserError
 from logitcache.cache import SequenceStream
 from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled_within_tail
 from logitcache.format.targets import concatenate
@@ -172,6 +172,13 @@ class BatchLoader(DataLoader[CachedSequence]):
         rows = EpochRows(cache, shuffle, seed, shard)
         batches = EpochBatches(cache, batch_size, shard, drop_last)
         super().__init__(rows, batch_sampler=batches, collate_fn=collator, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches. Raises UserError as it was raised, in a worker process too: torch would put its traceback before it."""
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration."""

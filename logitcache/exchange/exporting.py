@@ -106,11 +106,15 @@ Write = Callable[[pa.Table, dict[str, list[Any]]], None]
 def _write(cache: LogitCache, target: TargetFormat, field: str, write: Write) -> tuple[int, int]:
     """(rows, positions) written."""
     num_rows = num_positions = 0
+    approximate = "tail" in cache.manifest.fingerprint.get("capture", {})
     progress = Progress("exporting", cache.num_positions, 0, "positions")
     try:
         for rows in cache.iter_row_groups():
             trained = np.diff(rows.offsets) > 0
-            table = target.table(rows, field).append_column("row_id", pa.array(rows.row_ids, pa.string()))
+            table = target.table(rows, field)
+            if approximate and topk.TAIL in table.column_names:
+                table = table.drop_columns([topk.TAIL])  # whoever reads it would take it for the teacher's
+            table = table.append_column("row_id", pa.array(rows.row_ids, pa.string()))
             kept: dict[str, list[Any]] = {name: [] for name in cache.manifest.layout.columns}
             if clash := sorted(set(table.column_names) & kept.keys()):
                 raise UserError(

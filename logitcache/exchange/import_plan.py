@@ -69,7 +69,7 @@ class Written:
     def record(self, folder: Folder, shard: int, row_ids: Sequence[str]) -> None:
         """Keeps it beside the shard until the cache is finished."""
         folder.write(f"{BUILD_DIRECTORY}/ids/{shard:05d}", bytes.fromhex("".join(row_ids)))
-        folder.write(f"{BUILD_DIRECTORY}/written/{shard:05d}.json", json.dumps(asdict(self)))
+        folder.write(f"{BUILD_DIRECTORY}/written/{shard:05d}.json", json.dumps(vars(self)))
 
     @classmethod
     def of(cls, folder: Folder, shard: int) -> tuple[Written, str]:

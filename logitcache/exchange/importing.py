@@ -96,6 +96,11 @@ def import_logits(
         precision=precision,
         skip_bad=skip_bad,
     )
+    folder = Folder(out)
+    for source in found:
+        if source.is_folder and folder.lies_in(Folder(source.argument)):
+            raise UserError(f"--out {out}: lies in {source.argument}, which is read; choose a folder beside it")
+    logger.info("reading %s", ", ".join(source.argument for source in found))
     tokens = tokenizer_fingerprint(loaded)
     named = {"name": data_name} if data_name else {}
     request = {
@@ -111,9 +116,8 @@ def import_logits(
         "keep": list(keep),
         "skip_bad": skip_bad,
         "shard_positions": shard_positions,
-        "from": [{"path": source.argument, **source.identity(), **named} for source in found],
+        "from": [{**source.identity(), **named} for source in found],
     }
-    folder = Folder(out)
     with workspace(folder), space_needed(out):
         if not overwrite and (finished := finished_cache(folder, request)):
             logger.info("%s is already complete", folder)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -31,9 +31,12 @@ class SourceFile:
     @property
     def url(self) -> str:
         """Path, or URL with its protocol."""
-        return (
-            self.path if isinstance(self.filesystem, LocalFileSystem) else self.filesystem.unstrip_protocol(self.path)
-        )
+        return self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine."""
+        return isinstance(self.filesystem, LocalFileSystem)
 
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:
@@ -48,7 +51,7 @@ class SourceFile:
         with _answering(self.url):
             about = self.filesystem.info(self.path)
             known = next((str(about[name]) for name in _CHECKSUMS if about.get(name)), None)
-            if isinstance(self.filesystem, LocalFileSystem):
+            if self.is_local:
                 with self.opened() as file:
                     known = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         return {"name": self.name, "bytes": int(about["size"] or 0), "checksum": known}
@@ -56,21 +59,23 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A SOURCE argument. root: folder of its files."""
+    """A SOURCE argument. root: folder of its files.  is_folder: whether it is one itself."""
 
     argument: str
     filesystem: fsspec.AbstractFileSystem = field(repr=False)
     root: str
     files: Sequence[SourceFile]
+    is_folder: bool
 
     def identity(self) -> dict[str, Any]:
-        """What a fingerprint records: name, files, bytes, and a SHA-256 over the identities of all files."""
+        """Where it lies, and what a fingerprint records: name, files, bytes, a SHA-256 over the identities of all files."""
         found = [file.identity() for file in self.files]
         digest = hashlib.sha256()
         for file in found:
             digest.update(f"{file['name']}\0{file['bytes']}\0{file['checksum']}\n".encode())
         local = isinstance(self.filesystem, LocalFileSystem)
         return {
+            "path": str(Path(self.argument).expanduser().absolute()) if local else self.argument,
             "name": PurePosixPath(self.argument.rstrip("/")).name if local else self.argument,
             "num_files": len(found),
             "bytes": sum(file["bytes"] for file in found),
@@ -110,6 +115,7 @@ def _find(argument: str) -> Source:
         raise UserError(f"{argument}: no file system for such a URL ({one_line(error)})") from error
     path = path.rstrip("/") or path
     with _answering(argument):
+        filesystem.invalidate_cache()
         if filesystem.isfile(path):
             root, paths = str(PurePosixPath(path).parent), [path]
         elif filesystem.isdir(path):
@@ -124,7 +130,7 @@ def _find(argument: str) -> Source:
     if not paths[0].endswith(SUFFIXES):
         raise UserError(f"{argument}: unknown kind of file, accepted are {', '.join(SUFFIXES)}")
     files = [SourceFile(filesystem, found, found.removeprefix(f"{root.rstrip('/')}/")) for found in paths]
-    return Source(argument, filesystem, root, files)
+    return Source(argument, filesystem, root, files, is_folder=root == path)
 
 
 @contextmanager

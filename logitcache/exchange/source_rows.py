@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -83,8 +83,6 @@ def _uncompressed(source: BinaryIO, path: str) -> Iterator[bytes]:
     if path.endswith(".gz"):
         return iter(gzip.GzipFile(fileobj=source))
     if path.endswith(".zst"):
-        import io
-
         return iter(io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)))
     return iter(source)
 
@@ -100,9 +98,12 @@ def _parse(line: bytes, columns: Sequence[str], where: str) -> SourceRow:
 
 
 @contextmanager
-def _readable(file: SourceFile, where: Any) -> Iterator[None]:
-    """Raises UserError for what a damaged file makes its readers raise."""
+def _readable(file: SourceFile, where: Callable[[], str]) -> Iterator[None]:
+    """Raises UserError for what a damaged file, or a store that stops answering, makes its readers raise."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file.url}, {where()}: not readable, the file is damaged ({one_line(error)})") from error
+    except UserError:
+        raise
+    except Exception as error:  # of Parquet, of the two kinds of compression, of every store
+        why = "the file is damaged" if file.is_local else "the file is damaged, or the store does not answer"
+        raise UserError(f"{file.url}, {where()}: not readable, {why} ({one_line(error)})") from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+_KINDS = {"b": bool, "i": int, "f": float}
+_DTYPES = {"b": np.bool_, "i": np.int64, "f": np.float64}
+"""Of JSON's numbers, by the letters that numpy has for kinds."""
 
 
 class BadRow(ValueError):
@@ -51,7 +55,7 @@ def ragged(value: Any, name: str, kinds: str) -> Ragged:
         lists = _list_of(value, name)
         if not _is_list(lists.type):
             raise BadRow(f"column {name!r}: lists of lists are wanted, this is {value.type}")
-        lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
         return Ragged(_of_arrow(lists.flatten(), name, kinds), lengths.astype(np.int64))
     parts = [[] if part is None else _python_list(part, name) for part in _python_list(value, name)]
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
@@ -79,7 +83,7 @@ def _of_arrow(array: pa.Array, name: str, kinds: str) -> np.ndarray:
     if array.null_count:
         raise BadRow(f"column {name!r} holds a null")
     if not len(array):
-        return np.empty(0, dtype={"b": bool, "i": np.int64, "f": np.float64}[kinds[0]])
+        return np.empty(0, dtype=_DTYPES[kinds[0]])
     if pa.types.is_boolean(array.type) or pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         return _checked(array.to_numpy(zero_copy_only=False), name, kinds)
     raise BadRow(f"column {name!r}: numbers are wanted, this is {array.type}")
@@ -94,16 +98,15 @@ def _python_list(value: Any, name: str) -> list[Any]:
 
 
 def _of_python(values: list[Any], name: str, kinds: str) -> np.ndarray:
-    allowed = (bool,) if kinds == "b" else (int, float) if "f" in kinds else (int, bool) if "b" in kinds else (int,)
-    strange: Iterable[Any] = (value for value in values if type(value) not in allowed)
-    for value in strange:
-        raise BadRow(f"column {name!r} holds {_short(value)}, numbers are wanted")
+    allowed = {kind for letter, kind in _KINDS.items() if letter in kinds}
+    if not allowed.issuperset(map(type, values)):
+        strange = next(value for value in values if type(value) not in allowed)
+        raise BadRow(f"column {name!r} holds {_short(strange)}, numbers are wanted")
     try:
-        return _checked(
-            np.array(values, dtype=None if values else {"i": int, "f": float, "b": bool}[kinds[0]]), name, kinds
-        )
+        array = np.array(values, dtype=None if values else _DTYPES[kinds[0]])
     except OverflowError as error:
         raise BadRow(f"column {name!r} holds a number that is too large") from error
+    return _checked(array, name, kinds)
 
 
 def _checked(array: np.ndarray, name: str, kinds: str) -> np.ndarray:

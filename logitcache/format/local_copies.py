@@ -122,13 +122,13 @@ class LocalCopies:
         """Whether the copy is there and, looked at once by every process, whole. It counts as used now."""
         try:
             os.utime(path)
+            if shard.sha256 in self._verified:
+                return True
+            if path.stat().st_size == shard.num_bytes and file_sha256(path) == shard.sha256:
+                self._verified.add(shard.sha256)
+                return True
         except FileNotFoundError:
             return False
-        if shard.sha256 in self._verified:
-            return True
-        if path.stat().st_size == shard.num_bytes and file_sha256(path) == shard.sha256:
-            self._verified.add(shard.sha256)
-            return True
         with self._locked():
             path.unlink(missing_ok=True)
         return False
@@ -143,15 +143,16 @@ class LocalCopies:
             content = "".join(f"{digest}\n" for digest in self._digests).encode()
             path = self._home / "users" / hashlib.sha256(content).hexdigest()
             with self._locked():
+                self._make_room(0, None)  # the limit may be lower than it was
                 claim = path.open("ab")
                 fcntl.flock(claim, fcntl.LOCK_SH)
                 path.write_bytes(content)
                 self._claim = claim
-                self._make_room(0, None)
 
     def _make_room(self, num_bytes: int, own: Path | None) -> bool:
         """Removes leftovers and, if that makes enough room beside `own`, the copies that were not used for longest."""
-        sizes, unused = 0, []
+        sizes = 0
+        unused: list[tuple[float, int, Path]] = []
         in_use = self._in_use()
         for path in (self._home / "shards").iterdir():
             if path == own or (path.suffix == TEMPORARY_SUFFIX and _removed_as_leftover(path)):
@@ -161,7 +162,7 @@ class LocalCopies:
             if path.suffix != TEMPORARY_SUFFIX and path.name not in in_use:
                 unused.append((status.st_mtime, status.st_size, path))
         excess = sizes + num_bytes - self._limit(sizes)
-        if excess > sum(size for _, size, _ in unused):
+        if num_bytes and excess > sum(size for _, size, _ in unused):
             return False
         for _, size, path in sorted(unused):
             if excess <= 0:

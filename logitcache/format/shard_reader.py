@@ -127,9 +127,7 @@ class ShardReader:
         return copy if copy is not None and copy.exists() else None
 
     def _missing(self) -> NoReturn:
-        raise UserError(
-            f"{self.path} is missing, though the manifest names it: {self._remedy.lower()} again"
-        ) from None
+        raise UserError(f"{self.path} is missing, though the manifest names it: {self._remedy.lower()} again") from None
 
     def _refuse(self, what: str) -> NoReturn:
         raise UserError(f"{self.path} was {what}. {self._remedy} again")

@@ -238,7 +238,8 @@ class Folder:
         if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
             hints = [_CREDENTIALS[name] for name in _protocols(self._filesystem) if name in _CREDENTIALS]
             return UserError(f"{message}: {hints[0]}" if hints else message)
-        return UserError(message) if isinstance(error, FileNotFoundError) else Unreachable(message)
+        hopeless = isinstance(error, (FileNotFoundError, NotImplementedError, ValueError))
+        return UserError(message) if hopeless else Unreachable(message)
 
     def _connect(self) -> None:
         try:

@@ -63,7 +63,8 @@ function chart({ title, summary, line, items, xLabel, yLabel, xTicks, yTicks, he
   svg.append(draw("line", { class: "axis", x1: x(0), x2: x(1), y1: y(0), y2: y(0) }));
   if (line) {
     const points = items.map((item) => `${x(item.from)},${y(item.height)}`).join(" ");
-    svg.append(draw("polygon", { class: "area", points: `${x(items[0].from)},${y(0)} ${points} ${x(items.at(-1).from)},${y(0)}` }));
+    const [first, last] = [x(items[0].from), x(items.at(-1).from)];
+    svg.append(draw("polygon", { class: "area", points: `${first},${y(0)} ${points} ${last},${y(0)}` }));
     svg.append(draw("polyline", { class: "line", points }));
   }
   const marks = items.map((item) =>
@@ -235,7 +236,8 @@ function columnBytesCard({ columns, positions, shards, of_shards: all }) {
     ...["Column", "", "Bytes per position", "Share"].map((label) => make("th", { scope: "col" }, label)),
   );
   const of = shards < all ? [make("p", { class: "readout" }, `Of ${count(shards)} of ${count(all)} shards.`)] : [];
-  const figure = card("Bytes by column", [make("table", { class: "columns" }, make("thead", {}, head), make("tbody", {}, ...rows)), ...of]);
+  const table = make("table", { class: "columns" }, make("thead", {}, head), make("tbody", {}, ...rows));
+  const figure = card("Bytes by column", [table, ...of]);
   figure.classList.add("wide");
   return figure;
 }

@@ -24,13 +24,14 @@ function overview() {
     at("sampled").textContent = `The distributions below are of ${count(found.num_positions)} positions, spread over the cache.`;
   }
   if (!found.num_positions) return;
-  at("charts").append(massChart(found), entropyChart(found), tailChart(found));
+  if (found.ks.length) at("charts").append(massChart(found));
+  at("charts").append(entropyChart(found), tailChart(found));
   if (found.entries_per_position.length > 1) at("charts").append(entriesChart(found));
   at("charts").append(columnBytesCard(data.column_bytes));
 }
 
 function rowSection(row) {
-  const cut = row.shown < row.tokens ? `first ${count(row.shown)} of ${count(row.tokens)} tokens` : `${count(row.tokens)} tokens`;
+  const cut = row.shown < row.tokens ? `first ${count(row.shown)} of ` : "";
   const tokens = make("p", { class: "tokens", role: "group", "aria-label": `Tokens of row ${row.number}` });
   for (let i = row.first; i < row.first + row.shown; i++) {
     const span = make("span", { class: rows.colours(i), tabindex: "-1" }, ...visible(rows.token(i), true));
@@ -38,6 +39,7 @@ function rowSection(row) {
     spans.push(span);
     tokens.append(span);
   }
+  const columns = row.columns.map(([name, value]) => make("span", {}, make("b", {}, name), ` ${value}`));
   return make(
     "section",
     { class: "row", id: `row-${row.number}`, tabindex: "-1" },
@@ -45,8 +47,8 @@ function rowSection(row) {
       "header",
       {},
       make("h3", {}, `Row ${count(row.number)}`),
-      make("span", { class: "columns-of-row" }, ...row.columns.map(([name, value]) => make("span", {}, make("b", {}, name), ` ${value}`))),
-      make("span", { class: "sizes" }, `${cut}, ${count(row.trained)} trained`),
+      make("span", { class: "columns-of-row" }, ...columns),
+      make("span", { class: "sizes" }, `${cut}${count(row.tokens)} tokens, ${count(row.trained)} trained`),
       make("code", { title: row.id }, row.id.slice(0, 12)),
     ),
     tokens,
@@ -56,7 +58,8 @@ function rowSection(row) {
 function reader() {
   const shown = data.rows.reduce((sum, row) => sum + row.shown, 0);
   at("shown").textContent = data.rows.length
-    ? `${count(data.rows.length)} of ${count(data.num_rows)} rows, ${count(shown)} tokens. Point at a token, or tap it, to see what the teacher expected in its place.`
+    ? `${count(data.rows.length)} of ${count(data.num_rows)} rows, ${count(shown)} tokens. ` +
+      "Point at a token, or tap it, to see what the teacher expected in its place."
     : "This cache has no rows.";
   if (data.note) {
     at("note").hidden = false;
@@ -69,6 +72,8 @@ function reader() {
     const span = event.target.closest(".t");
     if (span && event.pointerType === "mouse" && state.pinned === null) show(span.place);
   });
+  // Focus, and with it the sheet, waits for the end of a tap, which would otherwise fall on the sheet.
+  at("reader").addEventListener("mousedown", (event) => narrow.matches && event.preventDefault());
   at("reader").addEventListener("click", (event) => {
     const span = event.target.closest(".t");
     if (!span || !getSelection().isCollapsed) return;
@@ -164,8 +169,8 @@ function spoken(text, targets) {
 }
 
 function nothingStored(place) {
-  const why = place ? "Prompt: this token is not trained, and no distribution is stored for it." : "The first token: nothing predicts it.";
-  return make("p", { class: "remark" }, why);
+  const prompt = "Prompt: this token is not trained, and no distribution is stored for it.";
+  return make("p", { class: "remark" }, place ? prompt : "The first token: nothing predicts it.");
 }
 
 // position i predicts token i + 1.
@@ -213,16 +218,22 @@ function distribution(targets, token, place) {
     figures,
     make("p", { class: "remark" }, `Position ${count(place - 1)}, which has seen tokens 0 to ${count(place - 1)}, expected:`),
     make("ol", { class: "entries" }, ...lines),
-    ...(groups.length ? [make("p", { class: "remark" }, "Heaviest groups of the tail"), make("ol", { class: "entries" }, ...groups)] : []),
+    ...(groups.length ? [make("p", { class: "remark" }, "Heaviest groups of the tail")] : []),
+    ...(groups.length ? [make("ol", { class: "entries" }, ...groups)] : []),
   ];
 }
 
 function legend(mode) {
-  const labels = mode === "entropy" ? ENTROPY_EDGES.map(String) : PROBABILITY_EDGES.map((share) => `${significant(100 * share)}`);
-  const swatches = Array.from({ length: 8 }, (_, i) =>
-    make("span", { class: `swatch ${mode === "entropy" ? "e" : "l"}${i}` }, make("span", {}, labels[i] ?? "")),
+  const byEntropy = mode === "entropy";
+  const labels = byEntropy ? ENTROPY_EDGES : PROBABILITY_EDGES.map((share) => 100 * share);
+  const swatches = Array.from({ length: labels.length + 1 }, (_, i) =>
+    make(
+      "span",
+      { class: `swatch ${byEntropy ? "e" : "l"}${i}` },
+      make("span", {}, i < labels.length ? significant(labels[i]) : ""),
+    ),
   );
-  const ends = mode === "entropy" ? ["certain", "nats"] : ["likely", "% probable"];
+  const ends = byEntropy ? ["certain", "nats"] : ["likely", "% probable"];
   at("legend").replaceChildren(
     make("span", { class: "end" }, ends[0]),
     make("span", { class: "scale", "data-mode": mode }, ...swatches),
@@ -231,7 +242,7 @@ function legend(mode) {
       "span",
       { class: "keys", "data-mode": mode },
       make("span", {}, make("span", { class: "t prompt" }, "prompt"), " not trained"),
-      ...(mode === "logprob" ? [make("span", {}, make("span", { class: "t l7 tail" }, "token"), " in the tail")] : []),
+      ...(byEntropy ? [] : [make("span", {}, make("span", { class: "t l7 tail" }, "token"), " in the tail")]),
     ),
   );
 }
@@ -308,7 +319,8 @@ function jump() {
   at("jump-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const wanted = at("jump").value.trim().toLowerCase();
-    const row = data.rows.find((one) => String(one.number) === wanted) ?? data.rows.find((one) => wanted && one.id.startsWith(wanted));
+    const byId = (row) => wanted && row.id.startsWith(wanted);
+    const row = data.rows.find(({ number }) => String(number) === wanted) ?? data.rows.find(byId);
     at("jump-problem").hidden = Boolean(row) || !wanted;
     if (row) {
       const section = at(`row-${row.number}`);
@@ -321,13 +333,15 @@ function jump() {
 }
 
 function theme() {
-  const dark = () => getComputedStyle(document.documentElement).colorScheme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const chosen = document.documentElement.dataset;
+  const dark = () => (chosen.theme ? chosen.theme === "dark" : system.matches);
   const label = () => (at("theme").textContent = dark() ? "Light" : "Dark");
   at("theme").addEventListener("click", () => {
-    document.documentElement.dataset.theme = dark() ? "light" : "dark";
+    chosen.theme = dark() ? "light" : "dark";
     label();
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", label);
+  system.addEventListener("change", label);
   label();
 }
 
@@ -337,4 +351,6 @@ modes();
 search();
 jump();
 theme();
-at("panel").append(make("p", { class: "remark empty" }, "Point at a token to see what the teacher expected in its place. Click keeps it here."));
+at("panel").append(
+  make("p", { class: "remark empty" }, "Point at a token to see what the teacher expected in its place. A click keeps it here."),
+);

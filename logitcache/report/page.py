@@ -20,7 +20,16 @@ from logitcache.format.manifest import CARD_NAME
 from logitcache.format.storage import Folder
 from logitcache.report.description import amounts, history, origin
 from logitcache.report.footers import column_bytes, spread
-from logitcache.report.samples import NATS_STEP, SHOWN_ENTRIES, Samples, chosen_rows, packed, read_samples
+from logitcache.report.samples import (
+    NATS_STEP,
+    SHOWN_CHARACTERS,
+    SHOWN_ENTRIES,
+    Samples,
+    chosen_rows,
+    packed,
+    read_samples,
+    shortened,
+)
 from logitcache.report.statistics import Histogram, Statistics, statistics
 from logitcache.report.token_text import Text, token_texts
 
@@ -58,8 +67,11 @@ def view(
     _check_replaceable(path)
     samples = read_samples(cache, chosen_rows(cache, rows, num_sequences))
     text = page_html(cache, samples)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place with --out") from error
     return Page(path, path.stat().st_size, len(samples.rows), len(cache), samples.num_tokens)
 
 
@@ -168,13 +180,16 @@ def _licenses(folder: Folder) -> list[tuple[str, str]]:
 
 
 def _text_data(text: Text) -> str | list[int] | None:
-    return list(text) if isinstance(text, bytes) else text
+    if isinstance(text, bytes):
+        return list(text[:SHOWN_CHARACTERS])
+    return None if text is None else shortened(text)
 
 
 def _name(cache: LogitCache) -> str:
     """Of the folder; not where it lies, which need not be known where the page goes."""
     folder = Folder(cache.path)
-    return folder.local.resolve().name if folder.local else PurePosixPath(cache.path.partition("?")[0]).name
+    name = folder.local.resolve().name if folder.local else PurePosixPath(cache.path.partition("?")[0]).name
+    return name.encode(errors="replace").decode() or "cache"
 
 
 def _check_replaceable(path: Path) -> None:

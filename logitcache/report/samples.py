@@ -20,8 +20,8 @@ PAGE_TOKENS = 16_384
 MOST_ROWS = 256
 SHOWN_ENTRIES = 16
 SHOWN_GROUPS = 4
-SHOWN_CHARACTERS = 200
-"""Of a kept column's value."""
+SHOWN_CHARACTERS = 256
+"""Of a kept column's value, and of a token."""
 NATS_STEP = 1e-3
 """Log-probabilities and entropies travel as 16-bit multiples of it; probabilities are then right to 0.05 %."""
 NOTHING = 0xFFFF
@@ -91,7 +91,9 @@ def read_samples(cache: LogitCache, numbers: Sequence[int]) -> Samples:
             {
                 "number": number,
                 "id": sequence.row_id,
-                "columns": [[name, _short(value)] for name, value in sequence.columns.items() if value is not None],
+                "columns": [
+                    [name, shortened(str(value))] for name, value in sequence.columns.items() if value is not None
+                ],
                 "shown": length,
                 "tokens": len(sequence.input_ids),
                 "trained": int(sequence.loss_mask.sum()),
@@ -117,6 +119,11 @@ def fair_lengths(lengths: Sequence[int], budget: int) -> list[int]:
         shown[index] = min(lengths[index], left // rows)
         left, rows = left - shown[index], rows - 1
     return shown
+
+
+def shortened(text: str) -> str:
+    """At most `SHOWN_CHARACTERS` of it."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def packed(array: np.ndarray) -> dict[str, str]:
@@ -197,8 +204,3 @@ def _numbers_of(cache: LogitCache, ids: Sequence[str]) -> set[int]:
     if missing := [text for text in ids if text not in found]:
         raise UserError(f"--rows {missing[0]}: neither A:B, nor a number, nor the id of a row of this cache")
     return set(found.values())
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

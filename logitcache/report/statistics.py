@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from logitcache.errors import UserError
 from logitcache.format.manifest import Manifest
 from logitcache.format.shard_reader import ShardReader
 from logitcache.format.storage import Folder
@@ -60,7 +61,7 @@ class Statistics:
 def statistics(folder: Folder, manifest: Manifest) -> Statistics:
     """Statistics of at most `READ_ROW_GROUPS` row groups, always the same ones of a cache.
 
-    Raises UserError where a shard is not the one that the manifest names.
+    Raises UserError where a shard is not the one that the manifest names, or holds what is no log-probability.
     """
     row_groups = [(info, index) for info in manifest.shards for index in range(len(info.row_group_sizes))]
     chosen = np.unique(np.linspace(0, len(row_groups) - 1, min(len(row_groups), READ_ROW_GROUPS)).astype(int))
@@ -71,6 +72,11 @@ def statistics(folder: Folder, manifest: Manifest) -> Statistics:
         targets = ShardReader(folder, info, manifest.layout).read_row_group(index).targets
         entropy.append(entropies(targets))
         tail_mass.append(np.exp(targets.tail_logprob, dtype=np.float64))
+        if not (np.isfinite(entropy[-1]) & np.isfinite(tail_mass[-1])).all():
+            raise UserError(
+                f"{folder.where(info.name)}, row group {index}: log-probabilities that are not numbers; `logitcache verify` "
+                "names the rows"
+            )
         covered.append(np.cumsum(_probabilities(targets).sum(axis=0)))
         values, found = np.unique(targets.num_entries, return_counts=True)
         counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))

@@ -24,7 +24,7 @@ function sign(shown) {
 // Strings and elements that show a token. wrapping: line breaks break the line, as in the reader.
 function visible(token, wrapping) {
   const text = token.text;
-  if (text === null) return [make("i", { class: "code" }, `#${token.id}`)];
+  if (text == null) return [make("i", { class: "code" }, `#${token.id}`)];
   if (typeof text !== "string") {
     const bytes = text.map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
     return [make("i", { class: "code" }, `‹${bytes}›`)];

@@ -83,7 +83,7 @@ def pull(
         raise UserError(f"--out {out}: a local folder is wanted; `logitcache push` copies to a URL")
     if not is_bundle(url) and (folder.lies_in(Folder(url)) or Folder(url).lies_in(folder)):
         raise UserError(f"--out {out}: choose a folder outside the cache that is read, {url}")
-    content = bundled_manifest(url) if is_bundle(url) else _content(Folder(url))
+    content = persistently(partial(bundled_manifest, url)) if is_bundle(url) else _content(Folder(url))
     identity = hashlib.sha256(content).hexdigest()
     check_identity(identity, against, url)
     source = _Source(url, identity, parse_manifest(content, _where(url)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -84,70 +84,99 @@ def push(
     cache = open_cache(path)
     files = vouched_files(cache.manifest, source.where(MANIFEST_NAME))
     licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
-    if is_bundle(url):
-        return _push_bundle(cache, source.local, files, licenses, url, overwrite)
-    return _push_files(cache, source.local, files, licenses, url, overwrite, public)
+    ours = _Outgoing(source.local, cache, files, licenses)
+    return _push_bundle(ours, url, overwrite) if is_bundle(url) else _push_files(ours, url, overwrite, public)
 
 
-def _push_files(
-    cache: LogitCache,
-    source: Path,
-    files: Sequence[TravellingFile],
-    licenses: Mapping[str, str | None],
-    url: str,
-    overwrite: bool,
-    public: bool,
-) -> Pushed:
-    target = Folder(url)
-    if target.lies_in(Folder(source)) or Folder(source).lies_in(target):
+@dataclass(frozen=True)
+class _Outgoing:
+    """The cache that is pushed. files: those that its manifest names."""
+
+    folder: Path
+    cache: LogitCache
+    files: Sequence[TravellingFile]
+    licenses: Mapping[str, str | None]
+
+    @property
+    def manifest(self) -> TravellingFile:
+        """As a file."""
+        return TravellingFile(MANIFEST_NAME, self.cache.identity)
+
+    def with_card(self) -> list[TravellingFile]:
+        """Brings the card up to date; gives it, and a signature."""
+        update_card(Folder(self.folder), self.licenses)
+        return [TravellingFile(name, "") for name in (CARD_NAME, SIGNATURE_NAME) if (self.folder / name).exists()]
+
+    def num_bytes(self, file: TravellingFile) -> int:
+        """Size of a file here. Raises UserError where it is missing."""
+        path = self.folder / file.name
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}), though the manifest names it: fetch or build it again"
+            ) from error
+
+
+def _push_files(ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pushed:
+    target, source = Folder(url), Folder(ours.folder)
+    if target.lies_in(source) or source.lies_in(target):
         raise UserError(f"{url}: choose a place outside the cache that is pushed, {source}")
     on_hub = url.startswith("hf://")
     stored = _stored(target, on_hub)
     there = _manifest_there(target, stored, on_hub, overwrite)
     if there is not None and not overwrite:
-        _refuse_other(there, cache.manifest, url)
+        _refuse_other(there, ours.cache.manifest, url)
     words = {file.name: file.sha256 for file in vouched_files(there, url)} if there and MANIFEST_NAME in stored else {}
 
     def missing(files: Sequence[TravellingFile]) -> list[TravellingFile]:
-        same = at_once(
-            partial(_is_same, source, target, stored, words),
-            files,
-            "checking",
-            [_num_bytes(source, file) for file in files],
-        )
+        sizes = [ours.num_bytes(file) for file in files]
+        same = at_once(partial(_is_same, ours.folder, target, stored, words), files, "checking", sizes)
         return [file for file, is_same in zip(files, same, strict=True) if not is_same]
 
-    travelling = missing(files)
-    update_card(Folder(source), licenses)
-    unvouched = [TravellingFile(name, "") for name in (CARD_NAME, SIGNATURE_NAME) if (source / name).exists()]
-    manifest = TravellingFile(MANIFEST_NAME, cache.identity)
-    travelling += missing(unvouched)
-    last = missing([manifest])
-    names = [file.name for file in [*files, *unvouched, manifest]]
+    files = missing(ours.files)
+    unvouched = ours.with_card()
+    files += missing(unvouched)
+    last = missing([ours.manifest])
+    if words.keys() & {file.name for file in files}:
+        last = [ours.manifest]  # which is away while they change
+    names = [file.name for file in [*ours.files, *unvouched, ours.manifest]]
     left = left_behind(stored, names)
     revision = None
     if on_hub:
         from logitcache.sharing.hub import push_to_hub
 
-        sent = [file.name for file in [*travelling, *last]]
-        message = f"logitcache push: {cache.identity}"
-        revision = push_to_hub(source, sent, left, url, private=not public, message=message)
+        sent = [file.name for file in [*files, *last]]
+        message = f"logitcache push: {ours.cache.identity}"
+        revision = push_to_hub(ours.folder, sent, left, url, private=not public, message=message)
     else:
-        changing = words.keys() & {file.name for file in travelling}
-        if last or changing:
-            persistently(partial(target.put, source / MANIFEST_NAME, UNFINISHED_NAME))
-        if changing:
-            persistently(partial(target.remove, MANIFEST_NAME))
-            last = [manifest]
-        _send(source, travelling, target)
-        _send(source, last, target)
-        for name in left:
+        _send(ours, files, last, target, words.keys())
+        finished = [UNFINISHED_NAME] if last or UNFINISHED_NAME in stored else []
+        for name in [*left, *finished]:
             persistently(partial(target.remove, name))
-        if last or UNFINISHED_NAME in stored:
-            persistently(partial(target.remove, UNFINISHED_NAME))
-    sent_bytes = sum(_num_bytes(source, file) for file in [*travelling, *last])
-    num_sent = len(travelling) + len(last)
-    return Pushed(url, cache.identity, num_sent, sent_bytes, len(names) - num_sent, revision)
+    sent_bytes = sum(ours.num_bytes(file) for file in [*files, *last])
+    num_sent = len(files) + len(last)
+    return Pushed(url, ours.cache.identity, num_sent, sent_bytes, len(names) - num_sent, revision)
+
+
+def _send(
+    ours: _Outgoing,
+    files: Sequence[TravellingFile],
+    last: Sequence[TravellingFile],
+    target: Folder,
+    named: Collection[str],
+) -> None:
+    """Sends files, then the manifest, if that is to go. named: by the manifest there, which is away while they change."""
+
+    def send(file: TravellingFile) -> None:
+        persistently(partial(target.put, ours.folder / file.name, file.name))
+
+    if last:
+        persistently(partial(target.put, ours.folder / MANIFEST_NAME, UNFINISHED_NAME))
+    if any(file.name in named for file in files):
+        persistently(partial(target.remove, MANIFEST_NAME))
+    for some in (files, last):
+        at_once(send, some, "sending", [ours.num_bytes(file) for file in some])
 
 
 def _stored(target: Folder, on_hub: bool) -> Mapping[str, Stored]:
@@ -169,7 +198,9 @@ def _manifest_there(target: Folder, stored: Mapping[str, Stored], on_hub: bool, 
     if name in stored:
         content = persistently(partial(target.read, name))
         try:
-            return parse_manifest(content, target.where(name))
+            manifest = parse_manifest(content, target.where(name))
+            vouched_files(manifest, target.where(name))
+            return manifest
         except UserError as error:
             if overwrite:
                 return None
@@ -222,40 +253,25 @@ def _is_same(
     return hashlib.sha256(content).hexdigest() == ours["sha256"]
 
 
-def _send(source: Path, files: Sequence[TravellingFile], target: Folder) -> None:
-    def send(file: TravellingFile) -> None:
-        persistently(partial(target.put, source / file.name, file.name))
-
-    at_once(send, files, "sending", [_num_bytes(source, file) for file in files])
-
-
-def _push_bundle(
-    cache: LogitCache,
-    source: Path,
-    files: Sequence[TravellingFile],
-    licenses: Mapping[str, str | None],
-    url: str,
-    overwrite: bool,
-) -> Pushed:
+def _push_bundle(ours: _Outgoing, url: str, overwrite: bool) -> Pushed:
     target, name = place(url)
     stored = persistently(partial(target.look_up, name))
     if stored is not None and not overwrite:
-        _refuse_other(parse_manifest(persistently(partial(bundled_manifest, url)), url), cache.manifest, url)
-    update_card(Folder(source), licenses)
-    unvouched = [TravellingFile(each, "") for each in (CARD_NAME, SIGNATURE_NAME) if (source / each).exists()]
-    members = [TravellingFile(MANIFEST_NAME, cache.identity), *sorted([*files, *unvouched], key=lambda file: file.name)]
-    progress = Progress("bundling", sum(_num_bytes(source, file) for file in members), 0, "bytes")
+        there = parse_manifest(persistently(partial(bundled_manifest, url)), url)
+        _refuse_other(there, ours.cache.manifest, url)
+    members = [ours.manifest, *sorted([*ours.files, *ours.with_card()], key=lambda file: file.name)]
+    progress = Progress("bundling", sum(ours.num_bytes(file) for file in members), 0, "bytes")
     try:
         with _written_for(target, name) as path:
-            write_bundle(source, members, path, progress.advance)
+            write_bundle(ours.folder, members, path, progress.advance)
             num_bytes = path.stat().st_size
             if stored == Stored(num_bytes, "md5", digests(path, {"md5"})["md5"]):
-                return Pushed(url, cache.identity, 0, 0, 1)
+                return Pushed(url, ours.cache.identity, 0, 0, 1)
             if target.local is None:
                 persistently(partial(target.put, path, name))
     finally:
         progress.close()
-    return Pushed(url, cache.identity, 1, num_bytes, 0)
+    return Pushed(url, ours.cache.identity, 1, num_bytes, 0)
 
 
 @contextmanager
@@ -269,13 +285,3 @@ def _written_for(target: Folder, name: str) -> Iterator[Path]:
         path = Path(directory) / name
         with space_needed(path):
             yield path
-
-
-def _num_bytes(source: Path, file: TravellingFile) -> int:
-    """Size of a file here. Raises UserError where it is missing."""
-    try:
-        return (source / file.name).stat().st_size
-    except OSError as error:
-        raise UserError(
-            f"{source / file.name} cannot be read ({error.strerror}), though the manifest names it: fetch it again"
-        ) from error

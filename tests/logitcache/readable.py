@@ -48,7 +48,7 @@ HOSTILE = [
     "\u2029",
     "\ufeff",
     "\u200b",
-    "long" * 500,
+    "long" * 60,
     "\n",
     "\r\n",
     "\t",
@@ -89,16 +89,21 @@ def readable_cache(
     length: int = 40,
     prompt: int = 5,
     entries: int = 20,
+    order: Sequence[int] | None = None,
 ) -> LogitCache:
-    """Rows of tokens in the order of their ids, after a prompt, under random teachers with `entries` entries."""
+    """Rows of tokens in this order, default that of their ids, from a prompt on, under random teachers.
+
+    Positions have `entries` entries, or down to half as many.
+    """
     layout = layout or Layout(len(texts))
     random = np.random.default_rng(0)
     rows = []
     for number in range(num_rows):
-        ids = np.arange(number * length, (number + 1) * length, dtype=np.int32) % len(texts)
+        cycle = np.array(order or range(len(texts)), dtype=np.int32)
+        ids = np.resize(np.roll(cycle, -number * length), length)
         full = full_distributions(random, length - prompt, layout.vocab_size)
         columns = {name: texts[number % len(texts)] for name in layout.columns}
-        counts = random.integers(max(entries // 2, 1), entries + 1, length - prompt).tolist()
+        counts = random.integers((entries + 1) // 2, entries + 1, length - prompt).tolist()
         rows.append(
             (
                 TokenSequence(ids, np.arange(length) >= prompt, columns),

@@ -300,6 +300,17 @@ def test_a_lower_limit_holds_from_the_next_run_on(home: Path, store: Store, monk
     assert held(home) == names(3)
 
 
+def test_a_lower_limit_holds_for_the_copies_of_one_cache(
+    home: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_all(store, 1, 2, 3)
+    monkeypatch.setenv("LOGITCACHE_LOCAL_GB", str(2.5 * SIZE / 1e9))
+    copies = LocalCopies([shard(number) for number in (1, 2, 3)])
+    kept = [copies.path(shard(number), store.fill(number)) is not None for number in (3, 2, 1)]
+    assert kept == [True, True, False]
+    assert held(home) == names(2, 3)
+
+
 def test_a_limit_of_zero_touches_no_disk(home: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGITCACHE_LOCAL_GB", "0")
     assert LocalCopies([shard(1)]).path(shard(1), store.fill(1)) is None

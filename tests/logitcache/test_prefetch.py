@@ -14,7 +14,7 @@ from multiprocessing.queues import SimpleQueue
 
 import pytest
 
-from logitcache.format.prefetch import AHEAD, NUM_THREADS, prefetched
+from logitcache.format.prefetch import AHEAD, NUM_THREADS, begun_ahead, prefetched
 
 PATIENCE_S = 60
 
@@ -159,3 +159,42 @@ print(next(results))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_work_is_begun_for_so_many_items_ahead_of_the_one_handed_out() -> None:
+    begun = [threading.Event() for _ in range(8)]
+    items = begun_ahead(lambda number: begun[number].set(), iter(range(8)), ahead=3, num_threads=2)
+    assert next(items) == 0
+    assert all(event.wait(PATIENCE_S) for event in begun[:4])
+    assert not begun[4].is_set()
+    assert list(items) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_fails_ahead_keeps_no_item_back() -> None:
+    def work(number: int) -> None:
+        raise ValueError(number)
+
+    assert list(begun_ahead(work, range(5), ahead=2, num_threads=2)) == [0, 1, 2, 3, 4]
+
+
+def test_who_stops_asking_ends_the_work_ahead() -> None:
+    before = set(threading.enumerate())
+    items = begun_ahead(abs, count(), ahead=5, num_threads=2)
+    next(items)
+    running = [thread for thread in threading.enumerate() if thread not in before]
+    assert running
+    del items
+    wait_for_their_end(running)
+
+
+def test_a_forked_process_gets_the_items_that_are_left() -> None:
+    items = begun_ahead(abs, iter(range(9)), ahead=3, num_threads=2)
+    head = [next(items) for _ in range(2)]
+    context = multiprocessing.get_context("fork")
+    answers: SimpleQueue[list[int]] = context.SimpleQueue()
+    child = context.Process(target=lambda: answers.put(list(items)))
+    child.start()
+    assert head + answers.get() == list(range(9))
+    child.join(PATIENCE_S)
+    assert child.exitcode == 0
+    assert head + list(items) == list(range(9))

@@ -12,6 +12,7 @@ import pytest
 from smallcaches import EVERYTHING, VOCAB, full_distributions, random_rows, sparse_targets, write_cache
 
 import logitcache
+from logitcache import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.shard_reader import ShardReader
@@ -87,7 +88,7 @@ def test_entries_without_probability_and_an_empty_tail_add_nothing() -> None:
     with np.errstate(invalid="ignore"):
         certain = sparse_targets(full, [4], Layout(VOCAB))
     assert entropies(certain).tolist() == [0]
-    assert entropies(replace(certain, tail_entropy=np.float32([0]))).tolist() == [0]
+    assert entropies(replace(certain, tail_entropy=np.zeros(1, np.float32))).tolist() == [0]
 
 
 def test_a_cache_says_whether_its_entropy_is_a_lower_bound(tmp_path: Path) -> None:
@@ -122,3 +123,12 @@ def test_a_cache_without_positions_has_statistics_of_nothing(tmp_path: Path) -> 
     found = statistics(Folder(tmp_path), Manifest(Layout(VOCAB), {}, (), {}, "tests"))
     assert (found.num_positions, found.ks, found.mass_covered, found.sampled) == (0, (), (), False)
     assert set(found.entropy.values()) == {0.0}
+
+
+def test_what_is_no_log_probability_is_bad_input(tmp_path: Path) -> None:
+    layout = Layout(VOCAB, precision="exact")
+    sequence, targets = random_rows(1, layout)[0]
+    broken = replace(targets, logprobs=np.full_like(targets.logprobs, np.nan))
+    cache = write_cache(tmp_path, [(sequence, targets), (sequence, broken)], layout, row_group_bytes=1)
+    with pytest.raises(UserError, match="row group 1: log-probabilities that are not numbers"):
+        of(cache)

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from exchanging import write_tokenizer
 from objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
 
 import logitcache
 
-DISTILLKIT = Path(__file__).parent / "exchange" / "recommended"
+DISTILLKIT = Path(__file__).parent / "exchange" / "residual_bins"
 
 
 def run(team: Path, *command: str, status: int = 0) -> str:
@@ -85,7 +86,7 @@ def test_what_one_team_builds_and_pushes_another_uses_by_its_url(
     rows = [json.loads(line) for line in (b / "axolotl.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [sequence.columns["id"] for sequence in part]
 
-    foreign = ["--teacher", "somebody/teacher", "--tokenizer", str(teacher)]
+    foreign = ["--teacher", "somebody/teacher", "--tokenizer", str(write_tokenizer(b / "tokenizer", 32_000))]
     run(b, "logitcache", "import", str(DISTILLKIT), "--from", "distillkit", "--out", "imported", *foreign)
     assert "approximate" in run(b, "logitcache", "info", "imported")
     assert run(b, "logitcache", "verify", "imported").startswith("0 findings")

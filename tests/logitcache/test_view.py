@@ -10,6 +10,7 @@ from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import fsspec
 import numpy as np
@@ -25,7 +26,7 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.storage import Folder
 from logitcache.report.page import view
-from logitcache.report.samples import MOST_ROWS, PAGE_TOKENS, chosen_rows, fair_lengths, read_samples
+from logitcache.report.samples import MOST_ROWS, PAGE_TOKENS, SHOWN_CHARACTERS, chosen_rows, fair_lengths, read_samples
 from logitcache.report.token_text import TOKENIZER_NAME, token_texts
 
 CORPUS = [
@@ -112,8 +113,8 @@ def test_a_part_of_a_character_is_its_bytes_and_whole_characters_are_text(cache:
     texts, _ = texts_of(cache, ids)
     assert texts[-1].endswith("x")
     assert b"".join(text for text in texts if isinstance(text, bytes)) == "🦖".encode()
-    special = tokenizer.token_to_id("<|end|>")
-    assert texts_of(cache, [special]) == (["<|end|>"], "")
+    assert tokenizer.id_to_token(0) == "<|end|>"
+    assert texts_of(cache, [0]) == (["<|end|>"], "")
 
 
 def test_ids_that_no_text_is_known_of_have_none(cache: LogitCache) -> None:
@@ -216,7 +217,8 @@ def test_numbers_of_a_page_are_those_of_the_targets_that_predicted_each_token(tm
             rest = sum(exp(p) for p in logprobs[16 : len(entries)])
             assert arrays["rest"][position] == (round(-log(rest) * 1000) if rest else 0xFFFF)
             assert arrays["tail"][position] == round(-float(targets.tail_logprob[m]) * 1000)
-            heaviest = sorted(range(3), key=lambda g, m=m: -targets.group_logprobs[m, g])  # type: ignore[misc]
+            assert targets.group_logprobs is not None
+            heaviest = np.argsort(-targets.group_logprobs[m], kind="stable").tolist()
             assert arrays["groups"][position][:3].tolist() == heaviest
             position += 1
     assert position == len(arrays["entropy"])
@@ -272,6 +274,15 @@ def test_odd_texts_come_through_whole(hostile: LogitCache, tmp_path: Path) -> No
     assert data["teacher"] == HOSTILE[1]
 
 
+def test_a_token_or_a_value_without_end_is_cut(tmp_path: Path) -> None:
+    texts = ["x" * 10**5, "y"]
+    readable_cache(tmp_path / "c", texts, layout=Layout(2, columns={"text": "string"}), entries=1)
+    page = view(tmp_path / "c", tmp_path / "page.html")
+    data = page_data(page.path)
+    assert data["texts"] == ["x" * SHOWN_CHARACTERS + "…", "y"]
+    assert data["rows"][0]["columns"][0][1] == data["texts"][0]
+
+
 def test_the_policy_allows_the_pages_own_script_and_style_and_nothing_else(hostile: LogitCache, tmp_path: Path) -> None:
     page = Elements(view(hostile, tmp_path / "page.html").path.read_text())
     (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
@@ -313,7 +324,8 @@ def test_a_url_gives_the_page_that_the_folder_gives(cache: LogitCache, tmp_path:
     memory = fsspec.filesystem("memory")
     memory.put(cache.path, "/viewed/small", recursive=True)
     try:
-        page = view("memory://viewed/small", tmp_path / "page.html")
+        with patch.object(Folder, "fetch", side_effect=AssertionError):  # ranges of shards, never a whole one
+            page = view("memory://viewed/small", tmp_path / "page.html")
         assert page.path.read_bytes() == view(cache, tmp_path / "local.html").path.read_bytes()
     finally:
         memory.rm("/viewed", recursive=True)
@@ -407,6 +419,14 @@ def test_only_a_page_of_ours_is_written_over(
     assert main(["view", cache.path, "--out", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert main(["view", cache.path, "--out", str(tmp_path / "new/page.html")]) == 0
+
+
+def test_a_place_that_cannot_be_written_is_bad_input(
+    cache: LogitCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["view", cache.path, "--out", str(tmp_path / "file/page.html")]) == 2
+    assert "file/page.html cannot be written" in capsys.readouterr().err
 
 
 def test_what_is_no_cache_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ step "2. The teacher's log-probabilities, from vLLM, for both splits"
 for split in train heldout; do
   run logitcache build --teacher tools/demo/teacher --data "$OUT/pairs/$split.jsonl" --out "$OUT/cache-$split" --keep id
 done
+run logitcache view "$OUT/cache-heldout" --out "$OUT/cache-heldout.html"
 
 step "3. Students from these files, the teacher nowhere in memory: hard labels only, then four divergences, three seeds each"
 printf '$ trainer fit --cache %s/cache-train --eval_cache %s/cache-heldout --loss LOSS --kd_weight 0.9 --seed SEED %s\n' $OUT $OUT "$STUDENT"
@@ -65,6 +66,7 @@ run trainer compare $(for loss in $LOSSES; do for seed in $SEEDS; do echo "$OUT/
 cat <<END
 
 caches    $OUT/cache-train, $OUT/cache-heldout (each with a README.md)
+page      $OUT/cache-heldout.html (for a browser: what the teacher expected)
 students  $OUT/students/LOSS-SEED
 picture   $OUT/compare.png
 took      $((SECONDS / 60)) min $((SECONDS % 60)) s
