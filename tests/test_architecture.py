@@ -21,6 +21,7 @@ MODULES = sorted(
     for path in (ROOT / package).rglob("*.py")
     if not path.stem.startswith("__")
 )
+COMMANDS = ("build", "view", "verify", "recode", "slice", "merge", "push", "pull", "import", "export")
 # Ground floor last: a room imports from rooms below it only.
 FLOORS = [
     ("logitcache.cli",),
@@ -106,7 +107,7 @@ def test_the_commands_help_names_every_option_of_the_readme() -> None:
     helps = "".join(
         subprocess.run([sys.executable, "-m", *command, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
         for command in (
-            *(["logitcache", name] for name in ("build", "verify", "recode", "slice", "merge")),
+            *(["logitcache", name] for name in COMMANDS),
             ["trainer", "fit"],
         )
     )

@@ -129,10 +129,22 @@ def _curve(coefficients: np.ndarray, count: int, config: CompressionConfig) -> n
 
 
 def _terms(count: int, config: CompressionConfig) -> list[np.ndarray]:
-    places = np.linspace(0, 1, count) if config.normalize_t else np.arange(count, dtype=np.float64)
-    places = rounded_to(places, config.term_dtype).astype(np.float64)
-    values = [FUNCTIONS[term](places) if isinstance(term, str) else places**term for term in config.polynomial_terms]
-    return [rounded_to(value, config.term_dtype) for value in values]
+    """Every term at every place, rounded to term_dtype: [terms] of [count]."""
+    dtype = config.term_dtype
+    places = rounded_to(np.arange(count, dtype=np.float64), dtype)
+    if config.normalize_t:  # counted from the nearer end, as torch does
+        step = rounded_to(np.array(1 / max(count - 1, 1)), dtype)
+        from_end = 1 - step * places[::-1] if count > 1 else places
+        places = rounded_to(np.where(np.arange(count) < count // 2, step * places, from_end), dtype)
+    return [_term(places, term, dtype) for term in config.polynomial_terms]
+
+
+def _term(places: np.ndarray, term: int | str, dtype: str) -> np.ndarray:
+    if isinstance(term, str):
+        return rounded_to(FUNCTIONS[term](places.astype(np.float64)), dtype)
+    if term == 3:  # the one power that torch multiplies out in two steps
+        return rounded_to(rounded_to(places * places, dtype) * places, dtype)
+    return rounded_to(places.astype(np.float64) ** term, dtype)
 
 
 class _Reader:

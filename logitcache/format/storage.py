@@ -34,12 +34,14 @@ class Unreachable(UserError):
 
 @dataclass(frozen=True)
 class Stored:
-    """What a listing says of a file. algorithm, digest: a checksum that the store took of the content, where it tells one.
+    """What a store says of a file. num_bytes: None where it does not tell.
+
+    algorithm, digest: a checksum that it took of the content, where it tells one.
 
     algorithm: "md5", "sha256" or "git" (SHA-1 of `blob <size>\\0` and the content).  digest: hexadecimal.
     """
 
-    num_bytes: int
+    num_bytes: int | None
     algorithm: str | None = None
     digest: str = ""
 
@@ -271,7 +273,7 @@ def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 def _stored(info: Mapping[str, Any], s3: bool) -> Stored:
     """Of an entry of a listing: S3 has an MD5 as ETag, but for uploads in parts; Google's store an md5Hash; the Hub both."""
-    num_bytes, etag, lfs = int(info["size"] or 0), str(info.get("ETag", "")).strip('"'), info.get("lfs")
+    num_bytes, etag, lfs = info["size"], str(info.get("ETag", "")).strip('"'), info.get("lfs")
     if s3 and re.fullmatch("[0-9a-f]{32}", etag):
         return Stored(num_bytes, "md5", etag)
     if info.get("md5Hash"):

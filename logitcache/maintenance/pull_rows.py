@@ -20,7 +20,9 @@ def pull_rows(
     Raises UserError for another identity, for a bundle, which is read as a whole, and as `slice_cache` does.
     """
     if is_bundle(str(url)):
-        raise UserError(f"--rows {rows}: {url} is one file, read as a whole; pull it, then `logitcache slice --rows {rows}`")
+        raise UserError(
+            f"--rows {rows}: {url} is one file, read as a whole; pull it, then `logitcache slice --rows {rows}`"
+        )
     folder = Folder(url)
     read_manifest(folder)
     check_identity(cache_identity(folder), against, str(url))

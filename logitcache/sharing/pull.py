@@ -210,19 +210,17 @@ def _is_right(folder: Path, file: TravellingFile) -> bool:
 
 def _sizes(origin: Folder, files: Iterable[TravellingFile]) -> list[int]:
     """Bytes of files at their origin, from one listing where it gives one."""
-    listed = {}
+    listed: dict[str, int | None] = {}
     with suppress(UserError, FileNotFoundError, NotImplementedError):
-        listed = origin.stored()
+        listed = {name: stored.num_bytes for name, stored in origin.stored().items()}
     sizes = []
     for file in files:
-        try:
-            found = (
-                listed[file.name].num_bytes
-                if file.name in listed
-                else persistently(partial(origin.num_bytes, file.name))
-            )
-        except FileNotFoundError:
-            _refuse_missing(origin.where(file.name))
+        found = listed.get(file.name)
+        if found is None:
+            try:
+                found = persistently(partial(origin.num_bytes, file.name))
+            except FileNotFoundError:
+                _refuse_missing(origin.where(file.name))
         _check_size(file, found, origin.where(file.name))
         sizes.append(found)
     return sizes

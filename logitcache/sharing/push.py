@@ -79,6 +79,8 @@ def push(
     source = Folder(path)
     if source.local is None:
         raise UserError(f"{path} is a URL, a local cache is pushed: `logitcache pull` it first")
+    if url.startswith(("http://", "https://")):
+        raise UserError(f"{url}: a web server takes no files; choose hf://, s3://, gs://, another store or a folder")
     if public and not url.startswith("hf://"):
         raise UserError(f"--public is of repositories on the Hub: who reads {url} is decided where that is kept")
     cache = open_cache(path)

@@ -9,10 +9,13 @@ import multiprocessing
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
@@ -215,6 +218,28 @@ class TestConnections:
         proxy.cut(0, num_cuts=0)
         pull(f"{bucket}/{name}", tmp_path / "out")
         assert contents(tmp_path / "out") == contents(cache)
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """Any web server of files, here Python's own."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["there", "there.tar.zst"])
+def test_a_cache_comes_from_a_web_server(cache: Path, web: str, tmp_path: Path, name: str) -> None:
+    push(cache, tmp_path / name)
+    pull(f"{web}/{name}", tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(cache)
+
+
+def test_a_web_server_takes_none(cache: Path, web: str) -> None:
+    with pytest.raises(UserError, match=r"/there: a web server takes no files"):
+        push(cache, f"{web}/there")
 
 
 class TestAltered:
