@@ -7,7 +7,8 @@ A position is two strings of bytes. The ids are k integers of ceil(log2 d) bits.
     per residual bin a scale, of scale_dtype, and its integers
 
 where value j beyond the exact ones is Σ coefficient · j^term + residual. Numbers are rounded on the way as DistillKit
-rounds them (github.com/arcee-ai/DistillKit, compression), so that the result is the same to the last bit.
+rounds them (github.com/arcee-ai/DistillKit, compression), so that the result is the same to the last bit; but for a curve over
+[0, 1], whose places and roots torch itself computes differently from processor to processor.
 """
 
 from __future__ import annotations
