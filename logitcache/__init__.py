@@ -1,7 +1,8 @@
 """logitcache: language-model distillation from cached teacher log-probabilities.
 
 `logitcache.open` reads a cache and needs neither torch, nor transformers, nor vLLM. `logitcache.build` makes one;
-`logitcache.recode`, `logitcache.slice` and `logitcache.merge` make one of others, without the teacher.
+`logitcache.recode`, `logitcache.slice` and `logitcache.merge` make one of others, without the teacher; `logitcache.push` and
+`logitcache.pull` carry one elsewhere and back.
 """
 
 from importlib import import_module
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from logitcache.maintenance.merge import merge
     from logitcache.maintenance.recode import recode
     from logitcache.maintenance.slice import slice_cache as slice
+    from logitcache.sharing.pull import pull
+    from logitcache.sharing.push import push
 
 open = open_cache
 
@@ -30,6 +33,8 @@ __all__ = [
     "build",
     "merge",
     "open",
+    "pull",
+    "push",
     "recode",
     "slice",
 ]
@@ -37,6 +42,8 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "build": ("logitcache.capture.build", "build"),
     "merge": ("logitcache.maintenance.merge", "merge"),
+    "pull": ("logitcache.sharing.pull", "pull"),
+    "push": ("logitcache.sharing.push", "push"),
     "recode": ("logitcache.maintenance.recode", "recode"),
     "slice": ("logitcache.maintenance.slice", "slice_cache"),
 }

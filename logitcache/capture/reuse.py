@@ -24,7 +24,8 @@ from logitcache.cache import LogitCache, open_cache
 from logitcache.capture.plan import PARTITION_NAME, Plan
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
-from logitcache.format.manifest import BUILD_DIRECTORY, cache_identity, fingerprint_digest
+from logitcache.format.manifest import BUILD_DIRECTORY
+from logitcache.format.provenance import source_of
 from logitcache.format.row_index import RowIndex, id_bytes
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.storage import Folder
@@ -252,13 +253,9 @@ def _counted(plan: Plan, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _origin(cache: LogitCache) -> dict[str, Any]:
-    folder, manifest = Folder(cache.path), cache.manifest
-    return {
-        "path": folder.location,
-        "manifest_sha256": cache_identity(folder),
-        "fingerprint_sha256": fingerprint_digest(manifest.fingerprint),
-        "history": list(manifest.history),
-    }
+    origin = source_of(Folder(cache.path).location, cache.identity, cache.manifest)
+    del origin["bytes"]  # of all its rows, few of which may be copied
+    return {**origin, "history": list(cache.manifest.history)}
 
 
 def _places_name(shard: int) -> str:

@@ -85,7 +85,7 @@ def parse_config(content: bytes, where: str) -> CompressionConfig:
         import yaml
     except ModuleNotFoundError as error:
         raise UserError(
-            "pyyaml is not installed, which reads DistillKit's configuration: pip install pyyaml"
+            "pyyaml is not installed, which reads DistillKit's configuration: pip install 'logitcache[exchange]'"
         ) from error
     try:
         data = yaml.safe_load(content)

@@ -301,7 +301,9 @@ def _load_tokenizer(name: str) -> tuple[Any, int]:
     try:
         from transformers import AutoTokenizer
     except ModuleNotFoundError as error:
-        raise UserError("transformers is not installed, which loads the tokenizer: pip install transformers") from error
+        raise UserError(
+            "transformers is not installed, which loads the tokenizer: pip install 'logitcache[exchange]'"
+        ) from error
     path = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not path.is_dir():
         raise UserError(f"--tokenizer {name}: no such folder")

@@ -208,7 +208,9 @@ def manifest_content(folder: Folder) -> bytes:
     """logitcache.json of a finished cache as it is. Raises UserError when there is none."""
     if not folder.exists(MANIFEST_NAME):
         if folder.exists(UNFINISHED_NAME):
-            raise UserError(f"{folder} is not whole: `logitcache push` did not get to its end, the same push continues it")
+            raise UserError(
+                f"{folder} is not whole: `logitcache push` did not get to its end, the same push continues it"
+            )
         if folder.exists(BUILD_DIRECTORY):
             raise UserError(f"{folder} is an unfinished build: run the same `logitcache` command again to finish it")
         if not folder.exists():

@@ -30,10 +30,9 @@ from logitcache.format.manifest import (
     MANIFEST_NAME,
     TOKENIZER_DIRECTORY,
     Manifest,
-    cache_identity,
-    fingerprint_digest,
     points_outside,
 )
+from logitcache.format.provenance import source_of
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shape import check_shape
 from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
@@ -280,15 +279,10 @@ def _finish(plan: _Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> None:
 
 def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
     """What a history says of a source; of one of several also what it was made from."""
-    folder, manifest = Folder(source.path), source.manifest
+    manifest = source.manifest
     own = {name: manifest.fingerprint[name] for name in ("corpus", "generation") if name in manifest.fingerprint}
     return {
-        "path": folder.location,
-        "manifest_sha256": cache_identity(folder),
-        "fingerprint_sha256": fingerprint_digest(manifest.fingerprint),
-        "sequences": manifest.num_sequences,
-        "positions": manifest.num_positions,
-        "bytes": manifest.num_bytes,
+        **source_of(Folder(source.path).location, source.identity, manifest),
         **({**own, "history": list(manifest.history)} if merged else {}),
     }
 

@@ -80,7 +80,10 @@ def update_card(folder: Folder, licenses: Mapping[str, str | None]) -> None:
     stated = {**card.licenses, **given}
     if missing := [f"--{name.replace('_', '-')}" for name in LICENSES if name not in stated]:
         logger.warning("warning: the card says 'unknown' where no licence is stated: %s", ", ".join(missing))
-    write_card(folder, read_manifest(folder), cache_identity(folder), stated, card.notes or "\n")
+    identity = cache_identity(folder)
+    if folder.exists(CARD_NAME) and stated == card.licenses and identity.encode() in folder.read(CARD_NAME):
+        return
+    write_card(folder, read_manifest(folder), identity, stated, card.notes or "\n")
 
 
 def check_license(name: str, value: str) -> None:

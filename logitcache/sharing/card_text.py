@@ -21,7 +21,7 @@ def card_text(manifest: Manifest, identity: str, statistics: Statistics, license
     steps = "\n".join(f"{number}. {_plain(step)}" for number, step in enumerate(history(manifest), start=1))
     return _CARD.format(
         yaml=_yaml(manifest, licenses),
-        title=_plain(manifest.fingerprint["teacher"]["name"]),
+        title=_plain(_teacher(manifest)),
         origin=_table(rows),
         amounts=_table(amounts(manifest)),
         statistics=_statistics(statistics),
@@ -44,9 +44,14 @@ def _yaml(manifest: Manifest, licenses: Mapping[str, str]) -> str:
     lines += [
         f"{name}: {json.dumps(licenses[name], ensure_ascii=False)}" for name in _LICENSE_LABELS if name != "license"
     ]
-    teacher = json.dumps(f"Log-probabilities of {manifest.fingerprint['teacher']['name']}", ensure_ascii=False)
+    teacher = json.dumps(f"Log-probabilities of {_teacher(manifest)}", ensure_ascii=False)
     lines += [f"pretty_name: {teacher}", "size_categories:", f"- {_size_category(manifest.num_sequences)}"]
     return "\n".join(lines)
+
+
+def _teacher(manifest: Manifest) -> str:
+    """Its name, if anybody recorded it."""
+    return str(manifest.fingerprint.get("teacher", {}).get("name", "an unknown teacher"))
 
 
 def _size_category(count: int) -> str:

@@ -30,10 +30,10 @@ from logitcache.format.manifest import (
     Manifest,
     cache_identity,
     check_identity,
-    fingerprint_digest,
     manifest_content,
     parse_manifest,
 )
+from logitcache.format.provenance import source_of
 from logitcache.format.shard_reader import ShardReader
 from logitcache.format.storage import Folder, Unreachable
 from logitcache.format.unfinished import PLAN_NAME, read_request, refuse_changes
@@ -343,16 +343,7 @@ def _finish_part(folder: Folder, source: _Source, chosen: range, texts: Mapping[
     step = {
         "command": "pull",
         "shards": f"{chosen.start}:{chosen.stop}",
-        "from": [
-            {
-                "path": Folder(source.url).location,
-                "manifest_sha256": source.identity,
-                "fingerprint_sha256": fingerprint_digest(whole.fingerprint),
-                "sequences": whole.num_sequences,
-                "positions": whole.num_positions,
-                "bytes": whole.num_bytes,
-            }
-        ],
+        "from": [source_of(Folder(source.url).location, source.identity, whole)],
         "created_by": f"logitcache {__version__}",
         "sequences": sum(shard.num_sequences for shard in shards),
         "positions": sum(shard.num_positions for shard in shards),
