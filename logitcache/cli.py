@@ -25,10 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parser().parse_known_args(arguments)
         continued = options.command in _CONTINUED
         with _log_lines():
-            return _COMMANDS[options.command](options, rest) or 0
+            status = _COMMANDS[options.command](options, rest) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"logitcache: error: {printable(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of `| head`: there is nobody left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"logitcache: stopped{'; the same command continues where it was' * continued}", file=sys.stderr)
         return 130

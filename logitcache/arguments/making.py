@@ -1,0 +1,148 @@
+"""Options of build, plan and finish."""
+
+from __future__ import annotations
+
+import argparse
+
+from logitcache.arguments.shared import teacher_options
+from logitcache.arguments.values import assignments, mapping, names, numbers, part_of
+from logitcache.errors import Parser
+from logitcache.format.levels import PRESETS
+
+
+def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Adds a parser for each of them."""
+    _build(commands)
+    _plan(commands)
+    _finish(commands)
+
+
+def _build(commands: argparse._SubParsersAction[Parser]) -> None:
+    build = commands.add_parser(
+        "build",
+        help="run a teacher once over a corpus and write its top-k log-probabilities to a cache",
+        description="Runs a teacher once over a corpus and writes its top-k log-probabilities, with the tail, to a cache. "
+        "The same command continues an interrupted build. Options of vLLM (--tensor-parallel-size, "
+        "--gpu-memory-utilization, --quantization, --max-model-len, …) are passed on under their own names.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    _inputs(build)
+    build.add_argument("--out", required=True, metavar="DIR", help="the cache: a folder, or a URL such as s3://…")
+    build.add_argument("--overwrite", action="store_true", help="replace the cache that DIR holds")
+    build.add_argument(
+        "--reuse",
+        nargs="+",
+        metavar="CACHE",
+        help="caches of the same teacher and settings: rows that they hold are copied, only the others are scored",
+    )
+    build.add_argument("--shard-positions", type=int, metavar="N", help="positions per shard (default 262144)")
+
+    group = build.add_argument_group("generation")
+    group.add_argument(
+        "--generate",
+        action="store_true",
+        help="documents are prompts: the teacher answers them first (one engine, with vLLM), then its answers are scored; "
+        "with --shard-range the first process answers, the others wait",
+    )
+    group.add_argument(
+        "--sampling-params",
+        type=assignments,
+        metavar="NAME=VALUE,…",
+        help='of vLLM, under its own names: n=4,temperature=0.8,max_tokens=512,stop=["\\n"] (default n=1,'
+        "temperature=1.0,seed=0, answers as long as --max-length leaves)",
+    )
+
+    group = build.add_argument_group("many engines")
+    group.add_argument("--executor", choices=["local", "ray"], help="ray: several engines, on one host or many")
+    group.add_argument("--engines", type=int, metavar="N", help="engines on Ray (default: as many as its GPUs hold)")
+    group.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="of a running Ray cluster (default: that of RAY_ADDRESS or of this machine, otherwise one is started here)",
+    )
+    group.add_argument(
+        "--shard-range",
+        type=part_of,
+        metavar="I/N",
+        help="score the I-th of N parts, counted from 0, of a build that N processes share without Ray; "
+        "then `logitcache finish DIR`",
+    )
+
+
+def _plan(commands: argparse._SubParsersAction[Parser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a build would take and give, from a sample: positions, bytes, hours, fidelity of each k",
+        description="Counts the corpus, tokenises and scores a sample of it, and prints what `logitcache build` with the "
+        "same options would take (positions, bytes, hours) and what each --top-k would give. Writes nothing.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    _inputs(plan)
+
+
+def _finish(commands: argparse._SubParsersAction[Parser]) -> None:
+    finish = commands.add_parser(
+        "finish",
+        help="make a cache of the shards that `logitcache build --shard-range` left",
+        description="Makes a cache of the shards that several `logitcache build --shard-range` processes left in DIR.",
+        allow_abbrev=False,
+    )
+    finish.add_argument("out", metavar="DIR", help="the folder or URL that they shared")
+
+
+def _inputs(parser: argparse.ArgumentParser) -> None:
+    """Options that decide what a cache will hold."""
+    parser.add_argument("--teacher", default=None, metavar="NAME", help="model name or folder")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="SOURCE",
+        help=".jsonl[.gz|.zst], .parquet, .txt, folder, glob, or dataset name",
+    )
+
+    teacher_options(parser.add_argument_group("teacher"))
+
+    group = parser.add_argument_group("what is stored of each distribution")
+    group.add_argument("--top-k", type=int, metavar="K", help="entries per position (default 64)")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="only as many entries as hold this mass (default 1: always K)"
+    )
+    group.add_argument("--min-k", type=int, metavar="K", help="floor under --top-p (default 32)")
+    group.add_argument(
+        "--tail-groups",
+        type=int,
+        metavar="G",
+        help="mass of the tail in G groups of the vocabulary (default 0; `logitcache plan` shows what 32 would give)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=list(PRESETS),
+        help="exact: as captured, columns that any reader reads as they are; balanced (default): a third of the bytes, "
+        "probabilities to 0.1 %% in sum; compact: 0.5 %%, fewer bytes still",
+    )
+    group.add_argument("--temperatures", type=numbers, metavar="T,T", help="temperatures to train at, for example 1,2")
+    group.add_argument("--tail-entropy", action="store_true", help="the tail's entropy")
+    group.add_argument("--tail-samples", type=int, metavar="S", help="S ids drawn from the tail")
+
+    group = parser.add_argument_group("corpus")
+    group.add_argument(
+        "--layout", help="input_ids, messages, prompt-completion or text (default: found by the columns)"
+    )
+    group.add_argument(
+        "--columns", type=mapping, metavar="OURS=THEIRS,…", help="rename source columns: prompt=question,…"
+    )
+    group.add_argument("--keep", type=names, metavar="NAME,NAME", help="source columns to store in the cache")
+    group.add_argument(
+        "--max-length", type=int, metavar="N", help="longest sequence in tokens (default: the context, at most 4096)"
+    )
+    group.add_argument(
+        "--long", choices=["split", "truncate", "skip"], help="longer documents (default: split text, refuse others)"
+    )
+    group.add_argument(
+        "--skip-bad", action="store_true", help="leave bad documents out and count them instead of stopping"
+    )
+    group.add_argument("--data-split", metavar="NAME", help="split of a dataset (default train)")
+    group.add_argument("--data-config", metavar="NAME", help="configuration of a dataset")
