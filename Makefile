@@ -7,15 +7,15 @@ test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	@echo "tests with engines and all others run side by side, 5 to 15 minutes; each part is shown when it is done"
+	@echo "tests that start engines or other programs run beside all others, 5 to 20 minutes; each part is shown when it is done"
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-others test-engines
 
 test-others:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not engine"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not engine and not programs"
 
-# Real vLLM engines, gigabytes each: one after the other.
+# Real vLLM engines, gigabytes each, servers and browsers: one after the other.
 test-engines:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m engine
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "engine or programs"
 
 demo: setup
 	tools/demo/run.sh

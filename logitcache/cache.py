@@ -16,11 +16,18 @@ import pyarrow as pa
 from logitcache.errors import UserError
 from logitcache.format.codec import DecodedRows
 from logitcache.format.local_copies import LocalCopies
-from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest, cache_identity, read_manifest
+from logitcache.format.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    check_identity,
+    manifest_content,
+    parse_manifest,
+)
 from logitcache.format.order import Step, rank_part, steps
 from logitcache.format.prefetch import begun_ahead, prefetched
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.shard_reader import ShardReader
+from logitcache.format.shard_reader import ShardReader, TemporaryCopies
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 
@@ -33,28 +40,40 @@ COPIED_AHEAD = 16
 COPYING_THREADS = 4
 
 
-def open_cache(path: str | Path) -> LogitCache:
+def open_cache(path: str | Path, against: str | None = None) -> LogitCache:
     """Opens a finished cache, local or at any URL that fsspec reads.
 
-    Streams of a remote one copy its shards to this machine, see `format.local_copies`; single rows are read by themselves.
-    Raises UserError for a missing or unfinished cache, a newer format, and a shard that is missing or truncated.
+    against: the identity that the cache must have, as `logitcache build` and `push` print it.
+
+    Streams of a remote one copy its shards to this machine, see `format.local_copies`, and check their SHA-256. Single rows,
+    and streams where copies have no room, are read by ranges, of which only each page's CRC is checked: that finds damage,
+    and not what somebody altered. Given `against`, shards are copied whole and checked for every read; those for which local
+    copies have no room lie in a temporary folder until the cache object is gone.
+
+    Raises UserError for a missing or unfinished cache, another identity, a newer format, and a shard that is missing or
+    truncated.
     """
-    return LogitCache(str(path))
+    return LogitCache(str(path), against)
 
 
 class LogitCache(Sequence[CachedSequence]):
     """A finished cache: `len(cache)` rows, `cache[i]`, `cache.iter_sequences(...)`, `cache.iter_row_groups(...)`.
 
-    manifest: fingerprint, layout, shards.  num_positions: stored positions of all rows.
+    manifest: fingerprint, layout, shards.  num_positions: stored positions of all rows.  identity: SHA-256 of the manifest as
+    it was read, by which a cache is told from an altered one.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, against: str | None = None) -> None:
         self._folder = Folder(path)
         self.path = path
-        self.manifest: Manifest = read_manifest(self._folder)
+        content = manifest_content(self._folder)
+        self.identity = hashlib.sha256(content).hexdigest()
+        check_identity(self.identity, against, path)
+        self.manifest: Manifest = parse_manifest(content, self._folder.where(MANIFEST_NAME))
         self._copies = None if self._folder.local else LocalCopies(self.manifest.shards)
+        whole = TemporaryCopies() if self._copies is not None and against is not None else None
         self._shards = [
-            ShardReader(self._folder, info, self.manifest.layout, self._copies) for info in self.manifest.shards
+            ShardReader(self._folder, info, self.manifest.layout, self._copies, whole) for info in self.manifest.shards
         ]
         for parent in {str(PurePosixPath(info.name).parent) for info in self.manifest.shards}:
             with suppress(Exception):  # a store that lists a folder knows its sizes then; others are asked for each
@@ -79,11 +98,6 @@ class LogitCache(Sequence[CachedSequence]):
     def vocab_size(self) -> int:
         """V of the teacher."""
         return self.manifest.layout.vocab_size
-
-    @property
-    def identity(self) -> str:
-        """SHA-256 of the manifest, by which a cache is told from an altered one: see `logitcache verify --against`."""
-        return cache_identity(self._folder)
 
     @property
     def tokenizer_path(self) -> str:

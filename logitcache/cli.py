@@ -44,7 +44,7 @@ def _log_lines() -> Iterator[None]:
     """Shows what a command reports, as plain lines on stderr."""
     logger = logging.getLogger("logitcache")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("logitcache: %(message)s"))
+    handler.setFormatter(_Printable("logitcache: %(message)s"))
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -55,6 +55,13 @@ def _log_lines() -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+
+
+class _Printable(logging.Formatter):
+    """A message may quote a store, or someone else's file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _build(options: argparse.Namespace, rest: list[str]) -> None:
@@ -256,10 +263,11 @@ def _print_cache(cache: LogitCache) -> None:
     print(f"cache      {cache.path}")
     print(f"sequences  {len(cache):,}")
     print(f"positions  {cache.num_positions:,}")
+    positions = max(cache.num_positions, 1)
     print(
-        f"entries    {manifest.num_entries / cache.num_positions:.1f} per position, {1 - manifest.mean_tail_mass:.2%} of the mass"
+        f"entries    {manifest.num_entries / positions:.1f} per position, {1 - manifest.mean_tail_mass:.2%} of the mass"
     )
-    print(f"bytes      {manifest.num_bytes:,} ({manifest.num_bytes / cache.num_positions:.0f} per position)")
+    print(f"bytes      {manifest.num_bytes:,} ({manifest.num_bytes / positions:.0f} per position)")
     print(f"identity   {cache.identity}")
 
 

@@ -4,7 +4,7 @@
 
 The cache is synthetic (see measure.py), with a vocabulary's tokenizer.json; it is in the page cache. The command runs in a
 process of its own, start of Python included; median of three. In the browser (Chromium, where it is installed) a page of as
-many tokens as fit is timed: from navigation to the end of its script, and from an event to its laid-out effect, painting not included.
+many tokens as fit is timed: from navigation to the end of its script, and from an event to its laid-out effect, without painting.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ def _pull(commands: argparse._SubParsersAction[Parser]) -> None:
     part = pull.add_mutually_exclusive_group()
     part.add_argument("--shards", metavar="A:B", help="from shard A, counted from 0, up to B, which is left out")
     part.add_argument(
-        "--rows", metavar="A:B", help="from row A, counted from 0, up to B: of the others little is fetched"
+        "--rows",
+        metavar="A:B",
+        help="from row A, counted from 0, up to B: of the others little is fetched, with --against their shards whole",
     )
     pull.add_argument("--overwrite", action="store_true", help="replace another cache that DIR holds")
 
@@ -119,7 +121,8 @@ def _export(commands: argparse._SubParsersAction[Parser]) -> None:
         "export",
         help="the rows of a cache in another tool's format: plain top-k rows, or Axolotl's",
         description="Writes the rows of a cache, with its kept columns, to one file in another tool's format. topk: input_ids, "
-        "loss_mask, topk_ids, topk_logprobs, tail_logprob; nothing of these is lost. axolotl (a list of token and logprob per "
+        "loss_mask, topk_ids, topk_logprobs and, but for approximate ones, tail_logprob; imported at the cache's own "
+        "--precision they are the same again. axolotl (a list of token and logprob per "
         "position) and axolotl-v2 (logprobs and target_token_ids): for type axolotl.integrations.kd.chat_template. There the "
         "tail is lost, Axolotl divides the entries by their sum. It tokenises the kept chat messages itself and "
         "puts the last list at the last token: only rows that it tokenises as the cache did, whole, line up, and it must "

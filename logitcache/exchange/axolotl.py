@@ -4,7 +4,8 @@ The kept columns, above all the chat messages, and a list over positions. Axolot
 of R for the distribution of token T − R + r: lists are aligned with the tokens that they predict, at the end of the sequence.
 So they begin with the first trained token and run to the last token of the row. What it knows of a position are its entries,
 all positions of a row as many of them, which it divides by their sum: the tail is lost. Tokens in between that are not
-trained have a list too, which Axolotl masks: it holds the token itself with a probability of 1.
+trained have a list too, which Axolotl masks: it holds the token itself with a probability of 1. So does that of a position of
+which the cache holds the tail alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from logitcache.format.codec import DecodedRows
 from logitcache.format.sequences import CachedSequence
@@ -27,7 +29,7 @@ NOTHING_NATS = -100.0
 def table_v1(rows: DecodedRows, logprobs_field: str) -> pa.Table:
     """`logprobs_field`: per position a list of {"token": "token_id:<id>", "logprob": …}."""
     ids, logprobs, lists, positions = _lists(rows)
-    tokens = pa.array(np.char.add("token_id:", ids.astype(str)), pa.string())
+    tokens = pc.binary_join_element_wise("token_id:", pa.array(ids).cast(pa.string()), "")
     entries = pa.StructArray.from_arrays([tokens, pa.array(logprobs, pa.float32())], ["token", "logprob"])
     return pa.table({logprobs_field: _nested(entries, lists, positions)})
 
@@ -44,13 +46,18 @@ def table_v2(rows: DecodedRows, logprobs_field: str) -> pa.Table:
 
 
 def as_it_was(value: Any) -> Any:
-    """A kept value, of which lists and objects are stored as JSON text, as the source had it."""
-    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+    """A kept value; a list of objects (messages, tools) that the cache holds as JSON text, as such a list.
+
+    The text stays where JSON could not be written of the list: of NaN and of half a surrogate pair.
+    """
+    if not isinstance(value, str) or not value.startswith("["):
         return value
     try:
-        return json.loads(value)
+        items = json.loads(value)
+        json.dumps(items, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return value
+    return items if all(isinstance(item, dict) for item in items) else value
 
 
 def _lists(rows: DecodedRows) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
@@ -66,20 +73,20 @@ def _lists(rows: DecodedRows) -> tuple[np.ndarray, np.ndarray, list[int], list[i
 
 
 def _lists_of(row: CachedSequence) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 and log-probabilities float32 [R, k] of the row's last R tokens, k the most entries of any."""
+    """Ids int32 and log-probabilities float32 [R, k] of the row's last R tokens, k ≥ 1 the most entries of any."""
     targets = row.targets
-    k = targets.token_ids.shape[1]
-    if not len(targets) or not k:
+    if not len(targets):
         return np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
+    k = targets.token_ids.shape[1]
     first = int(row.positions[0])
     predicted = row.input_ids[first + 1 :]  # [R]
-    ids = np.full((len(predicted), k), PAD_ID, dtype=np.int32)
+    ids = np.full((len(predicted), max(k, 1)), PAD_ID, dtype=np.int32)
     logprobs = np.full(ids.shape, NOTHING_NATS, dtype=np.float32)
     ids[:, 0], logprobs[:, 0] = predicted, 0.0
-    stored = row.positions - first
-    held = targets.token_ids != PAD_ID
-    ids[stored] = targets.token_ids
-    logprobs[stored] = np.where(held, np.maximum(targets.logprobs, NOTHING_NATS), NOTHING_NATS)
+    known = np.isfinite(targets.logprobs).any(axis=1)
+    stored = row.positions[known] - first
+    ids[stored, :k] = targets.token_ids[known]
+    logprobs[stored, :k] = np.maximum(targets.logprobs[known], NOTHING_NATS)
     return _filled_up(ids), logprobs
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ logger = logging.getLogger("logitcache")
 @dataclass(frozen=True)
 class TargetFormat:
     """table: rows of a cache and the name of the field for log-probabilities → the columns that hold them.
-    restored: kept lists and objects are written as such, not as the JSON text that the cache holds.
+    restored: kept lists of objects are written as such, not as the JSON text that the cache holds.
     named: whether the field's name can be chosen.
     """
 
@@ -43,6 +44,7 @@ FORMATS = {
 }
 """By the name that --to takes."""
 LOGPROBS_FIELD = "logprobs"
+ROW_ID = "row_id"
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,19 @@ def export(
     out: a name that ends with .parquet or .jsonl, local or at any URL that fsspec writes.  to: a name in FORMATS.
     logprobs_field: of Axolotl's rows, default "logprobs".  overwrite: replace the file.
 
-    Raises UserError for a cache that does not open or is damaged, for a file that is there, and for names that contradict.
+    In JSON, kept numbers that are none or infinite are null.
+
+    Raises UserError for a cache that does not open or is damaged, for a file that is there or cannot be written, and for names
+    that contradict.
     """
     if to not in FORMATS:
         raise UserError(f"--to {to}: choose one of {', '.join(FORMATS)}")
     target = FORMATS[to]
     if logprobs_field is not None and not target.named:
         raise UserError(f"--logprobs-field {logprobs_field}: only Axolotl's rows have such a field")
-    field = logprobs_field or LOGPROBS_FIELD
+    field = LOGPROBS_FIELD if logprobs_field is None else logprobs_field
+    if field in ("", ROW_ID, axolotl.IDS):
+        raise UserError(f"--logprobs-field {field!r}: choose a name that no other column has, such as {LOGPROBS_FIELD}")
     cache = cache if isinstance(cache, LogitCache) else open_cache(cache)
     folder, name = _split(str(out))
     if folder.lies_in(Folder(cache.path)):
@@ -90,12 +97,15 @@ def export(
             "warning: %s keeps no column of its source: Axolotl needs the chat messages (build and import keep them with --keep)",
             cache.path,
         )
-    with folder.writing(name) as path:
-        with _writer(path, name) as write:
-            num_rows, num_positions = _write(cache, target, field, write)
-        if not num_rows:
-            raise UserError(f"{cache.path} holds no row with a trained token: nothing to export")
-        num_bytes = path.stat().st_size
+    try:
+        with folder.writing(name) as path:
+            with _writer(path, cache, target, name) as write:
+                num_rows, num_positions = _write(cache, target, field, write)
+            if not num_rows:
+                raise UserError(f"{cache.path} holds no row with a trained token: nothing to export")
+            num_bytes = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or one_line(error)})") from error
     return Exported(str(out), num_rows, num_positions, len(cache) - num_rows, num_bytes)
 
 
@@ -114,7 +124,7 @@ def _write(cache: LogitCache, target: TargetFormat, field: str, write: Write) ->
             table = target.table(rows, field)
             if approximate and topk.TAIL in table.column_names:
                 table = table.drop_columns([topk.TAIL])  # whoever reads it would take it for the teacher's
-            table = table.append_column("row_id", pa.array(rows.row_ids, pa.string()))
+            table = table.append_column(ROW_ID, pa.array(rows.row_ids, pa.string()))
             kept: dict[str, list[Any]] = {name: [] for name in cache.manifest.layout.columns}
             if clash := sorted(set(table.column_names) & kept.keys()):
                 raise UserError(
@@ -143,27 +153,22 @@ def _split(out: str) -> tuple[Folder, str]:
 
 
 @contextmanager
-def _writer(path: Path, name: str) -> Iterator[Write]:
+def _writer(path: Path, cache: LogitCache, target: TargetFormat, name: str) -> Iterator[Write]:
     """What writes to a file of the kind that `name` says."""
     if name.endswith(".jsonl"):
         with path.open("w", encoding="utf-8") as lines:
             yield lambda table, kept: _write_lines(lines, table, kept)
         return
     opened: list[pq.ParquetWriter] = []
+    with _parquet_takes(name):
+        types = _column_types(cache, target)
 
     def write(table: pa.Table, kept: dict[str, list[Any]]) -> None:
-        try:
+        with _parquet_takes(name):
             for column, values in kept.items():
-                table = table.append_column(
-                    column, pa.array(values, opened[0].schema.field(column).type if opened else None)
-                )
+                table = table.append_column(column, pa.array(values, types[column]))
             opened.extend([] if opened else [pq.ParquetWriter(path, table.schema, compression="zstd")])
             opened[0].write_table(table)
-        except (pa.ArrowException, ValueError) as error:
-            raise UserError(
-                f"--out {name}: a kept column has values of different kinds, which Parquet does not take "
-                f"({one_line(error)}): write .jsonl"
-            ) from error
 
     try:
         yield write
@@ -172,7 +177,36 @@ def _writer(path: Path, name: str) -> Iterator[Write]:
             writer.close()
 
 
+@contextmanager
+def _parquet_takes(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(
+            f"--out {name}: a kept column has values of different kinds, which Parquet does not take "
+            f"({one_line(error)}): write .jsonl"
+        ) from error
+
+
+def _column_types(cache: LogitCache, target: TargetFormat) -> Mapping[str, pa.DataType]:
+    """Arrow type of each kept column as it is written; objects have the keys of those of all rows."""
+    types = {name: pa.type_for_alias(alias) for name, alias in cache.manifest.layout.columns.items()}
+    texts = [name for name, arrow_type in types.items() if target.restored and pa.types.is_string(arrow_type)]
+    seen = pa.schema([(name, pa.null()) for name in texts])
+    for table in cache.iter_columns(texts) if texts else ():
+        values = {name: [axolotl.as_it_was(value) for value in table[name].to_pylist()] for name in texts}
+        found = pa.schema([(name, pa.infer_type(values[name])) for name in texts])
+        seen = pa.unify_schemas([seen, found], promote_options="permissive")
+    return types | {column.name: column.type for column in seen if not pa.types.is_null(column.type)}
+
+
 def _write_lines(lines: TextIO, table: pa.Table, kept: dict[str, list[Any]]) -> None:
     for index in range(len(table)):
-        row = table.slice(index, 1).to_pylist()[0] | {name: values[index] for name, values in kept.items()}
+        row = table.slice(index, 1).to_pylist()[0] | {name: _json(values[index]) for name, values in kept.items()}
         lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -42,6 +42,8 @@ from logitcache.sharing.seal import seal, trusted_files
 from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")
+MOST_TOKENS = 2**31 - 1
+"""Ids are int32."""
 
 
 def import_logits(
@@ -86,6 +88,8 @@ def import_logits(
     kind = FORMATS[source_format](found, config)
     loaded, num_known = _load_tokenizer(tokenizer)
     vocabulary = vocab_size or kind.vocab_size or num_known
+    if vocabulary > MOST_TOKENS:
+        raise UserError(f"--vocab-size {vocabulary}: at most {MOST_TOKENS:,} tokens can be told apart")
     reader = SequenceReader(loss_mask or kind.loss_mask, loss_mask is not None, min(num_known, vocabulary), tuple(keep))
     job = _Job(
         kind=kind,

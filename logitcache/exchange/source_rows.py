@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from logitcache.errors import UserError, one_line
 from logitcache.exchange.source_files import SourceFile
@@ -72,18 +71,21 @@ def _read_parquet(file: SourceFile, columns: Sequence[str], first: int) -> Itera
 
 
 def _read_json_lines(file: SourceFile, columns: Sequence[str], first: int) -> Iterator[SourceRow]:
-    number = 0
+    number = row = 0
     with file.opened() as source, _readable(file, lambda: f"line {number + 1}"):
-        for number, line in enumerate(_uncompressed(source, file.path)):
-            if number >= first:
-                yield _parse(line, columns, f"{file.url}, line {number + 1}")
+        for number, line in enumerate(_uncompressed(source, file.path), start=1):
+            if not line.strip():
+                continue
+            if row >= first:
+                yield _parse(line, columns, f"{file.url}, line {number}")
+            row += 1
 
 
 def _uncompressed(source: BinaryIO, path: str) -> Iterator[bytes]:
     if path.endswith(".gz"):
         return iter(gzip.GzipFile(fileobj=source))
     if path.endswith(".zst"):
-        return iter(io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)))
+        return iter(io.BufferedReader(pa.CompressedInputStream(source, "zstd")))  # notices a frame that was cut off
     return iter(source)
 
 
@@ -94,7 +96,13 @@ def _parse(line: bytes, columns: Sequence[str], where: str) -> SourceRow:
         return SourceRow({}, where, f"not JSON ({one_line(error)})")
     if not isinstance(values, dict):
         return SourceRow({}, where, f"a JSON object is wanted, this is {type(values).__name__}")
-    return SourceRow({name: values[name] for name in columns if name in values}, where)
+    found = {name: values[name] for name in columns if name in values}
+    if b"\\ud" in line.lower():
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return SourceRow({}, where, "half a surrogate pair, which is no text")
+    return SourceRow(found, where)
 
 
 @contextmanager

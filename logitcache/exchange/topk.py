@@ -51,7 +51,8 @@ def _tail(row: SourceRow, positions: np.ndarray, count: int) -> np.ndarray | Non
     tail = numbers(filled, TAIL, "fiu")
     if len(tail) <= int(positions.max(initial=-1)):
         raise BadRow(f"{TAIL} has {len(tail)} positions, more are trained")
-    stored = tail[positions].astype(np.float32)
+    with np.errstate(over="ignore"):
+        stored = tail[positions].astype(np.float32)
     if not (stored <= 1e-6).all():
         raise BadRow(f"{TAIL} is above 0, or not a number, at a trained position")
     return np.minimum(stored, 0)
@@ -64,8 +65,8 @@ def table(rows: DecodedRows) -> pa.Table:
     predicted[rows.token_offsets[:-1][lengths > 0]] = False
     stored = rows.loss_mask[predicted]  # of every token but the first of its row
     counts = np.zeros(len(stored), dtype=np.int64)
-    counts[stored] = rows.targets.num_entries
-    held = rows.targets.token_ids != PAD_ID
+    held = np.isfinite(rows.targets.logprobs)  # one of probability 0 says no more than one that is not there
+    counts[stored] = held.sum(axis=1)
     tails = np.full(len(stored), -np.inf, dtype=np.float32)
     tails[stored] = rows.targets.tail_logprob
     per_row = _offsets(np.maximum(lengths - 1, 0))

@@ -35,7 +35,8 @@ class Ragged(NamedTuple):
         width = int(self.lengths.max(initial=0))
         held = np.arange(width) < self.lengths[:, None]
         rows: np.ndarray = np.full(held.shape, fill, dtype)
-        rows[held] = self.values
+        with np.errstate(over="ignore"):
+            rows[held] = self.values
         return rows
 
 

@@ -16,14 +16,19 @@ from logitcache.errors import UserError
 TEMPORARY_SUFFIX = ".tmp"
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the disk here, or a limit on it, refused what was to be written."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return full or "os error 28" in str(error)  # as Rust libraries say it, in a bare Exception
+
+
 @contextmanager
 def space_needed(final: str | Path) -> Iterator[None]:
     """Turns the failures of a full disk into a UserError that names `final`."""
     try:
         yield
-    except Exception as error:  # the Rust tokenizer raises a bare Exception
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or "os error 28" in str(error):
+    except Exception as error:
+        if disk_is_full(error):
             message = f"no space left for {final}: free some and run the same command again to continue"
             raise UserError(message) from error
         raise
@@ -33,11 +38,13 @@ def space_needed(final: str | Path) -> Iterator[None]:
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yields a temporary path beside `final`; on success fsyncs and renames it, on any exception removes it.
 
-    Raises UserError when the disk is full, after removing the temporary file.
+    What a killed writer left there, or a link that somebody laid, is removed first: nothing is written through it. Raises
+    UserError when the disk is full, after removing the temporary file.
     """
     temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
     try:
         with space_needed(final):
+            temporary.unlink(missing_ok=True)
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())

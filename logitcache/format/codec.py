@@ -94,16 +94,24 @@ class DecodedRows(Sequence[CachedSequence]):
 
     def __init__(self, table: pa.Table, layout: Layout) -> None:
         """`table` carries the file's metadata. Raises KeyError and ValueError where that or a number means nothing."""
+        for field in layout.schema():
+            if table.schema.field(field.name).type != field.type:
+                raise ValueError(f"column {field.name} is of another type than the layout says")
         self.row_ids = table["row_id"].to_pylist()
         self._columns = {name: table[name].to_pylist() for name in layout.columns}
-        self.input_ids, self.token_offsets = flat(table["input_ids"])
-        self.loss_mask, _ = flat(table["loss_mask"])
-        values = {name: flat(table[name])[0] for name in layout.values_per_entry()}
+        self.input_ids, self.token_offsets = _whole(table, "input_ids")
+        self.loss_mask, mask_offsets = _whole(table, "loss_mask")
+        _check_offsets("loss_mask", mask_offsets, self.token_offsets)
+        self._num_entries, self.offsets = _whole(table, "num_entries")
+        _check_range("a number of entries that no position has", self._num_entries, 0, layout.vocab_size)
+        values: dict[str, np.ndarray] = {}
+        for name in layout.values_per_entry():
+            values[name], offsets = _whole(table, name)
+            _check_offsets(name, offsets, _offsets(self._num_entries)[self.offsets])
         for name, (_, count) in layout.values_per_position().items():
-            column, offsets = flat(table[name])
+            column, offsets = _whole(table, name)
+            _check_offsets(name, offsets, self.offsets * count)
             values[name] = column.reshape(-1, count) if name in _MATRICES else column
-            self.offsets = offsets // count
-        self._num_entries = values["num_entries"]
         tail_logprob = values["tail_logprob"]
         if layout.rounding:
             codebook = Codebook.from_metadata(table.schema.metadata)
@@ -265,6 +273,18 @@ def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     offsets = lists.offsets.to_numpy().astype(np.int64)
     values = lists.values.to_numpy(zero_copy_only=False)
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _whole(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """`flat` of a column. Raises ValueError where a value is missing."""
+    if any(lists.null_count or lists.values.null_count for lists in table[name].chunks):
+        raise ValueError(f"values of column {name} are missing")
+    return flat(table[name])
+
+
+def _check_offsets(name: str, offsets: np.ndarray, expected: np.ndarray) -> None:
+    if not np.array_equal(offsets, expected):
+        raise ValueError(f"column {name} has not as many values as the rows need")
 
 
 def _padded(values: np.ndarray, num_entries: np.ndarray, fill: float) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Shards of remote caches copied to this machine: a bounded folder that its processes share.
 
-    LOGITCACHE_HOME/lock            held for the moment in which something appears, is removed, or gets its room
+    LOGITCACHE_HOME/lock            held for the moment in which something appears, is removed, or gets its room; holds the
+                                    bytes that all copies take, or more, so that not every copy has to look through the folder
     LOGITCACHE_HOME/shards/SHA256   a shard, by the SHA-256 of its content
     …/shards/SHA256.tmp             one under way, as large as it will be; held by who copies it
     LOGITCACHE_HOME/users/…         the shards of one cache, a SHA-256 a line; held by all processes that stream it
@@ -20,6 +21,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -35,6 +37,10 @@ LIMIT_BYTES = 64 * 10**9
 """Of all copies, unless LOGITCACHE_LOCAL_GB says otherwise."""
 SHARE_OF_DISK = 0.5
 """The most that copies take, by default, of the space that would be free without them."""
+SHARE_TO_SPARE = 1 / 16
+"""Of the limit, made free beyond what a copy needs where others have to go for it: the next ones then need no search."""
+FULL_FOR_S = 10.0
+"""Seconds for which a folder in which no room could be made is taken to be full."""
 
 logger = logging.getLogger("logitcache")
 
@@ -51,6 +57,7 @@ class LocalCopies:
         self._digests = [shard.sha256 for shard in shards if re.fullmatch("[0-9a-f]{64}", shard.sha256)]
         self._off = self._limit_bytes == 0
         self._without_room = {shard.sha256 for shard in shards} - set(self._digests)  # of no digest comes a file's name
+        self._full_for_bytes, self._full_until_s = math.inf, -math.inf
         self._verified: set[str] = set()
         self._claim: BinaryIO | None = None
 
@@ -85,12 +92,12 @@ class LocalCopies:
     def _obtained(self, shard: ShardInfo, fill: Callable[[BinaryIO], None]) -> Path | None:
         path = self._home / "shards" / shard.sha256
         while not self._is_usable(path, shard):
-            with self._locked():
+            with self._locked() as lock:
                 if path.exists():
                     continue
                 descriptor = _open_locked(_temporary(path))
                 if descriptor is not None:
-                    if not self._make_room(shard.num_bytes, _temporary(path)):
+                    if not self._take_room(shard.num_bytes, _temporary(path), lock):
                         _temporary(path).unlink()
                         _close(descriptor)
                         self._without_room.add(shard.sha256)
@@ -124,13 +131,15 @@ class LocalCopies:
             os.utime(path)
             if shard.sha256 in self._verified:
                 return True
-            if path.stat().st_size == shard.num_bytes and file_sha256(path) == shard.sha256:
+            hashed = path.stat()
+            if file_sha256(path) == shard.sha256:  # whatever size a manifest says it has
                 self._verified.add(shard.sha256)
                 return True
+            with self._locked():
+                if os.path.samestat(hashed, path.stat()):  # not one that another process made meanwhile
+                    path.unlink()
         except FileNotFoundError:
-            return False
-        with self._locked():
-            path.unlink(missing_ok=True)
+            pass
         return False
 
     def _claim_all(self) -> None:
@@ -142,15 +151,32 @@ class LocalCopies:
                 (self._home / name).mkdir(parents=True, exist_ok=True)
             content = "".join(f"{digest}\n" for digest in self._digests).encode()
             path = self._home / "users" / hashlib.sha256(content).hexdigest()
-            with self._locked():
-                self._make_room(0, None)  # the limit may be lower than it was
+            with self._locked() as lock:
+                _write_count(lock, self._make_room(0, None))  # the limit may be lower than it was
                 claim = path.open("ab")
                 fcntl.flock(claim, fcntl.LOCK_SH)
                 path.write_bytes(content)
                 self._claim = claim
 
-    def _make_room(self, num_bytes: int, own: Path | None) -> bool:
-        """Removes leftovers and, if that makes enough room beside `own`, the copies that were not used for longest."""
+    def _take_room(self, num_bytes: int, own: Path, lock: int) -> bool:
+        """Counts the bytes of a copy in, if there is room for them or can be made."""
+        counted = _read_count(lock)
+        if counted is None or counted + num_bytes > self._limit(counted):
+            if num_bytes >= self._full_for_bytes and time.monotonic() < self._full_until_s:
+                return False
+            counted = self._make_room(num_bytes, own)
+            if counted + num_bytes > self._limit(counted):
+                _write_count(lock, counted)
+                self._full_for_bytes, self._full_until_s = num_bytes, time.monotonic() + FULL_FOR_S
+                return False
+        _write_count(lock, counted + num_bytes)
+        return True
+
+    def _make_room(self, num_bytes: int, own: Path | None) -> int:
+        """Removes leftovers and, if that makes enough room beside `own`, the copies that were not used for longest.
+
+        Returns the bytes that the others take.
+        """
         sizes = 0
         unused: list[tuple[float, int, Path]] = []
         in_use = self._in_use()
@@ -161,15 +187,17 @@ class LocalCopies:
             sizes += status.st_size
             if path.suffix != TEMPORARY_SUFFIX and path.name not in in_use:
                 unused.append((status.st_mtime, status.st_size, path))
-        excess = sizes + num_bytes - self._limit(sizes)
-        if num_bytes and excess > sum(size for _, size, _ in unused):
-            return False
+        limit = self._limit(sizes)
+        excess = sizes + num_bytes - limit
+        if excess <= 0 or (num_bytes and excess > sum(size for _, size, _ in unused)):
+            return sizes
         for _, size, path in sorted(unused):
-            if excess <= 0:
+            if excess + limit * SHARE_TO_SPARE <= 0:
                 break
             path.unlink()
+            sizes -= size
             excess -= size
-        return True
+        return sizes
 
     def _limit(self, held_bytes: int) -> float:
         if self._limit_bytes is not None:
@@ -189,12 +217,12 @@ class LocalCopies:
         return digests
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Alone in the folder; for moments only."""
+    def _locked(self) -> Iterator[int]:
+        """Alone in the folder; for moments only. Yields the descriptor of the lock."""
         descriptor = _open(self._home / "lock")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield descriptor
         finally:
             _close(descriptor)
 
@@ -210,6 +238,17 @@ def _limit_bytes() -> float | None:
     if limit < 0 or math.isnan(limit):
         raise UserError(f"LOGITCACHE_LOCAL_GB={text}: gigabytes are wanted, such as 20, or 0 for no local copies")
     return limit
+
+
+def _read_count(lock: int) -> int | None:
+    """Bytes that all copies take, or more; None where nobody counted them."""
+    text = os.pread(lock, 32, 0)
+    return int(text) if re.fullmatch(rb"\d+\n", text) else None
+
+
+def _write_count(lock: int, num_bytes: int) -> None:
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"%d\n" % num_bytes, 0)
 
 
 def _temporary(path: Path) -> Path:
@@ -237,8 +276,12 @@ def _removed_as_leftover(path: Path) -> bool:
 
 def _wait_for(path: Path) -> None:
     """Until nobody holds the file."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+    with suppress(FileNotFoundError):
+        descriptor = _open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        finally:
+            _close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -252,8 +295,8 @@ def _try_lock(descriptor: int) -> bool:
 _held: set[int] = set()
 
 
-def _open(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def _open(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    descriptor = os.open(path, flags, 0o644)
     _held.add(descriptor)
     return descriptor
 

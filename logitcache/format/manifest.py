@@ -26,6 +26,11 @@ UNFINISHED_NAME = "logitcache.json.unfinished"
 BUILD_DIRECTORY = ".build"
 TOKENIZER_DIRECTORY = "tokenizer"
 
+MAX_MANIFEST_BYTES = 1 << 26
+"""A cache of 10 billion positions has a manifest of some 20 MB."""
+MAX_VOCAB_SIZE = 1 << 24
+"""A hundred times that of any tokenizer: what is altered to more would be asked for as memory."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -95,12 +100,15 @@ class Manifest:
     def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
         """Inverse of `to_json`.
 
-        Raises UserError for a newer format, values of another kind than ours, shard names that point outside the cache, and
-        totals that are not theirs.
+        Raises UserError for a newer format, values of another kind than ours, shard names that point outside the cache or stand
+        there twice, SHA-256 that are none, and totals that are not theirs.
         """
         try:
             check_version(data["format_version"], where)
             check_shape(data, _SHAPE, "manifest")
+            json.dumps(
+                data["fingerprint"], ensure_ascii=False
+            ).encode()  # its digest is taken; half a surrogate has none
             shards = tuple(ShardInfo.from_json(shard) for shard in data["shards"])
             manifest = cls(
                 Layout.from_json(data["layout"]),
@@ -117,6 +125,16 @@ class Manifest:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where} is not a cache manifest of format {FORMAT_VERSION}: {error!r}") from error
+        if manifest.layout.vocab_size > MAX_VOCAB_SIZE:
+            raise UserError(
+                f"{where}: no vocabulary has {manifest.layout.vocab_size} tokens, at most {MAX_VOCAB_SIZE} are read"
+            )
+        digests = {shard.name: shard.sha256 for shard in shards}
+        if len(digests) < len(shards):
+            raise UserError(f"{where} was altered: it names a shard twice")
+        for name, digest in (*digests.items(), *manifest.files.items()):
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise UserError(f"{where} was altered: {digest[:80]!r} of {name} is no SHA-256")
         for shard in shards:
             if points_outside(shard.name):
                 raise UserError(f"{where} names a shard outside the cache: {shard.name!r}")
@@ -138,6 +156,7 @@ class Manifest:
         folder.write(MANIFEST_NAME, self.to_bytes())
 
 
+_OF_A_TEACHER = ("architecture", "dtype", "engine", "engine_version", "route", "revision", "content_sha256")
 _SHARD: dict[str, Any] = {
     **dict.fromkeys(["name", "sha256"], str),
     **dict.fromkeys(["num_sequences", "num_tokens", "num_positions", "num_entries", "longest", "num_bytes"], int),
@@ -148,7 +167,12 @@ _SHAPE: dict[str, Any] = {
     "created_by": str,
     "skipped": {...: int},
     "history": ([{"command": str}],),
-    "fingerprint": dict,
+    "fingerprint": {
+        "teacher": ({"name": (str,), **dict.fromkeys(_OF_A_TEACHER, (str | None,))},),
+        "tokenizer": ({"vocab_size": int, "vocabulary_sha256": str, "chat_template_sha256": (str | None,)},),
+        "corpus": ({"sources": ([{"name": str}],)},),
+        **dict.fromkeys(["capture", "generation", "format"], (dict,)),
+    },
     "layout": {
         **dict.fromkeys(["vocab_size", "num_tail_groups", "num_tail_samples"], int),
         "temperatures": [float],
@@ -216,7 +240,7 @@ def manifest_content(folder: Folder) -> bytes:
         if not folder.exists():
             raise UserError(folder.absence())
         raise UserError(f"{folder} is not a cache: it has no {MANIFEST_NAME}")
-    return folder.read(MANIFEST_NAME)
+    return folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
 
 
 def parse_manifest(content: bytes, path: str) -> Manifest:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import UnionType
 from typing import Any
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
     """Raises TypeError naming a part that has not the shape, KeyError for one that is missing.
 
-    shape: a type; a set of texts, one of which it is; [the shape of every item]; {name: shape of that part}, with other parts
-    beside them, or with `...` for the name of any part. The shape of a part that may be missing stands in a tuple.
+    shape: a type, or a union of types; a set of texts, one of which it is; [the shape of every item]; {name: shape of that
+    part}, with other parts beside them, or with `...` for the name of any part. The shape of a part that may be missing stands
+    in a tuple.
     Numbers are finite and not below 0; where floats are wanted whole numbers will do.
     """
-    kind = shape if isinstance(shape, type) else str if isinstance(shape, set) else type(shape)
+    kind = shape if isinstance(shape, type | UnionType) else str if isinstance(shape, set) else type(shape)
     fits = isinstance(value, (int, float) if kind is float else kind)
     if kind in (int, float):
         fits = fits and not isinstance(value, bool) and 0 <= value < 1 << 63

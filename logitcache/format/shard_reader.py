@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache.errors import UserError
-from logitcache.format.atomic import file_sha256
+from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codec import DecodedRows
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.local_copies import LocalCopies
@@ -29,20 +32,67 @@ COPIED_AT_ONCE_BYTES = 8 << 20
 """Asked for in one request while a shard is copied, and held in memory."""
 
 
+class TemporaryCopies:
+    """Whole shards of a remote cache in a temporary folder, which is removed with this object."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._files: dict[str, Path] = {}
+
+    def path(self, shard: ShardInfo, fill: Callable[[BinaryIO], None]) -> Path:
+        """The copy of a shard, made now where there is none. fill: as of `LocalCopies.path`."""
+        with _verifying(os.getpid()):
+            copy = self._files.get(shard.name)
+            if copy is None or not copy.exists():
+                copy = self._files[shard.name] = self._filled(fill)
+        return copy
+
+    def _filled(self, fill: Callable[[BinaryIO], None]) -> Path:
+        if self._folder is None or not self._folder.exists():
+            self._folder = Path(tempfile.mkdtemp(prefix="logitcache-"))
+            weakref.finalize(self, _remove_own, self._folder, os.getpid())
+        descriptor, name = tempfile.mkstemp(dir=self._folder)
+        try:
+            with space_needed(self._folder), os.fdopen(descriptor, "wb") as file:
+                fill(file)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        return Path(name)
+
+
+def _remove_own(folder: Path, process: int) -> None:
+    """A forked process leaves the folder to its parent."""
+    if process == os.getpid():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class ShardReader:
     """One shard; a local file is checked against its SHA-256 when first read, pages are checked against their CRC.
 
+    What is read of a remote shard by ranges is checked against the CRC alone, which is stored beside it: that finds damage,
+    and not what somebody altered.
+
     Holds no file open: a cache may have thousands of shards. Threads may read at the same time.
-    copies: where a remote shard may be copied to, see `copy`.
+    copies: where a remote shard may be copied to, see `copy`.  whole: where it is copied to otherwise; given, nothing is read
+    by ranges, only from copies whose SHA-256 was checked.
     """
 
-    def __init__(self, folder: Folder, info: ShardInfo, layout: Layout, copies: LocalCopies | None = None) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        info: ShardInfo,
+        layout: Layout,
+        copies: LocalCopies | None = None,
+        whole: TemporaryCopies | None = None,
+    ) -> None:
         self._folder = folder
         self.path = folder.where(info.name)
         self._info = info
         self._layout = layout
         self._verified = False
         self._copies = copies
+        self._whole = whole
         self._copy: Path | None = None
 
     def check_size(self) -> None:
@@ -59,8 +109,10 @@ class ShardReader:
 
         Raises UserError where the content is not what the manifest says, and where it cannot be fetched.
         """
-        if self._copies is not None:
-            self._copy = self._copies.path(self._info, self._fill)
+        copy = self._copies.path(self._info, self._fill) if self._copies is not None else None
+        if copy is None and self._whole is not None:
+            copy = self._whole.path(self._info, self._fill)
+        self._copy = copy
 
     def _fill(self, copy: BinaryIO) -> None:
         digest = hashlib.sha256()
@@ -84,13 +136,16 @@ class ShardReader:
 
     def read_columns(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The named columns of a row group, or all, as they are stored. Raises UserError as `read_row_group` does."""
-        if self._copy is None:
+        if self._whole is not None:
+            self.copy()
+        elif self._copy is None:
             with _verifying(os.getpid()):
                 if not self._verified:
                     self._verify()
         with self._folder.answering():
             try:
-                with self._opened(_footer(self)) as file:
+                # A footer that is kept keeps its reader, and so the temporary folder.
+                with self._opened(_footer(self) if self._whole is None else None) as file:
                     table: pa.Table = file.read_row_group(index, columns, use_threads=False)
             except FileNotFoundError:
                 self._missing()
@@ -124,7 +179,7 @@ class ShardReader:
         if self._folder.local:
             return self._folder.local / self._info.name
         copy = self._copy
-        return copy if copy is not None and copy.exists() else None
+        return copy if copy is not None and (self._whole is not None or copy.exists()) else None
 
     def _missing(self) -> NoReturn:
         raise UserError(f"{self.path} is missing, though the manifest names it: {self._remedy.lower()} again") from None

@@ -15,17 +15,24 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec.callbacks import NoOpCallback
 from fsspec.implementations.local import LocalFileSystem
 
 from logitcache.errors import UserError, one_line
-from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path
+from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path, disk_is_full, space_needed
 from logitcache.format.hub_errors import hub_refusal
 
 _EXTRAS = {"hf": "hub", "s3": "s3", "gs": "gs"}
+_SHA256_NOTE = "logitcache-sha256"
+"""S3's own checksum, an ETag, is no checksum of the content where that came in parts or is encrypted with a key of KMS."""
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL, where it is not Amazon's), or `aws configure`",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
 }
+
+
+MAX_READ_BYTES = 1 << 28
+"""Of a remote file that is read as a whole: a tokenizer of a million tokens has some 50 MB."""
 
 
 class Unreachable(UserError):
@@ -134,15 +141,18 @@ class Folder:
         root = f"{self._root.rstrip('/')}/"
         if self._root in found:
             raise UserError(f"{self} is a file, a folder is wanted")
-        s3 = "s3" in _protocols(self._filesystem)
-        return {path.removeprefix(root): _stored(info, s3) for path, info in found.items() if not path.endswith("/")}
+        return {
+            path.removeprefix(root): _stored(info, self._on_s3)
+            for path, info in found.items()
+            if not path.endswith("/")
+        }
 
     def look_up(self, name: str) -> Stored | None:
         """What a store says of one file; None where it is missing."""
         try:
             with self.answering():
                 self._filesystem.invalidate_cache()
-                return _stored(self._filesystem.info(self._full(name)), "s3" in _protocols(self._filesystem))
+                return _stored(self._filesystem.info(self._full(name)), self._on_s3)
         except FileNotFoundError:
             return None
 
@@ -160,18 +170,30 @@ class Folder:
         with self.answering():
             return cast(BinaryIO, self._filesystem.open(self._full(name), "rb", **options))
 
-    def read(self, name: str) -> bytes:
-        """A whole file. Raises FileNotFoundError."""
-        with self.answering():
-            return cast(bytes, self._filesystem.cat_file(self._full(name)))
+    def read(self, name: str, at_most: int = MAX_READ_BYTES) -> bytes:
+        """A whole file. at_most: bytes of a remote one. Raises FileNotFoundError, and UserError for more bytes than that."""
+        if self.local is not None:
+            return (self.local / name).read_bytes()
+        with tempfile.TemporaryDirectory(prefix="logitcache-") as directory, space_needed(directory):
+            path = Path(directory) / "content"
+            self._copy(name, path, _Bound(at_most, self.where(name)))
+            return path.read_bytes()
 
-    def fetch(self, name: str, path: Path) -> None:
-        """Copies a file to a local path, which is overwritten. Raises FileNotFoundError."""
-        with self.answering():
-            self._filesystem.get_file(self._full(name), str(path))
+    def fetch(self, name: str, path: Path, at_most: int | None = None) -> None:
+        """Copies a file to a local path, which is overwritten. at_most: bytes, of which little more is taken from a store.
 
-    def put(self, path: Path, name: str) -> None:
+        Raises FileNotFoundError, UserError for more bytes than `at_most`, and OSError where the disk is full.
+        """
+        self._copy(name, path, NoOpCallback() if at_most is None else _Bound(at_most, self.where(name)))
+
+    def _copy(self, name: str, path: Path, told: NoOpCallback) -> None:
+        with self.answering():
+            self._filesystem.get_file(self._full(name), str(path), callback=told)
+
+    def put(self, path: Path, name: str, sha256: str = "") -> None:
         """Copies a local file here; it appears under its name when it is whole.
+
+        sha256: of its content, for `sha256` to give back where a store keeps such notes.
 
         Raises UserError when the disk is full or the URL does not take the file, Unreachable where another try may help.
         """
@@ -180,17 +202,26 @@ class Folder:
                 shutil.copyfile(path, temporary)
             return
         try:
-            self._filesystem.put_file(str(path), self._full(name))
+            notes = {"Metadata": {_SHA256_NOTE: sha256}} if sha256 and self._on_s3 else {}
+            self._filesystem.put_file(str(path), self._full(name), **notes)
         except Exception as error:  # every store has its own kinds
             raise self._refusal(error, f"{self.where(name)} cannot be written") from error
+
+    def sha256(self, name: str) -> str | None:
+        """SHA-256 of a file's content as it was noted when it was put there; None where there is no such note."""
+        if not self._on_s3:
+            return None
+        with self.answering():
+            return cast("str | None", self._filesystem.metadata(self._full(name), refresh=True).get(_SHA256_NOTE))
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """Yields a local path to write; on success the file appears as `name`, on any exception nothing does.
 
-        Raises UserError when the disk is full or the URL does not take the file.
+        Raises UserError when the disk is full, the URL does not take the file, or its folder is a link to another place.
         """
         if self.local is not None:
+            self._refuse_links(name)
             final = self.local / name
             final.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(final) as path:
@@ -208,11 +239,19 @@ class Folder:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     def remove(self, name: str) -> None:
-        """Removes a file, or a folder with all that it holds; nothing where there is none."""
+        """Removes a file, or a folder with all that it holds; nothing where there is none. Raises UserError as `writing` does."""
+        self._refuse_links(name)
         if self.exists(name):
             full = self._full(name)  # a store would take `[1]` in it for a pattern, and remove other folders
             with self.answering():
                 self._filesystem.rm(full if self.local else glob.escape(full), recursive=True)
+
+    def _refuse_links(self, name: str) -> None:
+        for parent in PurePosixPath(name).parents:
+            if self.local is not None and parent.name and (self.local / parent).is_symlink():
+                raise UserError(
+                    f"{self.where(str(parent))} is a link to another place, where nothing is changed: remove the link first"
+                )
 
     def remove_leftovers(self, name: str) -> None:
         """Removes what killed writers left in a folder."""
@@ -224,12 +263,13 @@ class Folder:
     def answering(self) -> Iterator[None]:
         """Raises UserError for what a store raises in the block, of whatever kind, but for a file that is missing.
 
-        Unreachable, where another try may help.
+        What this machine lacks, memory or space on its disk, is raised as it is; Unreachable, where another try may help.
         """
         try:
             yield
         except Exception as error:
-            if self.local is not None or isinstance(error, (UserError, FileNotFoundError, NotADirectoryError)):
+            ours = isinstance(error, (UserError, MemoryError)) or disk_is_full(error)
+            if self.local is not None or ours or isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise
             raise self._refusal(error, f"{self}: this URL does not answer") from error
 
@@ -259,11 +299,28 @@ class Folder:
             self._connect()
         return self._connected
 
+    @property
+    def _on_s3(self) -> bool:
+        return "s3" in _protocols(self._filesystem)
+
     def _full(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
     def __reduce__(self) -> Any:
         return Folder, (self.path,)
+
+
+class _Bound(NoOpCallback):
+    """Ends a transfer by a UserError as soon as a store announces, or has sent, more than it may."""
+
+    def __init__(self, most_bytes: int, where: str) -> None:
+        super().__init__()
+        self._most_bytes, self._where = most_bytes, where
+
+    def call(self, *_: Any, **__: Any) -> None:
+        """Told of every chunk."""
+        if max(self.size or 0, self.value) > self._most_bytes:
+            raise UserError(f"{self._where} is refused: it has more than the {self._most_bytes} bytes that it may have")
 
 
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -30,23 +30,28 @@ ANSWERS_NAME = f"{BUILD_DIRECTORY}/answers"
 
 @contextmanager
 def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
-    """Holds `folder` against other commands while the block runs; leaves no empty folder behind.
+    """Holds `folder`, see `held`; a URL is looked at. Raises UserError where it holds anything but a cache, finished or not."""
+    with held(folder, shared=shared):
+        _refuse_what_is_not_ours(folder)
+        yield
 
-    shared: together with other processes of one build, each of which scores a range of its shards. A URL cannot be held:
-    it is only looked at. Raises UserError for a file, a folder that cannot be made or holds anything but a cache, finished
-    or not, and one that another command holds.
+
+@contextmanager
+def held(folder: Folder, *, shared: bool = False) -> Iterator[None]:
+    """Holds a folder against other commands while the block runs; makes it, and leaves no empty one behind.
+
+    shared: together with other processes of one build, each of which scores a range of its shards. A URL cannot be held.
+    Raises UserError for a file, a folder that cannot be made, and one that another command holds.
     """
     if folder.local is None:
-        _refuse_what_is_not_ours(folder)
         yield
         return
     try:
         folder.local.mkdir(parents=True, exist_ok=True)
         directory = os.open(folder.local, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"--out {folder}: a folder that can be written is wanted ({error.strerror})") from error
+        raise UserError(f"{folder}: a folder that can be written is wanted ({error.strerror})") from error
     try:
-        _refuse_what_is_not_ours(folder)
         _lock(directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder, "another command is writing there")
         try:
             yield
@@ -82,10 +87,10 @@ def _lock(directory: int, operation: int, folder: Folder, otherwise: str) -> Non
     try:
         fcntl.flock(directory, operation | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"--out {folder}: {otherwise}") from error
+        raise UserError(f"{folder}: {otherwise}") from error
     except OSError as error:
         logger.warning(
-            "warning: --out %s cannot be held against other commands (%s): start none there", folder, error.strerror
+            "warning: %s cannot be held against other commands (%s): start none there", folder, error.strerror
         )
 
 

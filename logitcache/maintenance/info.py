@@ -120,4 +120,4 @@ def _of_some(manifest: Manifest, chosen: Sequence[ShardInfo]) -> str:
 def _labelled(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
     pairs = list(rows)
     width = max(len(label) for label, _ in pairs)
-    return "\n".join(f"{label:{width}}  {value}" for label, value in pairs)
+    return "\n".join(f"{label:{width}}  {' '.join(value.split())}" for label, value in pairs)

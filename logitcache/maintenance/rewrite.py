@@ -59,9 +59,9 @@ _FINGERPRINT = {
 """What rewriting needs of a fingerprint, see `check_shape`."""
 
 
-def open_source(path: str | Path) -> LogitCache:
+def open_source(path: str | Path, against: str | None = None) -> LogitCache:
     """Opens a cache to rewrite. Raises UserError as `open_cache` does, and for a fingerprint that no build wrote."""
-    cache = open_cache(path)
+    cache = open_cache(path, against)
     try:
         check_shape(cache.manifest.fingerprint, _FINGERPRINT, "fingerprint")
     except (KeyError, TypeError) as error:

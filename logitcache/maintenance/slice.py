@@ -32,6 +32,7 @@ def slice_cache(
     where: str | None = None,
     sample: int | None = None,
     seed: int = 0,
+    against: str | None = None,
     shard_positions: int = SHARD_POSITIONS,
     overwrite: bool = False,
 ) -> LogitCache:
@@ -40,7 +41,7 @@ def slice_cache(
     rows: "A:B", from row A, counted from 0, up to B, which is left out; either may be missing.  row_ids: text file, a row id a
     line.  where: an expression of DuckDB's SQL over the kept columns, `row_id`, `num_tokens` and `num_positions`.
     sample: so many rows of those that are left, drawn by `seed` from their ids, whatever their order.
-    shard_positions, overwrite: see `rewrite`.
+    against: see `open_cache`.  shard_positions, overwrite: see `rewrite`.
 
     The same call continues an interrupted one. Raises UserError for conditions that cannot be met, an expression that DuckDB
     refuses or that reaches for anything but these columns, where no row meets the conditions, and as `rewrite` does.
@@ -49,7 +50,7 @@ def slice_cache(
         raise UserError("nothing to slice by: give --rows, --row-ids, --where or --sample")
     if seed < 0:
         raise UserError(f"--seed {seed}: choose 0 or more")
-    source = open_source(path)
+    source = open_source(path, against)
     listed = None if row_ids is None else _ListedIds(Path(row_ids))
     settings = {
         "rows": rows,

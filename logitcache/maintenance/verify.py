@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 
@@ -21,12 +22,12 @@ from logitcache.format.manifest import (
     read_manifest,
 )
 from logitcache.format.shards import ShardInfo
-from logitcache.format.storage import Folder
+from logitcache.format.storage import Folder, Stored
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 from logitcache.maintenance.buckets import Buckets
 from logitcache.maintenance.findings import Finding
 from logitcache.maintenance.verify_manifest import Claims, check_manifest
-from logitcache.maintenance.verify_shard import Claimed, check_shard, fetched_sha256
+from logitcache.maintenance.verify_shard import Claimed, check_shard, fetched_sha256, shard_files
 from logitcache.progress import Progress
 
 NUM_BUCKETS = 256
@@ -42,7 +43,7 @@ def verify(path: str | Path, against: str | None = None) -> Verification:
 
     Raises UserError where there is no cache at all, for an identity that is none, and for a store that stops answering. What
     is damaged does not keep the rest from being checked. Memory and disk are bounded: a row group is held at a time, of a
-    remote cache one shard lies in a temporary file; row ids go to others, in which repeated ones are then looked for.
+    remote cache up to four shards lie in temporary files; row ids go to others, in which repeated ones are then looked for.
     """
     return Verification(str(path), None if against is None else read_identity(against))
 
@@ -88,6 +89,15 @@ class Verification(Iterator[Finding]):
         except Exception as error:  # every store has its own kinds
             return error
 
+    def _stored(self) -> dict[str, Stored]:
+        """What one listing of a URL says of its files; nothing, where the store lists none."""
+        if self._folder.local is not None:
+            return {}
+        try:
+            return self._folder.stored()
+        except FileNotFoundError:
+            return {}
+
     def _check(self) -> Iterator[Finding]:
         claims = Claims()
         if not self._has_manifest:
@@ -125,10 +135,11 @@ class Verification(Iterator[Finding]):
                 progress.advance(len(row_ids))
 
             try:
-                for name, info in shards:
-                    yield from check_shard(self._folder, name, info, claimed, seen)
-                    self.num_bytes += self._folder.num_bytes(name) if self._folder.exists(name) else 0
-                    self.num_shards += 1
+                with closing(shard_files(self._folder, [name for name, _ in shards], self._stored())) as files:
+                    for (name, info), path in zip(shards, files, strict=True):
+                        yield from check_shard(path, name, info, claimed, seen)
+                        self.num_bytes += path.stat().st_size if isinstance(path, Path) and path.exists() else 0
+                        self.num_shards += 1
             finally:
                 progress.close()
             whole = len(shards) == len(claims.shards) and self.num_rows == total

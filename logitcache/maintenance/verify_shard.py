@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +18,10 @@ from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codebook import Codebook
 from logitcache.format.layout import Layout, read_layout
+from logitcache.format.prefetch import prefetched
 from logitcache.format.retries import RetriedFile
 from logitcache.format.shards import ShardInfo
-from logitcache.format.storage import Folder
+from logitcache.format.storage import Folder, Stored
 from logitcache.format.unfinished import compared
 from logitcache.maintenance.findings import Finding
 from logitcache.maintenance.verify_rows import Counts, SeenRows, check_rows, empty_lists
@@ -37,29 +40,73 @@ class Claimed:
     by_sha256: Mapping[str, ShardInfo]
 
 
-def check_shard(
-    folder: Folder, name: str, info: ShardInfo | None, claimed: Claimed, seen: SeenRows
-) -> Iterator[Finding]:
-    """Findings about one shard's file and its content; `info` is what the manifest says of it, if anything."""
+def shard_files(folder: Folder, names: Iterable[str], stored: Mapping[str, Stored]) -> Generator[Path | Exception]:
+    """The shards on this machine, or why they cannot be fetched.
+
+    Those at a URL are fetched ahead, two at a time, to temporary files; each is removed when the next is asked for. stored: what
+    the store's listing says of its files.
+
+    Raises UserError for a store that stops answering, and for a full disk.
+    """
+    if folder.local is not None:
+        yield from (folder.local / name for name in names)
+        return
+    ended = Event()
     try:
-        if not folder.exists(name):
-            yield Finding("missing", name, "the manifest names it, it is not there")
-            return
-        with _fetched(folder, name) as path:
-            if info is not None:
-                digest, size = file_sha256(path), path.stat().st_size
-                same = claimed.by_sha256.get(digest)
-                if digest == info.sha256:
-                    if size != info.num_bytes:
-                        yield Finding("counts", name, f"{size:,} bytes, the manifest says {info.num_bytes:,}")
-                elif same is not None:
-                    yield Finding("swapped", name, f"this is what the manifest calls {same.name}")
-                    info = same
-                else:
-                    yield Finding("altered", name, _how_altered(size, digest, info))
-            yield from _check_content(path, name, info, claimed.layout, seen)
+        for copy in prefetched(lambda name: _fetched(folder, name, stored.get(name), ended), names):
+            if isinstance(copy, Exception):
+                yield copy
+            else:
+                with copy:
+                    yield Path(copy.name)
+    finally:
+        ended.set()
+
+
+def _fetched(folder: Folder, name: str, stored: Stored | None, ended: Event) -> IO[bytes] | Exception:
+    """A temporary file with the shard's content, of which the rest is not fetched any more when it has ended."""
+    try:
+        stored = stored or folder.look_up(name)
+        if stored is None:
+            return FileNotFoundError(name)
+        num_bytes = folder.num_bytes(name) if stored.num_bytes is None else stored.num_bytes
+        with ExitStack() as on_failure, space_needed(tempfile.gettempdir()):
+            copy = on_failure.enter_context(tempfile.NamedTemporaryFile(prefix="logitcache-"))
+            with RetriedFile(folder, name, num_bytes) as source:
+                while not ended.is_set() and (chunk := source.read(CHUNK_BYTES)):
+                    copy.write(chunk)
+            copy.flush()
+            on_failure.pop_all()
+            return copy
     except UserError:
         raise
+    except Exception as error:  # every store has its own kinds
+        return error
+
+
+def check_shard(
+    path: Path | Exception, name: str, info: ShardInfo | None, claimed: Claimed, seen: SeenRows
+) -> Iterator[Finding]:
+    """Findings about one of `shard_files` and its content; `info` is what the manifest says of it, if anything."""
+    try:
+        if isinstance(path, Exception):
+            raise path
+        if info is not None:
+            digest, size = file_sha256(path), path.stat().st_size
+            same = claimed.by_sha256.get(digest)
+            if digest == info.sha256:
+                if size != info.num_bytes:
+                    yield Finding("counts", name, f"{size:,} bytes, the manifest says {info.num_bytes:,}")
+            elif same is not None:
+                yield Finding("swapped", name, f"this is what the manifest calls {same.name}")
+                info = same
+            else:
+                yield Finding("altered", name, _how_altered(size, digest, info))
+        yield from _check_content(path, name, info, claimed.layout, seen)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        yield Finding("missing", name, "the manifest names it, it is not there")
     except Exception as error:  # of a disk, or of a store, each of which has its own kinds
         yield Finding("damaged", name, f"cannot be read ({_words(error)})")
 
@@ -69,20 +116,6 @@ def _how_altered(size: int, digest: str, info: ShardInfo) -> str:
         short = f", {info.num_bytes - size:,} too few" if size < info.num_bytes else ""
         return f"{size:,} bytes, the manifest says {info.num_bytes:,}{short}"
     return f"its SHA-256 is {digest[:12]}…, the manifest says {info.sha256[:12]}…"
-
-
-@contextmanager
-def _fetched(folder: Folder, name: str) -> Iterator[Path]:
-    """The file, read from a URL once and kept on this machine while the block runs."""
-    if folder.local is not None:
-        yield folder.local / name
-        return
-    with tempfile.TemporaryDirectory(prefix="logitcache-") as directory, space_needed(directory):
-        path = Path(directory) / "shard"
-        with RetriedFile(folder, name, folder.num_bytes(name)) as source, path.open("wb") as copy:
-            while chunk := source.read(CHUNK_BYTES):
-                copy.write(chunk)
-        yield path
 
 
 def _check_content(

@@ -73,7 +73,7 @@ def _step(step: Mapping[str, Any]) -> str:
     parts = [f"{name} {value}" for name, value in step.items() if name not in _NO_SETTING and _is_plain(value)]
     sources = step.get("from")
     if isinstance(sources, Sequence) and not isinstance(sources, str):
-        paths = [source.get("path", "?") if isinstance(source, Mapping) else str(source) for source in sources]
+        paths = [str(source.get("path", "?")) if isinstance(source, Mapping) else str(source) for source in sources]
         parts.append(f"from {', '.join(paths[:3])}" + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""))
     return f"{step.get('command', '?')}: {', '.join(parts)}"
 

@@ -6,7 +6,8 @@ const spans = [];
 const at = (id) => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const narrow = matchMedia("(max-width: 900px)");
-const state = { focus: 0, pinned: null, shown: null };
+const state = { focus: 0, pinned: null, shown: null, drawn: 0 };
+const MOST_DRAWN = 400_000;
 
 function overview() {
   at("name").textContent = data.name;
@@ -30,16 +31,24 @@ function overview() {
   at("charts").append(columnBytesCard(data.column_bytes));
 }
 
+// What the reader shows of a token; `drawn` counts characters, and for an element 8 as it costs more.
+function drawn(token) {
+  const parts = visible(state.drawn < MOST_DRAWN ? token : shortened(token), true);
+  for (const part of parts) state.drawn += part.length ?? 8 + part.textContent.length;
+  return parts;
+}
+
 function rowSection(row) {
   const cut = row.shown < row.tokens ? `first ${count(row.shown)} of ` : "";
   const tokens = make("p", { class: "tokens", role: "group", "aria-label": `Tokens of row ${row.number}` });
   for (let i = row.first; i < row.first + row.shown; i++) {
-    const span = make("span", { class: rows.colours(i), tabindex: "-1" }, ...visible(rows.token(i), true));
+    const span = make("span", { class: rows.colours(i), tabindex: "-1" }, ...drawn(rows.token(i)));
     span.place = i;
     spans.push(span);
     tokens.append(span);
   }
   const columns = row.columns.map(([name, value]) => make("span", {}, make("b", {}, name), ` ${value}`));
+  if (row.more_columns) columns.push(make("span", {}, `and ${count(row.more_columns)} more`));
   return make(
     "section",
     { class: "row", id: `row-${row.number}`, tabindex: "-1" },
@@ -151,7 +160,7 @@ function show(i) {
   const [token, targets, span] = [rows.token(i), rows.targets(i), spans[i]];
   span.classList.add("shown");
   span.setAttribute("role", "button");
-  span.setAttribute("aria-label", spoken(span.textContent, targets));
+  span.setAttribute("aria-label", spoken(spokenText(token), targets));
   const row = data.rows[rows.rowOf[i]];
   const place = i - row.first;
   const close = make("button", { type: "button", class: "quiet close", "aria-label": "Close" }, "×");
@@ -318,16 +327,22 @@ function matches(row, texts, sought) {
 function jump() {
   at("jump-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    const wanted = at("jump").value.trim().toLowerCase();
-    const byId = (row) => wanted && row.id.startsWith(wanted);
-    const row = data.rows.find(({ number }) => String(number) === wanted) ?? data.rows.find(byId);
+    // As headings have it, too: "Row 1,000".
+    const wanted = at("jump").value.trim().toLowerCase().replace(/^row\s+/, "").replace(/(?<=\d),(?=\d)/g, "");
+    const isNumber = /^\d{1,7}$/.test(wanted); // longer ones may be ids
+    const byId = ({ id }) => wanted && !isNumber && id.startsWith(wanted);
+    const byNumber = ({ number }) => String(number) === wanted.replace(/^0+(?=\d)/, "");
+    const row = data.rows.find(byNumber) ?? data.rows.find(byId);
     at("jump-problem").hidden = Boolean(row) || !wanted;
     if (row) {
       const section = at(`row-${row.number}`);
       section.focus({ preventScroll: true });
       bringIntoView(section);
     } else if (wanted) {
-      at("jump-problem").textContent = `Row ${wanted} is not on this page: logitcache view --rows ${wanted} shows it.`;
+      const exists = isNumber ? Number(wanted) < data.num_rows : /^[0-9a-f]{1,32}$/.test(wanted);
+      at("jump-problem").textContent = exists
+        ? `Row ${wanted} is not on this page: logitcache view CACHE --rows ${wanted} shows ${isNumber ? "it" : "it, if there is one"}.`
+        : `The cache has no such row: its ${count(data.num_rows)} rows have numbers from 0 on, and ids of digits and a to f.`;
     }
   });
 }

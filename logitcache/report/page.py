@@ -16,7 +16,7 @@ from typing import Any
 from logitcache.cache import LogitCache, open_cache
 from logitcache.errors import UserError
 from logitcache.format.atomic import write_text
-from logitcache.format.manifest import CARD_NAME
+from logitcache.format.manifest import CARD_NAME, Manifest
 from logitcache.format.storage import Folder
 from logitcache.report.description import amounts, history, origin
 from logitcache.report.footers import column_bytes, spread
@@ -26,6 +26,7 @@ from logitcache.report.samples import (
     SHOWN_ENTRIES,
     Samples,
     chosen_rows,
+    legible,
     packed,
     read_samples,
     shortened,
@@ -34,6 +35,14 @@ from logitcache.report.statistics import Histogram, Statistics, statistics
 from logitcache.report.token_text import Text, token_texts
 
 NUM_SEQUENCES = 24
+FACT_CHARACTERS = 1024
+SHOWN_STEPS = 32
+"""Of a cache's history, the last ones."""
+SHOWN_COLUMN_SIZES = 24
+TEXT_CHARACTERS = 4_000_000
+"""Of all tokens of a page; 10 each of 400 000 of them."""
+CARD_BYTES = 4 << 20
+"""Of the card, whose licences stand at its beginning."""
 GENERATOR = '<meta name="generator" content="logitcache view">'
 """By which a page of ours is told from another file."""
 
@@ -72,6 +81,8 @@ def view(
         write_text(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place with --out") from error
+    except UserError as error:  # of a full disk: here is nothing to continue
+        raise UserError(f"no space left for {path}: free some or choose another place with --out") from error
     return Page(path, path.stat().st_size, len(samples.rows), len(cache), samples.num_tokens)
 
 
@@ -106,19 +117,21 @@ def _data(cache: LogitCache, samples: Samples) -> dict[str, Any]:
     found = statistics(folder, manifest)
     texts, note = token_texts(folder, manifest, samples.ids.tolist())
     groups = cache.tail_groups
+    corpus = dict(origin(manifest))["corpus"] or "?"
+    facts = [
+        *origin(manifest),
+        *(item for item in amounts(manifest) if item[0] == "shards"),
+        ("identity", cache.identity),
+        *_licenses(folder),
+    ]
     return {
         "name": _name(cache),
-        "teacher": manifest.fingerprint.get("teacher", {}).get("name", "?"),
-        "corpus": dict(origin(manifest))["corpus"] or "?",
+        "teacher": legible(str(manifest.fingerprint.get("teacher", {}).get("name", "?"))),
+        "corpus": legible(corpus),
         "note": note,
         "tiles": _tiles(cache),
-        "facts": [
-            *origin(manifest),
-            *(item for item in amounts(manifest) if item[0] == "shards"),
-            ("identity", cache.identity),
-            *_licenses(folder),
-        ],
-        "history": history(manifest),
+        "facts": [(label, legible(str(value), FACT_CHARACTERS)) for label, value in facts],
+        "history": _history(manifest),
         "num_rows": len(cache),
         "statistics": _statistics_data(found),
         "column_bytes": _column_bytes(cache, folder),
@@ -128,7 +141,7 @@ def _data(cache: LogitCache, samples: Samples) -> dict[str, Any]:
         "rows": samples.rows,
         "arrays": {name: packed(array) for name, array in samples.arrays.items()},
         "ids": packed(samples.ids),
-        "texts": [_text_data(text) for text in texts],
+        "texts": _texts_data(texts),
     }
 
 
@@ -162,8 +175,12 @@ def _column_bytes(cache: LogitCache, folder: Folder) -> dict[str, Any]:
     shards = spread(cache.manifest.shards)
     sizes = column_bytes(folder, shards)
     footers = sum(shard.num_bytes for shard in shards) - sizes.total()
+    ordered = sizes.most_common()
+    columns = [(legible(name), size) for name, size in ordered[:SHOWN_COLUMN_SIZES]]
+    if others := ordered[SHOWN_COLUMN_SIZES:]:
+        columns.append((f"{len(others)} more columns", sum(size for _, size in others)))
     return {
-        "columns": [*sizes.most_common(), ("footers", footers)],
+        "columns": [*columns, ("footers", footers)],
         "positions": sum(shard.num_positions for shard in shards),
         "shards": len(shards),
         "of_shards": len(cache.manifest.shards),
@@ -174,29 +191,57 @@ def _licenses(folder: Folder) -> list[tuple[str, str]]:
     """What the card states of licences in its YAML head."""
     if not folder.exists(CARD_NAME):
         return []
-    head = folder.read(CARD_NAME).decode(errors="replace").partition("---\n")[2].partition("\n---")[0]
-    stated = re.findall(r"^((?:teacher_|data_)?license): *(.+?) *$", head, re.MULTILINE)
-    return [(label.replace("license", "licence").replace("_", "'s "), value.strip("'\"")) for label, value in stated]
+    with folder.answering(), folder.open(CARD_NAME) as file:
+        card = file.read(CARD_BYTES).decode(errors="replace")
+    head = card.partition("---\n")[2].partition("\n---")[0]
+    stated = dict(re.findall(r"^((?:teacher_|data_)?license):(.*)$", head, re.MULTILINE))
+    return [
+        (label.replace("license", "licence").replace("_", "'s "), value.strip().strip("'\""))
+        for label, value in stated.items()
+        if value.strip()
+    ]
 
 
-def _text_data(text: Text) -> str | list[int] | None:
-    if isinstance(text, bytes):
-        return list(text[:SHOWN_CHARACTERS])
-    return None if text is None else shortened(text)
+def _history(manifest: Manifest) -> list[str]:
+    steps = [legible(step, FACT_CHARACTERS) for step in history(manifest)[-SHOWN_STEPS:]]
+    earlier = len(manifest.history) - len(steps)
+    return [*([f"{earlier:,} steps before:"] if earlier else []), *steps]
+
+
+def _texts_data(texts: Sequence[Text]) -> list[str | list[int] | None]:
+    """Each text cut, and the long ones shorter still where all together are too much for a page."""
+    most = SHOWN_CHARACTERS
+    while most > 1 and sum(min(len(text or ""), most) for text in texts) > TEXT_CHARACTERS:
+        most //= 2
+    return [
+        list(text[:most]) if isinstance(text, bytes) else None if text is None else shortened(text, most)
+        for text in texts
+    ]
 
 
 def _name(cache: LogitCache) -> str:
     """Of the folder; not where it lies, which need not be known where the page goes."""
     folder = Folder(cache.path)
     name = folder.local.resolve().name if folder.local else PurePosixPath(cache.path.partition("?")[0]).name
-    return name.encode(errors="replace").decode() or "cache"
+    return legible(name) or "cache"
 
 
 def _check_replaceable(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder: name a file, for example {path / 'page.html'}")
-    if path.exists() and GENERATOR.encode() not in path.read_bytes()[:1000]:
+    try:
+        if path.is_dir():
+            raise UserError(f"--out {path} is a folder: name a file, for example {path / 'page.html'}")
+        if not path.exists():
+            return
+        ours = path.is_file() and GENERATOR.encode() in _beginning(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be looked at ({error.strerror}): choose another name with --out") from error
+    if not ours:
         raise UserError(f"{path} exists and is not a page of `logitcache view`: choose another name with --out")
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1000)
 
 
 def _resource(name: str) -> str:

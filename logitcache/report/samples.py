@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ SHOWN_ENTRIES = 16
 SHOWN_GROUPS = 4
 SHOWN_CHARACTERS = 256
 """Of a kept column's value, and of a token."""
+SHOWN_COLUMNS = 16
+"""Kept columns of a row."""
 NATS_STEP = 1e-3
 """Log-probabilities and entropies travel as 16-bit multiples of it; probabilities are then right to 0.05 %."""
 NOTHING = 0xFFFF
@@ -60,7 +63,7 @@ def chosen_rows(cache: LogitCache, rows: Sequence[str], num_sequences: int) -> l
     ids: list[str] = []
     for text in rows:
         first, colon, last = text.partition(":")
-        if (colon and (first + last).isdecimal()) or text == ":":
+        if len(text) < 32 and ((colon and (first + last).isdecimal()) or text == ":"):
             span = range(len(cache))[slice(int(first or 0), int(last or len(cache)))]
             if not span:
                 raise UserError(f"--rows {text}: the cache has rows 0 to {len(cache) - 1}")
@@ -87,16 +90,16 @@ def read_samples(cache: LogitCache, numbers: Sequence[int]) -> Samples:
     for number, sequence, length in zip(numbers, sequences, lengths, strict=True):
         part = _arrays(sequence, length)
         parts.append(part)
+        columns = [(name, value) for name, value in sequence.columns.items() if value is not None]
         rows.append(
             {
                 "number": number,
                 "id": sequence.row_id,
-                "columns": [
-                    [name, shortened(str(value))] for name, value in sequence.columns.items() if value is not None
-                ],
+                "columns": [[legible(name), legible(str(value))] for name, value in columns[:SHOWN_COLUMNS]],
+                "more_columns": max(len(columns) - SHOWN_COLUMNS, 0),
                 "shown": length,
                 "tokens": len(sequence.input_ids),
-                "trained": int(sequence.loss_mask.sum()),
+                "trained": len(sequence.positions),
                 "positions": len(part["entropy"]),
             }
         )
@@ -121,9 +124,21 @@ def fair_lengths(lengths: Sequence[int], budget: int) -> list[int]:
     return shown
 
 
-def shortened(text: str) -> str:
-    """At most `SHOWN_CHARACTERS` of it."""
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+def shortened(text: str, most: int = SHOWN_CHARACTERS) -> str:
+    """At most so many characters of it."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def legible(text: str, most: int = SHOWN_CHARACTERS) -> str:
+    """At most so many characters, and codes for those that have no look of their own, as `tokens.js` has it for tokens:
+    controls, marks of direction, halves of surrogates; not line breaks, tabs and joiners."""
+    return "".join(
+        f"‹U+{ord(c):04X}›" if unicodedata.category(c) in _UNSEEN and c not in "\n\t\u200c\u200d" else c
+        for c in shortened(text, most)
+    )
+
+
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def packed(array: np.ndarray) -> dict[str, str]:
@@ -139,8 +154,9 @@ def _arrays(sequence: CachedSequence, length: int) -> dict[str, np.ndarray]:
     rank (0: in the tail), the number of entries, entries [M, 16] with logprobs and `rest`, what the others hold, and the
     heaviest groups [M, 4] with group_logprobs.
     """
-    mask = sequence.loss_mask[:length]
-    num_positions = int(mask[1:].sum())
+    trained = sequence.loss_mask[:length].astype(np.uint8)
+    trained[:1] = 0  # whatever the mask says: nothing predicts the first token
+    num_positions = int(trained.sum())
     targets = sequence.targets[:num_positions]
     actual = sequence.input_ids[sequence.positions[:num_positions] + 1]
     found = targets.token_ids == actual[:, None]
@@ -151,7 +167,7 @@ def _arrays(sequence: CachedSequence, length: int) -> dict[str, np.ndarray]:
     groups, group_logprobs = _heaviest_groups(targets)
     return {
         "tokens": sequence.input_ids[:length],
-        "trained": mask.astype(np.uint8),
+        "trained": trained,
         "entropy": _steps(-entropies(targets)),
         "tail": _steps(targets.tail_logprob),
         "actual": np.where(rank > 0, _steps(logprob), NOTHING).astype(np.uint16),
@@ -202,5 +218,5 @@ def _numbers_of(cache: LogitCache, ids: Sequence[str]) -> set[int]:
                         found.setdefault(text, number)
                 number += 1
     if missing := [text for text in ids if text not in found]:
-        raise UserError(f"--rows {missing[0]}: neither A:B, nor a number, nor the id of a row of this cache")
+        raise UserError(f"--rows {shortened(missing[0])}: neither A:B, nor a number, nor the id of a row of this cache")
     return set(found.values())

@@ -6,15 +6,21 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from logitcache.errors import UserError
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.storage import Folder
+from logitcache.report.samples import SHOWN_CHARACTERS
 
 TOKENIZER_NAME = f"{TOKENIZER_DIRECTORY}/tokenizer.json"
 MOST_BYTES = 256 << 20
 """Largest file that is parsed; the largest vocabularies take 40 MB."""
+MOST_STEPS = 32
+"""Of a decoder; those of real tokenizers have up to 5."""
+MOST_CHARACTERS = 4 * SHOWN_CHARACTERS
+"""Of a piece, between the decoder's steps, any of which may lengthen it."""
 
 Text = str | bytes | None
 """Of one token: its text; its bytes, where these are only a part of a character; None where nothing says what it is."""
@@ -29,11 +35,12 @@ def token_texts(folder: Folder, manifest: Manifest, ids: Sequence[int]) -> tuple
     if TOKENIZER_NAME not in manifest.files:
         return unknown, f"The cache has no {TOKENIZER_NAME}: tokens are shown as ids."
     try:
-        if folder.num_bytes(TOKENIZER_NAME) > MOST_BYTES:
-            return unknown, f"{TOKENIZER_NAME} is larger than {MOST_BYTES >> 20} MiB: tokens are shown as ids."
-        content = folder.read(TOKENIZER_NAME)
+        with folder.answering(), folder.open(TOKENIZER_NAME) as file:
+            content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{folder.where(TOKENIZER_NAME)} is missing: fetch it or build the cache again") from None
+    if len(content) > MOST_BYTES:
+        return unknown, f"{TOKENIZER_NAME} is larger than {MOST_BYTES >> 20} MiB: tokens are shown as ids."
     if hashlib.sha256(content).hexdigest() != manifest.files[TOKENIZER_NAME]:
         raise UserError(
             f"{folder.where(TOKENIZER_NAME)} was altered (its SHA-256 is not the manifest's): fetch it or build the cache again"
@@ -51,9 +58,11 @@ def _texts(tokenizer: Mapping[str, Any], ids: Sequence[int]) -> list[Text]:
         if isinstance(vocabulary, list)
         else ((number, piece) for piece, number in vocabulary.items())
     )
-    pieces: dict[int, str] = dict(numbered)
+    pieces = {number: piece[:MOST_CHARACTERS] for number, piece in numbered if isinstance(piece, str)}
     added = {token["id"]: str(token["content"]) for token in tokenizer.get("added_tokens") or ()}
-    steps = list(_steps(tokenizer.get("decoder")))
+    steps = list(islice(_steps(tokenizer.get("decoder")), MOST_STEPS + 1))
+    if len(steps) > MOST_STEPS:
+        raise ValueError(f"a decoder of more than {MOST_STEPS} steps")
     return [added[i] if i in added else _text(pieces[i], steps) if i in pieces else None for i in map(int, ids)]
 
 
@@ -69,18 +78,26 @@ def _text(piece: str, steps: Sequence[Mapping[str, Any]]) -> str | bytes:
     for step in steps:
         match step:
             case {"type": "ByteLevel"}:
-                return _readable(bytes(_BYTES[c] for c in piece) if all(c in _BYTES for c in piece) else piece.encode())
+                return _readable(bytes(_BYTES[c] for c in piece)) if all(c in _BYTES for c in piece) else piece
             case {"type": "ByteFallback"} if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
                 return _readable(bytes.fromhex(byte[1]))
             case {"type": "Metaspace", "replacement": str(mark)}:
-                piece = piece.replace(mark, " ")
+                piece = _replaced(piece, mark, " ")
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
-                piece = piece.replace(old, new)
+                piece = _replaced(piece, old, new)
             case {"type": "WordPiece", "prefix": str(prefix)}:
                 piece = piece.removeprefix(prefix) if piece.startswith(prefix) else f" {piece}"
             case {"type": "BPEDecoder", "suffix": str(suffix)}:
-                piece = piece.replace(suffix, " ")
+                piece = _replaced(piece, suffix, " ")
     return piece
+
+
+def _replaced(piece: str, old: str, new: str) -> str:
+    """At most `MOST_CHARACTERS` of the piece with `new` for `old`; as it is where `old` is empty."""
+    if not old:
+        return piece
+    enough = MOST_CHARACTERS // max(len(new), 1) + 1
+    return piece.replace(old, new[:MOST_CHARACTERS], enough)[:MOST_CHARACTERS]
 
 
 def _readable(content: bytes) -> str | bytes:

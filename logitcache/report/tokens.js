@@ -4,7 +4,8 @@ const ENTROPY_EDGES = [0.1, 0.5, 1, 1.5, 2, 3, 4]; // nats
 const PROBABILITY_EDGES = [0.9, 0.5, 0.2, 0.1, 0.03, 0.01, 0.001];
 const NOTHING = 0xffff;
 // Line breaks and tabs, and what has no look of its own: controls, marks of direction, halves of surrogates, joiners.
-const UNSEEN = /[\n\t]|[\p{C}\p{Zl}\p{Zp}]|^\p{M}/gu;
+// Long runs of one of them are one match.
+const UNSEEN = /([\p{C}\p{Zl}\p{Zp}])\1{8,}|[\p{C}\p{Zl}\p{Zp}]|^\p{M}/gu;
 const JOINERS = "\u200c\u200d";
 
 function unpack({ type, data }) {
@@ -32,14 +33,16 @@ function visible(token, wrapping) {
   if (text === "") return [make("i", { class: "code" }, "‹empty›")];
   const shown = [];
   let last = 0;
-  for (const { 0: found, index } of text.matchAll(UNSEEN)) {
+  for (const { 0: run, 1: repeated, index } of text.matchAll(UNSEEN)) {
+    const found = repeated ?? run;
     if (JOINERS.includes(found) && index > 0 && index + 1 < text.length) continue;
     shown.push(...spaced(text.slice(last, index), wrapping));
-    last = index + found.length;
-    if (found === "\n") shown.push(sign("↵"), ...(wrapping ? ["\n"] : []));
-    else if (found === "\t") shown.push(sign("⇥"), ...(wrapping ? ["\t"] : []));
+    last = index + run.length;
+    const times = repeated ? `×${run.length / found.length}` : "";
+    if (found === "\n") shown.push(sign(`↵${times}`), ...(wrapping ? ["\n"] : []));
+    else if (found === "\t") shown.push(sign(`⇥${times}`), ...(wrapping ? ["\t"] : []));
     else if (/\p{M}/u.test(found)) shown.push(sign("◌"), found);
-    else shown.push(make("i", { class: "code" }, `‹${codePoint(found)}›`));
+    else shown.push(make("i", { class: "code" }, `‹${codePoint(found)}${times}›`));
   }
   shown.push(...spaced(text.slice(last), wrapping));
   return shown;
@@ -51,6 +54,25 @@ function spaced(text, wrapping) {
   if (wrapping && inner) return [text];
   const dots = (spaces) => (spaces ? [make("i", { class: "spaces", "data-sign": "·".repeat(spaces.length) }, spaces)] : []);
   return [...dots(before), ...(inner ? [inner] : []), ...dots(after)];
+}
+
+// The beginning of a token, where whole ones would make the page too slow.
+function shortened({ id, text }) {
+  if (text == null || text.length <= 4) return { id, text };
+  return { id, text: typeof text === "string" ? `${[...text].slice(0, 4).join("")}…` : text.slice(0, 4) };
+}
+
+// A token's text for a screen reader, with words for what it would leave out.
+function spokenText(token) {
+  const named = (one, many) => (run) => ` ${run.length === 1 ? one : `${run.length} ${many}`} `;
+  if (typeof token.text !== "string") return visible(token, false)[0].textContent;
+  const text = token.text
+    .replace(/^ +$| {2,}/g, named("space", "spaces"))
+    .replace(/\n+/g, named("line break", "line breaks"))
+    .replace(/\t+/g, named("tab", "tabs"));
+  return visible({ ...token, text: text.replace(/ +/g, " ").replace(/^ | $/g, "") }, true)
+    .map((part) => part.textContent ?? part)
+    .join("");
 }
 
 // The cache's rows, unpacked once; everything is found by the token's place among all tokens of the page.

@@ -16,13 +16,11 @@ from pathlib import Path
 import zstandard
 
 from logitcache.errors import UserError, one_line
-from logitcache.format.manifest import MANIFEST_NAME
+from logitcache.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from logitcache.format.storage import Folder
 from logitcache.sharing.transfer import TravellingFile, check
 
 SUFFIX = ".tar.zst"
-MAX_MANIFEST_BYTES = 1 << 26
-"""A cache of 10 billion positions has a manifest of some 20 MB; it is the one member that is held in memory."""
 CHUNK_BYTES = 1 << 20
 _LEVEL = 1
 """Shards are Zstandard already: what a higher level would still find in a manifest and a tokenizer is not worth its time."""

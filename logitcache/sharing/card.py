@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from logitcache.errors import UserError
@@ -44,9 +45,9 @@ def read_card(folder: Folder) -> Card:
     mark = _MARKED.search(text)
     above = text[: mark.start()] if mark else text
     front = above.partition("---\n")[2].partition("\n---\n")[0]
-    stated = {name: found for name in LICENSES if (found := _stated(name, front)) not in (None, UNKNOWN)}
+    stated = {name: value for name in LICENSES if (value := _stated(name, front)) != UNKNOWN}
     edited = mark is None or mark[1] != _digest(above)
-    return Card({name: value for name, value in stated.items() if value}, text[mark.end() :] if mark else "", edited)
+    return Card(stated, text[mark.end() :] if mark else "", edited)
 
 
 def write_card(
@@ -87,7 +88,7 @@ def update_card(folder: Folder, licenses: Mapping[str, str | None]) -> None:
 
 
 def check_license(name: str, value: str) -> None:
-    """Raises UserError for what cannot stand in a card."""
+    """Raises UserError for what cannot stand in a card as one line of its YAML."""
     if name == "license" and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", value):
         raise UserError(
             f"--license {value!r}: write an identifier as the Hub has them, such as apache-2.0, cc-by-4.0 or other"
@@ -103,15 +104,16 @@ def common_licenses(folders: Iterable[Folder]) -> dict[str, str]:
     return {name: value for name, value in first.items() if all(card.get(name) == value for card in cards)}
 
 
-def _stated(name: str, front: str) -> str | None:
+def _stated(name: str, front: str) -> str:
+    """A licence in the YAML, "unknown" where there is none that `check_license` takes: the card may be someone else's."""
     found = re.search(rf"^{name}: (.*)$", front, re.MULTILINE)
-    if not found:
-        return None
-    try:
-        value = json.loads(found[1])
-    except ValueError:
-        return found[1].strip()
-    return value if isinstance(value, str) else None
+    value: object = found[1].strip() if found else UNKNOWN
+    with suppress(ValueError):
+        value = json.loads(str(value))
+    with suppress(UserError):
+        check_license(name, str(value))
+        return str(value)
+    return UNKNOWN
 
 
 def _digest(above: str) -> str:

@@ -12,21 +12,20 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from logitcache.cache import LogitCache, open_cache
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,
     CARD_NAME,
     MANIFEST_NAME,
-    SIGNATURE_NAME,
     Manifest,
     cache_identity,
     check_identity,
@@ -35,19 +34,14 @@ from logitcache.format.manifest import (
 )
 from logitcache.format.provenance import source_of
 from logitcache.format.shard_reader import ShardReader
-from logitcache.format.storage import Folder, Unreachable
+from logitcache.format.storage import Folder
 from logitcache.format.unfinished import PLAN_NAME, read_request, refuse_changes
 from logitcache.format.workspace import ANSWERS_NAME, begin, workspace
-from logitcache.progress import Progress
-from logitcache.sharing.bundle import MAX_MANIFEST_BYTES, Member, bundled_manifest, is_bundle, opened_bundle
+from logitcache.sharing.bundle import bundled_manifest, is_bundle
 from logitcache.sharing.card import read_card
+from logitcache.sharing.fetch import Source, fetch
 from logitcache.sharing.seal import seal
 from logitcache.sharing.transfer import (
-    MAX_FILE_BYTES,
-    TravellingFile,
-    at_once,
-    check,
-    digests,
     left_behind,
     persistently,
     vouched_files,
@@ -55,10 +49,6 @@ from logitcache.sharing.transfer import (
 from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")
-
-UNVOUCHED = (CARD_NAME, SIGNATURE_NAME)
-"""Files of a cache that its manifest does not name; nothing is made of them but text for people and their tools."""
-MAX_TEXT_BYTES = 1 << 22
 
 
 def pull(
@@ -79,19 +69,25 @@ def pull(
     business in a cache, where `out` holds something else, for a connection that breaks every time, and when the disk is full.
     """
     url, folder = str(url), Folder(out)
+    if not url:
+        raise UserError("the URL is empty: say where the cache is")
     if folder.local is None:
         raise UserError(f"--out {out}: a local folder is wanted; `logitcache push` copies to a URL")
     if not is_bundle(url) and (folder.lies_in(Folder(url)) or Folder(url).lies_in(folder)):
         raise UserError(f"--out {out}: choose a folder outside the cache that is read, {url}")
-    content = persistently(partial(bundled_manifest, url)) if is_bundle(url) else _content(Folder(url))
+    content = (
+        persistently(partial(bundled_manifest, url))
+        if is_bundle(url)
+        else persistently(partial(manifest_content, Folder(url)))
+    )
     identity = hashlib.sha256(content).hexdigest()
     check_identity(identity, against, url)
-    source = _Source(url, identity, parse_manifest(content, _where(url)))
+    source = Source(url, identity, parse_manifest(content, f"{url.rstrip('/')}/{MANIFEST_NAME}"))
     chosen = _range(shards, len(source.manifest.shards))
     request = {"command": "pull", "manifest_sha256": identity, "shards": shards and f"{chosen.start}:{chosen.stop}"}
-    with workspace(folder), space_needed(out):
+    with workspace(folder), _writable(folder), space_needed(out):
         _begin(folder, request, content, overwrite)
-        texts = _fetch(source, chosen, folder)
+        texts = fetch(source, chosen, folder)
         if shards is None:
             _finish_whole(folder, content, source, texts)
         else:
@@ -101,26 +97,13 @@ def pull(
     return open_cache(folder.path)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A cache to read. identity: SHA-256 of its manifest."""
-
-    url: str
-    identity: str
-    manifest: Manifest
-
-
-def _where(url: str) -> str:
-    return f"{url.rstrip('/')}/{MANIFEST_NAME}"
-
-
-def _content(source: Folder) -> bytes:
-    content = persistently(partial(manifest_content, source))
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise UserError(
-            f"{source}: a manifest of {len(content)} bytes is refused, at most {MAX_MANIFEST_BYTES} are read"
-        )
-    return content
+@contextmanager
+def _writable(folder: Folder) -> Iterator[None]:
+    """Raises UserError where something else in the folder, a folder for a file say, is in the way."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written ({one_line(error)})") from error
 
 
 def _range(shards: str | None, count: int) -> range:
@@ -175,158 +158,8 @@ def _request_of(step: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fetch(source: _Source, chosen: Collection[int], folder: Folder) -> dict[str, bytes]:
-    """Fetches what is not in the folder yet. Returns the files that the manifest does not vouch for, which are small."""
-    files = vouched_files(source.manifest, _where(source.url))
-    kept = {source.manifest.shards[index].name for index in chosen} | set(source.manifest.files)
-    wanted = [file for file in files if file.name in kept]
-    assert folder.local is not None
-    present = [file for file in wanted if _has_size(folder.local / file.name, file)]
-    right = at_once(
-        partial(_is_right, folder.local),
-        present,
-        "checking what is here",
-        [(folder.local / file.name).stat().st_size for file in present],
-    )
-    here = {file.name for file, is_right in zip(present, right, strict=True) if is_right}
-    missing = [file for file in wanted if file.name not in here]
-    if here:
-        logger.info("continuing: %d of %d files are here", len(here), len(wanted))
-    if is_bundle(source.url):
-        return _unpack(source, files, {file.name: file for file in missing}, folder)
-    origin = Folder(source.url)
-    sizes = _sizes(origin, missing)
-    at_once(partial(_fetch_file, origin, folder), missing, "fetching", sizes)
-    return _texts(origin)
-
-
-def _has_size(path: Path, file: TravellingFile) -> bool:
-    return path.is_file() and file.num_bytes in (None, path.stat().st_size)
-
-
-def _is_right(folder: Path, file: TravellingFile) -> bool:
-    return digests(folder / file.name, {"sha256"})["sha256"] == file.sha256
-
-
-def _sizes(origin: Folder, files: Iterable[TravellingFile]) -> list[int]:
-    """Bytes of files at their origin, from one listing where it gives one."""
-    listed: dict[str, int | None] = {}
-    with suppress(UserError, FileNotFoundError, NotImplementedError):
-        listed = {name: stored.num_bytes for name, stored in origin.stored().items()}
-    sizes = []
-    for file in files:
-        found = listed.get(file.name)
-        if found is None:
-            try:
-                found = persistently(partial(origin.num_bytes, file.name))
-            except FileNotFoundError:
-                _refuse_missing(origin.where(file.name))
-        _check_size(file, found, origin.where(file.name))
-        sizes.append(found)
-    return sizes
-
-
-def _fetch_file(origin: Folder, folder: Folder, file: TravellingFile) -> None:
-    def fetch() -> None:
-        with folder.writing(file.name) as path:
-            try:
-                origin.fetch(file.name, path)
-            except FileNotFoundError:
-                _refuse_missing(origin.where(file.name))
-            if file.num_bytes is not None and path.stat().st_size < file.num_bytes:
-                raise Unreachable(f"{origin.where(file.name)}: {path.stat().st_size} of {file.num_bytes} bytes arrived")
-            check(file, digests(path, {"sha256"})["sha256"], origin.where(file.name))
-
-    persistently(fetch)
-
-
-def _refuse_missing(where: str) -> NoReturn:
-    raise UserError(f"{where} is missing, though the manifest names it: it has to be pushed or built again") from None
-
-
-def _check_size(file: TravellingFile, num_bytes: int, where: str) -> None:
-    """Before it is fetched: what the manifest says, or what any file of its kind may have."""
-    if file.num_bytes is not None and num_bytes != file.num_bytes:
-        raise UserError(f"{where} was altered: {num_bytes} bytes, the manifest says {file.num_bytes}")
-    if num_bytes > MAX_FILE_BYTES:
-        raise UserError(f"{where}: {num_bytes} bytes are refused, a file of its kind has at most {MAX_FILE_BYTES}")
-
-
-def _texts(origin: Folder) -> dict[str, bytes]:
-    texts = {}
-    for name in UNVOUCHED:
-        try:
-            _check_text_size(persistently(partial(origin.num_bytes, name)), origin.where(name))
-            texts[name] = _checked_text(persistently(partial(origin.read, name)), origin.where(name))
-        except FileNotFoundError:
-            continue
-    return texts
-
-
-def _check_text_size(num_bytes: int, where: str) -> None:
-    if num_bytes > MAX_TEXT_BYTES:
-        raise UserError(f"{where}: {num_bytes} bytes are refused, it has at most {MAX_TEXT_BYTES}")
-
-
-def _checked_text(content: bytes, where: str) -> bytes:
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not text in UTF-8 ({error.reason}): it has to be pushed again") from error
-    return content
-
-
-def _unpack(
-    source: _Source, files: Sequence[TravellingFile], missing: dict[str, TravellingFile], folder: Folder
-) -> dict[str, bytes]:
-    """Takes the missing files out of a bundle; `missing` shrinks, so that another try goes on where a store broke off."""
-    url, named = source.url, {file.name: file for file in files}
-    progress = Progress("unpacking", sum(file.num_bytes or 0 for file in files), 0, "bytes")
-
-    def take() -> dict[str, bytes]:
-        texts, seen = {}, set()
-        with opened_bundle(url) as members:
-            for member in members:
-                where = f"{url}: {member.name}"
-                if member.name in seen:
-                    raise UserError(f"{where} is in it twice")
-                seen.add(member.name)
-                if member.name == MANIFEST_NAME:
-                    if hashlib.sha256(b"".join(member.chunks)).hexdigest() != source.identity:
-                        raise UserError(f"{url} was replaced while it was read: pull it anew")
-                elif member.name in UNVOUCHED:
-                    _check_text_size(member.num_bytes, where)
-                    texts[member.name] = _checked_text(b"".join(member.chunks), where)
-                elif member.name not in named:
-                    raise UserError(f"{url} holds {member.name!r}, which its manifest does not name")
-                else:
-                    _check_size(named[member.name], member.num_bytes, where)
-                    if member.name in missing:
-                        _store(member, missing[member.name], folder, where)
-                        del missing[member.name]
-                        progress.advance(member.num_bytes)
-        if absent := named.keys() - seen:
-            raise UserError(f"{url} is not whole: {min(absent)} is not in it, though its manifest names it")
-        return texts
-
-    try:
-        return persistently(take)
-    finally:
-        progress.close()
-
-
-def _store(member: Member, file: TravellingFile, folder: Folder, where: str) -> None:
-    digest = hashlib.sha256()
-    with folder.writing(file.name) as path:
-        with path.open("wb") as out:
-            for chunk in member.chunks:
-                digest.update(chunk)
-                out.write(chunk)
-        check(file, digest.hexdigest(), where)
-
-
-def _finish_whole(folder: Folder, content: bytes, source: _Source, texts: Mapping[str, bytes]) -> None:
-    files = vouched_files(source.manifest, _where(source.url))
+def _finish_whole(folder: Folder, content: bytes, source: Source, texts: Mapping[str, bytes]) -> None:
+    files = vouched_files(source.manifest, source.where)
     for name in left_behind(folder.stored(), [*(file.name for file in files), *texts, MANIFEST_NAME]):
         folder.remove(name)
     for name, text in texts.items():
@@ -336,7 +169,7 @@ def _finish_whole(folder: Folder, content: bytes, source: _Source, texts: Mappin
     folder.write(MANIFEST_NAME, content)
 
 
-def _finish_part(folder: Folder, source: _Source, chosen: range, texts: Mapping[str, bytes]) -> None:
+def _finish_part(folder: Folder, source: Source, chosen: range, texts: Mapping[str, bytes]) -> None:
     """A manifest of some of the shards, with what was left out in its history, and a card of it."""
     whole = source.manifest
     shards = whole.shards[chosen.start : chosen.stop]

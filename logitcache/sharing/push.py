@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from logitcache.cache import LogitCache, open_cache
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,
     CARD_NAME,
     MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
     SIGNATURE_NAME,
     UNFINISHED_NAME,
     Manifest,
@@ -29,10 +30,12 @@ from logitcache.format.manifest import (
 )
 from logitcache.format.storage import Folder, Stored
 from logitcache.format.unfinished import differences, first_of
+from logitcache.format.workspace import held
 from logitcache.progress import Progress
 from logitcache.sharing.bundle import bundled_manifest, is_bundle, place, write_bundle
 from logitcache.sharing.card import update_card
 from logitcache.sharing.transfer import (
+    LEFTOVERS,
     TravellingFile,
     at_once,
     check,
@@ -73,9 +76,13 @@ def push(
     that is there.  public: of a repository on the Hub that this makes.
 
     Raises UserError where the cache is not whole or not local, where the place holds another cache or anything else, for a URL
-    that takes nothing, without credentials, and for a connection that breaks every time.
+    that takes nothing, without credentials, where another push is under way, and for a connection that breaks every time.
     """
     url = str(url)
+    if not url:
+        raise UserError(
+            "nothing says where to push to: hf://datasets/ORG/NAME, s3://…, a folder or a FILE.tar.zst is wanted"
+        )
     source = Folder(path)
     if source.local is None:
         raise UserError(f"{path} is a URL, a local cache is pushed: `logitcache pull` it first")
@@ -87,7 +94,10 @@ def push(
     files = vouched_files(cache.manifest, source.where(MANIFEST_NAME))
     licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
     ours = _Outgoing(source.local, cache, files, licenses)
-    return _push_bundle(ours, url, overwrite) if is_bundle(url) else _push_files(ours, url, overwrite, public)
+    try:
+        return _push_bundle(ours, url, overwrite) if is_bundle(url) else _push_files(ours, url, overwrite, public)
+    except OSError as error:
+        raise UserError(f"{path} cannot be pushed to {url} ({one_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -121,9 +131,15 @@ class _Outgoing:
 
 
 def _push_files(ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pushed:
+    """To a folder, at a URL or here."""
     target, source = Folder(url), Folder(ours.folder)
     if target.lies_in(source) or source.lies_in(target):
         raise UserError(f"{url}: choose a place outside the cache that is pushed, {source}")
+    with held(target):
+        return _push_to(target, ours, url, overwrite, public)
+
+
+def _push_to(target: Folder, ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pushed:
     on_hub = url.startswith("hf://")
     stored = _stored(target, on_hub)
     there = _manifest_there(target, stored, on_hub, overwrite)
@@ -140,8 +156,10 @@ def _push_files(ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pus
     unvouched = ours.with_card()
     files += missing(unvouched)
     last = missing([ours.manifest])
-    if words.keys() & {file.name for file in files}:
-        last = [ours.manifest]  # which is away while they change
+    unreadable = MANIFEST_NAME in stored and there is None
+    away = unreadable or bool(words.keys() & {file.name for file in files})  # while the files that it names change
+    if away:
+        last = [ours.manifest]
     names = [file.name for file in [*ours.files, *unvouched, ours.manifest]]
     left = left_behind(stored, names)
     revision = None
@@ -152,7 +170,7 @@ def _push_files(ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pus
         message = f"logitcache push: {ours.cache.identity}"
         revision = push_to_hub(ours.folder, sent, left, url, private=not public, message=message)
     else:
-        _send(ours, files, last, target, words.keys())
+        _send(ours, files, last, target, away)
         finished = [UNFINISHED_NAME] if last or UNFINISHED_NAME in stored else []
         for name in [*left, *finished]:
             persistently(partial(target.remove, name))
@@ -166,19 +184,34 @@ def _send(
     files: Sequence[TravellingFile],
     last: Sequence[TravellingFile],
     target: Folder,
-    named: Collection[str],
+    away: bool,
 ) -> None:
-    """Sends files, then the manifest, if that is to go. named: by the manifest there, which is away while they change."""
+    """Sends files, then the manifest, if that is to go. away: the manifest there is removed before the files change."""
 
     def send(file: TravellingFile) -> None:
-        persistently(partial(target.put, ours.folder / file.name, file.name))
+        persistently(partial(target.put, ours.folder / file.name, file.name, file.sha256))
 
     if last:
         persistently(partial(target.put, ours.folder / MANIFEST_NAME, UNFINISHED_NAME))
-    if any(file.name in named for file in files):
+        _refuse_another_push(target, ours)
+    if away:
         persistently(partial(target.remove, MANIFEST_NAME))
-    for some in (files, last):
-        at_once(send, some, "sending", [ours.num_bytes(file) for file in some])
+    at_once(send, files, "sending", [ours.num_bytes(file) for file in files])
+    if last:
+        _refuse_another_push(target, ours)
+    at_once(send, last, "sending", [ours.num_bytes(file) for file in last])
+
+
+def _refuse_another_push(target: Folder, ours: _Outgoing) -> None:
+    """Raises UserError where the mark of our push is gone or another's: its files may have taken the place of ours."""
+    try:
+        content = persistently(partial(target.read, UNFINISHED_NAME, MAX_MANIFEST_BYTES))
+    except FileNotFoundError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() != ours.cache.identity:
+        raise UserError(
+            f"{target}: another push is under way there; when it has ended, push again the cache that is to be there"
+        )
 
 
 def _stored(target: Folder, on_hub: bool) -> Mapping[str, Stored]:
@@ -198,7 +231,7 @@ def _manifest_there(target: Folder, stored: Mapping[str, Stored], on_hub: bool, 
     """
     name = MANIFEST_NAME if MANIFEST_NAME in stored else UNFINISHED_NAME
     if name in stored:
-        content = persistently(partial(target.read, name))
+        content = persistently(partial(target.read, name, MAX_MANIFEST_BYTES))
         try:
             manifest = parse_manifest(content, target.where(name))
             vouched_files(manifest, target.where(name))
@@ -210,7 +243,7 @@ def _manifest_there(target: Folder, stored: Mapping[str, Stored], on_hub: bool, 
     if any(other.startswith(f"{BUILD_DIRECTORY}/") for other in stored):
         raise UserError(f"{target} is an unfinished build: finish it, or choose another place")
     # Where the Hub made a repository, it put these there.
-    others = sorted(stored.keys() - ({".gitattributes", CARD_NAME} if on_hub else set()))
+    others = sorted(stored.keys() - LEFTOVERS - ({".gitattributes", CARD_NAME} if on_hub else set()))
     if others:
         raise UserError(f"{target} holds no cache but other files ({others[0]}, …): choose an empty place")
     return None
@@ -243,8 +276,12 @@ def _is_same(
     check(file, ours["sha256"], str(path))
     if there is None or not comparable:
         return False
+    if theirs is not None and ours[theirs] == there.digest:
+        return True
+    if (noted := persistently(partial(target.sha256, file.name))) is not None:
+        return noted == ours["sha256"]
     if theirs is not None:
-        return ours[theirs] == there.digest
+        return False
     if target.local is not None:
         return digests(target.local / file.name, {"sha256"})["sha256"] == ours["sha256"]
     if file.name in words:
@@ -257,6 +294,10 @@ def _is_same(
 
 def _push_bundle(ours: _Outgoing, url: str, overwrite: bool) -> Pushed:
     target, name = place(url)
+    if target.lies_in(Folder(ours.folder)):
+        raise UserError(f"{url}: choose a place outside the cache that is pushed, {ours.folder}")
+    if target.local is not None and (target.local / name).is_dir():
+        raise UserError(f"{url} is a folder, a name for a file is wanted")
     stored = persistently(partial(target.look_up, name))
     if stored is not None and not overwrite:
         there = parse_manifest(persistently(partial(bundled_manifest, url)), url)

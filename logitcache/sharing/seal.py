@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+from logitcache.format.atomic import TEMPORARY_SUFFIX
 from logitcache.format.manifest import SIGNATURE_NAME, TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
@@ -18,13 +19,13 @@ def trusted_files(folder: Folder) -> dict[str, str]:
 
 
 def seal(folder: Folder, manifest: Manifest, licenses: Mapping[str, str] | None = None) -> None:
-    """Removes what the manifest does not name from `data`, then writes card and manifest: from here on it is a cache.
+    """Removes shards that the manifest does not name, then writes card and manifest: from here on it is a cache.
 
     licenses: what the card states, see `card.LICENSES`.
     """
     named = {shard.name for shard in manifest.shards}
     for name in folder.names("data"):
-        if f"data/{name}" not in named:
+        if f"data/{name}" not in named and name.endswith((".parquet", TEMPORARY_SUFFIX)):
             folder.remove(f"data/{name}")  # of a cache that was overwritten, or of a killed writer
     folder.remove(SIGNATURE_NAME)
     write_card(folder, manifest, hashlib.sha256(manifest.to_bytes()).hexdigest(), licenses or {})

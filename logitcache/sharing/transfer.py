@@ -12,15 +12,17 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from logitcache.errors import UserError
+from logitcache.format.atomic import TEMPORARY_SUFFIX
 from logitcache.format.manifest import (
     CARD_NAME,
     MANIFEST_NAME,
     SIGNATURE_NAME,
     TOKENIZER_DIRECTORY,
+    UNFINISHED_NAME,
     Manifest,
     points_outside,
 )
-from logitcache.format.storage import Unreachable
+from logitcache.format.storage import MAX_READ_BYTES, Unreachable
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.progress import Progress
 
@@ -34,9 +36,15 @@ IN_FLIGHT_BYTES = 1 << 29
 TRIES = 4
 FIRST_PAUSE_S = 1.0
 """Before the second try; doubled before each one after it."""
-MAX_FILE_BYTES = 1 << 28
-"""Of a file whose size the manifest does not say: a tokenizer of a million tokens has some 50 MB."""
+MAX_FILE_BYTES = MAX_READ_BYTES
+"""Of a file whose size the manifest does not say."""
 READ_BYTES = 1 << 22
+
+LEFTOVERS = {
+    f"{name}{TEMPORARY_SUFFIX}"
+    for name in (CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, TAIL_GROUPS_NAME, UNFINISHED_NAME)
+}
+"""Beside the folders of a cache, of writers that were killed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def _is_ours(name: str) -> bool:
 
 def left_behind(names: Iterable[str], kept: Collection[str]) -> list[str]:
     """Those of a folder's files that were of a former cache there: not among `kept`, and where a cache has its files."""
-    own = (CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME)
+    own = (CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, *LEFTOVERS)
     return sorted(name for name in names if name not in kept and (_is_ours(name) or name in own))
 
 

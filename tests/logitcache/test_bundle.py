@@ -24,7 +24,7 @@ from logitcache import UserError
 from logitcache.cli import main
 from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.storage import Folder, Unreachable
-from logitcache.sharing import bundle, pull, transfer
+from logitcache.sharing import bundle, fetch, transfer
 from logitcache.sharing.bundle import bundled_manifest, opened_bundle, write_bundle
 from logitcache.sharing.pull import pull as pull_cache
 from logitcache.sharing.push import push
@@ -314,13 +314,13 @@ class TestBombs:
 
     def test_nor_a_tokenizer_without_bounds(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push(cache, tmp_path / "b.tar.zst")
-        monkeypatch.setattr(pull, "MAX_FILE_BYTES", 5)
+        monkeypatch.setattr(fetch, "MAX_FILE_BYTES", 5)
         with pytest.raises(UserError, match=r"bytes are refused, a file of its kind has at most 5"):
             pull_cache(tmp_path / "b.tar.zst", tmp_path / "out")
 
     def test_nor_a_card_without_bounds(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push(cache, tmp_path / "b.tar.zst")
-        monkeypatch.setattr(pull, "MAX_TEXT_BYTES", 100)
+        monkeypatch.setattr(fetch, "MAX_TEXT_BYTES", 100)
         with pytest.raises(UserError, match=r"README\.md: \d+ bytes are refused, it has at most 100"):
             pull_cache(tmp_path / "b.tar.zst", tmp_path / "out")
 
@@ -357,7 +357,7 @@ def test_a_connection_that_is_cut_goes_on_with_what_is_missing(
     push(cache, url)
     monkeypatch.setattr(transfer, "FIRST_PAUSE_S", 0)
     stored: list[str] = []
-    original = pull._store
+    original = fetch._store
 
     def store(member: Any, file: TravellingFile, folder: Folder, where: str) -> None:
         stored.append(file.name)
@@ -365,7 +365,7 @@ def test_a_connection_that_is_cut_goes_on_with_what_is_missing(
             raise Unreachable("cut")
         original(member, file, folder, where)
 
-    monkeypatch.setattr(pull, "_store", store)
+    monkeypatch.setattr(fetch, "_store", store)
     pull_cache(url, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(cache)
     assert len(stored) == len(set(stored)) + 1

@@ -21,6 +21,7 @@ from logitcache.maintenance.merge import merge
 from logitcache.maintenance.slice import slice_cache
 from logitcache.report.statistics import statistics
 from logitcache.sharing.card import read_card, update_card, write_card
+from logitcache.sharing.seal import seal
 
 STATED = {"license": "cc-by-4.0", "teacher_license": "apache-2.0", "data_license": 'Our "terms": see <x>'}
 
@@ -145,6 +146,38 @@ def test_info_tells_identity_and_licences(folder: Folder, capsys: pytest.Capture
     lines = {line.split(" ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["identity"].endswith(cache_identity(folder))
     assert lines["licences"].endswith('license cc-by-4.0, teacher apache-2.0, data Our "terms": see <x>')
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['license: "mit\\nconfigs:\\n- config_name: evil"', "license: &a [b", "license: [mit]", "license: Other Words"],
+)
+def test_a_licence_of_someone_elses_card_is_taken_only_where_it_is_one(
+    folder: Folder, tmp_path: Path, line: str
+) -> None:
+    folder.write(CARD_NAME, text(folder).replace("license: unknown", line, 1))
+    slice_cache(folder.path, tmp_path / "slice", rows="0:5")
+    made = front(Folder(tmp_path / "slice"))
+    assert made["license"] == "unknown" and made["configs"][0]["config_name"] == "default"
+
+
+def test_what_people_put_beside_the_shards_stays(folder: Folder, tmp_path: Path) -> None:
+    out = Folder(tmp_path / "slice")
+    slice_cache(folder.path, out.path, rows="0:5")
+    for name in ("notes.txt", "train-00007-of-00008.parquet", "x.parquet.tmp"):
+        out.write(f"data/{name}", "x")
+    manifest = logitcache.open(out.path).manifest
+    seal(out, manifest)
+    assert out.names("data") == ["notes.txt", "train-00000-of-00001.parquet"]
+
+
+def test_what_a_manifest_says_does_not_make_lines_of_its_own(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = logitcache.open(folder.path).manifest
+    replace(manifest, created_by="x\nidentity  0000").write(folder)
+    assert main(["info", folder.path]) == 0
+    assert capsys.readouterr().out.count("\nidentity ") == 1
 
 
 def test_what_a_manifest_says_does_not_steer_the_terminal(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from smallcaches import (
+    COLUMNS,
     EVERYTHING,
     VOCAB,
     Row,
@@ -166,6 +168,79 @@ def test_numbers_that_mean_nothing_are_refused(column: str, value: int, what: st
         table.schema.get_field_index(column), table.schema.field(column), pa.array(values, pa.list_(pa.int32()))
     )
     with pytest.raises(ValueError, match=what):
+        DecodedRows(altered, EVERYTHING)
+
+
+def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    index = table.schema.get_field_index(name)
+    return table.set_column(index, pa.field(name, values.type), values)
+
+
+@pytest.mark.parametrize("precision", PRESETS)
+@pytest.mark.parametrize("count", [10**9, VOCAB + 1, -1, -(2**31)])
+def test_numbers_of_entries_that_cannot_be_are_refused_before_there_is_memory_for_them(
+    precision: str, count: int
+) -> None:
+    layout = replace(EVERYTHING, precision=precision, rounding=PRESETS[precision])
+    table = encoded(random_rows(3, layout), layout)
+    values = table["num_entries"].to_pylist()
+    values[1][0] = count
+    altered = with_column(table, "num_entries", pa.array(values, pa.list_(pa.int32())))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="a number of entries that no position has"):
+            DecodedRows(altered, layout)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+LISTS = [
+    name for name, kind in zip(EVERYTHING.schema().names, EVERYTHING.schema().types, strict=True) if kind != "string"
+]
+
+
+@pytest.mark.parametrize("name", [name for name in LISTS if name not in COLUMNS])
+@pytest.mark.parametrize("change", ["longer", "shorter", "moved to the next row"])
+def test_a_list_of_another_length_than_its_row_needs_is_refused(name: str, change: str) -> None:
+    table = encoded(random_rows(3, EVERYTHING), EVERYTHING)
+    values = table[name].to_pylist()
+    last = values[0].pop() if change != "longer" else values[0][-1]
+    if change != "shorter":
+        values[0 if change == "longer" else 1].append(last)
+    altered = with_column(table, name, pa.array(values, table.schema.field(name).type))
+    with pytest.raises(ValueError, match="has not as many values as the rows need"):
+        DecodedRows(altered, EVERYTHING)
+
+
+def test_a_position_with_more_entries_than_are_stored_is_refused() -> None:
+    table = encoded(random_rows(3, EVERYTHING), EVERYTHING)
+    values = table["num_entries"].to_pylist()
+    values[0][0] += 1
+    altered = with_column(table, "num_entries", pa.array(values, pa.list_(pa.int32())))
+    with pytest.raises(ValueError, match="has not as many values as the rows need"):
+        DecodedRows(altered, EVERYTHING)
+
+
+@pytest.mark.parametrize("name", ["num_entries", "tail_logprob", "input_ids", "loss_mask"])
+@pytest.mark.parametrize("missing", ["value", "list"])
+def test_values_that_are_missing_are_refused(name: str, missing: str) -> None:
+    table = encoded(random_rows(3, EVERYTHING), EVERYTHING)
+    values = table[name].to_pylist()
+    if missing == "value":
+        values[0][0] = None
+    else:
+        values[0] = None
+    altered = with_column(table, name, pa.array(values, table.schema.field(name).type))
+    with pytest.raises(ValueError, match=f"values of column {name} are missing"):
+        DecodedRows(altered, EVERYTHING)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.int32()], ids=str)
+def test_a_column_of_another_type_is_refused(kind: pa.DataType) -> None:
+    table = encoded(random_rows(3, EVERYTHING), EVERYTHING)
+    altered = with_column(table, "num_entries", pa.array([None] * 3, kind))
+    with pytest.raises(ValueError, match="column num_entries is of another type than the layout says"):
         DecodedRows(altered, EVERYTHING)
 
 

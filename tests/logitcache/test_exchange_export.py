@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,16 @@ from logitcache.exchange.exporting import export
 from logitcache.format.layout import Layout
 from logitcache.format.levels import PRESETS
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.targets import SparseTargets
 
-CHAT = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that", "weight": 1}]
+CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "what?"},
+    {"role": "assistant", "content": "that", "weight": 1},
+]
 LAYOUT = Layout(VOCAB, columns={"id": "int64", "messages": "string"})
+ONE_ENTRY = SparseTargets(
+    np.array([[3]], np.int32), np.log([[0.5]]).astype(np.float32), np.log([0.5]).astype(np.float32)
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +47,14 @@ def chats(count: int, max_entries: int = 8, seed: int = 0) -> list[Row]:
     rows = random_rows(count, replace(LAYOUT, columns={}), seed=seed, max_entries=max_entries)
     kept = [{"id": number, "messages": json.dumps(CHAT[: 1 + number % 2])} for number in range(count)]
     return [(replace(tokens, columns=one), targets) for (tokens, targets), one in zip(rows, kept, strict=True)]
+
+
+def keeping(root: Path, column_type: str, values: Sequence[Any], name: str = "kept") -> LogitCache:
+    """A cache of rows that keep these values, in row groups of one row each."""
+    tokens = [TokenSequence(np.array([number, 1], np.int32), np.array([False, True])) for number in range(len(values))]
+    rows = [(replace(one, columns={name: value}), ONE_ENTRY) for one, value in zip(tokens, values, strict=True)]
+    layout = Layout(VOCAB, columns={name: column_type}, precision="exact")
+    return make_cache(root, rows, layout, rows_per_shard=1)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -94,6 +110,16 @@ class TestTopK:
             for position, ids in enumerate(row["topk_ids"]):
                 assert bool(ids) == row["loss_mask"][position + 1]
                 assert (row["tail_logprob"][position] is not None) == bool(ids)
+
+    def test_an_entry_of_probability_0_is_left_out(self, tmp_path: Path) -> None:
+        tokens = TokenSequence(np.array([7, 8], np.int32), np.array([False, True]))
+        impossible = SparseTargets(
+            np.array([[3, 4]], np.int32), np.array([[0, -np.inf]], np.float32), np.array([-np.inf], np.float32)
+        )
+        cache = make_cache(tmp_path / "cache", [(tokens, impossible)], Layout(VOCAB, precision="exact"))
+        export(cache, tmp_path / "rows.jsonl", to="topk")
+        (row,) = lines(tmp_path / "rows.jsonl")
+        assert (row["topk_ids"], row["topk_logprobs"]) == ([[3]], [[0.0]])
 
     def test_an_approximate_tail_is_not_passed_on_as_the_teachers(self, tmp_path: Path, tokenizer: Path) -> None:
         cache = make_cache(tmp_path / "cache", chats(5), LAYOUT, capture={**CAPTURE, "tail": "approximate (…)"})
@@ -192,6 +218,36 @@ class TestAxolotl:
         export(cache, tmp_path / "rows.jsonl", to="axolotl")
         assert "keeps no column of its source: Axolotl needs the chat messages" in caplog.text
 
+    @pytest.mark.parametrize("to", ["axolotl", "axolotl-v2"])
+    @pytest.mark.parametrize("counts", [[0, 3], [3, 0, 2], [0]])
+    def test_a_position_without_entries_has_the_token_itself(self, tmp_path: Path, to: str, counts: list[int]) -> None:
+        full = full_distributions(np.random.default_rng(0), len(counts))
+        targets = sparse_targets(full, counts, replace(LAYOUT, columns={}))
+        ids = np.arange(20, 21 + len(counts), dtype=np.int32)
+        tokens = TokenSequence(ids, ids > 20)
+        cache = make_cache(tmp_path / "cache", [(tokens, targets)], Layout(VOCAB, precision="exact"))
+        export(cache, tmp_path / "rows.jsonl", to=to)
+        read = as_axolotl_reads(lines(tmp_path / "rows.jsonl")[0], "logprobs", len(ids))
+        for place, count in enumerate(counts):
+            seen = read[place + 1]
+            assert seen is not None
+            best = targets.token_ids[place, 0] if count else ids[place + 1]
+            assert seen[0][0] == best
+            assert count or np.isclose(seen[1][0], 1)
+
+    def test_a_row_of_more_entries_than_numpy_text_fits_one_array_of_arrow(self, tmp_path: Path) -> None:
+        positions, k = 40_000, 50
+        logprobs = np.full((positions, k), np.log(0.01), np.float32)
+        targets = SparseTargets(
+            np.tile(np.arange(k, dtype=np.int32), (positions, 1)), logprobs, np.full(positions, np.log(0.5), np.float32)
+        )
+        tokens = TokenSequence(np.ones(positions + 1, np.int32), np.arange(positions + 1) > 0)
+        cache = make_cache(tmp_path / "cache", [(tokens, targets)], Layout(VOCAB, precision="exact"))
+        export(cache, tmp_path / "rows.parquet", to="axolotl")
+        read = pq.read_table(tmp_path / "rows.parquet")["logprobs"][0]
+        assert len(read) == positions
+        assert [entry["token"] for entry in read[-1].as_py()] == [f"token_id:{token}" for token in range(k)]
+
     def test_nothing_is_below_the_number_that_json_can_hold(self, tmp_path: Path) -> None:
         full = full_distributions(np.random.default_rng(0), 1)
         targets = sparse_targets(full, [2], replace(LAYOUT, columns={}))
@@ -251,6 +307,60 @@ class TestWriting:
         assert not (tmp_path / "rows.parquet").exists()
         export(cache, tmp_path / "rows.jsonl", to="axolotl")
 
+    def test_keys_that_first_appear_in_a_later_row_group_are_not_lost(self, tmp_path: Path) -> None:
+        chats = [
+            [{"role": "user", "content": "hi"}],
+            None,
+            [{"role": "assistant", "content": "x", "reasoning": "DEEP", "calls": [{"name": "f"}]}],
+            [{"role": "tool", "calls": [{"id": 1.5}]}],
+        ]
+        values = [None if chat is None else json.dumps(chat) for chat in chats]
+        cache = keeping(tmp_path / "cache", "string", values, "messages")
+        export(cache, tmp_path / "rows.parquet", to="axolotl")
+        read = pq.read_table(tmp_path / "rows.parquet")["messages"].to_pylist()
+        without_nulls = json.loads(json.dumps(read), object_hook=lambda one: {k: v for k, v in one.items() if v})
+        assert without_nulls == chats
+
+    @pytest.mark.parametrize("to", ["topk", "axolotl"])
+    @pytest.mark.parametrize(("column_type", "value"), [("string", "x"), ("double", 1.5), ("int64", 3), ("bool", True)])
+    def test_a_column_may_begin_with_nulls_or_hold_nothing_else(
+        self, tmp_path: Path, to: str, column_type: str, value: Any
+    ) -> None:
+        for values in ([None, None, value], [None, None]):
+            cache = keeping(tmp_path / f"cache{len(values)}", column_type, values)
+            out = tmp_path / f"rows{len(values)}.parquet"
+            export(cache, out, to=to)
+            assert pq.read_table(out)["kept"].to_pylist() == values
+            assert str(pq.read_schema(out).field("kept").type) == column_type
+
+    @pytest.mark.parametrize(
+        "text",
+        ["{}", '{"a": 1}', "[1, 2]", "[NaN]", '[{"a": NaN}]', '[{"a": 1e999}]', '[{"a": "\\ud83d"}]', "[", "[" * 9999],
+    )
+    @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+    def test_text_that_is_no_list_of_objects_or_cannot_be_written_as_one_stays_text(
+        self, tmp_path: Path, kind: str, text: str
+    ) -> None:
+        out = tmp_path / f"rows.{kind}"
+        export(keeping(tmp_path / "cache", "string", [text, "hello"]), out, to="axolotl")
+        read = lines(out) if kind == "jsonl" else pq.read_table(out).to_pylist()
+        assert [row["kept"] for row in read] == [text, "hello"]
+
+    def test_a_whole_number_that_parquet_cannot_hold_is_refused(self, tmp_path: Path) -> None:
+        cache = keeping(tmp_path / "cache", "string", [json.dumps([{"a": 2**70}])])
+        with pytest.raises(UserError, match=r"which Parquet does not take .*: write .jsonl"):
+            export(cache, tmp_path / "rows.parquet", to="axolotl")
+        export(cache, tmp_path / "rows.jsonl", to="axolotl")
+        assert lines(tmp_path / "rows.jsonl")[0]["kept"] == [{"a": 2**70}]
+
+    @pytest.mark.parametrize("to", ["topk", "axolotl"])
+    def test_a_kept_number_that_json_does_not_have_is_null(self, tmp_path: Path, to: str) -> None:
+        cache = keeping(tmp_path / "cache", "double", [float("nan"), 0.5, float("inf")])
+        export(cache, tmp_path / "rows.jsonl", to=to)
+        assert [row["kept"] for row in lines(tmp_path / "rows.jsonl")] == [None, 0.5, None]
+        export(cache, tmp_path / "rows.parquet", to=to)
+        assert np.isnan(pq.read_table(tmp_path / "rows.parquet")["kept"][0].as_py())
+
     def test_a_kept_column_of_the_same_name_is_refused(self, tmp_path: Path) -> None:
         layout = Layout(VOCAB, columns={"url": "string"})
         cache = make_cache(tmp_path / "cache", random_rows(3, layout), layout)
@@ -275,6 +385,11 @@ class TestCommandLine:
             (["--to", "topk", "--out", "folder.jsonl"], "exists"),
             (["--to", "topk", "--out", "folder.jsonl", "--overwrite"], "this is a folder"),
             (["--to", "topk", "--out", "a.jsonl", "--logprobs-field", "x"], "only Axolotl's rows have such a field"),
+            (["--to", "axolotl", "--out", "a.jsonl", "--logprobs-field", ""], "--logprobs-field '': choose a name"),
+            (["--to", "axolotl", "--out", "a.jsonl", "--logprobs-field", "row_id"], "that no other column has"),
+            (["--to", "axolotl-v2", "--out", "a.jsonl", "--logprobs-field", "target_token_ids"], "no other column has"),
+            (["--to", "topk", "--out", "/proc/x.jsonl"], "--out /proc/x.jsonl: cannot be written (No such file"),
+            (["--to", "topk", "--out", "/dev/null/x.jsonl"], "--out /dev/null/x.jsonl: cannot be written ("),
             (["--to", "topk", "--out", "a.jsonl", "--rows", "1:2"], "unknown argument --rows"),
             (["--to", "topk", "--out", "nowhere://a/b.jsonl"], "no file system for such a URL"),
         ],

@@ -23,6 +23,8 @@ from logitcache import LogitCache
 from logitcache.cli import main
 from logitcache.errors import UserError
 from logitcache.exchange.importing import import_logits
+from logitcache.exchange.source_files import find_sources
+from logitcache.exchange.source_rows import read_rows
 from logitcache.exchange.tails import LEAST_TAIL
 from logitcache.format.levels import PRESETS
 from logitcache.maintenance.info import describe
@@ -225,6 +227,53 @@ class TestTopK:
         pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
         for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
             assert_holds_rows(import_topk(tmp_path / name, tmp_path / f"of {name}", tokenizer), rows)
+
+    def test_frames_of_zstd_one_after_the_other_are_read_and_one_that_is_cut_off_is_refused(
+        self, tmp_path: Path, tokenizer: Path
+    ) -> None:
+        import zstandard
+
+        rows = random_rows(300)
+        first, second = (
+            zstandard.compress("".join(json.dumps(row) + "\n" for row in part).encode())
+            for part in (rows[:150], rows[150:])
+        )
+        path = tmp_path / "a.jsonl.zst"
+        path.write_bytes(first + second)
+        assert_holds_rows(import_topk(path, tmp_path / "whole", tokenizer), rows)
+        for content in (first[: len(first) // 2], first[:-1], first + second[:-1], first + second[:3]):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=r"a.jsonl.zst, line \d+: not readable, the file is damaged"):
+                import_topk(path, tmp_path / "out", tokenizer, skip_bad=True)
+            assert not (tmp_path / "out").exists()
+
+    def test_blank_lines_are_no_rows(self, tmp_path: Path, tokenizer: Path) -> None:
+        rows = random_rows(12)
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n" + "".join(json.dumps(row) + "\n \n" for row in rows))
+        assert_holds_rows(import_topk(path, tmp_path / "out", tokenizer, shard_positions=10), rows)
+        file = find_sources([str(path)])[0].files[0]
+        assert [row.where for row in read_rows(file, ["input_ids"], first=10)] == [
+            f"{path}, line 22",
+            f"{path}, line 24",
+        ]
+
+    def test_half_a_surrogate_pair_is_no_text(self, tmp_path: Path, tokenizer: Path) -> None:
+        rows = random_rows(3, text="whole \U0001f600")
+        path = write_rows(tmp_path / "a.jsonl", [*rows[:2], {**rows[2], "text": ["half \ud83d"]}])
+        with pytest.raises(UserError, match=r"a\.jsonl, line 3: half a surrogate pair"):
+            import_topk(path, tmp_path / "out", tokenizer, keep=["text"])
+        cache = import_topk(path, tmp_path / "skipped", tokenizer, keep=["text"], skip_bad=True)
+        assert [row.columns["text"] for row in cache] == ["whole \U0001f600"] * 2
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("change", [{"topk_logprobs": [[1e39]]}, {"tail_logprob": [1e39]}])
+    def test_a_number_that_no_float32_holds_is_refused_without_a_warning(
+        self, tmp_path: Path, tokenizer: Path, change: dict[str, Any]
+    ) -> None:
+        row = {"input_ids": [1, 2], "topk_ids": [[1]], "topk_logprobs": [[-1.0]], **change}
+        with pytest.raises(UserError, match="above 0"):
+            import_topk(write_rows(tmp_path / "a.jsonl", [row]), tmp_path / "out", tokenizer)
 
     def test_entries_in_any_order_are_sorted(self, tmp_path: Path, tokenizer: Path) -> None:
         rows = random_rows(4)
@@ -573,6 +622,7 @@ class TestCommandLine:
             (["--top-k", "0"], "--top-k 0: at least 1 is needed"),
             (["--vocab-size", "0"], "--vocab-size 0: at least 1 is needed"),
             (["--vocab-size", "10"], "is it the teacher's?"),
+            (["--vocab-size", "2147483648"], "--vocab-size 2147483648: at most 2,147,483,647 tokens"),
             (["--config", "x.yaml"], "--config is of DistillKit's data only"),
             (["--keep", "row_id"], "--keep row_id: the cache has a column of that name"),
             (["--loss-mask", "mask"], "column 'mask' is missing or null"),

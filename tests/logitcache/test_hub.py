@@ -21,6 +21,8 @@ from logitcache.sharing.hub import parse_dataset_url, push_to_hub
 from logitcache.sharing.pull import pull
 from logitcache.sharing.push import push as push_cache
 
+pytestmark = pytest.mark.programs
+
 REPO = "team-a/cache"
 URL = f"hf://datasets/{REPO}"
 CARD = """\

@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
@@ -219,6 +221,110 @@ def test_several_processes_never_hold_more_than_the_limit(home: Path, tmp_path: 
     assert len(seen) > 20
     assert max(seen) <= 3.5 * SIZE
     assert size() <= 3.5 * SIZE
+
+
+@pytest.fixture
+def searches(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """An entry for every time that all copies are looked through."""
+    made: list[Path] = []
+    iterdir = Path.iterdir
+
+    def watched(path: Path) -> Iterator[Path]:
+        if path == home / "shards":
+            made.append(path)
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", watched)
+    return made
+
+
+def test_not_every_copy_looks_through_the_folder(
+    store: Store, searches: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITCACHE_LOCAL_GB", str(100.5 * SIZE / 1e9))
+    first = copy_all(store, *range(80))
+    assert len(searches) == 1
+    del first
+    second = copy_all(store, *range(100, 200))  # for which the others go
+    assert len(store.given) == 180
+    assert len(searches) <= 20
+    searches.clear()
+    third = LocalCopies([shard(number) for number in range(200, 250)])
+    assert [third.path(shard(number), store.fill(number)) for number in range(200, 250)] == [
+        None
+    ] * 50  # all are in use
+    assert len(searches) <= 2
+    del second
+
+
+def test_copies_that_others_made_meanwhile_count(home: Path, store: Store) -> None:
+    ours, theirs = LocalCopies([shard(1), shard(2), shard(5)]), LocalCopies([shard(3), shard(4)])
+    kept = []
+    for copies, number in ((ours, 1), (theirs, 3), (ours, 2), (theirs, 4), (ours, 5)):
+        kept.append(copies.path(shard(number), store.fill(number)) is not None)
+    assert kept == [True, True, True, False, False]
+    assert held(home) == names(1, 2, 3)
+
+
+def test_room_that_somebody_made_by_hand_is_found(home: Path, store: Store) -> None:
+    copies = copy_all(store, 1, 2, 3)
+    for path in (home / "shards").iterdir():
+        path.unlink()
+    more = LocalCopies([shard(4)])
+    assert more.path(shard(4), store.fill(4)) is not None
+    assert copies.path(shard(1), store.fill(1)) is not None
+
+
+@pytest.mark.parametrize("num_bytes", [SIZE - 1, SIZE + 1, 0])
+def test_a_manifest_that_lies_about_a_size_removes_no_copy(home: Path, store: Store, num_bytes: int) -> None:
+    in_use = copy_all(store, 1)
+    inode = (home / "shards" / shard(1).sha256).stat().st_ino
+    crafted = replace(shard(1), num_bytes=num_bytes)
+    LocalCopies([crafted]).path(crafted, store.fill(2))
+    assert (home / "shards" / shard(1).sha256).stat().st_ino == inode
+    assert in_use.path(shard(1), store.fill(1)) is not None
+    assert store.given == [1]
+
+
+def descriptors(inode: int) -> list[int]:
+    """Those of this process that are of a file."""
+    found = []
+    for descriptor in range(3, 1024):
+        with suppress(OSError):
+            if os.fstat(descriptor).st_ino == inode:
+                found.append(descriptor)
+    return found
+
+
+def test_a_process_forked_while_a_thread_waits_holds_nothing_that_it_waits_for(home: Path, store: Store) -> None:
+    context = multiprocessing.get_context("fork")
+    begun, may_end = context.Event(), context.Event()
+
+    def work() -> None:
+        def slow(file: BinaryIO) -> None:
+            begun.set()
+            may_end.wait(PATIENCE_S)
+            file.write(content(1))
+
+        LocalCopies([shard(1)]).path(shard(1), slow)
+
+    copier = context.Process(target=work)
+    copier.start()
+    assert begun.wait(PATIENCE_S)
+    inode = (home / "shards" / f"{shard(1).sha256}.tmp").stat().st_ino
+    copies = LocalCopies([shard(1)])
+    waiting = threading.Thread(target=copies.path, args=(shard(1), store.fill(1)))
+    waiting.start()
+    until = time.monotonic() + PATIENCE_S
+    while not descriptors(inode) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert descriptors(inode)
+    time.sleep(0.1)  # it waits
+    code = exit_codes([lambda: sys.exit(len(descriptors(inode)))])
+    may_end.set()
+    copier.join(PATIENCE_S)
+    waiting.join(PATIENCE_S)
+    assert code == [0]
 
 
 def test_what_a_killed_process_left_is_removed(home: Path, store: Store) -> None:

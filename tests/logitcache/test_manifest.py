@@ -142,6 +142,56 @@ def test_a_value_of_another_kind_is_refused(root: Path, part: str, value: Any) -
         logitcache.open(root)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("teacher", 3),
+        ("teacher", {"name": 5}),
+        ("teacher", {"name": "x", "architecture": 5}),
+        ("tokenizer", {"vocab_size": "many"}),
+        ("corpus", []),
+        ("corpus", {"sources": ["x"]}),
+        ("corpus", {"sources": [{"name": 5}]}),
+        ("capture", "x"),
+        ("teacher", {"name": "\ud83d"}),
+    ],
+)
+def test_a_fingerprint_of_another_kind_is_refused(root: Path, part: str, value: Any) -> None:
+    rewrite(root, fingerprint=content(root)["fingerprint"] | {part: value})
+    with pytest.raises(UserError, match=rf"manifest\.fingerprint\.{part}|'vocabulary_sha256'|surrogates not allowed"):
+        logitcache.open(root)
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "A" * 64, "../../x"])
+@pytest.mark.parametrize("part", ["shards", "files"])
+def test_a_digest_that_is_none_is_refused(root: Path, part: str, digest: str) -> None:
+    """An empty one would let any content pass."""
+    data = content(root)
+    if part == "shards":
+        data["shards"][1]["sha256"] = digest
+    else:
+        data["files"] = {"tokenizer/x": digest}
+    rewrite(root, **data)
+    with pytest.raises(UserError, match=r"logitcache\.json was altered: .* is no SHA-256"):
+        logitcache.open(root)
+
+
+def test_a_shard_that_stands_there_twice_is_refused(root: Path) -> None:
+    data = content(root)
+    data["shards"].append(data["shards"][0])
+    for total in ("num_sequences", "num_positions", "num_bytes"):
+        data[total] += data["shards"][0][total]
+    rewrite(root, **data)
+    with pytest.raises(UserError, match="names a shard twice"):
+        logitcache.open(root)
+
+
+def test_a_vocabulary_that_no_model_has_is_refused_before_anything_of_its_size_is_made(root: Path) -> None:
+    rewrite(root, layout=content(root)["layout"] | {"vocab_size": 2_000_000_000})
+    with pytest.raises(UserError, match="no vocabulary has 2000000000 tokens"):
+        logitcache.open(root)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000])
 def test_json_that_no_parser_takes_is_refused(root: Path, text: str) -> None:
     (root / MANIFEST_NAME).write_text(text)

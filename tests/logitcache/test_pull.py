@@ -28,11 +28,12 @@ from smallcaches import EVERYTHING, random_rows
 import logitcache
 from logitcache import UserError
 from logitcache.cli import main
+from logitcache.format import manifest as manifests
 from logitcache.format import workspace
 from logitcache.format.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from logitcache.format.storage import Folder
 from logitcache.maintenance.verify import verify
-from logitcache.sharing import pull as pulling
+from logitcache.sharing import fetch as fetching
 from logitcache.sharing import transfer
 from logitcache.sharing.pull import pull
 from logitcache.sharing.push import push
@@ -85,8 +86,8 @@ def stopped_after(num_files: int) -> Iterator[list[str]]:
     fetched: list[str] = []
     original = Folder.fetch
 
-    def fetch(self: Folder, name: str, path: Path) -> None:
-        original(self, name, path)
+    def fetch(self: Folder, name: str, path: Path, at_most: int | None = None) -> None:
+        original(self, name, path, at_most)
         if len(fetched) == num_files:
             path.write_bytes(path.read_bytes()[:-1])
             raise Stopped
@@ -263,6 +264,23 @@ class TestAltered:
             pull(url, tmp_path / "out")
         assert fetched == []
 
+    def test_a_shard_may_be_larger_as_the_manifest_says_its_size(
+        self, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        largest = max(path.stat().st_size for path in Path(there).rglob("tokenizer/*"))
+        groups = (Path(there) / "tail_groups.parquet").stat().st_size
+        monkeypatch.setattr(fetching, "MAX_FILE_BYTES", max(largest, groups))
+        assert any(path.stat().st_size > max(largest, groups) for path in Path(there).glob("data/*"))
+        pull(there, tmp_path / "out")
+
+    @pytest.mark.parametrize("name", [CARD_NAME, SHARD])
+    def test_a_folder_where_a_file_should_be_is_one_line(self, there: str, tmp_path: Path, name: str) -> None:
+        pull(there, tmp_path / "out")
+        (tmp_path / "out" / name).unlink()
+        (tmp_path / "out" / name).mkdir()
+        with pytest.raises(UserError, match=r"--out .* cannot be written"):
+            pull(there, tmp_path / "out")
+
     @pytest.mark.parametrize("name", [SHARD, "tokenizer/tokenizer.json", "tail_groups.parquet"])
     def test_a_file_that_is_missing_is_named(self, url: str, tmp_path: Path, name: str) -> None:
         Folder(url).remove(name)
@@ -272,13 +290,14 @@ class TestAltered:
     def test_files_without_bounds_are_not_fetched(
         self, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pulling, "MAX_FILE_BYTES", 5)
+        monkeypatch.setattr(fetching, "MAX_FILE_BYTES", 5)
         with pytest.raises(UserError, match="bytes are refused, a file of its kind has at most 5"):
             pull(there, tmp_path / "out")
         monkeypatch.undo()
-        monkeypatch.setattr(pulling, "MAX_MANIFEST_BYTES", 5)
-        with pytest.raises(UserError, match=r"a manifest of \d+ bytes is refused, at most 5 are read"):
-            pull(there, tmp_path / "other")
+        push(there, "memory://bounds/cache")
+        monkeypatch.setattr(manifests, "MAX_MANIFEST_BYTES", 5)
+        with pytest.raises(UserError, match=r"logitcache\.json is refused: it has more than the 5 bytes"):
+            pull("memory://bounds/cache", tmp_path / "other")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -309,7 +328,7 @@ class TestAltered:
     def test_one_name_for_two_files_is_refused(self, there: str, tmp_path: Path) -> None:
         manifest = read_manifest(Folder(there))
         replace(manifest, shards=(*manifest.shards, manifest.shards[0])).write(Folder(there))
-        with pytest.raises(UserError, match=r"names data/train-00000-of-00009\.parquet twice"):
+        with pytest.raises(UserError, match="was altered: it names a shard twice"):
             pull(there, tmp_path / "out")
 
 

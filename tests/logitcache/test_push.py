@@ -24,6 +24,7 @@ from smallcaches import EVERYTHING, VOCAB, random_rows
 import logitcache
 from logitcache import UserError
 from logitcache.cli import main
+from logitcache.format import storage
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import MANIFEST_NAME, UNFINISHED_NAME
 from logitcache.format.storage import Folder
@@ -68,10 +69,10 @@ def stopped_after(num_files: int) -> Iterator[list[str]]:
     sent: list[str] = []
     original = Folder.put
 
-    def put(self: Folder, path: Path, name: str) -> None:
+    def put(self: Folder, path: Path, name: str, sha256: str = "") -> None:
         if len(sent) == num_files:
             raise Stopped
-        original(self, path, name)
+        original(self, path, name, sha256)
         sent.append(name)
 
     with patch.object(Folder, "put", put), patch.object(transfer, "NUM_TRANSFERS", 1):
@@ -246,9 +247,9 @@ class TestOverAnother:
         make_cache(tmp_path / "rebuilt", ROWS[:59], EVERYTHING)
         original, present = Folder.put, {}
 
-        def put(self: Folder, path: Path, name: str) -> None:
+        def put(self: Folder, path: Path, name: str, sha256: str = "") -> None:
             present[name] = self.exists(MANIFEST_NAME)
-            original(self, path, name)
+            original(self, path, name, sha256)
 
         with patch.object(Folder, "put", put):
             assert push(tmp_path / "rebuilt", url).num_kept == NUM_FILES - 3
@@ -295,6 +296,99 @@ class TestOverAnother:
             push(cache, url)
         push(cache, url, overwrite=True)
         assert there(url) == contents(cache)
+
+    def test_one_that_a_newer_version_wrote_is_away_while_its_files_are_replaced(self, cache: Path, url: str) -> None:
+        push(cache, url)
+        Folder(url).write(MANIFEST_NAME, '{"format": 99}')
+        Folder(url).write("data/train-00004-of-00009.parquet", "other")
+        with stopped_after(2), pytest.raises(Stopped):
+            push(cache, url, overwrite=True)
+        assert MANIFEST_NAME not in there(url)
+        push(cache, url)
+        assert there(url) == contents(cache)
+
+    @pytest.mark.parametrize("name", ["logitcache.json.unfinished.tmp", "logitcache.json.tmp", "README.md.tmp"])
+    def test_what_a_push_that_was_killed_in_its_first_write_left_is_ours(
+        self, cache: Path, tmp_path: Path, name: str
+    ) -> None:
+        (tmp_path / "there").mkdir()
+        (tmp_path / "there" / name).write_text("{")
+        push(cache, tmp_path / "there")
+        assert contents(tmp_path / "there") == contents(cache)
+
+
+class TestAtOnce:
+    @pytest.mark.parametrize("moment", [UNFINISHED_NAME, "data/train-00008-of-00009.parquet"])
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_another_push_to_a_store_is_noticed_before_the_manifest_goes(
+        self, cache: Path, tmp_path: Path, bucket: str, moment: str, finished: bool
+    ) -> None:
+        original = Folder.put
+
+        def put(self: Folder, path: Path, name: str, sha256: str = "") -> None:
+            original(self, path, name, sha256)
+            if name == moment:
+                self.remove(UNFINISHED_NAME) if finished else original(self, cache / "README.md", UNFINISHED_NAME)
+
+        with (
+            patch.object(Folder, "put", put),
+            pytest.raises(UserError, match="cache: another push is under way there; when it has ended"),
+        ):
+            push(cache, f"{bucket}/cache")
+        assert MANIFEST_NAME not in there(f"{bucket}/cache")
+
+    def test_a_folder_is_held(self, cache: Path, tmp_path: Path) -> None:
+        original = Folder.put
+        refused: list[str] = []
+
+        def put(self: Folder, path: Path, name: str, sha256: str = "") -> None:
+            if not refused:
+                with pytest.raises(UserError) as raised:
+                    push(cache, tmp_path / "there")
+                refused.append(str(raised.value))
+            original(self, path, name, sha256)
+
+        with patch.object(Folder, "put", put):
+            push(cache, tmp_path / "there")
+        assert refused == [f"{tmp_path}/there: another command is writing there"]
+        assert contents(tmp_path / "there") == contents(cache)
+
+
+class TestNotedChecksums:
+    @pytest.fixture
+    def no_plain_etags(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As of uploads in parts."""
+        original = storage._stored
+        monkeypatch.setattr(
+            storage, "_stored", lambda info, s3: original({**info, "ETag": f'"{"0" * 32}-2"'} if s3 else info, s3)
+        )
+
+    @pytest.fixture
+    def etags_of_encrypted_content(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = storage._stored
+        monkeypatch.setattr(
+            storage, "_stored", lambda info, s3: original({**info, "ETag": f'"{"0" * 32}"'} if s3 else info, s3)
+        )
+
+    @pytest.mark.parametrize("etags", ["no_plain_etags", "etags_of_encrypted_content"])
+    def test_what_s3_has_no_checksum_of_is_not_sent_twice(
+        self, cache: Path, bucket: str, etags: str, request: pytest.FixtureRequest
+    ) -> None:
+        request.getfixturevalue(etags)
+        with stopped_after(8), pytest.raises(Stopped):
+            push(cache, f"{bucket}/cache")
+        assert push(cache, f"{bucket}/cache").num_kept == 7
+        assert there(f"{bucket}/cache") == contents(cache)
+
+    def test_nor_is_another_file_of_that_size_taken_for_it(
+        self, cache: Path, bucket: str, no_plain_etags: None
+    ) -> None:
+        with stopped_after(8), pytest.raises(Stopped):
+            push(cache, f"{bucket}/cache")
+        shard = next(name for name in there(f"{bucket}/cache") if name.startswith("data/"))
+        Folder(f"{bucket}/cache").write(shard, bytes(len(there(f"{bucket}/cache")[shard])))
+        assert push(cache, f"{bucket}/cache").num_kept == 6
+        assert there(f"{bucket}/cache") == contents(cache)
 
 
 class TestSource:
@@ -408,8 +502,32 @@ class TestPlaces:
 
     def test_that_are_files_are_refused(self, cache: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("precious")
-        with pytest.raises(UserError, match="file is a file, a folder is wanted"):
+        with pytest.raises(UserError, match=r"file: a folder that can be written is wanted \(File exists\)"):
             push(cache, tmp_path / "file")
+
+    def test_a_bundle_is_not_put_into_its_cache(self, cache: Path) -> None:
+        before = contents(cache)
+        with pytest.raises(UserError, match="choose a place outside the cache that is pushed"):
+            push(cache, cache / "data/x.tar.zst")
+        assert contents(cache) == before
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_folder_is_no_bundle(self, cache: Path, tmp_path: Path, overwrite: bool) -> None:
+        (tmp_path / "b.tar.zst").mkdir()
+        with pytest.raises(UserError, match=r"b\.tar\.zst is a folder, a name for a file is wanted"):
+            push(cache, tmp_path / "b.tar.zst", overwrite=overwrite)
+        assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["b.tar.zst"]
+
+    @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".tar.zst", "x" * 250 + ".tar.zst"])
+    def test_a_name_that_is_too_long_is_one_line(self, cache: Path, tmp_path: Path, name: str) -> None:
+        with pytest.raises(UserError, match="File name too long"):
+            push(cache, tmp_path / name)
+
+    def test_no_place_at_all_says_what_is_wanted(self, cache: Path) -> None:
+        with pytest.raises(
+            UserError, match=r"nothing says where to push to: hf://.*a folder or a FILE\.tar\.zst is wanted"
+        ):
+            push(cache, "")
 
     def test_a_store_that_takes_nothing_is_named(
         self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import pickle
 import re
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
@@ -25,10 +32,15 @@ import logitcache
 from logitcache import LogitCache, UserError
 from logitcache.cli import main
 from logitcache.format import retries, shards
+from logitcache.format.codebook import CODEBOOK_KEY
+from logitcache.format.manifest import MANIFEST_NAME
+from logitcache.format.storage import Folder
 from logitcache.maintenance.findings import Finding
+from logitcache.maintenance.pull_rows import pull_rows
 from logitcache.maintenance.recode import recode
 from logitcache.maintenance.slice import slice_cache
 from logitcache.maintenance.verify import verify
+from logitcache.maintenance.verify_shard import shard_files
 
 NUM_SHARDS = 4
 ROWS_PER_SHARD = 6
@@ -441,6 +453,138 @@ def test_commands_make_the_same_of_a_url_as_of_the_folder(local: LogitCache, url
             assert main(command(source, out)) == 0
             made.append([info.sha256 for info in logitcache.open(out).manifest.shards])
         assert made[0] == made[1], name
+
+
+def forge(local: LogitCache, url: str, index: int) -> None:
+    """Other numbers in a shard of the same size whose pages have the checksums of these numbers."""
+    name = local.manifest.shards[index].name
+    original = (Path(local.path) / name).read_bytes()
+    with pq.ParquetFile(Path(local.path) / name) as file:
+        table, metadata = file.read(), file.metadata.metadata
+    for column in ("tail_logprob", "sample_logprobs"):
+        lists = table[column].combine_chunks()
+        values = pa.ListArray.from_arrays(lists.offsets, pa.array(np.full(len(lists.values), -0.5, np.float32)))
+        table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), values)
+    written = BytesIO()
+    with pq.ParquetWriter(written, table.schema, **local.manifest.layout.parquet_options()) as parquet:
+        parquet.add_key_value_metadata({CODEBOOK_KEY: metadata[CODEBOOK_KEY]})
+        parquet.write_table(table, row_group_size=1)
+    content = written.getvalue()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    padding = bytes(len(original) - len(content))
+    fsspec.filesystem("s3").pipe_file(f"{url}/{name}", content[:-footer] + padding + content[-footer:])
+
+
+@pytest.mark.parametrize("room", ["64", "0"], ids=["room for copies", "no copies"])
+def test_a_forged_shard_is_refused_against_an_identity_and_by_ranges_it_is_not(
+    local: LogitCache, url: str, home: Path, tmp_path: Path, room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITCACHE_LOCAL_GB", room)
+    forge(local, url, 2)
+    assert LogitCache(url)[14].targets.tail_logprob[0] == -0.5
+    trusted = logitcache.open(url, against=local.identity)
+    message = rf"^{url}/data/train-00002-of-00004\.parquet was altered: its SHA-256 is not the manifest's"
+    for read in (lambda: trusted[14], lambda: list(trusted.iter_columns(["row_id"], 14, 15)), lambda: list(trusted)):
+        with pytest.raises(UserError, match=message):
+            read()
+    assert trusted[0].row_id == local[0].row_id
+    with pytest.raises(UserError, match=message):
+        pull_rows(url, tmp_path / "part", rows="11:17", against=local.identity)
+    part = pull_rows(url, tmp_path / "part", rows="0:3", against=local.identity)
+    assert ids(part) == ids(local)[:3]
+
+
+def test_against_an_identity_shards_without_room_are_read_from_temporary_files(
+    local: LogitCache, url: str, home: Path, tmp_path: Path, requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITCACHE_LOCAL_GB", "0")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    trusted = LogitCache(url, local.identity)
+    assert ids(trusted) == ids(local)
+    assert [trusted[row].row_id for row in range(len(local))] == ids(local)
+    fetched = sorted((key.split("/", 1)[1], num_bytes) for _, key, num_bytes in requests.of("/data/"))
+    assert fetched == sorted((info.name, info.num_bytes) for info in local.manifest.shards)
+    for path in (tmp_path / "temporary").glob("*/*"):
+        path.unlink()
+    assert trusted[0].row_id == local[0].row_id  # fetched again, whole
+    assert requests.of("/data/")[-1][2] == local.manifest.shards[0].num_bytes
+    assert ids(pickle.loads(pickle.dumps(trusted))) == ids(local)
+    del trusted
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_against_an_identity_a_copy_that_somebody_removed_is_fetched_whole(
+    local: LogitCache, url: str, home: Path, requests: Requests
+) -> None:
+    trusted = LogitCache(url, local.identity)
+    for row in (7, 8):
+        requests.clear()
+        assert trusted[row].row_id == local[row].row_id
+        assert [num_bytes for _, _, num_bytes in requests.of("/data/")] == [local.manifest.shards[1].num_bytes]
+        for path in (home / "shards").iterdir():
+            path.unlink()
+
+
+def test_a_manifest_that_changes_after_it_was_checked_changes_nothing(
+    local: LogitCache, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, seen = (Path(local.path) / MANIFEST_NAME).read_bytes(), []
+    forged = json.dumps(json.loads(true) | {"created_by": "somebody else"}).encode()
+    read = Folder.read
+
+    def changing(folder: Folder, name: str) -> bytes:
+        if (folder.path, name) != (url, MANIFEST_NAME):
+            return read(folder, name)
+        seen.append(name)
+        return true if len(seen) == 1 else forged
+
+    monkeypatch.setattr(Folder, "read", changing)
+    part = pull_rows(url, tmp_path / "part", rows="0:3", against=local.identity)
+    assert part.manifest.history[-1]["from"][0]["manifest_sha256"] == local.identity
+    assert seen == [MANIFEST_NAME]
+
+
+def test_rows_of_a_cache_with_another_identity_are_not_pulled(local: LogitCache, url: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"^{url} is not the cache that --against names: its identity is {local.identity}"
+    ):
+        pull_rows(url, tmp_path / "part", rows="0:3", against="0" * 64)
+    assert not (tmp_path / "part").exists()
+
+
+def test_verifying_a_url_asks_for_each_shard_once(local: LogitCache, url: str, requests: Requests) -> None:
+    assert list(verify(url)) == []
+    about_shards = [(operation, key.split("/", 1)[1]) for operation, key, _ in requests.made if "/data/" in key]
+    assert sorted(about_shards) == [("get_object", info.name) for info in local.manifest.shards]
+
+
+def test_while_a_shard_is_verified_the_next_ones_are_fetched_and_none_are_left(
+    local: LogitCache, url: str, tmp_path: Path, requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = [info.name for info in local.manifest.shards] * 3
+    files = shard_files(Folder(url), names, {})
+    first = next(files)
+    assert isinstance(first, Path)
+    assert first.read_bytes() == (Path(local.path) / names[0]).read_bytes()
+    eventually(lambda: len(requests.of("/data/")) == 4)
+    assert len(list(tmp_path.iterdir())) <= 4
+    second = next(files)
+    assert not first.exists()
+    assert isinstance(second, Path)
+    assert second.read_bytes() == (Path(local.path) / names[1]).read_bytes()
+    files.close()
+    eventually(lambda: not list(tmp_path.iterdir()))
+    assert len(requests.of("/data/")) <= 5
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never held")
 
 
 def test_verifying_a_url_reads_what_is_there_and_keeps_no_copy(local: LogitCache, url: str, home: Path) -> None:

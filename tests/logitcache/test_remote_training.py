@@ -21,6 +21,8 @@ from logitcache.format.storage import Folder
 from logitcache.format.tokenizer import tokenizer_fingerprint
 from trainer.cli import main
 
+pytestmark = pytest.mark.programs
+
 NUM_SHARDS = 3
 
 
@@ -40,7 +42,7 @@ def make_cache(root: Path, tokenizer: Any, seed: int) -> LogitCache:
                 writer.write(sequence, targets)
         infos.append(writer.info)
     tokenizer.save_pretrained(root / TOKENIZER_DIRECTORY)
-    fingerprint = {"teacher": "random", "tokenizer": tokenizer_fingerprint(tokenizer)}
+    fingerprint = {"teacher": {"name": "random"}, "tokenizer": tokenizer_fingerprint(tokenizer)}
     files = {f"{TOKENIZER_DIRECTORY}/{path.name}": file_sha256(path) for path in (root / TOKENIZER_DIRECTORY).iterdir()}
     Manifest(layout, fingerprint, tuple(infos), {}, "tests", files).write(Folder(root))
     return LogitCache(str(root))

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from errno import EDQUOT, EFBIG, ENOSPC
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +157,116 @@ def test_a_store_that_refuses_a_file_is_named(bucket: str) -> None:  # noqa: F81
     missing: Any = Folder("s3://no-such-bucket-anywhere/cache")
     with pytest.raises(UserError, match=r"s3://no-such-bucket-anywhere/cache/name cannot be written"):
         missing.write("name", "value")
+
+
+class TestLinks:
+    def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(self, tmp_path: Path) -> None:
+        (tmp_path / "victim").write_text("precious")
+        (tmp_path / "name.tmp").symlink_to(tmp_path / "victim")
+        Folder(tmp_path).write("name", "content")
+        assert (tmp_path / "victim").read_text() == "precious"
+        assert (tmp_path / "name").read_text() == "content"
+        assert not (tmp_path / "name").is_symlink()
+
+    @pytest.mark.parametrize("directory", ["data", "tokenizer"])
+    def test_nothing_is_written_or_removed_in_a_folder_that_is_a_link(self, tmp_path: Path, directory: str) -> None:
+        (tmp_path / "victim").mkdir()
+        (tmp_path / "victim/file").write_text("precious")
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / directory).symlink_to(tmp_path / "victim")
+        folder, source = Folder(tmp_path / "cache"), tmp_path / "victim/file"
+        for change in (
+            lambda: folder.write(f"{directory}/file", "other"),
+            lambda: folder.put(source, f"{directory}/new"),
+            lambda: folder.remove(f"{directory}/file"),
+        ):
+            with pytest.raises(UserError, match=rf"cache/{directory} is a link to another place"):
+                change()
+        assert [path.name for path in (tmp_path / "victim").iterdir()] == ["file"]
+        assert source.read_text() == "precious"
+
+    def test_the_folder_itself_may_be_one(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        Folder(tmp_path / "link").write("data/file", "content")
+        assert (tmp_path / "real/data/file").read_text() == "content"
+
+
+MOST_BYTES = 20 << 20
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Sends more than anybody wants, and does not say how much; /small and /announced have a length."""
+
+    sent_bytes = 0
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        length = {"/small": 4, "/announced": 10 * MOST_BYTES}.get(self.path)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(1 if length == 4 else 10 * MOST_BYTES >> 20):
+                self.wfile.write(b"text" if length == 4 else bytes(1 << 20))
+                type(self).sent_bytes += 1 << 20
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def endless() -> Iterator[Folder]:
+    Endless.sent_bytes = 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Folder(f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    server.server_close()
+
+
+class TestBounds:
+    @pytest.mark.parametrize("name", ["unknown", "announced"])
+    def test_a_server_that_sends_without_end_is_left(self, endless: Folder, tmp_path: Path, name: str) -> None:
+        message = rf"^http://127\.0\.0\.1:\d+/{name} is refused: it has more than the {MOST_BYTES} bytes"
+        with pytest.raises(UserError, match=message):
+            endless.read(name, MOST_BYTES)
+        with pytest.raises(UserError, match=message):
+            endless.fetch(name, tmp_path / "file", MOST_BYTES)
+        assert (tmp_path / "file").stat().st_size < 2 * MOST_BYTES if name == "unknown" else True
+        assert Endless.sent_bytes < 2 * 5 * MOST_BYTES
+
+    def test_a_file_that_is_as_long_as_it_may_be_is_read(self, endless: Folder, folder: Folder, tmp_path: Path) -> None:
+        assert endless.read("small", 4) == b"text"
+        folder.write("name", b"0123456789")
+        assert folder.read("name", 10) == b"0123456789"
+        folder.fetch("name", tmp_path / "file", 10)
+        assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+    @pytest.mark.parametrize("folder", ["memory", "s3"], indirect=True)
+    def test_one_that_is_longer_is_refused(self, folder: Folder, tmp_path: Path) -> None:
+        folder.write("name", b"0123456789")
+        with pytest.raises(UserError, match="name is refused: it has more than the 9 bytes"):
+            folder.read("name", 9)
+        with pytest.raises(UserError, match="name is refused: it has more than the 9 bytes"):
+            folder.fetch("name", tmp_path / "file", 9)
+
+    @pytest.mark.parametrize("error", [MemoryError(), *(OSError(number, "x") for number in (ENOSPC, EDQUOT, EFBIG))])
+    def test_what_this_machine_lacks_is_not_the_stores_fault(self, error: Exception, tmp_path: Path) -> None:
+        folder = Folder(f"memory://{tmp_path}")
+        with pytest.raises(type(error)) as raised, folder.answering():
+            raise error
+        assert raised.value is error
+
+
+def test_s3_notes_the_checksum_of_what_it_is_told_one_of(bucket: str, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "file").write_text("content")
+    folder = Folder(bucket)
+    folder.put(tmp_path / "file", "noted", "ab" * 32)
+    folder.put(tmp_path / "file", "other")
+    assert (folder.sha256("noted"), folder.sha256("other")) == ("ab" * 32, None)
+    folder.put(tmp_path / "file", "noted")
+    assert folder.sha256("noted") is None

@@ -15,6 +15,8 @@ from objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
 
 import logitcache
 
+pytestmark = pytest.mark.programs
+
 DISTILLKIT = Path(__file__).parent / "exchange" / "residual_bins"
 
 

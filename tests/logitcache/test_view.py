@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from math import exp, log
@@ -16,7 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 from readable import HOSTILE, Elements, page_data, readable_cache, write_tokenizer, write_tokenizer_json
-from smallcaches import EVERYTHING, VOCAB, random_rows, write_cache
+from smallcaches import EVERYTHING, VOCAB, full_distributions, random_rows, sparse_targets, write_cache
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import logitcache
@@ -24,10 +26,11 @@ from logitcache import LogitCache, UserError
 from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
+from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
 from logitcache.report.page import view
 from logitcache.report.samples import MOST_ROWS, PAGE_TOKENS, SHOWN_CHARACTERS, chosen_rows, fair_lengths, read_samples
-from logitcache.report.token_text import TOKENIZER_NAME, token_texts
+from logitcache.report.token_text import MOST_CHARACTERS, TOKENIZER_NAME, token_texts
 
 CORPUS = [
     "naïve café, 'quoted' 100%",
@@ -122,6 +125,70 @@ def test_ids_that_no_text_is_known_of_have_none(cache: LogitCache) -> None:
     assert texts_of(cache, [10**6]) == ([None], "")
 
 
+def vocabulary(decoder: Any) -> str:
+    return json.dumps({"model": {"vocab": {"ta": 0, "t" * 10**6: 1}}, "decoder": decoder})
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "t"}}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [REPLACE | {"content": "tt"}] * 31,
+        [REPLACE | {"content": "t" * 10**6}] * 31,
+        [{"type": "Metaspace", "replacement": "t"}, REPLACE | {"pattern": {"String": " "}, "content": "t" * 10**6}]
+        * 15,
+    ],
+)
+def test_a_decoder_that_lengthens_texts_is_cut_at_each_step(steps: list[Any], cache: LogitCache) -> None:
+    write_tokenizer_json(Path(cache.path), vocabulary({"type": "Sequence", "decoders": steps}))
+    (short, long), note = texts_of(cache, [0, 1])
+    assert not note
+    assert SHOWN_CHARACTERS < len(short) <= MOST_CHARACTERS
+    assert set(short) == set(long) == {"t"}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "BPEDecoder", "suffix": ""},
+        {"type": "Metaspace", "replacement": ""},
+        {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
+    ],
+)
+def test_a_decoders_empty_pattern_changes_nothing(step: Any, cache: LogitCache) -> None:
+    write_tokenizer_json(Path(cache.path), vocabulary({"type": "Sequence", "decoders": [step] * 30}))
+    assert texts_of(cache, [0]) == (["ta"], "")
+
+
+def test_a_decoder_of_many_steps_leaves_the_ids_with_a_note(cache: LogitCache) -> None:
+    step = {"type": "Metaspace", "replacement": "x"}
+    write_tokenizer_json(Path(cache.path), vocabulary({"type": "Sequence", "decoders": [step] * 100_000}))
+    texts, note = texts_of(cache, [0])
+    assert texts == [None]
+    assert "more than 32 steps" in note
+
+
+def test_of_a_tokenizer_without_end_only_the_beginning_is_read(
+    cache: LogitCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitcache.report.token_text.MOST_BYTES", 1 << 20)
+    write_tokenizer_json(Path(cache.path), "{}")
+    cache = logitcache.open(cache.path)
+    (Path(cache.path) / TOKENIZER_NAME).unlink()
+    (Path(cache.path) / TOKENIZER_NAME).symlink_to("/dev/zero")
+    texts, note = token_texts(Folder(cache.path), cache.manifest, [0])
+    assert texts == [None]
+    assert "larger than 1 MiB" in note
+
+
+@pytest.mark.parametrize("piece", [123, None, ["a"], {"a": 1}])
+def test_a_piece_that_is_no_text_has_none(piece: Any, cache: LogitCache) -> None:
+    write_tokenizer_json(Path(cache.path), json.dumps({"model": {"vocab": [[piece, 0.0], ["b", 0.0]]}}))
+    assert texts_of(cache, [0, 1]) == ([None, "b"], "")
+
+
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"model": 3}', '{"model": {"vocab": {"a": "b"}}, "added_tokens": [1]}', "[" * 10**5]
 )
@@ -164,10 +231,20 @@ def test_rows_are_named_by_range_number_and_id(cache: LogitCache) -> None:
     assert chosen_rows(cache, ("0:3", "29", wanted.row_id, wanted.row_id[:10], "28:"), 24) == [0, 1, 2, 17, 28, 29]
 
 
-@pytest.mark.parametrize("rows", [["30"], ["30:40"], ["f" * 32], ["zebra"], ["2:1"]])
+@pytest.mark.parametrize("rows", [["30"], ["30:40"], ["f" * 32], ["zebra"], ["2:1"], ["9" * 31]])
 def test_rows_that_the_cache_has_not_are_bad_input(rows: list[str], cache: LogitCache) -> None:
     with pytest.raises(UserError, match=f"--rows {rows[0]}"):
         chosen_rows(cache, rows, 24)
+
+
+@pytest.mark.parametrize("rows", ["9" * 5000, f"0:{'9' * 5000}", f"{'9' * 5000}:"])
+def test_rows_of_very_many_digits_are_bad_input_in_one_short_line(
+    rows: str, cache: LogitCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["view", cache.path, "--rows", rows]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 500
 
 
 def test_more_rows_than_a_page_takes_are_bad_input(tmp_path: Path) -> None:
@@ -222,6 +299,16 @@ def test_numbers_of_a_page_are_those_of_the_targets_that_predicted_each_token(tm
             assert arrays["groups"][position][:3].tolist() == heaviest
             position += 1
     assert position == len(arrays["entropy"])
+
+
+def test_a_first_token_that_is_masked_as_trained_takes_no_others_distribution(tmp_path: Path) -> None:
+    mask = np.array([True, False, True, True, False, True])
+    sequence = TokenSequence(np.arange(6, dtype=np.int32), mask)
+    targets = sparse_targets(full_distributions(np.random.default_rng(0), 3), [3, 3, 3], Layout(VOCAB))
+    cache = write_cache(tmp_path / "c", [(sequence, targets)], Layout(VOCAB))
+    samples = read_samples(cache, [0])
+    assert samples.arrays["trained"].tolist() == [0, 0, 1, 1, 0, 1]
+    assert samples.rows[0]["trained"] == samples.rows[0]["positions"] == 3
 
 
 def test_a_cut_row_has_the_positions_of_the_tokens_that_are_shown(tmp_path: Path) -> None:
@@ -283,6 +370,64 @@ def test_a_token_or_a_value_without_end_is_cut(tmp_path: Path) -> None:
     assert data["rows"][0]["columns"][0][1] == data["texts"][0]
 
 
+def long_cache(root: Path) -> LogitCache:
+    """A cache with names, values, history and columns that have no end, and with marks of direction."""
+    name = "\u202e\x1b" + "x" * 10**5
+    columns = {f"c{i:03}" + "y" * 300: "string" for i in range(100)}
+    readable_cache(root, ["a", "b"], layout=Layout(2, columns=columns), num_rows=2, entries=1)
+    manifest = LogitCache(str(root)).manifest
+    fingerprint = {"teacher": {"name": name}, "corpus": {"sources": [{"name": name}]}, "capture": {"top_k": name}}
+    history = ({"command": name[:2000]},) * 1000
+    replace(manifest, fingerprint=fingerprint, history=history).write(Folder(root))
+    (root / "README.md").write_text(f"---\nlicense: {name}\n---\n")
+    return LogitCache(str(root))
+
+
+def test_names_facts_history_and_columns_without_end_are_cut(tmp_path: Path) -> None:
+    page = view(long_cache(tmp_path / "c"), tmp_path / "page.html")
+    data = page_data(page.path)
+    assert page.num_bytes < 300_000
+    assert data["teacher"].endswith("xxx…")
+    assert data["history"][0] == "968 steps before:"
+    assert len(data["history"]) == 33
+    for row in data["rows"]:
+        assert len(row["columns"]) == 16
+        assert row["more_columns"] == 84
+    assert (
+        "more columns" in dict(data["column_bytes"]["columns"]).popitem()[0]
+        or len(data["column_bytes"]["columns"]) < 30
+    )
+
+
+def test_controls_and_marks_of_direction_in_names_are_shown_as_codes(tmp_path: Path) -> None:
+    data = page_data(view(long_cache(tmp_path / "c\u202ed"), tmp_path / "page.html").path)
+    facts = dict(data["facts"])
+    assert data["name"] == "c‹U+202E›d"
+    for text in (
+        data["teacher"],
+        data["corpus"],
+        facts["corpus"],
+        facts["teacher"],
+        facts["licence"],
+        data["history"][1],
+    ):
+        assert text.startswith("‹U+202E›‹U+001B›xxx")
+    assert "\u202e" not in (tmp_path / "page.html").read_text()
+
+
+def test_texts_of_very_many_tokens_are_cut_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logitcache.report.page.TEXT_CHARACTERS", 100)
+    cache = readable_cache(tmp_path / "c", ["x" * 200, "y" * 200, "z"], entries=1)
+    data = page_data(view(cache, tmp_path / "page.html").path)
+    assert data["texts"] == ["x" * 32 + "…", "y" * 32 + "…", "z"]
+
+
+@pytest.mark.parametrize("spaces", ["a" + " " * 200_000 + "b", " " * 200_000, "a" + "\nlicense: a" * 10**5])
+def test_a_card_of_very_many_spaces_or_licences_has_a_page(spaces: str, cache: LogitCache, tmp_path: Path) -> None:
+    (Path(cache.path) / "README.md").write_text(f"---\nlicense: {spaces}\n---\n")
+    assert view(cache, tmp_path / "page.html").num_bytes < 200_000
+
+
 def test_the_policy_allows_the_pages_own_script_and_style_and_nothing_else(hostile: LogitCache, tmp_path: Path) -> None:
     page = Elements(view(hostile, tmp_path / "page.html").path.read_text())
     (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
@@ -324,8 +469,10 @@ def test_a_url_gives_the_page_that_the_folder_gives(cache: LogitCache, tmp_path:
     memory = fsspec.filesystem("memory")
     memory.put(cache.path, "/viewed/small", recursive=True)
     try:
-        with patch.object(Folder, "fetch", side_effect=AssertionError):  # ranges of shards, never a whole one
+        with patch.object(Folder, "fetch", autospec=True, side_effect=Folder.fetch) as fetch:
             page = view("memory://viewed/small", tmp_path / "page.html")
+        # Ranges of shards, never a whole one.
+        assert not [call for call in fetch.call_args_list if call.args[1].endswith(".parquet")]
         assert page.path.read_bytes() == view(cache, tmp_path / "local.html").path.read_bytes()
     finally:
         memory.rm("/viewed", recursive=True)
@@ -419,6 +566,28 @@ def test_only_a_page_of_ours_is_written_over(
     assert main(["view", cache.path, "--out", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert main(["view", cache.path, "--out", str(tmp_path / "new/page.html")]) == 0
+
+
+def test_what_is_no_regular_file_is_not_read_and_not_written_over(
+    cache: LogitCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("fifo", "endless"):
+        assert main(["view", cache.path, "--out", str(tmp_path / name)]) == 2
+        assert f"{name} exists and is not a page" in capsys.readouterr().err
+    assert main(["view", cache.path, "--out", str(tmp_path / ("x" * 300))]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_promises_nothing_to_continue(
+    cache: LogitCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with patch.object(Path, "write_text", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        assert main(["view", cache.path, "--out", str(tmp_path / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert "no space left for" in said
+    assert "continue" not in said
 
 
 def test_a_place_that_cannot_be_written_is_bad_input(

@@ -23,7 +23,7 @@ from logitcache.report.page import view
 from logitcache.report.samples import PAGE_TOKENS
 from logitcache.report.statistics import ENTROPY_BARS
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.programs]
 WORDS = [f" word{i}" for i in range(50)] + ["\n", " Fox", " fox"]
 LAYOUT = Layout(len(WORDS), 3, tail_entropy=True, columns={"source": "string"})
 
@@ -181,6 +181,49 @@ def test_a_focused_token_is_spoken_with_its_numbers(page: Page) -> None:
     assert re.fullmatch(r" ?word20, (in the tail|probability .*%, rank \d+), entropy \d\.\d\d nats", label)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\n", "line break"),
+        ("\n\n\n", "3 line breaks"),
+        ("\t", "tab"),
+        (" ", "space"),
+        ("   ", "3 spaces"),
+        ("\n    ", "line break 4 spaces"),
+        (";\n\t}", "; line break tab }"),
+        (" a b ", "a b"),
+        ("\u202ex", "‹U+202E›x"),
+        ("", "‹empty›"),
+    ],
+)
+def test_tokens_without_letters_are_spoken_in_words(browser: Browser, tmp_path: Path, text: str, words: str) -> None:
+    cache = readable_cache(tmp_path / "c", [text, "b"], entries=1)
+    with opened(browser, view(cache, tmp_path / "page.html").path) as page:
+        token(page, 0, 6).focus()
+        assert (token(page, 0, 6).get_attribute("aria-label") or "").startswith(f"{words}, ")
+
+
+def test_long_runs_of_line_breaks_are_one_sign_with_their_number(browser: Browser, tmp_path: Path) -> None:
+    texts = ["\n" * 200, "\t" * 9, "\n" * 8, "\u202e" * 100]
+    with opened(browser, view(readable_cache(tmp_path / "c", texts, entries=1), tmp_path / "page.html").path) as page:
+        signs = [
+            token(page, 0, i).locator("i").evaluate_all("all => all.map(i => i.dataset.sign ?? i.textContent)")
+            for i in range(4)
+        ]
+    assert signs == [["↵×200"], ["⇥×9"], ["↵"] * 8, ["‹U+202E×100›"]]
+
+
+@pytest.mark.parametrize("text", ["\n" * 250, "\u200b\x00" * 125, "x " * 125])
+def test_a_page_of_odd_long_tokens_has_not_millions_of_elements(browser: Browser, tmp_path: Path, text: str) -> None:
+    cache = readable_cache(tmp_path / "c", [f"{i}{text}" for i in range(8)], num_rows=8, length=2048, entries=1)
+    with opened(browser, view(cache, tmp_path / "page.html").path) as page:
+        assert page.locator("#reader .t").count() == PAGE_TOKENS
+        assert page.locator("*").count() < 300_000
+        assert page.evaluate("document.getElementById('reader').textContent.length") < 2_000_000
+        token(page, 7, 2000).dispatch_event("pointerover", {"pointerType": "mouse"})
+        expect(page.locator(".where")).to_contain_text("Row 7, token 2,000,")
+
+
 def test_search_finds_text_across_tokens_counts_it_and_goes_there(page: Page) -> None:
     page.locator("#search").fill("WORD9 word10 ")
     expect(page.locator("#matches")).to_have_text(re.compile(r"1 of \d+"))
@@ -216,7 +259,33 @@ def test_jump_goes_to_a_row_by_its_number_or_id_and_says_where_there_is_none(pag
         expect(page.locator("#jump-problem")).to_be_hidden()
     page.locator("#jump").fill("5")
     page.keyboard.press("Enter")
-    expect(page.locator("#jump-problem")).to_have_text(re.compile("Row 5 is not on this page.*--rows 5"))
+    expect(page.locator("#jump-problem")).to_have_text(re.compile("Row 5 is not on this page.*view CACHE --rows 5"))
+
+
+def test_jump_takes_numbers_as_headings_have_them_and_few_digits_for_no_id(browser: Browser, tmp_path: Path) -> None:
+    layout = Layout(len(WORDS))
+    cache = readable_cache(tmp_path / "c", WORDS, layout=layout, num_rows=1002, length=6, entries=1)
+    numbers = [number for number in range(1002) if cache[number].row_id[:2].isdecimal()][:3]
+    page_of = view(cache, tmp_path / "page.html", rows=["1000", *map(str, numbers)]).path
+    with opened(browser, page_of, reduced_motion="reduce") as page:
+
+        def jump(wanted: str) -> str:
+            page.evaluate("document.activeElement.blur()")
+            page.locator("#jump").fill(wanted)
+            page.locator("#jump").press("Enter")
+            went: str = page.evaluate("document.activeElement.id")
+            return went
+
+        for wanted in ("1000", "1,000", "row 1000", "Row 1,000", " 1000 "):
+            assert jump(wanted) == "row-1000"
+        digits = cache[numbers[0]].row_id[:2]
+        assert jump(digits) == (f"row-{digits}" if int(digits) in numbers else "jump")
+        assert jump(cache[numbers[0]].row_id.upper()) == f"row-{numbers[0]}"
+        assert jump("1,001") == "jump"
+        expect(page.locator("#jump-problem")).to_contain_text("--rows 1001 shows it")
+        for wanted in ("1,002", "x; rm"):
+            assert jump(wanted) == "jump"
+            expect(page.locator("#jump-problem")).to_contain_text("The cache has no such row: its 1,002 rows")
 
 
 BACKGROUND = "element => getComputedStyle(element).backgroundColor"
@@ -401,6 +470,14 @@ def test_a_hostile_cache_is_text_and_nothing_else(browser: Browser, tmp_path: Pa
         assert isolated
         page.locator("#search").fill("</script><script>")
         expect(page.locator("#matches")).to_have_text(re.compile("1 of"))
+
+
+def test_a_row_of_many_kept_columns_says_how_many_more_there_are(browser: Browser, tmp_path: Path) -> None:
+    layout = Layout(len(WORDS), columns={f"column{i}": "string" for i in range(20)})
+    cache = readable_cache(tmp_path / "c", WORDS, layout=layout, num_rows=1)
+    with opened(browser, view(cache, tmp_path / "page.html").path) as page:
+        assert page.locator("#row-0 .columns-of-row b").count() == 16
+        expect(page.locator("#row-0 .columns-of-row")).to_contain_text("and 4 more")
 
 
 def test_the_policy_refuses_any_other_script_and_any_request(browser: Browser, html: Path) -> None:

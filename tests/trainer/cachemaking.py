@@ -119,6 +119,6 @@ def write_cache(
         files[TAIL_GROUPS_NAME] = file_sha256(path / TAIL_GROUPS_NAME)
     teacher_tokenizer = teacher_tokenizer or tokenizer()
     teacher_tokenizer.save_pretrained(path / TOKENIZER_DIRECTORY)
-    fingerprint = {"teacher": "random", "tokenizer": tokenizer_fingerprint(teacher_tokenizer)}
+    fingerprint = {"teacher": {"name": "random"}, "tokenizer": tokenizer_fingerprint(teacher_tokenizer)}
     Manifest(layout, fingerprint, (writer.info,), {}, "tests", files).write(Folder(path))
     return logitcache.open(path)

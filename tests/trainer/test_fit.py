@@ -44,7 +44,7 @@ def test_a_run_leaves_a_better_student_its_settings_and_its_evaluation(
     assert run["settings"]["loss"] == "todi"
     assert run["settings"]["kd_weight"] == 1.0
     assert run["tail"] == "groups"
-    assert run["cache"]["fingerprint"]["teacher"] == "random"
+    assert run["cache"]["fingerprint"]["teacher"] == {"name": "random"}
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert sum("eval_fkl" in entry for entry in history) >= 6
 

@@ -95,7 +95,7 @@ def test_an_altered_tokenizer_folder_does_not_pass_for_the_teachers(tmp_path: Pa
 
 def test_a_cache_that_does_not_name_its_tokenizer_gives_a_warning(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, random_sequences(2, seed=0))
-    replace(cache.manifest, fingerprint={"teacher": "random"}).write(Folder(tmp_path))
+    replace(cache.manifest, fingerprint={"teacher": {"name": "random"}}).write(Folder(tmp_path))
     [warning] = check_tokenizer(tokenizer(WORDS[:60]), logitcache.open(tmp_path), "student")
     assert "could not be checked" in warning
 
