@@ -61,7 +61,7 @@ def _pull(commands: argparse._SubParsersAction[Parser]) -> None:
     part.add_argument(
         "--rows",
         metavar="A:B",
-        help="from row A, counted from 0, up to B: of the others little is fetched, with --against their shards whole",
+        help="from row A, counted from 0, up to B: only their row groups are fetched, with --against their shards",
     )
     pull.add_argument("--overwrite", action="store_true", help="replace another cache that DIR holds")
 
