@@ -33,7 +33,7 @@ FLOORS = [
     ("logitcache.report",),
     ("logitcache.cache",),
     ("logitcache.format",),
-    ("logitcache.errors", "logitcache.progress", "logitcache.table", "logitcache.version"),
+    ("logitcache.errors", "logitcache.progress", "logitcache.spans", "logitcache.table", "logitcache.version"),
 ]
 READER_SIDE = ("logitcache.cache", "logitcache.format", "logitcache.errors", "logitcache.table", "logitcache.version")
 

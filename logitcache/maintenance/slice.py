@@ -18,6 +18,7 @@ from logitcache.errors import UserError, one_line
 from logitcache.format.unfinished import SHARD_POSITIONS
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.rows import Rows, scan
+from logitcache.spans import span_of
 
 COUNTS = ("row_id", "num_tokens", "num_positions")
 """What an expression may speak of beside the kept columns."""
@@ -59,7 +60,7 @@ def slice_cache(
         "sample": sample,
         "seed": None if sample is None else seed,
     }
-    choice = _Choice(source, _range(rows, len(source)), listed, where, sample, seed)
+    choice = _Choice(source, span_of(rows, len(source), "row"), listed, where, sample, seed)
     work = Rewrite(
         command="slice",
         settings={name: value for name, value in settings.items() if value is not None},
@@ -74,10 +75,10 @@ def slice_cache(
 
 @dataclass(frozen=True)
 class _Choice:
-    """The conditions that rows must meet. numbers: first and end of those that may."""
+    """The conditions that rows must meet. numbers: of those that may."""
 
     source: LogitCache
-    numbers: tuple[int, int]
+    numbers: range
     listed: _ListedIds | None
     where: str | None
     sample: int | None
@@ -90,8 +91,8 @@ class _Choice:
     def _filtered(self) -> Generator[Rows]:
         meets = _expression(self.where, list(self.source.manifest.layout.columns)) if self.where is not None else None
         kept_columns = list(self.source.manifest.layout.columns) if meets else []
-        first, end = self.numbers
-        read = (0, None) if self.listed else self.numbers  # a listed id that is nowhere is refused
+        first, end = self.numbers.start, self.numbers.stop
+        read = (0, None) if self.listed else (first, end)  # a listed id that is nowhere is refused
         for rows, table in scan([self.source], kept_columns, *read):
             kept = (rows.numbers >= first) & (rows.numbers < end)
             if self.listed:
@@ -101,18 +102,6 @@ class _Choice:
             yield rows[kept]
         if self.listed:
             self.listed.refuse_unknown(self.source.path)
-
-
-def _range(rows: str | None, count: int) -> tuple[int, int]:
-    if rows is None:
-        return 0, count
-    match = re.fullmatch(r"(\d*):(\d*)", rows)
-    if not match:
-        raise UserError(f"--rows {rows}: write A:B, for example 0:1000; row B is left out")
-    first, end = int(match[1] or 0), int(match[2] or count)
-    if not first < end <= count:
-        raise UserError(f"--rows {rows}: the cache has rows 0…{count - 1}, so 0 ≤ A < B ≤ {count} is needed")
-    return first, end
 
 
 class _ListedIds:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -46,6 +45,7 @@ from logitcache.sharing.transfer import (
     persistently,
     vouched_files,
 )
+from logitcache.spans import span_of
 from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")
@@ -83,7 +83,7 @@ def pull(
     identity = hashlib.sha256(content).hexdigest()
     check_identity(identity, against, url)
     source = Source(url, identity, parse_manifest(content, f"{url.rstrip('/')}/{MANIFEST_NAME}"))
-    chosen = _range(shards, len(source.manifest.shards))
+    chosen = span_of(shards, len(source.manifest.shards), "shard")
     request = {"command": "pull", "manifest_sha256": identity, "shards": shards and f"{chosen.start}:{chosen.stop}"}
     with workspace(folder), _writable(folder), space_needed(out):
         _begin(folder, request, content, overwrite)
@@ -104,18 +104,6 @@ def _writable(folder: Folder) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written ({one_line(error)})") from error
-
-
-def _range(shards: str | None, count: int) -> range:
-    if shards is None:
-        return range(count)
-    match = re.fullmatch(r"(\d*):(\d*)", shards)
-    if not match:
-        raise UserError(f"--shards {shards}: write A:B, for example 0:4; shard B is left out")
-    first, end = int(match[1] or 0), int(match[2] or count)
-    if not first < end <= count:
-        raise UserError(f"--shards {shards}: the cache has shards 0…{count - 1}, so 0 ≤ A < B ≤ {count} is needed")
-    return range(first, end)
 
 
 def _begin(folder: Folder, request: Mapping[str, Any], content: bytes, overwrite: bool) -> None:

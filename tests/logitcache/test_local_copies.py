@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -296,8 +296,8 @@ def descriptors(inode: int) -> list[int]:
     return found
 
 
-def test_a_process_forked_while_a_thread_waits_holds_nothing_that_it_waits_for(home: Path, store: Store) -> None:
-    context = multiprocessing.get_context("fork")
+def copying_slowly(context: Any) -> tuple[Any, Any]:
+    """A process that is at a copy of shard 1 until the event is set."""
     begun, may_end = context.Event(), context.Event()
 
     def work() -> None:
@@ -308,9 +308,15 @@ def test_a_process_forked_while_a_thread_waits_holds_nothing_that_it_waits_for(h
 
         LocalCopies([shard(1)]).path(shard(1), slow)
 
-    copier = context.Process(target=work)
-    copier.start()
+    process = context.Process(target=work)
+    process.start()
     assert begun.wait(PATIENCE_S)
+    return process, may_end
+
+
+def test_a_process_forked_while_a_thread_waits_holds_nothing_that_it_waits_for(home: Path, store: Store) -> None:
+    context = multiprocessing.get_context("fork")
+    copier, may_end = copying_slowly(context)
     inode = (home / "shards" / f"{shard(1).sha256}.tmp").stat().st_ino
     copies = LocalCopies([shard(1)])
     waiting = threading.Thread(target=copies.path, args=(shard(1), store.fill(1)))
@@ -525,20 +531,7 @@ def test_copies_travel_to_a_process_that_is_not_forked(home: Path, store: Store)
 
 
 def test_a_thread_that_waits_for_another_process_gets_its_copy(home: Path, store: Store) -> None:
-    context = multiprocessing.get_context("fork")
-    begun, may_end = context.Event(), context.Event()
-
-    def work() -> None:
-        def slow(file: BinaryIO) -> None:
-            begun.set()
-            may_end.wait(PATIENCE_S)
-            file.write(content(1))
-
-        LocalCopies([shard(1)]).path(shard(1), slow)
-
-    child = context.Process(target=work)
-    child.start()
-    assert begun.wait(PATIENCE_S)
+    child, may_end = copying_slowly(multiprocessing.get_context("fork"))
     threading.Timer(0.1, may_end.set).start()
     assert LocalCopies([shard(1)]).path(shard(1), store.fill(1)) is not None
     assert store.given == []
