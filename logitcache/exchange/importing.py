@@ -27,7 +27,7 @@ from logitcache.format.atomic import space_needed
 from logitcache.format.kept_columns import stored_value
 from logitcache.format.layout import FORMAT_VERSION, Layout
 from logitcache.format.levels import DEFAULT_PRECISION, check_precision
-from logitcache.format.manifest import BUILD_DIRECTORY, Manifest
+from logitcache.format.manifest import BUILD_DIRECTORY, MAX_VOCAB_SIZE, Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
 from logitcache.format.storage import Folder
@@ -42,8 +42,6 @@ from logitcache.sharing.seal import seal, trusted_files
 from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")
-MOST_TOKENS = 2**31 - 1
-"""Ids are int32."""
 
 
 def import_logits(
@@ -88,8 +86,8 @@ def import_logits(
     kind = FORMATS[source_format](found, config)
     loaded, num_known = _load_tokenizer(tokenizer)
     vocabulary = vocab_size or kind.vocab_size or num_known
-    if vocabulary > MOST_TOKENS:
-        raise UserError(f"--vocab-size {vocabulary}: at most {MOST_TOKENS:,} tokens can be told apart")
+    if vocabulary > MAX_VOCAB_SIZE:
+        raise UserError(f"--vocab-size {vocabulary}: at most {MAX_VOCAB_SIZE:,} tokens are read")
     reader = SequenceReader(loss_mask or kind.loss_mask, loss_mask is not None, min(num_known, vocabulary), tuple(keep))
     job = _Job(
         kind=kind,

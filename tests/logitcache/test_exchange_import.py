@@ -622,7 +622,7 @@ class TestCommandLine:
             (["--top-k", "0"], "--top-k 0: at least 1 is needed"),
             (["--vocab-size", "0"], "--vocab-size 0: at least 1 is needed"),
             (["--vocab-size", "10"], "is it the teacher's?"),
-            (["--vocab-size", "2147483648"], "--vocab-size 2147483648: at most 2,147,483,647 tokens"),
+            (["--vocab-size", "2147483648"], "--vocab-size 2147483648: at most 16,777,216 tokens"),
             (["--config", "x.yaml"], "--config is of DistillKit's data only"),
             (["--keep", "row_id"], "--keep row_id: the cache has a column of that name"),
             (["--loss-mask", "mask"], "column 'mask' is missing or null"),
