@@ -29,6 +29,7 @@ from vllm import PoolingParams  # noqa: E402
 from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates  # noqa: E402
 
 from logitcache.capture.teachers import vllm_model, vllm_pooling  # noqa: E402
+from logitcache.capture.teachers.vllm_plugin import BUILD_PID, SCORE_LOGITS  # noqa: E402
 from logitcache.capture.teachers.vllm_pooling import VllmPoolingTeacher, why_not_pooling  # noqa: E402
 
 VOCAB_SIZE = 512
@@ -271,7 +272,7 @@ def test_missing_rows_are_noticed(engine: VllmPoolingTeacher, monkeypatch: pytes
 def test_engines_of_other_programs_are_left_alone(engine: VllmPoolingTeacher) -> None:
     from vllm.model_executor.models import ModelRegistry
 
-    assert not [name for name in os.environ if name.startswith("LOGITCACHE_")]
+    assert not os.environ.keys() & {BUILD_PID, SCORE_LOGITS}
     assert not ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls().is_pooling_model
 
 
