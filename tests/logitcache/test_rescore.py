@@ -215,7 +215,7 @@ def test_the_command_prints_the_comparison(built: Path, teacher: Path, capsys: p
 def test_a_mistyped_teacher_is_refused_before_the_rows_are_read(
     built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.maintenance.verify.verify", lambda *_, **__: pytest.fail("rows were read"))
+    monkeypatch.setattr("logitcache.maintenance.verify.Verification.__next__", lambda _: pytest.fail("rows were read"))
     options = ["--teacher", "./nowhere", "--backend", "transformers"]
     assert main(["verify", str(built), "--rescore", "4", *options]) == 2
     assert "--teacher ./nowhere: no such folder" in capsys.readouterr().err
