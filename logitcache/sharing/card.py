@@ -72,8 +72,9 @@ def update_card(folder: Folder, licenses: Mapping[str, str | None]) -> None:
     card = read_card(folder)
     if card.edited:
         raise UserError(
-            f"{folder.where(CARD_NAME)} was edited where logitcache writes it: move your words below its last line (the comment "
-            "'what stands below it is yours'), state licences by --license, or remove the file; it is written anew"
+            f"{folder.where(CARD_NAME)} was edited where logitcache writes it, or written by an earlier version: move your words "
+            "below its last line (the comment 'what stands below it is yours'), state licences by --license, or remove the file; "
+            "it is written anew"
         )
     given = {name: value for name, value in licenses.items() if value is not None}
     for name, value in given.items():
