@@ -3,31 +3,24 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from logitcache import LogitCache, UserError
-from trainer.loss_args import parse_loss_args
 from trainer.losses.divergences import DIVERGENCES
 from trainer.losses.registry import check_divergence, divergence_names, options_of
 from trainer.losses.tail import TAILS
+from trainer.settings.adapters import AdapterSettings
+from trainer.settings.batching import BatchingSettings
+from trainer.settings.fields import redefault, setting
+from trainer.settings.loss_args import parse_loss_args
+from trainer.settings.schedules import ScheduleSettings
+from trainer.settings.stopping import StoppingSettings
 
 ABLATION_TAILS = ("ignore", "renormalise", "uniform")
-SAMPLING_STRATEGIES = ("random", "sequential")
 EVALUATIONS_PER_RUN = 10
-
-
-def _setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help} | ({"choices": list(choices)} if choices else {}))
-
-
-def _redefault(name: str, default: Any) -> Any:
-    """A field of TrainingArguments with its help and another default."""
-    return dataclasses.field(default=default, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
 
 
 def _options_by_divergence() -> str:
@@ -36,44 +29,43 @@ def _options_by_divergence() -> str:
 
 
 @dataclass
-class DistillConfig(TrainingArguments):
+class DistillConfig(StoppingSettings, AdapterSettings, ScheduleSettings, BatchingSettings, TrainingArguments):
     """Settings of a run; their help texts say what each is.
 
     Raises UserError for values and combinations that cannot be meant. What depends on a cache is refused by
     `choose_tail`.
     """
 
-    cache: str | None = _setting(None, "The cache to learn from: a folder or URL that `logitcache build` made.")
-    eval_cache: str | None = _setting(None, "A held-out cache, evaluated during training and at the end.")
-    student: str | None = _setting(None, "The student: a model folder or a name on the Hub.")
-    from_scratch: bool = _setting(False, "Draw the student's weights at random instead of loading them.")
-    loss: str = _setting(
+    eval_cache: str | None = setting(None, "A held-out cache, evaluated during training and at the end.")
+    student: str | None = setting(None, "The student: a model folder or a name on the Hub.")
+    from_scratch: bool = setting(False, "Draw the student's weights at random instead of loading them.")
+    loss: str = setting(
         "todi", f"The divergence from the teacher: {', '.join(DIVERGENCES)}, or a registered one (Python only)."
     )
     loss_args: dict | str | None = dataclasses.field(
         default=None, metadata={"help": f"Options of the divergence, key=value,key=value: {_options_by_divergence()}."}
     )
-    kd_weight: float = _setting(
+    kd_weight: float = setting(
         0.5, "λ in (1−λ)·CE + λ·KD: 0 learns from the hard labels only, 1 from the teacher only."
     )
-    temperature: float = _setting(
+    temperature: float = setting(
         1.0, "T of both distributions in KD; the cache must hold the tail at this T, see --approximate_temperature."
     )
-    approximate_temperature: bool = _setting(
+    approximate_temperature: bool = setting(
         False,
         "Allow a T that the cache does not hold: its tail is estimated from the tail's entropy, which it must hold.",
     )
-    tail: str | None = _setting(
+    tail: str | None = setting(
         None,
         "What becomes of the teacher's mass outside the stored entries. Default: groups where the cache has them and "
         f"T is 1, else bucket. {', '.join(ABLATION_TAILS)} are ablations.",
         list(TAILS),
     )
-    ablation: bool = _setting(False, f"Allow --tail {', --tail '.join(ABLATION_TAILS)}.")
-    t_squared: bool = _setting(True, "Multiply KD by T², so that its gradient keeps its size as T grows.")
+    ablation: bool = setting(False, f"Allow --tail {', --tail '.join(ABLATION_TAILS)}.")
+    t_squared: bool = setting(True, "Multiply KD by T², so that its gradient keeps its size as T grows.")
 
-    logging_steps: float = _redefault("logging_steps", 10)
-    remove_unused_columns: bool = _redefault("remove_unused_columns", False)
+    logging_steps: float = redefault("logging_steps", 10)
+    remove_unused_columns: bool = redefault("remove_unused_columns", False)
     eval_strategy: IntervalStrategy | str = dataclasses.field(
         default="auto",
         metadata={
@@ -95,10 +87,13 @@ class DistillConfig(TrainingArguments):
         for name, value, accepted in (
             ("loss", self.loss, divergence_names()),
             ("tail", self.tail or "bucket", TAILS),
-            ("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES),
         ):
             if value not in accepted:
                 raise UserError(f"--{name} {value}: accepted are {', '.join(accepted)}")
+        self.check_batching(self.train_sampling_strategy)
+        self.check_schedules()
+        self.check_adapters()
+        self.check_stopping()
         self.loss_args = parse_loss_args(self.loss, self.loss_args)
         try:
             check_divergence(self.loss, self.loss_args)

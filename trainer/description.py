@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from logitcache import LogitCache
-from trainer.batches import EpochBatches
 from trainer.config import DistillConfig, approximates_tail
+from trainer.data.batches import EpochBatches
 
 
 def describe_run(

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from logitcache import LogitCache, UserError
-from trainer.batches import Batch, BatchLoader, Collator, EpochRows
 from trainer.config import DistillConfig, approximates_tail, choose_tail
+from trainer.data.batches import Batch, BatchLoader, Collator, EpochRows
+from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
 from trainer.losses.terms import DistillationTerms
-from trainer.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
 from trainer.objective import Objective, objective_of, teacher_targets
 from trainer.student import check_student
 

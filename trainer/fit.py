@@ -22,7 +22,7 @@ from logitcache.format.atomic import write_json
 from trainer.config import DistillConfig, choose_tail
 from trainer.description import describe_run
 from trainer.distill import DistillTrainer
-from trainer.evaluate import write_evaluation
+from trainer.evaluation.evaluate import write_evaluation
 from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
 from trainer.progress import use_short_lines
 from trainer.resume import cache_record, check_same_run, find_checkpoint
@@ -69,7 +69,7 @@ def prepare(config: DistillConfig) -> Run:
         raise UserError(
             f"--eval_strategy {IntervalStrategy(config.eval_strategy).value}: name the held-out cache with --eval_cache"
         )
-    cache = logitcache.open(config.cache)
+    cache = logitcache.open(config.cache[0])
     eval_cache = logitcache.open(config.eval_cache) if config.eval_cache else None
     caches = [cache] if eval_cache is None else [cache, eval_cache]
     for opened in caches:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitcache import UserError
-from trainer.batches import Batch
+from trainer.data.batches import Batch
 from trainer.head import Head, NoProjectionError, find_head, project, replaced_forward
 from trainer.losses.fused import Mixture, fused_distillation_terms
 from trainer.losses.sparse import distillation_terms

@@ -18,7 +18,7 @@ from transformers import (
 
 from logitcache import LogitCache, UserError
 from logitcache.errors import one_line
-from trainer.batches import Batch
+from trainer.data.batches import Batch
 
 
 def student_config(name: str) -> PretrainedConfig:

@@ -21,7 +21,7 @@ from logitcache.format.shard_reader import ShardReader
 from logitcache.format.shards import ShardWriter, shard_name
 from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets
-from trainer.batches import (
+from trainer.data.batches import (
     Batch,
     BatchLoader,
     Collator,

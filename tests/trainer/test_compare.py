@@ -10,7 +10,7 @@ import pytest
 
 from logitcache import UserError
 from trainer.cli import main
-from trainer.compare import compare
+from trainer.comparison.finished import compare
 
 METRICS = {"ce": 2.0, "perplexity": 7.4, "fkl": 0.5, "rkl": 0.6, "agreement": 0.7, "ece": 0.1, "positions": 100}
 

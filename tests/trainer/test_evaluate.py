@@ -15,11 +15,11 @@ from test_distill import not_understood
 import logitcache
 from logitcache import LogitCache, UserError
 from trainer.cli import main
-from trainer.evaluate import cache_sha256, evaluate, evaluate_folder
+from trainer.evaluation.evaluate import cache_sha256, evaluate, evaluate_folder
+from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.settings import LossSettings
 from trainer.losses.sparse import distillation_terms
 from trainer.losses.targets import TeacherTargets
-from trainer.metrics import Sums, evaluation_metrics, evaluation_sums
 
 
 def slow_metrics(cache: LogitCache) -> dict[str, float]:
@@ -155,6 +155,6 @@ def test_the_numbers_are_printed_even_where_they_cannot_be_written(
         raise UserError("no space left")
 
     llama(seed=7).save_pretrained(tmp_path)
-    monkeypatch.setattr("trainer.evaluate.write_json", disk_full)
+    monkeypatch.setattr("trainer.evaluation.evaluate.write_json", disk_full)
     assert main(["eval", str(tmp_path), "--cache", heldout.path]) == 2
     assert "top-1 agreement" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from logitcache import LogitCache, UserError
 from trainer.arguments import parse
 from trainer.cli import main
 from trainer.config import DistillConfig
-from trainer.evaluate import evaluate
+from trainer.evaluation.evaluate import evaluate
 from trainer.fit import StopOnInterrupt, prepare
 from trainer.losses import registry
 from trainer.losses.coarse import Coarse

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from logitcache import LogitCache, UserError
 from logitcache.format.atomic import write_json
-from trainer.batches import BatchLoader, Collator
+from trainer.data.batches import BatchLoader, Collator
+from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
-from trainer.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.objective import objective_of, teacher_targets
 from trainer.student import check_student, load_student, student_config
 from trainer.tokenizers import check_tokenizer, student_tokenizer

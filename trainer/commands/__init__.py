@@ -1,0 +1,1 @@
+"""The commands: each parses and prints, and decides nothing."""

@@ -1,0 +1,45 @@
+"""`trainer fit`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+
+from trainer.commands.shared import INTERRUPTED, metrics_table, quieten
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains; returns the exit status."""
+    from trainer.arguments import parse
+
+    config = parse(argv)
+    quieten()
+    from trainer.fit import fit, prepare
+
+    prepared = prepare(config)
+    width = max(map(len, prepared.choices))
+
+    def tell(choices: Mapping[str, str]) -> None:
+        if config.process_index == 0:
+            print(_lines(choices, width), flush=True)
+
+    tell(prepared.choices)
+    if config.process_index == 0:
+        for warning in prepared.warnings:
+            print(f"trainer: warning: {warning}", file=sys.stderr)
+    outcome = fit(prepared, tell)
+    if config.process_index != 0:
+        return 0
+    if outcome.stopped_at:
+        again = shlex.join(["trainer", "fit", *argv, "--resume_from_checkpoint", outcome.stopped_at])
+        print(f"trainer: stopped after step {outcome.steps}. This continues:\n  {again}")
+        return INTERRUPTED
+    print(f"\n{outcome.steps} steps done; model, tokenizer and run.json are in {config.output_dir}")
+    if outcome.metrics:
+        print(metrics_table(outcome.metrics))
+    return 0
+
+
+def _lines(pairs: Mapping[str, str], width: int) -> str:
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs.items())

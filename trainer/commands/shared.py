@@ -1,0 +1,53 @@
+"""What the commands share: values of options, and how numbers are shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Mapping
+from pathlib import Path
+
+from logitcache import UserError
+from logitcache.table import aligned
+
+METRICS = {
+    "ce": "cross-entropy (nats)",
+    "perplexity": "perplexity",
+    "fkl": "FKL to the teacher, bucketed (nats)",
+    "rkl": "RKL to the teacher, bucketed (nats)",
+    "agreement": "top-1 agreement with the teacher",
+    "ece": "expected calibration error",
+    "teacher_tail": "teacher's mass outside the entries",
+    "student_tail": "student's mass outside the entries",
+    "positions": "positions",
+}
+INTERRUPTED = 130
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError where no file can be written under that name."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: this is a folder; name a file")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: no file can be written in {out.parent}: name an existing folder")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text}: a whole number of at least 1 is expected")
+    return int(text)
+
+
+def quieten() -> None:
+    """Keeps transformers' progress bars out of log files."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def metrics_table(metrics: Mapping[str, float]) -> str:
+    """The metrics of a held-out cache, a line each."""
+    return aligned([(label, f"{metrics[name]:,.5g}") for name, label in METRICS.items()])
