@@ -134,8 +134,13 @@ class LogitCache(Sequence[CachedSequence]):
             row += len(self)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a cache of {len(self)}")
+        row_group, row_in_it = self.row_group_of(row)
+        return self._read(row_group)[row_in_it]
+
+    def row_group_of(self, row: int) -> tuple[int, int]:
+        """Number of the row group that holds row 0 ≤ `row` < len, counted through all shards, and the row's place in it."""
         index = int(np.searchsorted(self._row_groups[:, 2], row, side="right")) - 1
-        return self._read(index)[row - int(self._row_groups[index, 2])]
+        return index, row - int(self._row_groups[index, 2])
 
     def _read(self, index: int) -> DecodedRows:
         """Row group `index`; the last one read is kept."""
@@ -148,8 +153,8 @@ class LogitCache(Sequence[CachedSequence]):
         shard, row_group = (int(value) for value in self._row_groups[index, :2])
         return self._shards[shard].read_row_group(row_group)
 
-    def _streamed(self, index: int) -> DecodedRows:
-        """`_decode` for streams: of a remote shard they need all sooner or later."""
+    def read_row_group(self, index: int) -> DecodedRows:
+        """A row group, decoded. Of a remote one the whole shard is copied: streams need all of it sooner or later."""
         self._copy(index)
         return self._decode(index)
 
@@ -172,10 +177,17 @@ class LogitCache(Sequence[CachedSequence]):
         """
         if start < 0:
             raise UserError(f"start={start}: 0 or more rows can be left out")
-        part = rank_part(self._row_groups[:, 3], self._order(shuffle, seed), *_checked(shard))
-        window = SHUFFLE_ROW_GROUPS if shuffle else 1
-        rows = _rows(self, steps(part, window, seed if shuffle else None, start), window)
+        part = self._part(shuffle, seed, shard)
+        rows = _rows(self, self._steps(part, shuffle, seed, start), _window(shuffle))
         return SequenceStream(rows, int((part[:, 2] - part[:, 1]).sum()), start)
+
+    def stream_order(self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
+        """Numbers of the rows that `iter_sequences` streams, in its order: int64 [n], from the manifest alone."""
+        part = self._part(shuffle, seed, shard)
+        rows = [step.rows for step in self._steps(part, shuffle, seed)]
+        row_group, row = np.concatenate([np.empty((0, 2), np.int64), *rows]).T
+        numbers: np.ndarray = self._row_groups[row_group, 2] + row
+        return numbers
 
     def iter_columns(self, columns: Sequence[str], first: int = 0, end: int | None = None) -> Iterator[pa.Table]:
         """Streams the named columns of the rows first … end − 1 (all by default) as they are stored, by row groups.
@@ -201,7 +213,7 @@ class LogitCache(Sequence[CachedSequence]):
         """
         rank, world = _checked(shard)
         order = self._order(shuffle, seed)[rank::world].tolist()
-        return prefetched(self._streamed, self._copied_ahead(order, lambda index: index))
+        return prefetched(self.read_row_group, self._copied_ahead(order, lambda index: index))
 
     def _copied_ahead(self, items: Iterable[T], row_group: Callable[[T], int | None]) -> Iterator[T]:
         """Passes on what needs row groups; of a remote cache, the shards of the next ones are copied meanwhile."""
@@ -213,6 +225,13 @@ class LogitCache(Sequence[CachedSequence]):
                 self._copy(index)
 
         return begun_ahead(copy, items, COPIED_AHEAD, COPYING_THREADS)
+
+    def _part(self, shuffle: bool, seed: int, shard: tuple[int, int]) -> np.ndarray:
+        """A rank's share of the rows, as `order.rank_part` returns it."""
+        return rank_part(self._row_groups[:, 3], self._order(shuffle, seed), *_checked(shard))
+
+    def _steps(self, part: np.ndarray, shuffle: bool, seed: int, start: int = 0) -> Iterator[Step]:
+        return steps(part, _window(shuffle), seed if shuffle else None, start)
 
     def _order(self, shuffle: bool, seed: int) -> np.ndarray:
         """Row groups in the order of a stream."""
@@ -242,7 +261,7 @@ class SequenceStream(Iterator[CachedSequence]):
 
 def _rows(cache: LogitCache, order: Iterator[Step], window: int) -> Iterator[CachedSequence]:
     def read(step: Step) -> tuple[Step, DecodedRows | None]:
-        return step, None if step.row_group is None else cache._streamed(step.row_group)
+        return step, None if step.row_group is None else cache.read_row_group(step.row_group)
 
     held: dict[int | None, DecodedRows] = {}
     for step, decoded in prefetched(read, cache._copied_ahead(order, lambda step: step.row_group)):
@@ -252,6 +271,11 @@ def _rows(cache: LogitCache, order: Iterator[Step], window: int) -> Iterator[Cac
             held[step.row_group] = decoded
         for row_group, row in step.rows.tolist():
             yield held[row_group][row]
+
+
+def _window(shuffle: bool) -> int:
+    """Row groups that are open at a time."""
+    return SHUFFLE_ROW_GROUPS if shuffle else 1
 
 
 def _checked(shard: tuple[int, int]) -> tuple[int, int]:

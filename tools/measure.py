@@ -115,10 +115,12 @@ def machine() -> str:
     return f"{models[0] if models else platform.processor()}, {len(models)} cores"
 
 
-def synthetic_rows(positions: int, k: int, vocab_size: int) -> list[tuple[TokenSequence, SparseTargets]]:
+def synthetic_rows(
+    positions: int, k: int, vocab_size: int, tokens_per_sequence: int = TOKENS_PER_SEQUENCE
+) -> list[tuple[TokenSequence, SparseTargets]]:
     """Sequences whose distributions have the shapes of real ones: Zipf-like ids and log-probabilities, in any order."""
     random = np.random.default_rng(0)
-    per_sequence = TOKENS_PER_SEQUENCE - 1
+    per_sequence = tokens_per_sequence - 1
     ids_by_rank = random.permutation(vocab_size).astype(np.int32)
     # One id from each of k bands of rank, a band's width growing with its rank: no id twice.
     edges = RANK_OFFSET * np.expm1(np.linspace(0, log1p((vocab_size - k) / RANK_OFFSET), k + 1))
@@ -132,8 +134,8 @@ def synthetic_rows(positions: int, k: int, vocab_size: int) -> list[tuple[TokenS
         logprobs = weights - np.log(np.exp(weights).sum(axis=1, keepdims=True)) - 0.1
         tail = np.full(per_sequence, np.log1p(-np.exp(-0.1)), dtype=np.float32)
         targets = SparseTargets(ids_by_rank[random.permuted(ranks, axis=1)], logprobs.astype(np.float32), tail)
-        ids = random.integers(0, vocab_size, TOKENS_PER_SEQUENCE, dtype=np.int32)
-        rows.append((TokenSequence(ids, np.arange(TOKENS_PER_SEQUENCE) > 0), targets))
+        ids = random.integers(0, vocab_size, tokens_per_sequence, dtype=np.int32)
+        rows.append((TokenSequence(ids, np.arange(tokens_per_sequence) > 0), targets))
     return rows
 
 

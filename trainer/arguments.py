@@ -19,6 +19,7 @@ from trainer.config import DistillConfig
 
 DESCRIPTION = """Train a student from a cache. Every field of transformers.TrainingArguments is an option under its own
 name, listed first; what distillation adds comes last. Options may be written with _ or -."""
+LISTS = ("cache", "average_with")  # options that may be repeated
 EXAMPLE = """example: trainer fit --cache my-cache --eval_cache my-heldout-cache --student Qwen/Qwen3-0.6B --loss todi
 --output_dir runs/todi --learning_rate 5e-5 --num_train_epochs 1 --bf16"""
 
@@ -44,7 +45,7 @@ def parse(argv: Sequence[str]) -> DistillConfig:
     from_file = [] if path is None else _arguments_of(Path(path))
     try:
         config, _, unknown = parser.parse_args_into_dataclasses(
-            [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+            [*from_file, *_gathered(argv)], return_remaining_strings=True, look_for_args_file=False
         )
     except UserError:
         raise
@@ -53,6 +54,23 @@ def parse(argv: Sequence[str]) -> DistillConfig:
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0])}; `trainer fit --help` lists all")
     return config
+
+
+def _gathered(argv: Sequence[str]) -> list[str]:
+    """The same arguments, with the values of a list's repeated option (--cache A --cache B) after one of them."""
+    others: list[str] = []
+    lists: dict[str, list[str]] = {}
+    into = others
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        name = option.removeprefix("--").replace("-", "_") if option.startswith("--") else ""
+        if name in LISTS:
+            into = lists.setdefault(name, [])
+            into += [value] if equals else []
+        else:
+            into = others if argument.startswith("-") else into
+            into.append(argument)
+    return [*others, *(part for name, values in lists.items() for part in (f"--{name}", *values))]
 
 
 class _FitParser(Parser, HfArgumentParser):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 from logitcache import LogitCache
-from trainer.config import DistillConfig, approximates_tail
-from trainer.data.batches import EpochBatches
+from trainer.config import DistillConfig
+from trainer.data.planning import Batching, EpochBatches
+from trainer.data.training_data import TrainingData
+from trainer.tail_choice import approximates_tail
 
 
 def describe_run(
     config: DistillConfig,
-    cache: LogitCache,
+    data: TrainingData,
     eval_cache: LogitCache | None,
     tail: str,
     whose_tokenizer: str,
@@ -19,58 +21,59 @@ def describe_run(
 ) -> dict[str, str]:
     """Name → choice, in the order of printing."""
     return {
-        "cache": _cache(cache),
-        "held-out cache": _cache(eval_cache) if eval_cache else "none",
+        "cache": _size(data),
+        "held-out cache": _size(eval_cache) if eval_cache else "none",
         "student": str(config.student) + (", weights drawn at random" if config.from_scratch else ""),
         "tokenizer": whose_tokenizer,
         "loss": _loss(config),
-        "tail": tail + ("" if config.tail else f" (chosen: {_why(tail, config)})") + _estimate(config, cache),
+        "tail": tail + ("" if config.tail else f" (chosen: {_why(tail, config)})") + _estimate(config, data),
         "device": f"{config.device}, {_precision(config)}" + (f", {config.world_size} ranks" * (config.world_size > 1)),
-        "steps": _steps(config, cache),
+        "steps": _steps(config, data),
         "output": str(config.output_dir) + (f", continued from {checkpoint}" if checkpoint else ""),
     }
 
 
-def _cache(cache: LogitCache) -> str:
+def _size(cache: LogitCache | TrainingData) -> str:
     return f"{cache.path}, {len(cache):,} sequences, {cache.num_positions:,} positions"
 
 
 def _loss(config: DistillConfig) -> str:
-    if config.kd_weight == 0:
+    if config.kd_weights == (0,):
         return "hard labels only"
     assert isinstance(config.loss_args, dict)
     options = ", ".join(f"{name}={value}" for name, value in config.loss_args.items())
-    kd = config.loss + (f"({options})" if options else "")
-    kd += "" if config.temperature == 1 else f" at T = {config.temperature:g}"
-    factor = "·T²" if config.t_squared and config.temperature != 1 else ""
+    kd = (config.loss_schedule or config.loss) + (f"({options})" if options else "")
+    kd += "" if config.temperatures == (1,) else f" at T = {config.temperature_schedule or f'{config.temperature:g}'}"
+    factor = "·T²" if config.t_squared and config.temperatures != (1,) else ""
+    if config.kd_weight_schedule:
+        return f"(1 − λ)·CE + λ{factor}·{kd}, λ = {config.kd_weight_schedule}"
     return f"{1 - config.kd_weight:g}·CE + {config.kd_weight:g}{factor}·{kd}" if config.kd_weight < 1 else kd
 
 
 def _why(tail: str, config: DistillConfig) -> str:
     if tail == "groups":
         return "the cache holds groups"
-    return "the cache holds no groups" if config.temperature == 1 else "groups are known at T = 1 only"
+    return "the cache holds no groups" if config.temperatures == (1,) else "groups are known at T = 1 only"
 
 
-def _estimate(config: DistillConfig, cache: LogitCache) -> str:
-    if not approximates_tail(config, cache):
-        return ""
-    return f", at T = {config.temperature:g} estimated from its mass and entropy at T = 1"
+def _estimate(config: DistillConfig, data: TrainingData) -> str:
+    estimated = [f"{T:g}" for T in config.temperatures if approximates_tail(config, data, T)]
+    return f", at T = {', '.join(estimated)} estimated from its mass and entropy at T = 1" if estimated else ""
 
 
 def _precision(config: DistillConfig) -> str:
     return "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "float32"
 
 
-def _steps(config: DistillConfig, cache: LogitCache) -> str:
+def _steps(config: DistillConfig, data: TrainingData) -> str:
     batches = EpochBatches(
-        cache,
-        config.per_device_train_batch_size,
+        data,
+        Batching(config.per_device_train_batch_size),
         (config.process_index, config.world_size),
         config.dataloader_drop_last,
     )
     per_epoch = math.ceil(len(batches) / config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    positions = cache.num_positions * per_step / len(cache)
+    positions = data.num_positions * per_step / len(data)
     return f"{steps:,} of {per_step} sequences, about {positions:,.0f} positions each"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -15,16 +17,25 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from logitcache import LogitCache, UserError
-from trainer.config import DistillConfig, approximates_tail, choose_tail
-from trainer.data.batches import Batch, BatchLoader, Collator, EpochRows
+from trainer.config import DistillConfig
+from trainer.data.collator import Batch, Collator
+from trainer.data.loader import BatchLoader
+from trainer.data.planning import Batching
+from trainer.data.rows import EpochRows
+from trainer.data.training_data import TrainingData
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
 from trainer.losses.terms import DistillationTerms
 from trainer.objective import Objective, objective_of, teacher_targets
+from trainer.pace import Pace
+from trainer.schedules import Moment, moment
 from trainer.student import check_student
+from trainer.tail_choice import approximates_tail, choose_tail
 
 logger = logging.getLogger(__name__)
+
+PACKED_LENGTH = 2048
 
 
 class DistillTrainer(Trainer):
@@ -40,23 +51,24 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        cache: LogitCache,
+        cache: LogitCache | TrainingData,
         args: DistillConfig,
         *,
         eval_cache: LogitCache | None = None,
         **options: Any,
     ) -> None:
-        """options: of transformers.Trainer, such as processing_class, callbacks and optimizers.
+        """cache: to learn from, or several as `open_training_data` puts them together.
+
+        options: of transformers.Trainer, such as processing_class, callbacks and optimizers.
 
         Raises UserError where a cache does not hold what the settings need, and where it does not suit the model.
         """
-        self.tail = choose_tail(args, cache)
-        self._approximates = approximates_tail(args, cache)
-        if self._approximates:
-            logger.info(
-                "the teacher's tail at T = %g is estimated from its mass and entropy at T = 1", args.temperature
-            )
-        for opened in (cache, eval_cache):
+        data = TrainingData.of(cache)
+        self.tail = choose_tail(args, data)
+        self._approximated = {T for T in args.temperatures if approximates_tail(args, data, T)}
+        for temperature in self._approximated:
+            logger.info("the teacher's tail at T = %g is estimated from its mass and entropy at T = 1", temperature)
+        for opened in (*data.caches, eval_cache):
             if opened is not None:
                 check_student(model.config, opened, args.student or type(model).__name__)
         if args.n_gpu > 1:
@@ -66,47 +78,75 @@ class DistillTrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1
-        super().__init__(model=model, args=args, train_dataset=cache, eval_dataset=eval_cache, **options)
+        super().__init__(model=model, args=args, train_dataset=data, eval_dataset=eval_cache, **options)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise UserError("tensor, context and sequence parallelism are not supported: use data parallelism or FSDP")
         with self.accelerator.autocast():
             self.objective: Objective = objective_of(model, self._on_every_rank)
-        self._cache = cache
-        groups = cache.tail_groups if self.tail == "groups" else None
+            self._flat = args.packing and "flash" in str(model.config._attn_implementation)
+            if args.packing:
+                from trainer.data.packing import check_packing
+
+                check_packing(model, self._flat)
+        self._data = data
+        groups = data.tail_groups if self.tail == "groups" else None
         self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)
         self._window = Sums()
+        self._pace = Pace()
+        self.add_callback(self._pace)
         self._values_checked = False
 
     def get_train_dataloader(self) -> BatchLoader:
         """This rank's batches. accelerate must not shard them again, so they do not pass through it."""
         args = self.args
-        return self._loader(
-            self._cache,
-            self._train_batch_size,
-            Collator(
-                tail_groups=self.tail == "groups",
-                temperature=args.temperature,
-                tail_entropy=self._approximates,
-                tail_samples=self.tail == "samples",
-            ),
-            shuffle=args.train_sampling_strategy == "random",
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            drop_last=args.dataloader_drop_last,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
+        collator = Collator(
+            tail_groups=self.tail == "groups",
+            temperatures=tuple(T for T in args.temperatures if T in self._data.held.temperatures),
+            tail_entropy=bool(self._approximated),
+            tail_samples=self.tail == "samples",
+            **({"flat": True} if self._flat else {}),
+        )
+
+        def loader(num_epochs: int) -> BatchLoader:
+            return self._loader(
+                self._data,
+                self._batching(),
+                collator,
+                shuffle=args.train_sampling_strategy != "sequential",
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                drop_last=args.dataloader_drop_last,
+                num_epochs=num_epochs,
+                num_workers=args.dataloader_num_workers,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                persistent_workers=args.dataloader_persistent_workers,
+                multiprocessing_context=args.dataloader_multiprocessing_context,
+            )
+
+        if args.max_steps <= 0:
+            return loader(math.ceil(args.num_train_epochs))
+        once = len(loader(1))
+        return loader(math.ceil(args.max_steps * args.gradient_accumulation_steps / max(once, 1)))
+
+    def _batching(self) -> Batching:
+        args = self.args
+        return Batching(
+            self._train_batch_size or args.per_device_train_batch_size,
+            args.tokens_per_batch,
+            (args.packed_length or max(PACKED_LENGTH, self._data.longest)) if args.packing else None,
+            args.train_sampling_strategy == "group_by_length",
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
         """This rank's batches of a held-out cache, in the cache's order."""
         cache: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(cache, self.args.per_device_eval_batch_size, Collator())
+        return self._loader(cache, Batching(self.args.per_device_eval_batch_size), Collator())
 
-    def _loader(self, cache: LogitCache, batch_size: int, collator: Collator, **options: Any) -> BatchLoader:
+    def _loader(
+        self, data: LogitCache | TrainingData, batching: Batching, collator: Collator, **options: Any
+    ) -> BatchLoader:
         return BatchLoader(
-            cache,
-            batch_size,
+            data,
+            batching,
             collator,
             shard=(self.args.process_index, self.args.world_size),
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -117,7 +157,11 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
         """The batches of one optimizer step, and their stored positions over all ranks."""
+        self._pace.wait_begins()
         batches = list(islice(epoch_iterator, num_batches))
+        self._pace.wait_ends(
+            sum(int(batch["num_tokens"]) for batch in batches), sum(batch["input_ids"].numel() for batch in batches)
+        )
         positions = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
         return batches, self._over_ranks(positions)
 
@@ -133,7 +177,8 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This rank's share of the loss, scaled such that the mean of its gradients over the ranks is the gradient."""
-        total, terms = self._distil(model, inputs, self.tail, self.args.temperature)
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
+        total, terms = self._distil(model, inputs, self.tail, moment(self.args, progress))
         self._window.add(position_sums(terms, inputs))
         positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
         loss = total / positions * self.accelerator.num_processes
@@ -152,20 +197,17 @@ class DistillTrainer(Trainer):
             )
         return loss
 
-    def _distil(
-        self, model: nn.Module, batch: Batch, tail: str, temperature: float
-    ) -> tuple[Tensor, DistillationTerms]:
+    def _distil(self, model: nn.Module, batch: Batch, tail: str, now: Moment) -> tuple[Tensor, DistillationTerms]:
         """(1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms."""
-        args = self.args
-        weight = args.kd_weight
-        assert isinstance(args.loss_args, dict)
+        factor = now.temperature**2 if self.args.t_squared else 1.0
+        approximates = now.temperature in self._approximated
         result = self.objective(
             model,
             batch,
-            teacher_targets(batch, self._tail_groups if tail == "groups" else None),
-            mixture=Mixture(weight * (temperature**2 if args.t_squared else 1.0), 1 - weight),
-            settings=LossSettings(args.loss, tail, temperature, self._approximates, args.loss_args),
-            vocab_size=self._cache.vocab_size,
+            teacher_targets(batch, now.temperature, self._tail_groups if tail == "groups" else None),
+            mixture=Mixture(now.kd_weight * factor, 1 - now.kd_weight),
+            settings=LossSettings(now.loss, tail, now.temperature, approximates, now.loss_args),
+            vocab_size=self._data.vocab_size,
             validate=not self._values_checked,  # waits for the device; shards have checksums, so once is enough
         )
         self._values_checked = True
@@ -174,9 +216,21 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the means over the positions since the last one."""
         if "loss" in logs:
-            logs |= position_means(self._window.totals(self._over_ranks))
+            logs |= position_means(self._window.totals(self._over_ranks)) | self._pace_logs()
             self._window = Sums()
         super().log(logs, start_time)
+
+    def _pace_logs(self) -> dict[str, float]:
+        """Since the last log, over the ranks: tokens_per_second, padding (share of the tokens), data_wait (of the time)."""
+        pace = self._pace
+        counts = torch.tensor([pace.tokens, pace.padded_tokens, pace.seconds, pace.waited_s], dtype=torch.float64)
+        tokens, padded_tokens, seconds, waited_s = self._over_ranks(counts).tolist()
+        pace.reset()
+        return {
+            "tokens_per_second": tokens / seconds * self.args.world_size,
+            "padding": 1 - tokens / padded_tokens,
+            "data_wait": waited_s / seconds,
+        }
 
     def evaluation_loop(
         self,
@@ -188,9 +242,11 @@ class DistillTrainer(Trainer):
     ) -> EvalLoopOutput:
         """`metrics.evaluation_metrics` of a cache, each with the prefix.
 
-        And `loss`: the run's mixture with the bucket at T = 1, so that runs with other tails and temperatures compare.
+        And `loss`: the mixture that the run ends with, with the bucket at T = 1, so that runs with other tails and
+        temperatures compare.
         """
         args = self.args
+        judged = replace(moment(args, 1.0), temperature=1.0)
         model = self.model_wrapped if self.is_in_train else self.model
         assert model is not None
         if not self.is_in_train and (args.bf16_full_eval or args.fp16_full_eval):
@@ -201,7 +257,7 @@ class DistillTrainer(Trainer):
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
-                total, terms = self._distil(model, batch, tail="bucket", temperature=1.0)
+                total, terms = self._distil(model, batch, "bucket", judged)
             sums.add(evaluation_sums(terms, batch) | {"objective": total})
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         metrics = evaluation_metrics(sums.totals(self._over_ranks))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitcache import UserError
-from trainer.data.batches import Batch
+from trainer.data.collator import Batch
 from trainer.head import Head, NoProjectionError, find_head, project, replaced_forward
 from trainer.losses.fused import Mixture, fused_distillation_terms
 from trainer.losses.sparse import distillation_terms
@@ -67,10 +67,11 @@ def objective_of(model: PreTrainedModel, agree: Callable[[bool], bool] = bool) -
     return LogitsObjective(model)
 
 
-def teacher_targets(batch: Batch, tail_groups: Tensor | None = None) -> TeacherTargets:
-    """What a batch holds of the teacher. tail_groups: [V] the group of each token id."""
+def teacher_targets(batch: Batch, temperature: float = 1.0, tail_groups: Tensor | None = None) -> TeacherTargets:
+    """What a batch holds of the teacher, at one temperature. tail_groups: [V] the group of each token id."""
     held = {field.name: batch[field.name] for field in fields(TeacherTargets) if field.name in batch}
-    return TeacherTargets(**held, tail_groups=tail_groups)
+    tempered = batch.get(f"tempered_tail_{temperature:g}")
+    return TeacherTargets(**held, tempered_tail=tempered, tail_groups=tail_groups)
 
 
 class FusedObjective:

@@ -28,8 +28,17 @@ def log_line(logs: Mapping[str, float], step: int, steps: int, seconds_left: flo
         return None
     prefix, names = ("", TRAINING) if "loss" in logs else ("eval_", HELD_OUT)
     numbers = [f"{name} {logs[prefix + name]:.4g}" for name in names if prefix + name in logs]
+    pace = [] if prefix or "tokens_per_second" not in logs else _pace(logs)
     left = [] if seconds_left is None or prefix else [f"{seconds_left:.0f} s left"]
-    return "  ".join([f"step {step}/{steps}{'  held out:' if prefix else ''}", *numbers, *left])
+    return "  ".join([f"step {step}/{steps}{'  held out:' if prefix else ''}", *numbers, *pace, *left])
+
+
+def _pace(logs: Mapping[str, float]) -> list[str]:
+    rate = f"{logs['tokens_per_second']:,.0f} tokens/s"
+    return [
+        rate,
+        *(f"{name} {logs[key]:.1%}" for key, name in (("padding", "padding"), ("data_wait", "waiting for data"))),
+    ]
 
 
 class _Lines(TrainerCallback):

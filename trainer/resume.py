@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from logitcache import LogitCache, UserError
+from logitcache import UserError
 from trainer.config import DistillConfig
+from trainer.data.training_data import TrainingData
 from trainer.files import RUN_NAME, STATE_NAME
 
 SETTINGS = (
@@ -18,6 +19,18 @@ SETTINGS = (
     "temperature",
     "t_squared",
     "loss_args",
+    "loss_schedule",
+    "kd_weight_schedule",
+    "temperature_schedule",
+    "train_sampling_strategy",
+    "packing",
+    "packed_length",
+    "tokens_per_batch",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_dora",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "seed",
@@ -40,16 +53,16 @@ def find_checkpoint(config: DistillConfig) -> str | None:
     return wanted
 
 
-def cache_record(cache: LogitCache) -> dict[str, Any]:
-    """What run.json says of the cache that a run learns from."""
-    return {
-        "path": cache.path,
-        "num_positions": cache.num_positions,
-        "fingerprint": dict(cache.manifest.fingerprint),
-    }
+def data_record(data: TrainingData) -> dict[str, Any]:
+    """What run.json says of what a run learns from."""
+    caches = [
+        {"path": cache.path, "identity": cache.identity, "fingerprint": dict(cache.manifest.fingerprint)}
+        for cache in (*data.caches, *data.averaged_with)
+    ]
+    return {"path": data.path, "num_positions": data.num_positions, "caches": caches}
 
 
-def check_same_run(checkpoint: str, config: DistillConfig, cache: LogitCache, tail: str) -> list[str]:
+def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, tail: str) -> list[str]:
     """Compares a run with the run.json beside the checkpoint it continues from; returns warnings.
 
     Raises UserError that names the settings that differ.
@@ -64,8 +77,8 @@ def check_same_run(checkpoint: str, config: DistillConfig, cache: LogitCache, ta
     pairs = [(name, former["settings"].get(name), getattr(config, name)) for name in SETTINGS]
     pairs.append(("tail", former["tail"], tail))
     differing = [f"--{name} was {was}, is {now}" for name, was, now in pairs if was != now]
-    was, now = former["cache"], cache_record(cache)
-    if any(was[name] != now[name] for name in ("num_positions", "fingerprint")):
+    was, now = former["cache"], data_record(data)
+    if _content(was) != _content(now):
         differing.append(f"the cache was {was['path']}, and {now['path']} is another one")
     if differing:
         raise UserError(
@@ -73,3 +86,8 @@ def check_same_run(checkpoint: str, config: DistillConfig, cache: LogitCache, ta
             "the former settings, or start a run of its own without --resume_from_checkpoint, in another --output_dir"
         )
     return []
+
+
+def _content(record: dict[str, Any]) -> tuple[int, list[Any]]:
+    """Positions and fingerprints: the same cache may lie elsewhere, and may have been recoded. Runs of earlier versions had one."""
+    return record["num_positions"], [cache["fingerprint"] for cache in record.get("caches", [record])]

@@ -18,16 +18,22 @@ from transformers import (
 
 from logitcache import LogitCache, UserError
 from logitcache.errors import one_line
-from trainer.data.batches import Batch
+from trainer.adapters import base_model, load_adapter
+from trainer.data.collator import Batch
 
 
 def student_config(name: str) -> PretrainedConfig:
-    """Configuration of a model folder or name. Raises UserError where it is none, or of no causal language model."""
+    """Configuration of a model folder or name, of an adapter that of the model it is of.
+
+    Raises UserError where it is none, or of no causal language model.
+    """
+    base = base_model(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(base or name)
     except (OSError, ValueError) as error:
-        hint = "" if Path(name).exists() else " (no such folder here)"
-        raise UserError(f"{name}: no model can be loaded from this{hint}: {one_line(error)}") from error
+        hint = "" if Path(base or name).exists() else " (no such folder here)"
+        of = f" is an adapter of {base}, and" if base else ":"
+        raise UserError(f"{name}{of} no model can be loaded from this{hint}: {one_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{name}: a {config.model_type} is no causal language model that transformers knows")
     return config
@@ -52,15 +58,20 @@ def check_student(config: PretrainedConfig, cache: LogitCache, name: str) -> Non
 def load_student(
     name: str, config: PretrainedConfig, *, from_scratch: bool, dtype: torch.dtype | str
 ) -> PreTrainedModel:
-    """The student's weights: loaded, or drawn from torch's generator. dtype: of the weights, or "auto"."""
+    """The student's weights: loaded, with the adapter where `name` is one, or drawn from torch's generator.
+
+    dtype: of the weights, or "auto"; an adapter's are float32 above half precision.
+    """
     if from_scratch:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base = base_model(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(base or name, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name}: the weights do not load: {one_line(error)} (--from_scratch draws them at random)"
+            f"{base or name}: the weights do not load: {one_line(error)} (--from_scratch draws them at random)"
         ) from error
+    return load_adapter(model, name) if base else model
 
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
@@ -75,7 +86,8 @@ def takes_logits_to_keep(model: PreTrainedModel) -> bool:
 
 def model_inputs(batch: Batch, keeps: bool) -> dict[str, Tensor]:
     """What a model gets of a batch. keeps: it takes `logits_to_keep`."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    names = ("input_ids", "attention_mask", "position_ids")  # a packed batch has the last, another one the mask
+    inputs = {name: batch[name] for name in names if name in batch}
     return inputs | {"logits_to_keep": batch["columns"]} if keeps else inputs
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from logitcache import LogitCache
 from logitcache.format.storage import Folder
 from trainer.config import DistillConfig
-from trainer.fit import prepare
+from trainer.prepare import prepare
 
 
 def test_a_run_warns_once_of_each_cache_whose_tail_is_approximate(

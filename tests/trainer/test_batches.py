@@ -21,12 +21,10 @@ from logitcache.format.shard_reader import ShardReader
 from logitcache.format.shards import ShardWriter, shard_name
 from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets
-from trainer.data.batches import (
-    Batch,
-    BatchLoader,
-    Collator,
-    EpochRows,
-)
+from trainer.data.collator import Batch, Collator
+from trainer.data.loader import BatchLoader
+from trainer.data.planning import Key
+from trainer.data.rows import EpochRows
 
 
 def rows_of(loader: BatchLoader) -> list[tuple[int, ...]]:
@@ -46,7 +44,7 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 
 def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache: LogitCache) -> None:
     sequences = [cache[i] for i in range(4)]
-    batch = Collator(tail_groups=True, temperature=2.0)(sequences)
+    batch = Collator(tail_groups=True, temperatures=(2.0,))(sequences)
 
     width = len(batch["columns"])
     n = 0
@@ -61,7 +59,7 @@ def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache:
             assert float(batch["tail_logprob"][n]) == sequence.targets.tail_logprob[m]
             assert sequence.targets.group_logprobs is not None
             np.testing.assert_allclose(batch["group_logprobs"][n], sequence.targets.group_logprobs[m], atol=0.2)
-            assert float(batch["tempered_tail"][n]) == sequence.targets.tempered_tail[2.0][m]
+            assert float(batch["tempered_tail_2"][n]) == sequence.targets.tempered_tail[2.0][m]
             n += 1
     assert n == len(batch["rows"]) == len(batch["labels"])
     assert batch["attention_mask"].sum(1).tolist() == [len(s.input_ids) for s in sequences]
@@ -144,7 +142,7 @@ def test_entropy_and_samples_of_the_tail_come_with_their_positions(rich_cache: L
 
 
 def test_what_the_loss_does_not_need_stays_out_of_the_batch(cache: LogitCache, rich_cache: LogitCache) -> None:
-    assert {"group_logprobs", "tempered_tail"}.isdisjoint(Collator()([cache[0]]))
+    assert {"group_logprobs", "tempered_tail_2"}.isdisjoint(Collator()([cache[0]]))
     assert {"tail_entropy", "sample_ids", "sample_logprobs"}.isdisjoint(Collator()([rich_cache[0]]))
 
 
@@ -211,8 +209,7 @@ def test_worker_processes_change_nothing(cache: LogitCache) -> None:
 
 def test_worker_processes_continue_a_stream_that_was_begun_before_they_were_forked(cache: LogitCache) -> None:
     loader = BatchLoader(cache, 3, Collator(), shuffle=True, seed=2, num_workers=1, multiprocessing_context="fork")
-    assert isinstance(loader.dataset, EpochRows)
-    loader.dataset.__getitems__([(0, 0), (0, 1), (0, 2)])
+    loader.dataset[Key(0, 0)]
     batches = list(skip_first_batches(loader, 1))
     assert same(batches, list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2))[1:])
 
@@ -224,8 +221,7 @@ def test_skipping_batches_gives_the_rest_of_the_same_epoch(cache: LogitCache) ->
 
 
 def test_rows_survive_the_journey_into_a_spawned_process(cache: LogitCache) -> None:
-    rows = EpochRows(cache, shuffle=True, seed=0, shard=(0, 1))
-    keys = [(1, 4), (1, 5)]
-    expected = [row.row_id for row in rows.__getitems__(keys)]
+    rows = BatchLoader(cache, 3, Collator(), shuffle=True).dataset
+    expected = rows[Key(1, 4)]
     travelled: EpochRows = pickle.loads(pickle.dumps(rows))
-    assert [row.row_id for row in travelled.__getitems__(keys)] == expected
+    assert same([travelled[Key(1, 4)]], [expected])

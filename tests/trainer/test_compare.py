@@ -1,16 +1,25 @@
-"""Runs side by side: seeds of one run make one row, what differs makes its name."""
+"""Runs side by side: seeds of one run make one row, what differs makes its name; table, picture and page."""
 
 from __future__ import annotations
 
+import html
 import json
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from logitcache import UserError
 from trainer.cli import main
-from trainer.comparison.finished import compare
+from trainer.comparison.finished import read_run
+from trainer.comparison.page import page_html
+from trainer.comparison.rows import rows_of
+from trainer.comparison.statistics import estimate, paired_difference, t_quantile
+from trainer.comparison.table import table
 
 METRICS = {"ce": 2.0, "perplexity": 7.4, "fkl": 0.5, "rkl": 0.6, "agreement": 0.7, "ece": 0.1, "positions": 100}
 
@@ -27,13 +36,70 @@ def finished_run(folder: Path, name: str, *, fkl: float = 0.5, heldout: str = "h
     return run
 
 
-def test_runs_that_differ_in_their_seed_are_one_row_with_its_spread(tmp_path: Path) -> None:
+def compared(paths: Sequence[Path]) -> list[str]:
+    """The table's lines."""
+    return table(rows_of([read_run(path) for path in paths])).splitlines()
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 10, 29, 30, 200])
+def test_students_t_encloses_95_percent(degrees: int) -> None:
+    t = np.linspace(0, t_quantile(degrees), 200_001)
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    density = scale * (1 + t**2 / degrees) ** (-(degrees + 1) / 2)
+    assert 2 * np.trapezoid(density, t) == pytest.approx(0.95, abs=1e-7)
+
+
+def test_the_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+    samples = np.random.default_rng(0).normal(3.0, 2.0, (4000, 4))
+    covered = [abs(found.mean - 3.0) <= (found.half_width or 0) for found in map(estimate, samples.tolist())]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    found = paired_difference({1: 5.0, 2: 6.5, 3: 9.0}, {2: 6.0, 3: 8.0, 4: 0.0})
+    assert found is not None
+    assert (found.mean, found.count) == (0.75, 2)
+    assert found.half_width == pytest.approx(12.7062 * 0.25, rel=1e-4)
+    assert paired_difference({1: 5.0}, {2: 5.0}) is None
+
+
+def test_runs_that_differ_in_their_seed_are_one_row_with_its_interval(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, f"r{seed}", seed=seed, fkl=0.4 + 0.1 * seed) for seed in range(3)]
-    header, row, footer = compare(runs, None).splitlines()
+    header, row, footer = compared(runs)
     assert header.split() == ["seeds", "CE", "perplexity", "FKL", "RKL", "top-1", "agreement", "ECE"]
     assert row.split()[:2] == ["ToDi", "3"]
-    assert "0.5 ± 0.1" in row
-    assert "standard deviation" in footer
+    assert "0.50 ± 0.25" in row  # 4.303 · 0.1 / √3
+    assert "95 % confidence interval" in footer
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    assert "±" not in "".join(compared([finished_run(tmp_path, "a"), finished_run(tmp_path, "b", loss="fkl")]))
+
+
+def test_rows_are_measured_against_hard_labels_of_the_same_seed(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, f"todi{seed}", seed=seed, fkl=0.4 + 0.1 * seed) for seed in (1, 2)]
+    runs += [finished_run(tmp_path, f"hard{seed}", seed=seed, kd_weight=0.0, fkl=0.6 + 0.1 * seed) for seed in (1, 2)]
+    lines = compared(runs)
+    below = lines[lines.index(next(line for line in lines if line.startswith("less hard labels"))) :]
+    assert below[1].startswith("ToDi")
+    assert "-0.2" in below[1]
+    assert len(below) == 2
+
+
+def test_answers_and_pace_become_columns_where_they_are_known(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, "a"), finished_run(tmp_path, "b", loss="fkl")]
+    (runs[0] / "generate").mkdir()
+    (runs[0] / "generate" / "dolly.json").write_text(json.dumps({"rouge_l": 24.5}))
+    pace = [{"step": s, "tokens_per_second": 100.0 * s, "data_wait": 0.01} for s in (1, 2, 9)]
+    (runs[1] / "trainer_state.json").write_text(
+        json.dumps({"log_history": [*pace, {"step": 9, "train_runtime": 90.0}]})
+    )
+    lines = compared(runs)
+    assert lines[0].endswith("ROUGE-L dolly")
+    assert lines[1].endswith("24.5")
+    assert lines[2].endswith("–")
+    assert lines[-3].split() == ["tokens/s", "data", "wait", "minutes"]
+    assert lines[-1].split() == ["FKL", "200", "0.01", "1.5"]
 
 
 def test_a_row_is_named_after_its_loss_and_what_differs(tmp_path: Path) -> None:
@@ -43,7 +109,7 @@ def test_a_row_is_named_after_its_loss_and_what_differs(tmp_path: Path) -> None:
         finished_run(tmp_path, "c", loss="rkl", temperature=2.0),
         finished_run(tmp_path, "d", loss="rkl", temperature=1.0),
     ]
-    names = [line.split("  ")[0] for line in compare(runs, None).splitlines()[1:]]
+    names = [line.split("  ")[0] for line in compared(runs)[1:5]]
     assert names[0] == "hard labels"
     assert names[1].startswith("FKL")
     assert names[2:] == ["RKL temperature=2.0", "RKL temperature=1.0"]
@@ -55,7 +121,7 @@ def test_the_loss_and_its_settings_do_not_tell_hard_labels_apart(tmp_path: Path)
         finished_run(tmp_path, "b", kd_weight=0.0, loss="todi", temperature=1.0, seed=1),
         finished_run(tmp_path, "c", kd_weight=0.0, loss="todi", learning_rate=1e-4),
     ]
-    rows = [line.split("  ")[0:2] for line in compare([*hard, finished_run(tmp_path, "d")], None).splitlines()[1:4]]
+    rows = [line.split("  ")[0:2] for line in compared([*hard, finished_run(tmp_path, "d")])[1:4]]
     assert [row[0] for row in rows] == ["hard labels learning_rate=0.001", "hard labels learning_rate=0.0001", "ToDi"]
 
 
@@ -76,16 +142,57 @@ def test_the_command_prints_the_table_and_draws_the_curves(tmp_path: Path, capsy
     assert "FKL" in out
     assert "AKL" in out
     assert str(picture) in out
+    assert str(picture.with_suffix(".html")) in out
+
+
+def test_the_picture_shows_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(finished_run(tmp_path, "a"))
+    out, page = tmp_path / "x.png", tmp_path / "y.html"
+    assert main(["compare", run, "--out", str(out), "--page", str(page), "--curves", "ce"]) == 0
+    narrow = out.stat().st_size
+    assert page.exists()
+    assert main(["compare", run, "--out", str(out), "--page", str(page), "--curves", "ce,fkl,ece"]) == 0
+    assert out.stat().st_size > narrow
+    assert main(["compare", run, "--curves", "ce,speed"]) == 2
+    assert "--curves: speed: choose from ce, perplexity" in capsys.readouterr().err
+
+
+def test_the_page_holds_every_number_and_asks_no_network(tmp_path: Path) -> None:
+    runs = [
+        finished_run(tmp_path, f"{loss}{s}", loss=loss, seed=s, fkl=s + 0.25) for loss in ("fkl", "akl") for s in (0, 1)
+    ]
+    page = page_html(rows_of([read_run(run) for run in runs]), "a <title> & more")
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "<title>a &lt;title&gt; &amp; more</title>" in markup
+    assert not re.search(r"(src|href)=|<a |<link|@import|url\(", markup)
+    assert "default-src &#x27;none&#x27;" in markup or "default-src 'none'" in markup
+    for run in runs:
+        assert html.escape(str(run)) in markup
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.DOTALL)[1])  # type: ignore[index]
+    assert data["rows"] == ["FKL", "AKL"]
+    curve = next(curve for curve in data["curves"] if curve["title"].startswith("FKL"))["series"][0]
+    assert curve == {"row": 0, "steps": [1, 2, 3], "mean": [1.75, 1.25, pytest.approx(1.0833, abs=1e-4)]} | {
+        "low": [1.25, 0.75, pytest.approx(0.5833, abs=1e-4)],
+        "high": [2.25, 1.75, pytest.approx(1.5833, abs=1e-4)],
+    }
+
+
+def test_names_on_the_page_are_escaped(tmp_path: Path) -> None:
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    runs = [finished_run(tmp_path, "a", student=hostile), finished_run(tmp_path, "b", student="plain")]
+    page = page_html(rows_of([read_run(run) for run in runs]), hostile)
+    assert "<script>alert" not in page
+    assert "<img" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
 
 def test_a_run_without_an_evaluation_is_refused(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "a")
     (run / "eval.json").unlink()
     with pytest.raises(UserError, match=r"has no eval\.json"):
-        compare([run], None)
+        read_run(run)
 
 
 def test_runs_evaluated_on_different_data_are_refused(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, "a"), finished_run(tmp_path, "b", heldout="other")]
     with pytest.raises(UserError, match=r"/b was evaluated on the cache other, .*/a on another one, heldout:"):
-        compare(runs, None)
+        compared(runs)

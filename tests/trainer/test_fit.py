@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -19,7 +20,8 @@ from trainer.arguments import parse
 from trainer.cli import main
 from trainer.config import DistillConfig
 from trainer.evaluation.evaluate import evaluate
-from trainer.fit import StopOnInterrupt, prepare
+from trainer.interrupt import StopOnInterrupt
+from trainer.prepare import prepare
 from trainer.losses import registry
 from trainer.losses.coarse import Coarse
 from trainer.losses.registry import register_divergence
@@ -44,7 +46,7 @@ def test_a_run_leaves_a_better_student_its_settings_and_its_evaluation(
     assert run["settings"]["loss"] == "todi"
     assert run["settings"]["kd_weight"] == 1.0
     assert run["tail"] == "groups"
-    assert run["cache"]["fingerprint"]["teacher"] == {"name": "random"}
+    assert run["cache"]["caches"][0]["fingerprint"]["teacher"] == {"name": "random"}
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert sum("eval_fkl" in entry for entry in history) >= 6
 
@@ -280,7 +282,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(
         (["--tail", "samples"], ["--tail samples", "holds no tail samples", "logitcache build --tail-samples"]),
         (["--tail", "groups", "--temperature", "2"], ["--tail groups --temperature 2", "bucket"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1"]),
-        (["--train_sampling_strategy", "group_by_length"], ["group_by_length", "random, sequential"]),
+        (["--train_sampling_strategy", "batch_rebalance"], ["batch_rebalance", "random, sequential, group_by_length"]),
         (["--eval_strategy", "steps", "--eval_steps", "1"], ["--eval_strategy steps", "--eval_cache"]),
         (["--cache", "nowhere"], ["nowhere", "does not exist"]),
         (["--student", "nowhere"], ["nowhere", "no such folder"]),
@@ -413,3 +415,47 @@ def test_help_of_fit_lists_distillation_and_training_arguments(capsys: pytest.Ca
     out = capsys.readouterr().out
     assert all(word in out for word in ("--kd_weight", "--kd-weight", "--gradient_accumulation_steps", "--config"))
     assert "alpha=0.2" in out, "the options of the divergences are listed"
+
+
+def test_several_caches_are_mixed(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--cache", f"{cache.path}:0.7", "--student", student_folder, "--cache", f"{heldout.path}:0.3"]
+    assert main(["fit", *arguments, "--output_dir", str(tmp_path / "run"), *STEPS]) == 0
+    printed = capsys.readouterr().out
+    assert f"{cache.path}:0.7 + {heldout.path}:0.3, 39 sequences" in printed
+    assert "bucket (chosen: " in printed, "only one of them holds groups"
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["cache"]
+    assert [entry["identity"] for entry in record["caches"]] == [cache.identity, heldout.identity]
+
+
+def test_rows_that_are_trained_on_and_held_out_are_counted(
+    tmp_path: Path, cache: LogitCache, student_folder: str
+) -> None:
+    overlapping = write_cache(tmp_path / "heldout", [*random_sequences(5, seed=1), *random_sequences(4, seed=9)])
+    settings = {"student": student_folder, "output_dir": str(tmp_path), "use_cpu": True}
+    run = prepare(DistillConfig(cache=[cache.path], eval_cache=overlapping.path, **settings))
+    assert len(run.warnings) == 1
+    assert f"--eval_cache {overlapping.path}: 5 of its 9 rows are trained on too" in run.warnings[0]
+
+
+def test_a_cache_of_less_than_a_batch_is_refused(tmp_path: Path, cache: LogitCache, student_folder: str) -> None:
+    settings = {"cache": [cache.path], "student": student_folder, "output_dir": str(tmp_path), "use_cpu": True}
+    with pytest.raises(UserError, match=r"holds 23 sequences, fewer than one batch of 24: lower --per_device_train_ba"):
+        prepare(DistillConfig(**settings, per_device_train_batch_size=24))
+
+
+def test_a_line_of_progress_tells_the_rate_and_the_wait_for_data(
+    tmp_path: Path, cache: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--cache", cache.path, "--student", student_folder, "--logging_steps", "2"]
+    assert main(["fit", *arguments, "--output_dir", str(tmp_path), *STEPS]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3
+    assert all(re.search(r"  [\d,]+ tokens/s  padding \d+\.\d%  waiting for data \d+\.\d%  ", line) for line in lines)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in history if "data_wait" in entry]
+    tokens = sum(len(sequence.input_ids) for sequence in cache)
+    assert len(logged) == 3
+    assert all(0 <= entry["data_wait"] < 1 and 0 < entry["padding"] < 1 for entry in logged)
+    assert all(0 < entry["tokens_per_second"] < tokens * 1000 for entry in logged)

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import trainer.losses.fused
 from logitcache import LogitCache, UserError
-from trainer.data.batches import Batch, Collator
+from trainer.data.collator import Batch, Collator
 from trainer.head import NoProjectionError, find_head
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings

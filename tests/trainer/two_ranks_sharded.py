@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import logitcache
-from trainer.data.batches import Collator
+from trainer.data.collator import Collator
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -15,7 +15,8 @@ def run(argv: Sequence[str]) -> int:
 
     config = parse(argv)
     quieten()
-    from trainer.fit import fit, prepare
+    from trainer.fit import fit
+    from trainer.prepare import prepare
 
     prepared = prepare(config)
     width = max(map(len, prepared.choices))
@@ -35,6 +36,8 @@ def run(argv: Sequence[str]) -> int:
         again = shlex.join(["trainer", "fit", *argv, "--resume_from_checkpoint", outcome.stopped_at])
         print(f"trainer: stopped after step {outcome.steps}. This continues:\n  {again}")
         return INTERRUPTED
+    if outcome.early:
+        print(f"\n{outcome.early}", end="")
     print(f"\n{outcome.steps} steps done; model, tokenizer and run.json are in {config.output_dir}")
     if outcome.metrics:
         print(metrics_table(outcome.metrics))

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from logitcache import LogitCache, UserError
 from logitcache.format.atomic import write_json
-from trainer.data.batches import BatchLoader, Collator
+from trainer.data.collator import Collator
+from trainer.data.loader import BatchLoader
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.batches import Batch
+from trainer.data.collator import Batch
 from trainer.losses.terms import DistillationTerms
 
 CALIBRATION_BINS = 15

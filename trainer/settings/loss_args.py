@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from logitcache import UserError
@@ -12,14 +12,14 @@ from trainer.losses.registry import options_of
 TRUTHS = {"true": True, "false": False}
 
 
-def parse_loss_args(loss: str, given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+def parse_loss_args(losses: Sequence[str], given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """Name → value of the options that differ from their defaults, each of the default's type.
 
-    given: a mapping, a JSON object, or key=value,key=value. Raises UserError for text that is none of these, and for
-    values that are not of the type.
+    losses: those of the run.  given: a mapping, a JSON object, or key=value,key=value. Raises UserError for text that is
+    none of these, and for values that are not of the type.
     """
     pairs = _pairs(given) if isinstance(given, str) else dict(given or {})
-    defaults = options_of(loss)
+    defaults = {name: value for loss in reversed(losses) for name, value in options_of(loss).items()}
     typed = {name: _typed(name, value, defaults.get(name)) for name, value in pairs.items()}
     return {name: value for name, value in typed.items() if name not in defaults or value != defaults[name]}
 

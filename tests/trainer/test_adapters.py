@@ -1,0 +1,149 @@
+"""LoRA and DoRA: from settings to an adapter's folder, which evaluation and further training load as a student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cachemaking import llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitcache import LogitCache, UserError
+from trainer.adapters import add_adapters, base_model, check_adapter_student, weights_dtype
+from trainer.cli import main
+from trainer.config import DistillConfig
+from trainer.distill import DistillTrainer
+from trainer.evaluation.evaluate import evaluate, evaluate_folder
+from trainer.student import load_student, student_config
+
+peft = pytest.importorskip("peft")
+STEPS = ["--use_cpu", "--max_steps", "6", "--learning_rate", "5e-2", "--kd_weight", "1", "--disable_tqdm", "true"]
+
+
+def config(folder: Path, **settings: Any) -> DistillConfig:
+    return DistillConfig(output_dir=str(folder), **({"use_cpu": True, "disable_tqdm": True} | settings))
+
+
+def train(cache: LogitCache, heldout: LogitCache, student: str, out: Path, *options: str) -> dict[str, float]:
+    arguments = ["--cache", cache.path, "--eval_cache", heldout.path, "--student", student, "--output_dir", str(out)]
+    assert main(["fit", *arguments, *STEPS, *options]) == 0
+    return json.loads((out / "eval.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("options", [(), ("--use_dora",)], ids=["LoRA", "DoRA"])
+def test_a_run_leaves_an_adapter_that_evaluates_and_trains_on(
+    options: tuple[str, ...],
+    tmp_path: Path,
+    cache: LogitCache,
+    heldout: LogitCache,
+    student_folder: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = evaluate(AutoModelForCausalLM.from_pretrained(student_folder), heldout)
+    first = train(cache, heldout, student_folder, tmp_path / "first", "--lora-r", "4", *options)
+    assert first["fkl"] < 0.98 * before["fkl"]
+    assert f"{'DoRA' if options else 'LoRA'} of rank 4, alpha 8" in capsys.readouterr().out
+    assert not (tmp_path / "first" / "model.safetensors").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "first").eos_token_id == 0
+    assert evaluate_folder(str(tmp_path / "first"), heldout)["fkl"] == pytest.approx(first["fkl"], rel=1e-5)
+    assert main(["eval", str(tmp_path / "first"), "--cache", heldout.path]) == 0
+
+    second = train(cache, heldout, str(tmp_path / "first"), tmp_path / "second")
+    assert second["fkl"] < 0.99 * first["fkl"]
+    assert peft.PeftConfig.from_pretrained(tmp_path / "second").use_dora == bool(options)
+    assert base_model(str(tmp_path / "second")) == student_folder
+
+
+def test_the_adapters_names_its_model_from_wherever_it_is_loaded(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(student_folder).parent)
+    train(cache, heldout, Path(student_folder).name, tmp_path / "run", "--lora_r", "2", "--max_steps", "1")
+    monkeypatch.chdir(tmp_path)
+    assert student_config("run").hidden_size == 16
+
+
+def test_an_interrupted_run_with_adapters_ends_like_an_uninterrupted_one(tmp_path: Path, cache: LogitCache) -> None:
+    def trainer(folder: str, **settings: Any) -> DistillTrainer:
+        options = {"lora_r": 4, "lora_dropout": 0.1, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
+        settings_ = config(tmp_path / folder, **options, **settings)
+        torch.manual_seed(5)
+        return DistillTrainer(add_adapters(llama(seed=7), settings_), cache, settings_)
+
+    through = trainer("through")
+    through.train()
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "through" / "checkpoint-2"))
+    for name, parameter in through.model.named_parameters():
+        torch.testing.assert_close(resumed.model.get_parameter(name), parameter, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}], ids=str)
+def test_gradient_checkpointing_and_bfloat16_reach_the_adapters(
+    settings: dict[str, Any], tmp_path: Path, cache: LogitCache, student_folder: str
+) -> None:
+    """The student's own weights are bfloat16 then, since no optimizer changes them; the adapters stay float32."""
+    settings_ = config(
+        tmp_path, student=student_folder, lora_r=4, bf16=True, gradient_checkpointing=True, max_steps=3, **settings
+    )
+    student = load_student(
+        student_folder, student_config(student_folder), from_scratch=False, dtype=weights_dtype(settings_)
+    )
+    model = add_adapters(student, settings_)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert all(dtype == (torch.float32 if "lora_" in name else torch.bfloat16) for name, dtype in dtypes.items())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    DistillTrainer(model, cache, settings_).train()
+    changed = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora_alpha": 8}, "--lora_alpha without --lora_r"),
+        ({"use_dora": True}, "--use_dora without --lora_r"),
+        ({"lora_r": 0}, "--lora_r 0: it must be at least 1"),
+        ({"lora_r": 4, "lora_dropout": 1.0}, "--lora_dropout 1: .* below 1"),
+    ],
+    ids=str,
+)
+def test_settings_of_adapters_that_cannot_be_meant_are_refused(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        config(tmp_path, **settings)
+
+
+def test_what_suits_no_adapter_is_refused(tmp_path: Path, student_folder: str) -> None:
+    add_adapters(llama(seed=7), config(tmp_path, lora_r=2)).save_pretrained(tmp_path / "adapter")
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(adapter | {"base_model_name_or_path": student_folder})
+    )
+    for settings, said in (
+        ({"student": student_folder, "from_scratch": True, "lora_r": 4}, "--from_scratch --lora_r"),
+        ({"student": str(tmp_path / "adapter"), "from_scratch": True}, f"Name the model it is of: {student_folder}"),
+        ({"student": str(tmp_path / "adapter"), "lora_r": 4}, "Leave --lora_r out to go on training it"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_adapter_student(config(tmp_path, **settings))
+    with pytest.raises(UserError, match="--lora_target_modules missing_proj: .*missing_proj"):
+        add_adapters(llama(seed=7), config(tmp_path, lora_r=2, lora_target_modules=["missing_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "names no model in base_model_name_or_path"),
+        ("no JSON", "not the JSON of an adapter"),
+        ('{"base_model_name_or_path": "/gone"}', "is an adapter of /gone, and no model can be loaded"),
+    ],
+)
+def test_an_adapter_without_its_model_is_refused(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        student_config(str(tmp_path))

@@ -1,0 +1,345 @@
+"""Recipes: what a YAML file means, what is refused and where, and how its runs are done, continued and reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from cachemaking import random_sequences, write_cache
+
+from logitcache import LogitCache, UserError
+from trainer.cli import main
+from trainer.comparison import commands, execute, folder_state
+from trainer.comparison.child import last_step, locked_log
+from trainer.comparison.recipe import read_recipe
+
+# Stands for `python -m trainer`: a run of ten steps, told by what lies in its folder how to behave.
+STAND_IN = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--output_dir=")))
+plan = json.loads((folder.parent / "plan.json").read_text())
+stopped = []
+signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+resumed = "--resume_from_checkpoint" in sys.argv
+first = int(sys.argv[-1].rpartition("-")[2]) if resumed else 0
+(folder / "run.json").write_text(json.dumps(plan["records"][folder.name]))
+with (folder.parent / "started.txt").open("a") as file:
+    file.write(f"{folder.name} {first} {os.environ.get('OMP_NUM_THREADS')}\\n")
+for step in range(first + 1, 11):
+    print(f"step {step}/10", flush=True)
+    if folder.name in plan["failing"]:
+        sys.exit("out of memory")
+    time.sleep(plan["step_s"])
+    if stopped:
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        sys.exit(130)
+seed = int(folder.name[-1])
+(folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 10, "eval_fkl": 0.5, "eval_ce": 2.0}]}))
+(folder / "eval.json").write_text(json.dumps(plan["evaluation"] | {"metrics": {"ce": 2.0 + seed, "fkl": 0.5}}))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str) -> dict[str, Any]:
+    """Hard labels and two losses, two seeds each."""
+    return {
+        "output_dir": str(tmp_path / "runs"),
+        "seeds": [1, 2],
+        "losses": ["fkl", "todi"],
+        "common": {"cache": cache.path, "eval_cache": heldout.path, "student": student_folder, "max_steps": 10},
+        "runs": {"hard labels": {"kd_weight": 0}, "KD": {"kd_weight": 0.9}},
+    }
+
+
+def written(folder: Path, recipe: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def stood_in(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, failing: tuple[str, ...] = (), step_s: float = 0.0
+) -> Path:
+    """Puts the stand-in in place of `trainer fit`; returns the folder of the runs."""
+    read = read_recipe(path)
+    script = path.parent / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(commands, "TRAINER", (sys.executable, str(script)))
+    monkeypatch.setattr(execute, "POLL_S", 0.01)
+    identities = folder_state._identities
+    records = {
+        run.folder.name: {
+            "settings": json.loads(run.config.to_json_string()),
+            "tail": "bucket",
+            "cache": {
+                "path": "a cache",
+                "caches": [{"identity": i} for i in identities(tuple(run.config.cache or ()), ())],
+            },
+        }
+        for run in read.runs
+    }
+    held_out = str(read.runs[0].config.eval_cache)
+    evaluation = {"cache": held_out, "cache_sha256": folder_state._held_out_sha256(held_out)}
+    read.output_dir.mkdir(exist_ok=True)
+    plan = {"records": records, "evaluation": evaluation, "failing": failing, "step_s": step_s}
+    (read.output_dir / "plan.json").write_text(json.dumps(plan))
+    return read.output_dir
+
+
+def started(runs: Path) -> list[str]:
+    """Folder and first step of every command that was started."""
+    path = runs / "started.txt"
+    return sorted(line.rpartition(" ")[0] for line in path.read_text().splitlines()) if path.exists() else []
+
+
+ALL = ["KD-fkl-1", "KD-fkl-2", "KD-todi-1", "KD-todi-2", "hard-labels-1", "hard-labels-2"]
+
+
+def test_runs_are_multiplied_by_losses_and_seeds_but_not_hard_labels(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe["runs"]["own"] = {"loss": "rkl", "learning-rate": 1e-4}
+    runs = read_recipe(written(tmp_path, recipe)).runs
+    assert [(run.row, run.folder.name, run.config.loss) for run in runs[::2]] == [
+        ("hard labels", "hard-labels-1", "todi"),
+        ("KD FKL", "KD-fkl-1", "fkl"),
+        ("KD ToDi", "KD-todi-1", "todi"),
+        ("own", "own-1", "rkl"),
+    ]
+    assert [run.config.seed for run in runs] == [1, 2] * 4
+    assert [run.config.kd_weight for run in runs[::2]] == [0, 0.9, 0.9, 0.5]
+    assert runs[-1].config.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": None}, r"recipe.yaml, line 2: seeds: a list of different whole numbers .* got nothing"),
+        ({"seeds": [1, 1]}, r"line 2: seeds: .* got \[1, 1\]"),
+        ({"seed": [1]}, r"line \d+: unknown key seed \(is seeds meant\?\); accepted are output_dir, seeds"),
+        ({"losses": []}, "line 5: losses: a list of different divergences"),
+        ({"output_dir": None}, "line 1: output_dir: the folder of all runs"),
+        ({"runs": {}}, "runs: at least one is expected"),
+        ({"runs": {"KD": {"kd_wieght": 0.9}}}, r"line \d+: unknown setting kd_wieght \(is kd_weight meant\?\)"),
+        ({"runs": {"KD": {"kd_weight": 9}}}, r"line \d+: run KD FKL: --kd_weight 9: it must lie between"),
+        ({"runs": {"KD": {"seed": 9}}}, r"seed is no setting of one run: seeds belong into"),
+        ({"runs": {"K D": {}, "K-D": {}}}, "K-D FKL and K D FKL would share the folder"),
+        ({"losses": ["fkl", "fkk"]}, "run hard labels|run KD FKK: --loss fkk: accepted are"),
+        ({"generate": {"dat": ["x"]}}, r"unknown option dat \(is data meant\?\)"),
+        ({"generate": {"data": ["missing.jsonl"]}}, "generate: --data missing.jsonl: no such file"),
+    ],
+)
+def test_what_a_recipe_gets_wrong_is_named_with_its_line(
+    tmp_path: Path, recipe: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_recipe(written(tmp_path, recipe | change))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output_dir: runs\nruns:\n  KD: {}\n  KD: {}\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml, line 4: KD stands in line 3 already"):
+        read_recipe(path)
+
+
+def test_checking_one_run_leaves_nothing_in_the_environment_of_another(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe["runs"]["compiled"] = {"torch_compile": True, "torch_compile_backend": "eager"}
+    before = dict(os.environ)
+    read_recipe(written(tmp_path, recipe))
+    assert dict(os.environ) == before
+
+
+def test_a_recipe_is_done_once_and_its_rows_are_shown(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    cores = len(os.sched_getaffinity(0))
+    assert main(["compare", str(path), "--jobs", str(cores + 1)]) == 0
+    out = capsys.readouterr().out
+    assert started(runs) == [f"{name} 0" for name in ALL]
+    assert {line.split()[-1] for line in (runs / "started.txt").read_text().splitlines()} == {"1"}
+    assert "[6/6]" in out
+    assert [line.split("  ")[0] for line in out.splitlines() if line.startswith(("hard", "KD"))][:3] == [
+        "hard labels",
+        "KD FKL",
+        "KD ToDi",
+    ]
+    assert (runs / "compare.png").exists()
+    assert "hard labels" in (runs / "compare.html").read_text()
+    assert main(["compare", str(path)]) == 0
+    assert "6 are finished" in capsys.readouterr().out
+    assert len(started(runs)) == 6
+
+
+def test_a_run_that_fails_loses_no_other(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch, failing=("KD-fkl-1",))
+    assert main(["compare", str(path), "--jobs", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "KD-fkl-1 failed" in captured.err
+    assert "out of memory" in captured.err
+    assert len([name for name in ALL if (runs / name / "eval.json").exists()]) == 5
+    assert "KD FKL           1" in captured.out
+    stood_in(path, monkeypatch)
+    assert main(["compare", str(path), "--jobs", "2"]) == 0
+    assert len(started(runs)) == 7
+
+
+def test_other_settings_in_a_folder_are_refused_before_anything_starts(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, recipe)
+    stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 0
+    recipe["runs"]["KD"]["kd_weight"] = 0.8
+    recipe["common"]["logging_steps"] = 1  # does not make another run
+    written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "KD-fkl-1 holds another run (and so 3 more): kd_weight was 0.9, is 0.8. " in error
+    assert "--overwrite" in error
+    assert len(started(runs)) == 6
+    (runs / "KD-fkl-1" / "checkpoint-3").mkdir()
+    assert main(["compare", str(path), "--overwrite"]) == 0
+    assert started(runs) == sorted([f"{name} 0" for name in ALL] + [f"{name} 0" for name in ALL if "KD" in name])
+    assert not (runs / "KD-fkl-1" / "checkpoint-3").exists()
+
+
+def test_a_run_whose_cache_has_changed_is_done_again(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    recipe["common"]["cache"] = str(tmp_path / "cache")
+    write_cache(tmp_path / "cache", random_sequences(4, seed=5))
+    path = written(tmp_path, recipe)
+    stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 0
+    for file in (tmp_path / "cache").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    write_cache(tmp_path / "cache", random_sequences(5, seed=6))
+    folder_state._identities.cache_clear()
+    runs = stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 0
+    assert started(runs) == ["KD-fkl-1 0", "KD-fkl-1 0"]
+    assert main(["compare", str(path)]) == 0
+    assert len(started(runs)) == 2
+
+
+def test_only_a_whole_checkpoint_is_continued_from(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    folder = runs / "KD-fkl-1"
+    for step in (4, 7, 8):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+    for step in (4, 7):
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    plan = json.loads((runs / "plan.json").read_text())
+    (folder / "run.json").write_text(json.dumps(plan["records"]["KD-fkl-1"]))
+    assert main(["compare", str(path)]) == 0
+    assert started(runs) == ["KD-fkl-1 7"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_runs_at_a_checkpoint_and_the_same_command_continues(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl", "todi"], "seeds": [1]}
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch, step_s=0.05)
+    beginning = execute.StatusLine.show
+
+    def interrupt(line: Any, running: dict[str, str]) -> None:
+        beginning(line, running)
+        if len(running) == 2 and all("/" in where for where in running.values()):
+            monkeypatch.setattr(execute.StatusLine, "show", beginning)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(execute.StatusLine, "show", interrupt)
+    assert main(["compare", str(path), "--jobs", "2"]) == 130
+    out = capsys.readouterr().out
+    assert f"The same command continues:\n  trainer compare {path} --jobs 2" in out
+    steps = {
+        name: sorted(runs.glob(f"{name}/checkpoint-*"))[0].name.split("-")[1] for name in ("KD-fkl-1", "KD-todi-1")
+    }
+    assert main(["compare", str(path), "--jobs", "2"]) == 0
+    assert started(runs) == sorted(line for name, step in steps.items() for line in (f"{name} 0", f"{name} {step}"))
+
+
+def test_a_run_that_another_process_does_is_waited_for(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch, step_s=0.05)
+    folder = runs / "KD-fkl-1"
+    folder.mkdir()
+    log = locked_log(folder / "log.txt")
+    assert log is not None
+    command = [sys.executable, str(tmp_path / "stand_in.py"), f"--output_dir={folder}"]
+    with subprocess.Popen(command, stdout=log, start_new_session=True):
+        log.close()  # as when the process that started it has been killed
+        assert main(["compare", str(path)]) == 0
+    assert started(runs) == ["KD-fkl-1 0"]
+    assert "is being trained by another process: waiting for it" in capsys.readouterr().out
+    assert last_step(folder / "log.txt") == "10/10"
+
+
+def test_options_of_a_recipe_are_refused_for_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(tmp_path), "--overwrite"]) == 2
+    assert "--overwrite belongs to a recipe" in capsys.readouterr().err
+    assert main(["compare", "a.yaml", str(tmp_path)]) == 2
+    assert "a.yaml is a recipe: name it alone" in capsys.readouterr().err
+
+
+@pytest.fixture
+def compare(tmp_path: Path, recipe: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """`trainer compare` with real runs of many steps and checkpoints, killed with no chance to tell anybody."""
+    recipe |= {"runs": {"hard": {"kd_weight": 0}, "KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    recipe["common"] |= {"max_steps": 120, "save_steps": 20, "logging_steps": 5, "eval_steps": 60}
+    with subprocess.Popen(
+        [sys.executable, "-m", "trainer", "compare", str(written(tmp_path, recipe)), "--jobs", "2"]
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.programs
+def test_a_comparison_that_was_killed_continues(tmp_path: Path, compare: subprocess.Popen[bytes]) -> None:
+    folders = [tmp_path / "runs" / name for name in ("hard-1", "KD-fkl-1")]
+    deadline = time.monotonic() + 120
+    while not any((folder / "checkpoint-20").exists() for folder in folders):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    one, *_ = psutil.Process(compare.pid).children()
+    compare.kill()
+    compare.wait()
+    one.kill()  # this run is continued from its checkpoint, the other one is waited for
+    assert main(["compare", str(tmp_path / "recipe.yaml"), "--jobs", "2"]) == 0
+    for folder in folders:
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["global_step"] == 120
+        steps = [entry["step"] for entry in state["log_history"] if "loss" in entry]
+        assert steps == list(range(5, 121, 5))

@@ -1,0 +1,24 @@
+"""What each of two processes runs in test_launch: `trainer fit` with FSDP, which accelerate does not do on CPUs."""
+
+import sys
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from trainer.cli import main
+
+
+class CalledGpus(AcceleratorState):
+    """Takes CPU ranks for GPU ranks."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().__init__(*args, **options)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.modules["accelerate.accelerator"].AcceleratorState = CalledGpus
+    sys.exit(main(["fit", *sys.argv[1:]]))

@@ -1,0 +1,158 @@
+"""Training one student in this process: from a cache, or online, from the teacher itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from definitions import divergence
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+
+from logitcache import LogitCache
+from trainer import DistillConfig, DistillTrainer
+
+ONLINE = "online"
+HARD = "hard labels"
+
+Judgement = dict[str, float]
+Judging = Callable[[PreTrainedModel], Judgement]
+
+
+@dataclass(frozen=True)
+class Student:
+    """One student to train.
+
+    source: a cache of task.STORED, ONLINE or HARD.  rows: train or subset, which it learns from.  tail: as of
+    `trainer fit`.  power_tail: the teacher's tail at T is taken for t^(1/T), wrong on purpose.  judged_at: steps after which
+    it is judged, 0 before the first; by default after the last.  The seed draws the weights and the order of the rows.
+    """
+
+    source: str
+    seed: int
+    loss: str = "fkl"
+    rows: str = "train"
+    tail: str = "bucket"
+    temperature: float = 1.0
+    power_tail: bool = False
+    steps: int = 150
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    schedule: str = "cosine"
+    judged_at: tuple[int, ...] = ()
+
+
+def trainer_of(student: Student, model: PreTrainedModel, cache: LogitCache, teacher: PreTrainedModel) -> DistillTrainer:
+    """The trainer of a student. cache: what it learns from; an online student takes the rows alone from it."""
+    cached = student.source not in (ONLINE, HARD)
+    config = DistillConfig(
+        output_dir="unused",  # nothing is written
+        loss=student.loss,
+        kd_weight=0.0 if student.source == HARD else 1.0,
+        tail=student.tail if cached else "bucket",
+        ablation=True,
+        temperature=student.temperature if cached else 1.0,
+        approximate_temperature=True,
+        max_steps=student.steps,
+        per_device_train_batch_size=student.batch_size,
+        learning_rate=student.learning_rate,
+        warmup_steps=student.warmup_steps,
+        lr_scheduler_type=student.schedule,
+        seed=student.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if student.source == ONLINE:
+        return OnlineTrainer(model, cache, config, teacher=teacher, loss=student.loss, temperature=student.temperature)
+    if student.power_tail:
+        return PowerTailTrainer(model, cache, config)
+    return DistillTrainer(model, cache, config)
+
+
+class OnlineTrainer(DistillTrainer):
+    """Runs the teacher on every batch and takes the divergence over the whole vocabulary, by definitions.py."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, loss: str, temperature: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._teacher, self._loss, self._temperature = teacher, loss, temperature
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """T²·KD over the batch's positions, on one device."""
+        with torch.no_grad():
+            log_p = (_stored_logits(self._teacher, inputs) / self._temperature).log_softmax(1)
+        log_q = (_stored_logits(model, inputs) / self._temperature).log_softmax(1)
+        positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
+        loss = self._temperature**2 * divergence(self._loss, log_p, log_q).sum() / positions
+        return (loss, None) if return_outputs else loss
+
+
+class PowerTailTrainer(DistillTrainer):
+    """Takes the tail at T for one token of the mass t, so t^(1/T) before both parts are normalised."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """DistillTrainer's, with the wrong tail."""
+        wrong = inputs | {"tempered_tail": inputs["tail_logprob"] / self.args.temperature}
+        return super().compute_loss(model, wrong, return_outputs, num_items_in_batch)
+
+
+class _JudgeAtSteps(TrainerCallback):
+    def __init__(self, steps: tuple[int, ...], judge: Callable[[int], None]) -> None:
+        self._steps, self._judge = steps, judge
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self._steps:
+            self._judge(state.global_step)
+
+
+def judged(
+    student: Student,
+    new_model: Callable[[], PreTrainedModel],
+    cache: LogitCache,
+    teacher: PreTrainedModel,
+    judges: Mapping[str, Judging],
+) -> dict[str, Any]:
+    """Trains a student and judges it: {"training_s": …, "judged": [{"step": …, judge's name: its judgement, …}]}."""
+    set_seed(student.seed)
+    model = new_model()
+    trainer = trainer_of(student, model, cache, teacher)
+    trainer.remove_callback(PrinterCallback)
+    records: list[dict[str, Any]] = []
+    judging_s = 0.0
+
+    def judge(step: int) -> None:
+        nonlocal judging_s
+        began = time.perf_counter()
+        records.append({"step": step} | {name: judging(model) for name, judging in judges.items()})
+        judging_s += time.perf_counter() - began
+
+    steps = student.judged_at or (student.steps,)
+    if 0 in steps:
+        judge(0)
+    trainer.add_callback(_JudgeAtSteps(steps, judge))
+    began = time.perf_counter()
+    trainer.train()
+    return {"training_s": time.perf_counter() - began - judging_s, "judged": records}
+
+
+def _stored_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """[N, V] float32. Padding is on the right, where causal models do not look."""
+    logits = model(input_ids=inputs["input_ids"], logits_to_keep=inputs["columns"]).logits
+    return logits.flatten(0, 1)[inputs["rows"]].float()

@@ -1,0 +1,103 @@
+"""The studies' task: the demo's teacher and student, and caches of its pairs with everything that a study may ask for.
+
+All is made once, under studies/ in the current folder, by the commands that anyone would type; they are printed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import logitcache
+from logitcache import LogitCache
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+TEACHER, STUDENT = DEMO / "teacher", DEMO / "student"
+FOLDER = Path("studies")
+PAIRS, CACHES = FOLDER / "pairs", FOLDER / "caches"
+
+# What the widest caches hold; every other one is recoded from them.
+WIDEST = ["--top-k", "256", "--tail-groups", "32", "--temperatures", "2", "--tail-entropy", "--tail-samples", "16"]
+EXTRAS = ("tail_groups", "temperatures", "tail_entropy", "tail_samples")
+SUBSET_ROWS = 300
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a cache keeps of a position. options: of `logitcache recode`.  keeps: which of EXTRAS."""
+
+    options: str
+    keeps: tuple[str, ...] = ()
+
+
+STORED = {
+    **{f"k{k}": Stored(f"--top-k {k}") for k in (8, 16, 32, 64, 128, 256)},
+    "k16+32g": Stored("--top-k 16", ("tail_groups",)),
+    "k16+16s": Stored("--top-k 16", ("tail_samples",)),
+    "p.8≥8": Stored("--top-p 0.8 --min-k 8"),
+    "k32,T=2": Stored("--top-k 32", ("temperatures",)),
+    "k32,entropy": Stored("--top-k 32", ("tail_entropy",)),
+}
+
+
+def prepare(rows: str, names: Iterable[str]) -> None:
+    """Makes the pairs, the widest caches, and of `rows` (train or subset) the named ones of STORED, where they are missing."""
+    if not (PAIRS / "train.jsonl").exists() or not (PAIRS / "heldout.jsonl").exists():
+        _run(str(DEMO / "extract_pairs.py"), "--out", str(PAIRS))
+    for split in ("train", "heldout"):
+        if not _finished(CACHES / split):
+            source = ["--teacher", str(TEACHER), "--data", str(PAIRS / f"{split}.jsonl"), "--out", str(CACHES / split)]
+            _run("-m", "logitcache", "build", "--backend", "transformers", "--dtype", "float32", *source, *WIDEST)
+    if rows == "subset" and not _finished(CACHES / rows):
+        taken = ["--rows", f"0:{SUBSET_ROWS}", "--out", str(CACHES / rows)]
+        _run("-m", "logitcache", "slice", str(CACHES / "train"), *taken)
+    for name in names:
+        out = CACHES / f"{rows},{name}"
+        if not _finished(out):
+            stored = STORED[name]
+            dropped = ",".join(extra for extra in EXTRAS if extra not in stored.keeps)
+            kept = [*stored.options.split(), "--drop", dropped]
+            _run("-m", "logitcache", "recode", str(CACHES / rows), *kept, "--out", str(out))
+
+
+def cache(rows: str, name: str | None = None) -> LogitCache:
+    """Train, heldout or subset, the widest caches, or what one of STORED keeps of them."""
+    return logitcache.open(CACHES / (rows if name is None else f"{rows},{name}"))
+
+
+def bytes_per_position(name: str) -> float:
+    """Of the shards, everything in them counted: ids, token ids, row ids, checksums."""
+    manifest = cache("train", name).manifest
+    return sum(shard.num_bytes for shard in manifest.shards) / manifest.num_positions
+
+
+def entries_per_position(name: str) -> float:
+    """Mean number of stored entries."""
+    manifest = cache("train", name).manifest
+    return manifest.num_entries / manifest.num_positions
+
+
+def teacher() -> PreTrainedModel:
+    """The demo's teacher in float32, as the caches were made, for nothing but forward passes."""
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    return model.requires_grad_(False)
+
+
+def new_student() -> PreTrainedModel:
+    """The demo's student, drawn from torch's generator."""
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(STUDENT), dtype=torch.float32)
+
+
+def _finished(path: Path) -> bool:
+    return (path / "logitcache.json").exists()
+
+
+def _run(*arguments: str) -> None:
+    print("$ python", *arguments, flush=True)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,75 @@
+"""A command that runs beside this one, its output in a log file that stays locked until it has ended, whoever started it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+LAST_BYTES = 8192
+STEP = re.compile(rb"step (\d+)/(\d+)")
+
+
+def locked_log(path: Path) -> BinaryIO | None:
+    """A log to append to, or None while a process that was given it is alive, even if the one that started it is not."""
+    log = path.open("ab")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.close()
+        return None
+    return log
+
+
+class Child:
+    """A running command."""
+
+    def __init__(self, command: Sequence[str], log: BinaryIO, environment: Mapping[str, str]) -> None:
+        """log: of `locked_log`. The child holds its lock too."""
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,  # Ctrl-C on the terminal reaches this process, which passes it on once
+        )
+
+    def status(self) -> int | None:
+        """The exit status, None while it runs."""
+        return self._process.poll()
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Ends it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """The last lines of a log that are not empty."""
+    lines = _end_of(log).decode(errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-count:]
+
+
+def last_step(log: Path) -> str:
+    """How far a run is, as its log says: 120/300, or "starting"."""
+    steps = STEP.findall(_end_of(log))
+    return b"/".join(steps[-1]).decode() if steps else "starting"
+
+
+def _end_of(log: Path) -> bytes:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+            return file.read()
+    except FileNotFoundError:
+        return b""

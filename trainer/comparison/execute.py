@@ -1,0 +1,235 @@
+"""Does the runs of a recipe, some at a time; what is there already is not done again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from logitcache import UserError
+from logitcache.progress import duration
+from trainer.comparison.child import Child, last_lines, last_step, locked_log
+from trainer.comparison.commands import fit_command, generate_command
+from trainer.comparison.folder_state import FolderState, answers_done, folder_state
+from trainer.comparison.recipe import PlannedRun, Recipe
+from trainer.comparison.status_line import StatusLine
+from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
+
+LOG_NAME = "log.txt"
+POLL_S = 0.2
+SHOWN_LOG_LINES = 6
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended with an error. lines: how, and the last of its log."""
+
+    folder: Path
+    lines: list[str]
+
+
+@dataclass
+class _Active:
+    """A run that is being done. log: None while another process does it.  slot: which of the `jobs` it is."""
+
+    run: PlannedRun
+    slot: int
+    log: BinaryIO | None = None
+    child: Child | None = None
+    doing: str = "starting"
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def log_path(self) -> Path:
+        return self.run.folder / LOG_NAME
+
+
+def default_jobs() -> int:
+    """Runs at a time where nobody says: one for each GPU, or else for each core."""
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def check_folders(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
+    """What each run's folder holds. Raises UserError where that is another run, unless it may be overwritten."""
+    states = {}
+    for run in recipe.runs:
+        try:
+            states[run.folder] = folder_state(run)
+        except UserError as error:
+            raise UserError(f"{run.where}, run {run.row}: {error}") from error
+    others = {folder: state.differs for folder, state in states.items() if state.differs}
+    if others and not overwrite:
+        folder, differs = next(iter(others.items()))
+        more = f" (and so {len(others) - 1} more)" if len(others) > 1 else ""
+        raise UserError(
+            f"{folder} holds another run{more}: {'; '.join(differs)}. Name another output_dir in {recipe.path}, or add "
+            "--overwrite to do such runs again"
+        )
+    return states
+
+
+def execute(recipe: Recipe, *, jobs: int) -> list[Failure]:
+    """Does what is missing, `jobs` runs at a time; one that fails stops no other.
+
+    Each is a process of its own, its output in the folder's log.txt. A folder that holds another run is overwritten, so
+    call `check_folders` first. On Ctrl-C or SIGTERM the runs write checkpoints, and KeyboardInterrupt is raised when they
+    have ended. Should this process be killed, its runs go on, and the next call waits for them.
+    """
+    pool = _Pool(recipe, jobs)
+    with _stopped_by_signals():
+        try:
+            pool.run()
+        except KeyboardInterrupt:
+            pool.stop()
+            raise
+        finally:
+            pool.close()
+    return pool.failures
+
+
+class _Pool:
+    def __init__(self, recipe: Recipe, jobs: int) -> None:
+        self.failures: list[Failure] = []
+        self._generate = recipe.generate
+        self._waiting = deque(recipe.runs)
+        self._active: list[_Active] = []
+        self._jobs = jobs
+        self._status = StatusLine(len(recipe.runs))
+
+    def run(self) -> None:
+        while self._waiting or self._active:
+            while self._waiting and len(self._active) < self._jobs:
+                taken = {active.slot for active in self._active}
+                slot = next(slot for slot in range(self._jobs) if slot not in taken)
+                self._active.append(_Active(self._waiting.popleft(), slot))
+            for active in list(self._active):
+                self._tend(active)
+            self._status.show({active.run.folder.name: self._where(active) for active in self._active})
+            if self._active:
+                time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """Asks the runs to write checkpoints and end; a second Ctrl-C ends them at once, a third kills them."""
+        children = [active.child for active in self._active if active.child is not None]
+        if children:
+            self._status.say("stopping: every run writes a checkpoint first (Ctrl-C again: no checkpoints)")
+        for end in (Child.interrupt, Child.interrupt, Child.kill):
+            for child in children:
+                end(child)
+            try:
+                while any(child.status() is None for child in children):
+                    time.sleep(POLL_S)
+                return
+            except KeyboardInterrupt:
+                continue
+
+    def close(self) -> None:
+        """Kills what an error of this process left behind, and closes the logs."""
+        self._status.close()
+        for active in self._active:
+            if active.child is not None and active.child.status() is None:
+                active.child.kill()
+            if active.log is not None:
+                active.log.close()
+
+    def _tend(self, active: _Active) -> None:
+        """Takes a run one step further: waits for another process, starts the next command, or ends."""
+        if active.log is None:
+            active.run.folder.mkdir(parents=True, exist_ok=True)
+            active.log = locked_log(active.log_path)
+            if active.log is None:
+                if active.doing != "waited for":
+                    active.doing = "waited for"
+                    self._status.say(f"{active.run.folder} is being trained by another process: waiting for it")
+                return
+        if active.child is not None:
+            status = active.child.status()
+            if status is None:
+                return
+            if status != 0:
+                self._fail(active, f"exit status {status}", *last_lines(active.log_path, SHOWN_LOG_LINES))
+                return
+        try:
+            command = self._next_command(active)
+        except UserError as error:
+            self._fail(active, str(error))
+            return
+        if command is None:
+            self._end(active)
+            self._status.finished(active.run, duration(time.monotonic() - active.began), fresh=active.child is not None)
+        else:
+            active.child = Child(command, active.log, self._environment(active.slot))
+
+    def _next_command(self, active: _Active) -> list[str] | None:
+        assert active.log is not None
+        run, state = active.run, folder_state(active.run)
+        if not state.done:
+            if active.child is not None:
+                raise UserError(
+                    f"{run.folder}: `trainer fit` ended well and left no finished run; see {active.log_path}"
+                )
+            if state.checkpoint is None:
+                _clear(run.folder)
+                active.log.truncate(0)
+            active.doing = ""
+            return fit_command(run, state.checkpoint)
+        if self._generate is None or answers_done(run.folder, self._generate):
+            return None
+        if active.doing == "generating":
+            raise UserError(f"{run.folder}: `trainer eval --generate` left no scores; see {active.log_path}")
+        active.doing = "generating"
+        return generate_command(run.folder, self._generate)
+
+    def _fail(self, active: _Active, *lines: str) -> None:
+        self._end(active)
+        self.failures.append(Failure(active.run.folder, list(lines)))
+        self._status.failed(active.run)
+
+    def _end(self, active: _Active) -> None:
+        assert active.log is not None
+        active.log.close()
+        self._active.remove(active)
+
+    def _where(self, active: _Active) -> str:
+        return active.doing or last_step(active.log_path)
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        gpus = torch.cuda.device_count()
+        if gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+        if self._jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self._jobs))}
+
+
+def _clear(folder: Path) -> None:
+    """Removes what makes a folder a run, so that nothing of a former one is taken for the new one's."""
+    for name in (EVALUATION_NAME, STATE_NAME, RUN_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, also where whoever started this process ignores them."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,190 @@
+"""A recipe: runs × losses × seeds from one YAML file, each a folder and the settings of a `trainer fit`.
+
+output_dir: runs/demo                       # folders RUN-LOSS-SEED below it
+seeds: [1, 2, 3]
+losses: [fkl, todi]                         # optional: the runs below with each of these
+common: {cache: train, eval_cache: heldout, student: gpt2}
+runs:                                       # what differs; one that names its own loss, or has kd_weight 0, is done once
+  hard labels: {kd_weight: 0}
+  KD: {kd_weight: 0.9}
+generate: {data: [dolly.jsonl]}             # optional: options of `trainer eval --generate`, for each student
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from logitcache import UserError
+from trainer.arguments import _argument, parse
+from trainer.comparison.marked_yaml import MarkedYaml, read_yaml, suggestion
+from trainer.comparison.rows import displayed
+from trainer.config import DistillConfig
+from trainer.evaluation.generation_settings import GenerationSettings
+
+KEYS = ["output_dir", "seeds", "losses", "common", "runs", "generate"]
+SETTINGS = [field.name for field in dataclasses.fields(DistillConfig) if field.init]
+ELSEWHERE = {
+    "seed": "seeds belong into `seeds: [1, 2, 3]` at the top",
+    "output_dir": "it belongs to the top: the folders of the runs are made below it",
+    "resume_from_checkpoint": "leave it out: a run that was interrupted is continued by itself",
+}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One `trainer fit`. row: name of its row.  where: line of the recipe.  arguments: of the command line."""
+
+    row: str
+    where: str
+    arguments: list[str]
+    config: DistillConfig
+
+    @property
+    def folder(self) -> Path:
+        """What the run leaves."""
+        return Path(str(self.config.output_dir))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Runs in the order of the file, seeds of one row together. generate: answers wanted of each student, or None."""
+
+    path: Path
+    output_dir: Path
+    runs: list[PlannedRun]
+    generate: GenerationSettings | None
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Every run of a recipe with its settings checked, none of them started.
+
+    Raises UserError that names file and line: for names that do not exist, values and combinations that `trainer fit`
+    refuses, and runs that would share a folder or a row.
+    """
+    file = read_yaml(path)
+    content = _mapping(file, file.content)
+    for key in content:
+        if key not in KEYS:
+            raise file.error(f"unknown key {key}{suggestion(str(key), KEYS)}; accepted are {', '.join(KEYS)}", key)
+    output_dir = content.get("output_dir")
+    if not isinstance(output_dir, str) or not output_dir:
+        raise file.error("output_dir: the folder of all runs is expected, such as runs/demo", "output_dir")
+    runs: list[PlannedRun] = []
+    for row, folder, settings, keys in _rows(file, content):
+        for seed in _seeds(file, content.get("seeds")):
+            named = settings | {"seed": seed, "output_dir": str(Path(output_dir) / f"{folder}-{seed}")}
+            runs.append(_checked(file, keys, row, named))
+    _check_distinct(file, runs)
+    return Recipe(path, Path(output_dir), runs, _generate(file, content.get("generate")))
+
+
+def _rows(file: MarkedYaml, content: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], tuple[str, ...]]]:
+    """Name, beginning of the folder's name, settings and place of each row."""
+    common = _settings(file, content.get("common") or {}, "common")
+    losses = content.get("losses")
+    if losses is not None and (not isinstance(losses, list) or not losses or len({*map(str, losses)}) < len(losses)):
+        raise file.error("losses: a list of different divergences is expected, such as [fkl, todi]", "losses")
+    if losses and "loss" in common:
+        raise file.error("common names a loss, and so does `losses`: leave one of them out", "common", "loss")
+    runs = _mapping(file, content.get("runs") or {}, "runs")
+    if not runs:
+        raise file.error("runs: at least one is expected, such as `runs: {KD: {kd_weight: 0.9}}`", "runs")
+    for key, differs in runs.items():
+        name, keys = str(key), ("runs", str(key))
+        folder = re.sub(r"[^\w.]+", "-", name).strip("-.")
+        if not folder:
+            raise file.error(f"runs: {name!r} makes no name of a folder: it needs a letter or a digit", *keys)
+        settings = common | _settings(file, differs or {}, *keys)
+        if losses and "loss" not in settings and settings.get("kd_weight") != 0:
+            for loss in losses:
+                row = f"{name} {displayed(str(loss))}"
+                yield row, f"{folder}-{loss}", settings | {"loss": str(loss)}, keys
+        else:
+            yield name, folder, settings, keys
+
+
+def _settings(file: MarkedYaml, given: Any, *keys: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for key, value in _mapping(file, given, *keys).items():
+        name = str(key).replace("-", "_")
+        if name in ELSEWHERE:
+            raise file.error(f"{key} is no setting of one run: {ELSEWHERE[name]}", *keys, key)
+        if name not in SETTINGS:
+            raise file.error(
+                f"unknown setting {key}{suggestion(name, SETTINGS)}; `trainer fit --help` lists all", *keys, key
+            )
+        settings[name] = value
+    return settings
+
+
+def _mapping(file: MarkedYaml, given: Any, *keys: str) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise file.error(f"{keys[-1] if keys else 'a recipe'}: names and values are expected, got {given!r}", *keys)
+    return given
+
+
+def _seeds(file: MarkedYaml, seeds: Any) -> list[int]:
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        received = "nothing" if seeds is None else repr(seeds)
+        raise file.error(
+            f"seeds: a list of different whole numbers is expected, such as [1, 2, 3]; got {received}", "seeds"
+        )
+    return list(seeds)
+
+
+def _checked(file: MarkedYaml, keys: tuple[str, ...], row: str, settings: Mapping[str, Any]) -> PlannedRun:
+    arguments = [argument for name, value in settings.items() for argument in _argument(name, value)]
+    try:
+        with _environment_kept():
+            config = parse(arguments)
+        for name in ("cache", "eval_cache", "student"):
+            if not getattr(config, name):
+                raise UserError(f"{name} is missing: name it in `common`")
+    except UserError as error:
+        raise file.error(f"run {row}: {error}", *keys) from error
+    return PlannedRun(row, file.where(*keys), arguments, config)
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """TrainingArguments writes variables for its own process, which those of other runs must not see."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _check_distinct(file: MarkedYaml, runs: list[PlannedRun]) -> None:
+    folders: dict[str, PlannedRun] = {}
+    rows: dict[str, str] = {}
+    for run in runs:
+        former = folders.setdefault(str(run.folder).casefold(), run)
+        if former is not run:
+            raise UserError(f"{run.where}: {run.row} and {former.row} would share the folder {run.folder}: rename one")
+        if rows.setdefault(run.row, run.where) != run.where:
+            raise UserError(f"{run.where}: two rows are called {run.row}: rename one")
+
+
+def _generate(file: MarkedYaml, options: Any) -> GenerationSettings | None:
+    if options is None:
+        return None
+    names = [field.name for field in dataclasses.fields(GenerationSettings)]
+    for key in _mapping(file, options, "generate"):
+        if key not in names:
+            raise file.error(
+                f"unknown option {key}{suggestion(str(key), names)}; `trainer eval --help` lists all", "generate", key
+            )
+    try:
+        return GenerationSettings(**({"data": ()} | options))
+    except UserError as error:
+        raise file.error(f"generate: {error}", "generate") from error

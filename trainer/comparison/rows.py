@@ -1,0 +1,82 @@
+"""Rows of a comparison: runs that differ in nothing but their seed, under a name that tells them from the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.comparison.finished import FinishedRun, check_comparable
+from trainer.comparison.metrics import IN_TABLES, PACE, ROUGE_L
+from trainer.comparison.settings import KD_ONLY, SEEDS, differing, matters
+from trainer.comparison.statistics import Estimate, estimate, paired_difference
+
+DISPLAYED = {"todi": "ToDi"}  # every other loss in capitals
+
+
+@dataclass(frozen=True)
+class Row:
+    """The seeds of one run."""
+
+    name: str
+    runs: Sequence[FinishedRun]
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """Over the runs in which this metric is known."""
+        values = list(self.by_seed(metric).values())
+        return estimate(values) if values else None
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """Seed → value."""
+        return {run.seed: run.metrics[metric] for run in self.runs if metric in run.metrics}
+
+    def difference(self, metric: str, reference: Row) -> Estimate | None:
+        """Of this row less the other, by seed."""
+        return paired_difference(self.by_seed(metric), reference.by_seed(metric))
+
+
+def displayed(loss: str) -> str:
+    """A divergence as people write it."""
+    return DISPLAYED.get(loss, loss.upper())
+
+
+def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
+    """Runs that differ only in their seed as one row, named after the loss and what differs.
+
+    Raises UserError for runs that were evaluated on different data.
+    """
+    check_comparable(runs)
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(row_settings(run), sort_keys=True), []).append(run)
+    first = [members[0] for members in groups.values()]
+    names = [_name(run, [other for other in first if other.hard == run.hard]) for run in first]
+    return [Row(name, members) for name, members in zip(names, groups.values(), strict=True)]
+
+
+def row_settings(run: FinishedRun) -> dict[str, Any]:
+    """The settings that make a run what it is, whatever its seed."""
+    ignored = SEEDS | KD_ONLY if run.hard else SEEDS
+    settings = dict(run.settings) | {"tail": run.tail}
+    return {name: value for name, value in settings.items() if name not in ignored and matters(name)}
+
+
+def reference_of(rows: Sequence[Row]) -> Row:
+    """The row that others are measured against: the first that learnt from hard labels only, else the first."""
+    return next((row for row in rows if row.runs[0].hard), rows[0])
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """The metrics that any run has, in the order of columns."""
+    known = {name for row in rows for run in row.runs for name in run.metrics}
+    rouge = sorted(name for name in known if name.startswith(ROUGE_L))
+    return [name for name in (*IN_TABLES, *rouge, *PACE) if name in known]
+
+
+def _name(run: FinishedRun, others: Sequence[FinishedRun]) -> str:
+    """The loss, and every setting in which `others` differ."""
+    settings = row_settings(run)
+    names = [name for name in differing([row_settings(other) for other in others]) if name != "loss"]
+    base = "hard labels" if run.hard else displayed(run.settings["loss"])
+    return " ".join([base, *(f"{name}={settings.get(name)}" for name in names)])

@@ -1,0 +1,46 @@
+"""Which settings make a run what it is, and which say only where and how it was done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+INCIDENTAL = {
+    "output_dir",
+    "run_name",
+    "project",
+    "resume_from_checkpoint",
+    "report_to",
+    "debug",
+    "disable_tqdm",
+    "push_to_hub",
+    "skip_memory_metrics",
+    "local_rank",
+    "ddp_timeout",
+    "use_cpu",
+    "do_train",
+    "do_eval",
+    "do_predict",
+}
+INCIDENTAL_PREFIXES = ("hub_", "log_", "logging_", "save_", "trackio_", "dataloader_")
+SEEDS = {"seed", "data_seed"}
+KD_ONLY = {"loss", "tail", "ablation", "temperature", "t_squared", "loss_args", "approximate_temperature"}
+"""Without effect where kd_weight is 0."""
+
+
+def matters(name: str) -> bool:
+    """Whether two runs that differ in this setting are different runs."""
+    if name == "dataloader_drop_last":
+        return True
+    return name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the settings that are not the same in all that have them, in the order of the first."""
+    names = dict.fromkeys(name for of_one in settings for name in of_one)
+    return [name for name in names if len({_text(of_one[name]) for of_one in settings if name in of_one}) > 1]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

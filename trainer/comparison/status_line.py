@@ -1,0 +1,63 @@
+"""What a comparison under way prints: a line for each run that ends, and on a terminal one line of what is running."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+
+from trainer.comparison.finished import read_run
+from trainer.comparison.metrics import metric
+from trainer.comparison.recipe import PlannedRun
+
+INTERVAL_S = 60.0
+SHOWN = ("ce", "fkl", "rkl", "agreement")
+
+
+class StatusLine:
+    """Counts runs. Without a terminal what is running is told once a minute."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._ended, self._shown = total, 0, ""
+        self._terminal = sys.stdout.isatty()
+        self._last_line = time.monotonic()
+
+    def finished(self, run: PlannedRun, took: str, *, fresh: bool) -> None:
+        """A run is there. fresh: it was done just now."""
+        metrics = read_run(run.folder).metrics
+        numbers = "  ".join(f"{metric(name).heading} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        self._ended_line(run, f"{numbers}  {f'({took})' if fresh else '(already there)'}")
+
+    def failed(self, run: PlannedRun) -> None:
+        """A run ended with an error."""
+        self._ended_line(run, "failed")
+
+    def show(self, running: Mapping[str, str]) -> None:
+        """Folder → how far it is."""
+        line = f"{self._ended} of {self._total} done; " + ", ".join(
+            f"{name} {where}" for name, where in running.items()
+        )
+        if self._terminal and line != self._shown:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{line[:width]}", end="", flush=True)
+            self._shown = line
+        elif not self._terminal and time.monotonic() - self._last_line >= INTERVAL_S:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the line of what is running."""
+        self.close()
+        print(line, flush=True)
+        self._last_line = time.monotonic()
+
+    def close(self) -> None:
+        """Removes the line of what is running."""
+        if self._shown:
+            print("\r\x1b[K", end="", flush=True)
+            self._shown = ""
+
+    def _ended_line(self, run: PlannedRun, text: str) -> None:
+        self._ended += 1
+        width = len(str(self._total))
+        self.say(f"[{self._ended:{width}}/{self._total}] {run.folder.name}  {text}")

@@ -1,0 +1,71 @@
+"""Which cache gives the next row of an epoch: from numbers of rows alone, at any place in it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+
+import numpy as np
+
+ROWS_PER_BLOCK = 1 << 14
+
+
+def apportioned(shares: np.ndarray, rows: int) -> np.ndarray:
+    """`rows` in whole rows by shares that sum to 1, float64 [C]: the largest remainders are rounded up. int64 [C]."""
+    exact = shares * rows
+    counts = np.floor(exact).astype(np.int64)
+    rest = rows - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
+    return counts
+
+
+class SmoothOrder:
+    """An order of the rows of C caches in which every stretch holds each cache's share, to within a row or two.
+
+    counts: rows of each, int64 [C].  Row j of cache c stands at (j + φ)/counts[c] of the way, with φ = (c + 1/2)/C, so
+    that caches do not come in bunches. Two caches' rows among any first s differ from their share by 3/4 at most; of
+    more caches, with share λ, by (1 − λ) + λ(C − 1).
+    """
+
+    def __init__(self, counts: np.ndarray) -> None:
+        self._counts = counts
+        self._num_blocks = -(-len(self) // ROWS_PER_BLOCK)
+
+    def __len__(self) -> int:
+        return int(self._counts.sum())
+
+    def before(self, start: int) -> np.ndarray:
+        """Rows of each cache among the first `start`, int64 [C]."""
+        block, skipped = self._place(start)
+        return self._begins(block) + np.bincount(self._block(block)[:skipped], minlength=len(self._counts))
+
+    def blocks(self, start: int = 0) -> Iterator[np.ndarray]:
+        """The cache of each row from number `start` on, int64 [≈ ROWS_PER_BLOCK] at a time."""
+        first, skipped = self._place(start)
+        for block in range(first, self._num_blocks):
+            yield self._block(block)[skipped:]
+            skipped = 0
+
+    def _place(self, start: int) -> tuple[int, int]:
+        """The block of a row, and how many of the block's come before it."""
+        begins = range(self._num_blocks + 1)
+        block = bisect_right(begins, start, key=lambda number: int(self._begins(number).sum())) - 1
+        return block, start - int(self._begins(block).sum())
+
+    def _begins(self, block: int) -> np.ndarray:
+        """Rows of each cache that stand before a block, which is that part of the way; in whole numbers."""
+        caches = len(self._counts)
+        twice_phase = 2 * np.arange(caches) + 1
+        ahead = 2 * caches * self._counts * block - twice_phase * self._num_blocks
+        return np.clip(-(-ahead // (2 * caches * max(self._num_blocks, 1))), 0, self._counts)
+
+    def _block(self, block: int) -> np.ndarray:
+        if block >= self._num_blocks:
+            return np.empty(0, np.int64)
+        begins, ends = self._begins(block), self._begins(block + 1)
+        caches = np.repeat(np.arange(len(self._counts)), ends - begins)
+        numbers = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
+        places = (2 * len(self._counts) * numbers + 2 * caches + 1) / self._counts[
+            caches
+        ]  # whole numbers: ties are equal
+        return caches[np.argsort(places, kind="stable")]

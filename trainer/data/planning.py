@@ -1,0 +1,138 @@
+"""Which rows make which batch, in every epoch: equally many batches on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from torch.utils.data import Sampler
+
+from logitcache import UserError
+from trainer.data.plans import FixedPlan, ListedPlan, Plan, consecutive_plan, grouped_plan, packed_plan
+from trainer.data.training_data import TrainingData
+
+PLANNED_ROWS = 2**26
+"""Rows of all ranks and epochs of which batches are counted before a run starts: a minute of packing."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """What a batch of a rank holds: `batch_size` sequences or, with `packed_length`, packed rows of so many tokens.
+
+    tokens_per_batch: in place of a batch size, rows × longest.  group_by_length: sequences of similar length.
+    """
+
+    batch_size: int = 8
+    tokens_per_batch: int | None = None
+    packed_length: int | None = None
+    group_by_length: bool = False
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether batches follow from more than the number of rows."""
+        return bool(self.tokens_per_batch or self.packed_length or self.group_by_length)
+
+    def check(self, data: TrainingData) -> None:
+        """Raises UserError for a sequence that fits into no batch."""
+        for name in ("packed_length", "tokens_per_batch"):
+            limit = getattr(self, name)
+            if limit is not None and data.longest > limit:
+                raise UserError(
+                    f"--{name} {limit}: the longest sequence of {data.path} has {data.longest} tokens. Take --{name} "
+                    f"{data.longest} or more, or build the cache with `logitcache build --max-length {limit}`"
+                )
+
+
+class Key(NamedTuple):
+    """A batch of a run."""
+
+    epoch: int
+    batch: int
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """A rank's batches. Every rank and every epoch has equally many.
+
+    As many as the rank and epoch that need most; others halve their batches of most tokens and, without rows left,
+    have batches without. With `drop_last` as many full batches as the rank and epoch that have fewest; others leave
+    out those at their end. Where rows × epochs exceed `PLANNED_ROWS`, later epochs repeat the batches of the first.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        batching: Batching,
+        shard: tuple[int, int] = (0, 1),
+        drop_last: bool = False,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        num_epochs: int = 1,
+    ) -> None:
+        """Raises UserError for a sequence that fits into no batch."""
+        batching.check(data)
+        self._data, self._batching, self._shard, self._drop_last = data, batching, shard, drop_last
+        self._shuffle, self._seed = shuffle, seed
+        self._orders = max(1, min(num_epochs, PLANNED_ROWS // max(len(data), 1)))
+        self._epoch = 0
+        self._latest: tuple[int, Plan] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next iteration."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for batch in range(len(self)):
+            yield [Key(self._epoch, batch)]
+
+    def order(self, epoch: int) -> int:
+        """The epoch whose order of rows this one has."""
+        return epoch % self._orders if self._batching.needs_lengths else epoch
+
+    def plan(self, epoch: int) -> Plan:
+        """The rank's batches of an epoch, numbered in the order of `data.stream(order(epoch), …)`; the last plan is kept."""
+        order = self.order(epoch)
+        if self._latest is None or self._latest[0] != order:
+            self._latest = order, self._planned(order)
+        return self._latest[1]
+
+    def _planned(self, order: int) -> Plan:
+        if self._batching.needs_lengths:
+            return self._listed(order, self._shard).of_length(len(self))
+        return FixedPlan(self._data.num_rows(self._shard), self._batching.batch_size, len(self))
+
+    def _listed(self, order: int, shard: tuple[int, int]) -> ListedPlan:
+        batching = self._batching
+        lengths = self._data.lengths(order, shuffle=self._shuffle, seed=self._seed, shard=shard)
+        drawn = (self._seed, order) if self._shuffle else None
+        if batching.packed_length:
+            return packed_plan(lengths, batching.packed_length, batching.batch_size, drawn)
+        if batching.group_by_length:
+            return grouped_plan(lengths, batching.batch_size, batching.tokens_per_batch, drawn)
+        assert batching.tokens_per_batch
+        return consecutive_plan(lengths, batching.tokens_per_batch)
+
+    @cached_property
+    def _num_batches(self) -> int:
+        batch_size = self._batching.batch_size
+        shards = [(rank, self._shard[1]) for rank in range(self._shard[1])]
+        if self._batching.needs_lengths:
+            counts = [self._count(order, shard) for order in range(self._orders) for shard in shards]
+        else:
+            rows = [self._data.num_rows(shard) for shard in shards]
+            counts = [count // batch_size if self._drop_last else math.ceil(count / batch_size) for count in rows]
+        return min(counts) if self._drop_last else max(counts)
+
+    def _count(self, order: int, shard: tuple[int, int]) -> int:
+        """Batches of a rank in an epoch, with `drop_last` full ones."""
+        plan = self._listed(order, shard)
+        if not self._drop_last or self._batching.tokens_per_batch or not len(plan):
+            return len(plan)
+        rows, packed = plan.rows(len(plan) - 1), plan.packed_rows(len(plan) - 1)
+        return len(plan) - ((len(rows) if packed is None else packed[-1] + 1) < self._batching.batch_size)

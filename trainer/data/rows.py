@@ -1,0 +1,113 @@
+"""The batches of each epoch, made from rows that are read forward."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, get_worker_info
+
+from logitcache import CachedSequence
+from trainer.data.ahead import made_ahead
+from trainer.data.collator import Batch, Collator
+from trainer.data.planning import EpochBatches, Key
+from trainer.data.plans import Plan
+from trainer.data.training_data import TrainingData
+
+
+def planned_rows(
+    plan: Plan, stream: Iterator[CachedSequence], first: int, every: int
+) -> Iterator[list[CachedSequence]]:
+    """The rows of batches first, first + every, …, reading forward and holding what later ones of them need.
+
+    stream: rows from plan.first_row(first) on.
+    """
+    next_row = plan.first_row(first)
+    held: dict[int, CachedSequence] = {}
+    for batch in range(first, len(plan), every):
+        wanted = plan.rows(batch).tolist()
+        while next_row <= max(wanted, default=-1):
+            sequence = next(stream)
+            ahead = plan.batch_of(next_row) - first
+            if ahead >= 0 and ahead % every == 0:
+                held[next_row] = sequence
+            next_row += 1
+        yield [held.pop(row) for row in wanted]
+
+
+class EpochRows(Dataset[Batch]):
+    """Collated batches of a rank, by key. Asked for in order they are read forward; any other one is sought.
+
+    In the process that trains they are made ahead in the background, also by loaders that others made of this dataset,
+    such as accelerate's after skipping. In a worker process each is made when it is asked for, which is ahead there.
+
+    len: rows of an epoch over all ranks.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        batches: EpochBatches,
+        collator: Collator,
+        *,
+        shuffle: bool,
+        seed: int,
+        shard: tuple[int, int],
+    ) -> None:
+        self._data, self._batches, self._collator = data, batches, collator
+        self._shuffle, self._seed, self._shard = shuffle, seed, shard
+        self._forward: Iterator[Batch] | None = None
+        self._awaited: tuple[int, Key] | None = None  # process and batch that `_forward` gives next
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, key: Key) -> Batch:
+        worker = get_worker_info()
+        every = worker.num_workers if worker else 1
+        forward = self._forward
+        if forward is None or self._awaited != (os.getpid(), key):
+            self.close()
+            forward = made_ahead(self._made(key, every)) if worker is None else self._made(key, every)
+        self._forward = self._awaited = None
+        batch = next(forward)
+        following = Key(key.epoch, key.batch + every)
+        if following.batch < len(self._batches):
+            self._forward, self._awaited = forward, (os.getpid(), following)
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread that makes batches ahead, and forgets them."""
+        self._forward = self._awaited = None
+
+    def _made(self, key: Key, every: int) -> Iterator[Batch]:
+        plan = self._batches.plan(key.epoch)
+        start = plan.first_row(key.batch)
+        epoch = self._batches.order(key.epoch)
+        stream = self._data.stream(epoch, shuffle=self._shuffle, seed=self._seed, shard=self._shard, start=start)
+        for number, rows in enumerate(planned_rows(plan, stream, key.batch, every)):
+            packed_rows = plan.packed_rows(key.batch + number * every)
+            if not rows:
+                rows = [self._empty]
+                packed_rows = None if packed_rows is None else np.zeros(1, dtype=np.int64)
+            yield self._collator(rows, packed_rows)
+
+    @cached_property
+    def _empty(self) -> CachedSequence:
+        """Two tokens of a row, without stored positions: a rank whose rows ran out still computes with the others."""
+        row = next(iter(self._data.stream(0, shuffle=False, seed=0)))
+        return replace(
+            row,
+            input_ids=row.input_ids[:2],
+            loss_mask=row.loss_mask[:2],
+            positions=row.positions[:0],
+            targets=row.targets[:0],
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes that are not forked."""
+        return self.__dict__ | {"_forward": None, "_awaited": None}

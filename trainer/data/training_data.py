@@ -1,0 +1,183 @@
+"""What an epoch consists of: one cache, or several mixed by rows and averaged over teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+import logitcache
+from logitcache import CachedSequence, LogitCache, UserError
+from logitcache.cache import SequenceStream
+from trainer.data.averaged import OtherTeacher, averaged
+from trainer.data.compatibility import check_belong_together
+from trainer.data.held import Held, held_by_all
+from trainer.data.mixture import SmoothOrder, apportioned
+from trainer.data.passes import Passes
+from trainer.data.row_ids import rows_held
+from trainer.data.sources import Source, open_sources
+from trainer.data.token_lengths import token_lengths
+
+
+def open_training_data(cache: Sequence[str], average_with: Sequence[str] = ()) -> TrainingData:
+    """Opens the caches of a run: `cache` are PATH or PATH:WEIGHT to mix, `average_with` other teachers' on the same rows.
+
+    Raises UserError where they do not belong together and where a teacher lacks rows.
+    """
+    sources = open_sources(cache)
+    others = [logitcache.open(path) for path in average_with]
+    check_belong_together([source.cache for source in sources] + others)
+    data = TrainingData(sources, others)
+    data.check_rows()
+    return data
+
+
+class TrainingData:
+    """Rows of caches in the order of each epoch; an epoch has as many rows as all caches together.
+
+    Without weights every row comes once in an epoch. With weights a rank takes each cache's share, goes on in the next
+    epoch where it stopped, and sees each row of its part before one comes again. Everything about the order follows
+    from numbers of rows, so that any place of any epoch is found without reading.
+
+    caches: those that are mixed.  averaged_with: other teachers' on the same rows.  path: all of them, for messages.
+    """
+
+    def __init__(self, sources: Sequence[Source], averaged_with: Sequence[LogitCache] = ()) -> None:
+        """Without the checks of `open_training_data`."""
+        self._sources = tuple(sources)
+        self.caches = tuple(source.cache for source in sources)
+        self.averaged_with = tuple(averaged_with)
+        self.path = " + ".join(str(source) for source in sources)
+
+    @classmethod
+    def of(cls, cache: LogitCache | TrainingData) -> TrainingData:
+        """A cache as the only one of a run."""
+        return cache if isinstance(cache, TrainingData) else cls([Source(cache)])
+
+    def __repr__(self) -> str:
+        return f"TrainingData({self.path!r}, {len(self)} sequences, {self.num_positions} positions)"
+
+    def __reduce__(self) -> Any:
+        """For worker processes that are not forked: each opens the caches itself."""
+        weights = [source.weight for source in self._sources]
+        return _reopened, ([cache.path for cache in self.caches], weights, [cache.path for cache in self.averaged_with])
+
+    def __len__(self) -> int:
+        """Rows of an epoch, over all ranks."""
+        return sum(len(cache) for cache in self.caches)
+
+    @property
+    def num_positions(self) -> int:
+        """Stored positions of an epoch over all ranks; with weights, what is to be expected."""
+        if self._shares is None:
+            return sum(cache.num_positions for cache in self.caches)
+        per_row = np.array([cache.num_positions / len(cache) for cache in self.caches])
+        return round(float((self._shares * per_row).sum()) * len(self))
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the teachers."""
+        return self.caches[0].vocab_size
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(cache.manifest.longest for cache in self.caches)
+
+    @cached_property
+    def held(self) -> Held:
+        """What all targets hold; a mean over teachers holds entries and the mass of the tail alone."""
+        return Held() if self.averaged_with else held_by_all(self.caches)
+
+    @property
+    def tail_groups(self) -> np.ndarray | None:
+        """Tail group of each token id, int32 [V], where `held` has groups."""
+        return self.caches[0].tail_groups if self.held.num_tail_groups else None
+
+    def check_rows(self) -> None:
+        """Raises UserError where a cache of `averaged_with` lacks a row, and where a weight is too small for one row."""
+        if (draws := self._draws((0, 1))).min() == 0:
+            raise UserError(
+                f"--cache {self._sources[int(draws.argmin())]}: beside the other weights that is not one of the "
+                f"{len(self)} rows of an epoch. Raise the weight, or leave the cache out"
+            )
+        for other in self._others:
+            for cache in self.caches:
+                other.check_holds(cache)
+
+    def num_rows(self, shard: tuple[int, int] = (0, 1)) -> int:
+        """Rows of an epoch of a rank, the same in every epoch. shard: (rank, world)."""
+        return int(self._draws(shard).sum())
+
+    def stream(
+        self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1), start: int = 0
+    ) -> SequenceStream:
+        """A rank's rows of an epoch. One cache: as its `iter_sequences`, with a seed drawn from `seed` and `epoch`.
+
+        start: rows to leave out at the beginning, which are not read; the stream's `position` counts them.
+        """
+        rows = self._rows(epoch, shuffle, seed, shard, start)
+        if self._others:
+            rows = (averaged(row, self._others, self.vocab_size) for row in rows)
+        return SequenceStream(rows, self.num_rows(shard), start)
+
+    def lengths(self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
+        """Tokens of each row of `stream`, in its order: int32 [num_rows]. The first call reads the caches' loss masks."""
+        draws = self._draws(shard)
+        cache_of = np.concatenate([np.empty(0, np.int64), *SmoothOrder(draws).blocks()])
+        lengths = np.empty(len(cache_of), np.int32)
+        for number, passes in enumerate(self._passes(shuffle, seed, shard)):
+            rows = passes.row_numbers(epoch * int(draws[number]), int(draws[number]))
+            lengths[cache_of == number] = self._token_lengths[number][rows]
+        return lengths
+
+    def _rows(
+        self, epoch: int, shuffle: bool, seed: int, shard: tuple[int, int], start: int
+    ) -> Iterator[CachedSequence]:
+        draws = self._draws(shard)
+        order = SmoothOrder(draws)
+        first = epoch * draws + order.before(min(start, len(order)))
+        streams = [
+            passes.rows(begin) for passes, begin in zip(self._passes(shuffle, seed, shard), first.tolist(), strict=True)
+        ]
+        for block in order.blocks(min(start, len(order))):
+            for number in block.tolist():
+                yield next(streams[number])
+
+    def _passes(self, shuffle: bool, seed: int, shard: tuple[int, int]) -> list[Passes]:
+        return [Passes(cache, number, shuffle, seed, shard) for number, cache in enumerate(self.caches)]
+
+    def _draws(self, shard: tuple[int, int]) -> np.ndarray:
+        """Rows that a rank takes of each cache in an epoch, int64 [C]."""
+        rows = np.array([len(cache.iter_sequences(shard=shard)) for cache in self.caches])
+        if self._shares is None:
+            return rows
+        shares = np.where(rows > 0, self._shares, 0)  # a cache may have no row for this rank
+        return apportioned(shares / max(shares.sum(), np.finfo(float).tiny), int(rows.sum()))
+
+    @cached_property
+    def _shares(self) -> np.ndarray | None:
+        """Of each cache's rows in an epoch, float64 [C], where there are weights."""
+        weights = [source.weight for source in self._sources if source.weight is not None]
+        return np.array(weights) / sum(weights) if weights else None
+
+    @cached_property
+    def _others(self) -> list[OtherTeacher]:
+        return [OtherTeacher(cache, self.caches) for cache in self.averaged_with]
+
+    @cached_property
+    def _token_lengths(self) -> list[np.ndarray]:
+        """int32 [rows] of each cache."""
+        return [token_lengths(cache) for cache in self.caches]
+
+
+def shared_rows(data: TrainingData, eval_cache: LogitCache) -> int:
+    """Rows of an evaluation cache, by id, that are trained on too; reads row ids alone, memory does not grow with them."""
+    return rows_held(data.caches, eval_cache)
+
+
+def _reopened(paths: list[str], weights: list[float | None], averaged_with: list[str]) -> TrainingData:
+    sources = [Source(logitcache.open(path), weight) for path, weight in zip(paths, weights, strict=True)]
+    return TrainingData(sources, [logitcache.open(path) for path in averaged_with])

@@ -1,0 +1,103 @@
+"""What is generated from, and how: the options of `trainer eval --generate`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from logitcache import UserError
+from trainer.evaluation.prompts import check_columns, check_templates, data_stem
+from trainer.evaluation.rouge import check_rouge_installed
+
+BACKENDS = ("auto", "transformers", "vllm")
+PUBLISHED_SEEDS = (10, 20, 30, 40, 50)
+"""Of ToDi's evaluation (Jung et al. 2025, arXiv 2505.16297)."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The papers' protocol where nothing else is said: sampled at temperature 1, five times.
+
+    data: files of prompts and references, see `prompts.read_prompts`.  columns: ours → theirs.  prompt_template: texts with
+    {column} fields.  temperature: 0 takes the most probable token, once, whatever the seeds.  max_new_tokens,
+    max_prompt_length: in tokens; longer prompts are left out and counted, and without a limit one that does not fit the
+    model is refused.  batch_size: answers at a time, of transformers.
+
+    Raises UserError for what cannot work, and where rouge-score is not installed.
+    """
+
+    data: Sequence[str]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    prompt_template: Sequence[str] = ()
+    seeds: Sequence[int] = PUBLISHED_SEEDS
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    max_prompt_length: int | None = None
+    backend: str = "auto"
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("data", "prompt_template"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+            if not all(isinstance(text, str) for text in getattr(self, name)):
+                raise UserError(f"--{name} {getattr(self, name)}: texts are expected")
+        if not isinstance(self.columns, Mapping):
+            raise UserError(f"--columns {self.columns}: names of columns are expected, for example prompt=question")
+        self._check_numbers()
+        if self.backend not in BACKENDS:
+            raise UserError(f"--backend {self.backend}: choose {', '.join(BACKENDS)}")
+        self._check_data()
+        check_columns(self.columns)
+        check_templates(self.prompt_template)
+        check_rouge_installed()
+
+    @property
+    def runs(self) -> dict[str, int]:
+        """Name of each run over the data, and its seed."""
+        return {"greedy": 0} if self.temperature == 0 else {str(seed): seed for seed in self.seeds}
+
+    def decisive(self, backend: str) -> dict[str, Any]:
+        """What answers depend on, as plain JSON types. backend: the one that was chosen."""
+        return {
+            "temperature": float(self.temperature),
+            "max_new_tokens": self.max_new_tokens,
+            "max_prompt_length": self.max_prompt_length,
+            "columns": dict(self.columns),
+            "prompt_template": list(self.prompt_template),
+            "backend": backend,
+        }
+
+    def _check_numbers(self) -> None:
+        for name in ("max_new_tokens", "max_prompt_length", "batch_size"):
+            value = getattr(self, name)
+            if value is None and name == "max_prompt_length":
+                continue
+            if type(value) is not int or value < 1:
+                raise UserError(f"--{name} {value}: a whole number of at least 1 is expected")
+        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature}: a number from 0 (greedy) is expected")
+        if not isinstance(self.seeds, Sequence) or isinstance(self.seeds, str) or not self.seeds:
+            raise UserError(f"--seeds {self.seeds}: one or more whole numbers are expected")
+        for seed, count in Counter(self.seeds).items():
+            if type(seed) is not int or seed < 0:
+                raise UserError(f"--seeds {seed}: whole numbers from 0 are expected")
+            if count > 1:
+                raise UserError(f"--seeds names {seed} twice: the same answers would count double")
+
+    def _check_data(self) -> None:
+        if not self.data:
+            raise UserError("--generate needs --data: a .jsonl or .parquet file of prompts and references")
+        paths: dict[str, str] = {}
+        for path in self.data:
+            stem = data_stem(path)
+            if not Path(path).is_file():
+                raise UserError(f"--data {path}: no such file")
+            if stem in paths:
+                raise UserError(
+                    f"--data {path} and {paths[stem]}: both scores would be named {stem}; rename one of the files"
+                )
+            paths[stem] = path

@@ -1,0 +1,27 @@
+"""Which model is it, whatever its folder is called and whenever it was written."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from logitcache.format.atomic import file_sha256
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
+TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    "*.model",
+)
+
+
+def model_identity(name: str, config: PreTrainedConfig) -> str:
+    """What changes when a model's answers may: SHA-256 of a folder's weights, settings and tokenizer, or name@commit."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{getattr(config, '_commit_hash', None)}"
+    files = {path for pattern in (*WEIGHTS, *SETTINGS, *TOKENIZER) for path in folder.glob(pattern) if path.is_file()}
+    listing = "".join(f"{path.name} {file_sha256(path)}\n" for path in sorted(files))
+    return hashlib.sha256(listing.encode()).hexdigest()

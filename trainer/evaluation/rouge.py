@@ -1,0 +1,40 @@
+"""ROUGE-L, as the papers on distilled instruction models report it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from logitcache import UserError
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """F of the longest common subsequence of stemmed words, ×100: the most over the references (Lin 2004).
+
+    Words are runs of a–z and 0–9 in lower case, those of more than three letters stemmed, as the rouge-score package has
+    it. 0 where either has no word.
+    """
+    return 100 * max(float(_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
+
+
+def has_words(references: Sequence[str]) -> bool:
+    """Whether any answer could score above 0 against them."""
+    return any(re.search("[a-z0-9]", reference.lower()) for reference in references)
+
+
+def check_rouge_installed() -> None:
+    """Raises UserError where the rouge-score package is missing."""
+    _scorer()
+
+
+@cache
+def _scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError(
+            "--generate scores answers with the rouge-score package, and it is not installed: pip install rouge-score"
+        ) from error
+    return RougeScorer(["rougeL"], use_stemmer=True)

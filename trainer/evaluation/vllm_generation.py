@@ -1,0 +1,114 @@
+"""Answers to prompts with vLLM, through its public `vllm.LLM` alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from logitcache import UserError
+from trainer.evaluation.generation import Answer, answer_of
+from trainer.evaluation.prompts import Prompt
+
+
+def why_not_vllm() -> str | None:
+    """Why vLLM cannot be used here, or None."""
+    _set_environment()
+    try:
+        importlib.import_module("vllm")
+    except Exception as error:  # a build for other hardware fails in its own ways
+        return f"vLLM does not import ({_brief(error)})"
+    return None
+
+
+class VllmGenerator:
+    """A vLLM engine in a process of its own, which ends with this one.
+
+    longest: tokens of the longest prompt.  Otherwise as `TransformersGenerator`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Sequence[int],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        longest: int,
+    ) -> None:
+        _set_environment()
+        import vllm
+        from vllm.platforms import current_platform
+
+        self.engine = f"vllm {vllm.__version__}"
+        self._tokenizer, self._ends = tokenizer, ends
+        self._temperature, self._max_new_tokens = temperature, max_new_tokens
+        # As transformers loads it; vLLM's "auto" would halve a float32 model's precision.
+        dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "auto"
+        options: dict[str, Any] = {"dtype": dtype}
+        if current_platform.is_cpu():
+            # The CPU backend cannot rewind a seeded generator, as it must for prompts that are read in chunks.
+            most = max(longest + max_new_tokens, 2048)
+            options |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": most}
+        try:
+            self._llm = vllm.LLM(
+                model=name,
+                max_model_len=longest + max_new_tokens,
+                generation_config="vllm",
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **options,
+            )
+        except (ValueError, OSError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"vLLM does not start with {name}: {_brief(error)} (--backend transformers does without)"
+            ) from error
+
+    def answers(self, prompts: Sequence[Prompt], seed: int, label: str = "generating") -> list[Answer]:
+        """An answer to each prompt. label: of the progress bar. Raises UserError where vLLM gives up."""
+        from vllm import SamplingParams
+
+        def bar(*args: Any, **options: Any) -> Any:
+            return tqdm(*args, **options | {"desc": label, "unit": "answer"})
+
+        tokens: list[Any] = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        params = [
+            SamplingParams(
+                temperature=self._temperature,
+                max_tokens=self._max_new_tokens,
+                seed=int(np.random.SeedSequence([seed, prompt.row]).generate_state(1, np.uint64)[0] >> 1),
+                stop_token_ids=list(self._ends),
+                detokenize=False,
+            )
+            for prompt in prompts
+        ]
+        use_tqdm = bar if sys.stderr.isatty() else False  # vLLM divides by a hidden bar's time, which is 0
+        try:
+            outputs = self._llm.generate(tokens, params, use_tqdm=use_tqdm)
+        except Exception as error:  # of vLLM's own kinds, which change between releases
+            raise UserError(
+                f"vLLM gave up while it answered ({_brief(error) or type(error).__name__}): what is finished is kept, the "
+                "same command continues"
+            ) from error
+        return [answer_of(output.outputs[0].token_ids, self._ends, self._tokenizer) for output in outputs]
+
+
+def _set_environment() -> None:
+    """vLLM's own settings that are wanted otherwise and nobody has set. Call before vLLM is imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def _brief(error: BaseException) -> str:
+    """The beginning of an error's message; vLLM's can run over pages."""
+    return textwrap.shorten(str(error), 300, placeholder=" …")

@@ -1,0 +1,43 @@
+"""Ctrl-C during a run."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class StopOnInterrupt(TrainerCallback):
+    """On Ctrl-C: finishes the step, writes a checkpoint and stops. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listens for Ctrl-C."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the trainer to save and stop."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps a run that was asked to stop from evaluating first."""
+        control.should_evaluate = control.should_evaluate and not self.requested
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listens no more."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
