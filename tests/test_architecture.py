@@ -35,7 +35,25 @@ FLOORS = [
     ("logitcache.format",),
     ("logitcache.errors", "logitcache.progress", "logitcache.spans", "logitcache.table", "logitcache.version"),
 ]
-READER_SIDE = ("logitcache.cache", "logitcache.format", "logitcache.errors", "logitcache.table", "logitcache.version")
+READER_SIDE = tuple(
+    f"logitcache.{room}" for room in ("cache", "format", "errors", "progress", "spans", "table", "version")
+)
+TRAINER_FLOORS = [
+    ("trainer.cli",),
+    ("trainer.commands",),
+    ("trainer.comparison",),
+    ("trainer.fit", "trainer.arguments"),
+    ("trainer.prepare", "trainer.description", "trainer.resume", "trainer.progress", "trainer.interrupt", "trainer.ranks"),
+    ("trainer.distill",),
+    ("trainer.evaluation",),
+    ("trainer.objective", "trainer.batching", "trainer.packing", "trainer.pace", "trainer.schedules", "trainer.tail_choice"),
+    ("trainer.head", "trainer.tokenizers"),
+    ("trainer.student", "trainer.adapters"),
+    ("trainer.data",),
+    ("trainer.config",),
+    ("trainer.settings",),
+    ("trainer.losses", "trainer.files"),
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -49,8 +67,8 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("logitcache", "trainer")}
 
 
-def floor(module: str) -> int | None:
-    for number, rooms in enumerate(FLOORS):
+def floor(module: str, floors: list[tuple[str, ...]] = FLOORS) -> int | None:
+    for number, rooms in enumerate(floors):
         if any(module == room or module.startswith(room + ".") for room in rooms):
             return number
     return None
@@ -78,6 +96,17 @@ def test_the_trainer_imports_the_reader_side_of_logitcache_only(path: Path) -> N
     for imported in imports(path):
         if imported.startswith("logitcache."):
             assert imported.startswith(READER_SIDE), f"{path} imports {imported}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "trainer"], ids=str)
+def test_the_trainer_imports_downward_only(path: Path) -> None:
+    module = ".".join(path.with_suffix("").parts)
+    own = floor(module, TRAINER_FLOORS)
+    assert own is not None, f"{module} is on no floor"
+    for imported in imports(path):
+        if imported.startswith("trainer."):
+            below = floor(imported, TRAINER_FLOORS)
+            assert below is not None and below >= own, f"{module} imports {imported}"
 
 
 def test_losses_import_nothing_but_each_other_and_torch() -> None:
@@ -109,6 +138,8 @@ def test_the_commands_help_names_every_option_of_the_readme() -> None:
         for command in (
             *(["logitcache", name] for name in COMMANDS),
             ["trainer", "fit"],
+            ["trainer", "eval"],
+            ["trainer", "compare"],
         )
     )
     missing = {option for option in options - vllms if option not in helps}

@@ -7,8 +7,8 @@ is half as wide again and half as deep again. Steps are made in turns with the y
 its own too: transformers' Trainer with hard labels. Its row is of two of them: what is 1 but for noise. A step goes from
 the end of the last one to its own: batch, forward, backward, clipping, AdamW, log. ms: the median; ratio: the median of
 those of neighbouring turns, so that a machine's drift cancels. CPU: the same ratio of CPU seconds, those of background
-threads included, which say more than time on a machine that is shared, and of threads that never spin (--threads 1). Every token but a sequence's first is learned: with
-prompts, of which DistillTrainer computes no logits, it would gain.
+threads included; on a shared machine they say more than time does (with --threads 1, since several also spin). Every
+token but a sequence's first is learned: with prompts, of which DistillTrainer computes no logits, it would gain.
 
 Peak MiB is the process's high-water mark of resident memory, libraries included; on CUDA of allocated memory.
 """
@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from measure import machine, synthetic_rows, write_synthetic_cache
+from one_step import ROWS_BEFORE
 
 from logitcache.format.layout import Layout
 from logitcache.table import aligned
@@ -62,7 +63,7 @@ CUDA_SHAPE = Shape(vocab=151_936, hidden=1024, layers=28, batch=8)
 def write_inputs(folder: Path, shape: Shape, device: str, steps: int, threads: int) -> None:
     """What one_step.py reads: the cache, its tokens, the shape."""
     rows = synthetic_rows(DISTINCT_ROWS * (shape.tokens - 1), shape.k, shape.vocab, shape.tokens)
-    copies = -(-(steps + 1) * shape.batch // len(rows))
+    copies = -(-(ROWS_BEFORE + (steps + 1) * shape.batch) // len(rows))
     (folder / "cache").mkdir()
     write_synthetic_cache(folder / "cache", rows, Layout(shape.vocab), copies)
     ids = np.stack([sequence.input_ids for sequence, _ in rows] * copies)

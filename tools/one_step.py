@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import skip_first_batches
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -27,6 +28,7 @@ from transformers import default_data_collator as stacked
 
 KD_WEIGHT = 0.5
 HEAD_SIZE = 64
+ROWS_BEFORE = 512  # of an epoch
 
 
 def one_step(row: str, folder: Path) -> None:
@@ -113,12 +115,19 @@ def hard_labels(student: PreTrainedModel, teacher: Teacher, folder: Path, common
 
 
 def from_cache(student: PreTrainedModel, teacher: Teacher, folder: Path, common: dict[str, Any], loss: str) -> Trainer:
-    """DistillTrainer with a divergence, or with λ = 0 and none."""
+    """DistillTrainer with a divergence, or with λ = 0 and none, in the midst of an epoch.
+
+    There the reader holds all the row groups that it mixes, to which it comes by and by from an epoch's beginning.
+    """
     import logitcache
     from trainer import DistillConfig, DistillTrainer
 
+    class InTheMidst(DistillTrainer):
+        def get_train_dataloader(self) -> Any:
+            return skip_first_batches(super().get_train_dataloader(), ROWS_BEFORE // self.args.train_batch_size)
+
     settings: dict[str, Any] = {"kd_weight": 0.0} if loss == "λ = 0" else {"kd_weight": KD_WEIGHT, "loss": loss}
-    return DistillTrainer(student, logitcache.open(folder / "cache"), DistillConfig(**common, **settings))
+    return InTheMidst(student, logitcache.open(folder / "cache"), DistillConfig(**common, **settings))
 
 
 class _OnlineTrainer(Trainer):

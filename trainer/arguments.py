@@ -107,6 +107,8 @@ def _arguments_of(path: Path) -> list[str]:
 def _argument(name: str, value: Any) -> list[str]:
     if value is None:
         return []
+    if name == "fsdp" and value is True:  # as text it would be the name of a sharding strategy
+        return ["--fsdp"]
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     if isinstance(value, Mapping):

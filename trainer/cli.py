@@ -2,7 +2,8 @@
 
 usage: trainer fit --cache DIR --student NAME [options]     train
        trainer eval MODEL --cache DIR [options]             measure a model against a held-out cache
-       trainer compare RUN… [--out FILE]                    finished runs side by side: a table and a picture
+       trainer eval MODEL --generate --data FILE [options]  let it answer prompts, and score the answers
+       trainer compare RECIPE.yaml | RUN… [options]         runs × losses × seeds, side by side
 
 `trainer COMMAND --help` lists the options of a command.
 """
@@ -17,7 +18,11 @@ from logitcache import UserError
 from logitcache.errors import one_line
 from trainer.commands.shared import INTERRUPTED
 
-COMMANDS = ("fit", "eval", "compare")
+CONTINUE = {
+    "fit": "`trainer fit … --resume_from_checkpoint true` continues from the last checkpoint",
+    "eval": "The same command continues",
+    "compare": "The same command continues",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,12 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     try:
-        if name not in COMMANDS:
-            raise UserError(f"unknown command {name}: choose {', '.join(COMMANDS)}")
+        if name not in CONTINUE:
+            raise UserError(f"unknown command {name}: choose {', '.join(CONTINUE)}")
         return import_module(f"trainer.commands.{name}").run(rest)
     except UserError as error:
         print(f"trainer: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("trainer: stopped. `trainer fit … --resume_from_checkpoint true` continues from the last checkpoint")
+        print(f"trainer: stopped. {CONTINUE[name]}")
         return INTERRUPTED

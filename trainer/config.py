@@ -1,5 +1,6 @@
 """What a run is: every field of transformers.TrainingArguments, and what distillation adds. Contradictions end here."""
 
+import os
 import sys
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
 
     logging_steps: float = redefault("logging_steps", 10)
     remove_unused_columns: bool = redefault("remove_unused_columns", False)
+    ddp_find_unused_parameters: bool | None = redefault("ddp_find_unused_parameters", False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -34,6 +36,12 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         super().__post_init__()
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != self.world_size:
+            raise UserError(
+                f"{started} processes were started, and each would train by itself, since no GPU is found. Add --use_cpu "
+                "to train on CPUs together"
+            )
 
     def _check(self) -> None:
         self.check_batching(self.train_sampling_strategy)

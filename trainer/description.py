@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from logitcache import LogitCache
+from trainer.batching import batching_of, num_batches
 from trainer.config import DistillConfig
-from trainer.data.planning import Batching, EpochBatches
 from trainer.data.training_data import TrainingData
 from trainer.tail_choice import approximates_tail
 
@@ -21,7 +21,7 @@ def describe_run(
 ) -> dict[str, str]:
     """Name → choice, in the order of printing."""
     return {
-        "cache": _size(data),
+        "cache": _size(data) + "".join(f", averaged with {other.path}" for other in data.averaged_with),
         "held-out cache": _size(eval_cache) if eval_cache else "none",
         "student": str(config.student) + (", weights drawn at random" if config.from_scratch else ""),
         "tokenizer": whose_tokenizer,
@@ -66,14 +66,16 @@ def _precision(config: DistillConfig) -> str:
 
 
 def _steps(config: DistillConfig, data: TrainingData) -> str:
-    batches = EpochBatches(
-        data,
-        Batching(config.per_device_train_batch_size),
-        (config.process_index, config.world_size),
-        config.dataloader_drop_last,
-    )
-    per_epoch = math.ceil(len(batches) / config.gradient_accumulation_steps)
+    batches = num_batches(config, data)
+    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    positions = data.num_positions * per_step / len(data)
-    return f"{steps:,} of {per_step} sequences, about {positions:,.0f} positions each"
+    batch = batching_of(config, data)
+    in_step = config.gradient_accumulation_steps * config.world_size
+    if batch.packed_length:
+        rows = f"{batch.batch_size * in_step} rows of {batch.packed_length:,} packed tokens"
+    elif batch.tokens_per_batch:
+        rows = f"sequences of up to {batch.tokens_per_batch * in_step:,} tokens with padding"
+    else:
+        rows = f"{batch.batch_size * in_step} sequences"
+    positions = data.num_positions / max(batches, 1) * config.gradient_accumulation_steps
+    return f"{steps:,} of {rows}, about {positions:,.0f} positions each"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -15,11 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import ParallelMode
 
 from logitcache import LogitCache, UserError
+from trainer.batching import batching_of, data_seed, is_shuffled, num_epochs
 from trainer.config import DistillConfig
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchLoader
+from trainer.packing import check_packing
 from trainer.data.planning import Batching
 from trainer.data.rows import EpochRows
 from trainer.data.training_data import TrainingData
@@ -34,8 +36,6 @@ from trainer.student import check_student
 from trainer.tail_choice import approximates_tail, choose_tail
 
 logger = logging.getLogger(__name__)
-
-PACKED_LENGTH = 2048
 
 
 class DistillTrainer(Trainer):
@@ -78,15 +78,19 @@ class DistillTrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1
+        if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise UserError(
+                "--fsdp shards a model over ranks, and this is one: torchrun --nproc-per-node 8 starts eight"
+            )
         super().__init__(model=model, args=args, train_dataset=data, eval_dataset=eval_cache, **options)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise UserError("tensor, context and sequence parallelism are not supported: use data parallelism or FSDP")
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise UserError("--fsdp: accelerate shards a model over GPUs, and these ranks are CPUs. Leave --fsdp out")
         with self.accelerator.autocast():
             self.objective: Objective = objective_of(model, self._on_every_rank)
             self._flat = args.packing and "flash" in str(model.config._attn_implementation)
             if args.packing:
-                from trainer.data.packing import check_packing
-
                 check_packing(model, self._flat)
         self._data = data
         groups = data.tail_groups if self.tail == "groups" else None
@@ -104,36 +108,21 @@ class DistillTrainer(Trainer):
             temperatures=tuple(T for T in args.temperatures if T in self._data.held.temperatures),
             tail_entropy=bool(self._approximated),
             tail_samples=self.tail == "samples",
-            **({"flat": True} if self._flat else {}),
+            flat=self._flat,
         )
 
-        def loader(num_epochs: int) -> BatchLoader:
-            return self._loader(
-                self._data,
-                self._batching(),
-                collator,
-                shuffle=args.train_sampling_strategy != "sequential",
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                drop_last=args.dataloader_drop_last,
-                num_epochs=num_epochs,
-                num_workers=args.dataloader_num_workers,
-                prefetch_factor=args.dataloader_prefetch_factor,
-                persistent_workers=args.dataloader_persistent_workers,
-                multiprocessing_context=args.dataloader_multiprocessing_context,
-            )
-
-        if args.max_steps <= 0:
-            return loader(math.ceil(args.num_train_epochs))
-        once = len(loader(1))
-        return loader(math.ceil(args.max_steps * args.gradient_accumulation_steps / max(once, 1)))
-
-    def _batching(self) -> Batching:
-        args = self.args
-        return Batching(
-            self._train_batch_size or args.per_device_train_batch_size,
-            args.tokens_per_batch,
-            (args.packed_length or max(PACKED_LENGTH, self._data.longest)) if args.packing else None,
-            args.train_sampling_strategy == "group_by_length",
+        return self._loader(
+            self._data,
+            batching_of(args, self._data),
+            collator,
+            shuffle=is_shuffled(args),
+            seed=data_seed(args),
+            drop_last=args.dataloader_drop_last,
+            num_epochs=num_epochs(args, self._data),
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:

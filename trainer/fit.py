@@ -21,6 +21,7 @@ from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
 from trainer.interrupt import StopOnInterrupt
 from trainer.prepare import Run
 from trainer.progress import use_short_lines
+from trainer.ranks import end_ranks
 from trainer.resume import data_record
 from trainer.student import load_student
 
@@ -88,7 +89,7 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
         if config.should_save:
             write_evaluation(output / EVALUATION_NAME, str(output), run.eval_cache, metrics)
     trainer.save_state()
-    trainer.accelerator.end_training()
+    end_ranks(trainer)
     return Outcome(steps, metrics, early=_best(trainer))
 
 

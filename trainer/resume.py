@@ -26,6 +26,7 @@ SETTINGS = (
     "packing",
     "packed_length",
     "tokens_per_batch",
+    "dataloader_drop_last",
     "lora_r",
     "lora_alpha",
     "lora_dropout",
@@ -36,6 +37,8 @@ SETTINGS = (
     "seed",
     "data_seed",
 )
+PLANNED = ("packing", "tokens_per_batch")  # and grouping by length: how many batches an epoch has depends on all epochs
+LENGTH = ("num_train_epochs", "max_steps")
 
 
 def find_checkpoint(config: DistillConfig) -> str | None:
@@ -74,7 +77,9 @@ def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, t
         former = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    pairs = [(name, former["settings"].get(name), getattr(config, name)) for name in SETTINGS]
+    planned = config.train_sampling_strategy == "group_by_length" or any(getattr(config, name) for name in PLANNED)
+    compared = SETTINGS + (LENGTH if planned else ())
+    pairs = [(name, former["settings"].get(name, getattr(config, name)), getattr(config, name)) for name in compared]
     pairs.append(("tail", former["tail"], tail))
     differing = [f"--{name} was {was}, is {now}" for name, was, now in pairs if was != now]
     was, now = former["cache"], data_record(data)
@@ -89,5 +94,5 @@ def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, t
 
 
 def _content(record: dict[str, Any]) -> tuple[int, list[Any]]:
-    """Positions and fingerprints: the same cache may lie elsewhere, and may have been recoded. Runs of earlier versions had one."""
+    """Positions and fingerprints: the same cache may lie elsewhere, and may have been recoded. Earlier versions had one."""
     return record["num_positions"], [cache["fingerprint"] for cache in record.get("caches", [record])]

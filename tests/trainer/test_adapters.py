@@ -131,7 +131,7 @@ def test_what_suits_no_adapter_is_refused(tmp_path: Path, student_folder: str) -
     ):
         with pytest.raises(UserError, match=said):
             check_adapter_student(config(tmp_path, **settings))
-    with pytest.raises(UserError, match="--lora_target_modules missing_proj: .*missing_proj"):
+    with pytest.raises(UserError, match=r"--lora_target_modules missing_proj: .*missing_proj"):
         add_adapters(llama(seed=7), config(tmp_path, lora_r=2, lora_target_modules=["missing_proj"]))
 
 

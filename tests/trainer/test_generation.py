@@ -229,6 +229,13 @@ def test_a_model_that_was_trained_further_answers_anew(student: Path, data: str)
     assert any("the model has changed" in line for line in said)
 
 
+def test_a_file_that_holds_no_scores_is_not_overwritten(student: Path, data: str) -> None:
+    (student / "generate").mkdir()
+    (student / "generate" / "pairs.json").write_text('{"seeds": []}')
+    with pytest.raises(UserError, match=r"pairs\.json holds no scores .*--answers"):
+        generate_scores(str(student), student / "generate", GenerationSettings([data], max_new_tokens=8))
+
+
 def test_a_moved_model_is_the_same_model(student: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = GenerationSettings([data], seeds=(1,), max_new_tokens=8)
     first = generate_scores(str(student), student / "generate", settings)["pairs"]

@@ -68,7 +68,7 @@ def model_of(name: str, **settings: Any) -> PreTrainedModel:
 
 @pytest.fixture
 def batch(cache: LogitCache) -> Batch:
-    return Collator(temperature=2.0)([cache[i] for i in range(4)])
+    return Collator(temperatures=(2.0,))([cache[i] for i in range(4)])
 
 
 def call(
@@ -77,7 +77,7 @@ def call(
     return objective(
         model,
         batch,
-        teacher_targets(batch),
+        teacher_targets(batch, temperature),
         mixture=Mixture(0.7, 0.3),
         settings=LossSettings(loss, temperature=temperature),
         vocab_size=VOCAB,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import skip_first_batches
 from cachemaking import VOCAB, random_sequences, write_cache
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
@@ -16,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from logitcache import LogitCache, UserError
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchLoader
-from trainer.data.packing import check_packing
+from trainer.packing import check_packing
 from trainer.data.planning import Batching
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
@@ -161,3 +162,17 @@ def test_a_loader_packs_every_row_once(cache: LogitCache) -> None:
     assert sum(int(batch["num_tokens"]) for batch in batches) == sum(len(row.input_ids) for row in cache)
     assert sum(len(batch["labels"]) for batch in batches) == cache.num_positions
     assert all(batch["input_ids"].shape[0] <= 2 and batch["input_ids"].shape[1] <= 48 for batch in batches)
+
+
+def test_packed_batches_of_two_ranks_go_on_after_any_batch(cache: LogitCache) -> None:
+    for rank in range(2):
+        loader = BatchLoader(
+            cache, Batching(1, packed_length=32), Collator(), shuffle=True, shard=(rank, 2), num_epochs=2
+        )
+        loader.set_epoch(1)
+        whole = list(loader)
+        for skipped in (1, len(whole) - 1):
+            rest = list(skip_first_batches(loader, skipped))
+            assert len(rest) == len(whole) - skipped
+            for found, expected in zip(rest, whole[skipped:], strict=True):
+                assert all(found[name].equal(expected[name]) for name in expected)

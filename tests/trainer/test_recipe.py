@@ -19,6 +19,7 @@ from cachemaking import random_sequences, write_cache
 
 from logitcache import LogitCache, UserError
 from trainer.cli import main
+from trainer.commands import eval as trainer_eval
 from trainer.comparison import commands, execute, folder_state
 from trainer.comparison.child import last_step, locked_log
 from trainer.comparison.recipe import read_recipe
@@ -26,6 +27,13 @@ from trainer.comparison.recipe import read_recipe
 # Stands for `python -m trainer`: a run of ten steps, told by what lies in its folder how to behave.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
+if sys.argv[1] == "eval":
+    answers = pathlib.Path(sys.argv[2]) / "generate"
+    answers.mkdir()
+    plan = json.loads((answers.parents[1] / "plan.json").read_text())
+    (answers / "dolly.json").write_text(json.dumps(plan["scores"]))
+    (answers.parent / "arguments.json").write_text(json.dumps(sys.argv[3:]))
+    sys.exit()
 folder = pathlib.Path(next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--output_dir=")))
 plan = json.loads((folder.parent / "plan.json").read_text())
 stopped = []
@@ -92,7 +100,11 @@ def stood_in(
     held_out = str(read.runs[0].config.eval_cache)
     evaluation = {"cache": held_out, "cache_sha256": folder_state._held_out_sha256(held_out)}
     read.output_dir.mkdir(exist_ok=True)
-    plan = {"records": records, "evaluation": evaluation, "failing": failing, "step_s": step_s}
+    scores: dict[str, Any] = {}
+    if read.generate:
+        runs = {name: {"rouge_l": 24.0} for name in read.generate.runs}
+        scores = {"settings": read.generate.decisive("transformers"), "seeds": runs, "rouge_l": 24.0}
+    plan = {"scores": scores, "records": records, "evaluation": evaluation, "failing": failing, "step_s": step_s}
     (read.output_dir / "plan.json").write_text(json.dumps(plan))
     return read.output_dir
 
@@ -145,6 +157,12 @@ def test_what_a_recipe_gets_wrong_is_named_with_its_line(
         read_recipe(written(tmp_path, recipe | change))
 
 
+def test_the_demo_is_a_recipe() -> None:
+    runs = read_recipe(Path(__file__).parents[2] / "tools" / "recipes" / "demo.yaml").runs
+    assert len(runs) == 15
+    assert {run.config.max_steps for run in runs} == {300}
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("output_dir: runs\nruns:\n  KD: {}\n  KD: {}\n")
@@ -179,8 +197,45 @@ def test_a_recipe_is_done_once_and_its_rows_are_shown(
     assert (runs / "compare.png").exists()
     assert "hard labels" in (runs / "compare.html").read_text()
     assert main(["compare", str(path)]) == 0
-    assert "6 are finished" in capsys.readouterr().out
+    assert "6 of 6 runs" in capsys.readouterr().out
     assert len(started(runs)) == 6
+
+
+def test_answers_of_each_student_are_generated_once(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rouge_score")
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    data = tmp_path / "dolly.jsonl"
+    data.write_text('{"question": "a", "completion": "b"}')
+    recipe["generate"] = {"data": [str(data)], "columns": {"prompt": "question"}, "seeds": [7, 8], "max_new_tokens": 9}
+    path = written(tmp_path, recipe)
+    answers = stood_in(path, monkeypatch) / "KD-fkl-1" / "generate"
+    assert main(["compare", str(path)]) == 0
+    assert "ROUGE-L dolly" in capsys.readouterr().out
+    given = trainer_eval._parser().parse_args(
+        [str(answers.parent), *json.loads((answers.parent / "arguments.json").read_text())]
+    )
+    assert given.generate
+    assert (given.data, given.seeds, given.columns) == ([str(data)], [7, 8], {"prompt": "question"})
+    assert given.max_new_tokens == 9
+    (answers.parent / "arguments.json").unlink()
+    assert main(["compare", str(path)]) == 0
+    assert not (answers.parent / "arguments.json").exists()
+    recipe["generate"]["seeds"] = [7, 8, 9]
+    assert not folder_state.answers_done(answers.parent, read_recipe(written(tmp_path, recipe)).generate)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_a_cache_is_refused_before_anything_starts(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe["runs"]["KD at T = 3"] = {"temperature": 3}
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "recipe.yaml, line 18: run KD at T = 3 FKL: --temperature 3: " in error
+    assert started(runs) == []
 
 
 def test_a_run_that_fails_loses_no_other(
@@ -225,14 +280,14 @@ def test_a_run_whose_cache_has_changed_is_done_again(
 ) -> None:
     recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
     recipe["common"]["cache"] = str(tmp_path / "cache")
-    write_cache(tmp_path / "cache", random_sequences(4, seed=5))
+    write_cache(tmp_path / "cache", random_sequences(9, seed=5))
     path = written(tmp_path, recipe)
     stood_in(path, monkeypatch)
     assert main(["compare", str(path)]) == 0
     for file in (tmp_path / "cache").rglob("*"):
         if file.is_file():
             file.unlink()
-    write_cache(tmp_path / "cache", random_sequences(5, seed=6))
+    write_cache(tmp_path / "cache", random_sequences(10, seed=6))
     folder_state._identities.cache_clear()
     runs = stood_in(path, monkeypatch)
     assert main(["compare", str(path)]) == 0
@@ -330,14 +385,17 @@ def compare(tmp_path: Path, recipe: dict[str, Any]) -> Iterator[subprocess.Popen
 def test_a_comparison_that_was_killed_continues(tmp_path: Path, compare: subprocess.Popen[bytes]) -> None:
     folders = [tmp_path / "runs" / name for name in ("hard-1", "KD-fkl-1")]
     deadline = time.monotonic() + 120
-    while not any((folder / "checkpoint-20").exists() for folder in folders):
+    while not (whole := [folder for folder in folders if (folder / "checkpoint-20" / "trainer_state.json").exists()]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    one, *_ = psutil.Process(compare.pid).children()
+    children = psutil.Process(compare.pid).children()
     compare.kill()
     compare.wait()
-    one.kill()  # this run is continued from its checkpoint, the other one is waited for
+    for child in children:  # one run is continued from its checkpoint, the other one is waited for
+        if f"--output_dir={whole[0]}" in child.cmdline():
+            child.kill()
     assert main(["compare", str(tmp_path / "recipe.yaml"), "--jobs", "2"]) == 0
+    assert "continued from" in (whole[0] / "log.txt").read_text()
     for folder in folders:
         state = json.loads((folder / "trainer_state.json").read_text())
         assert state["global_step"] == 120

@@ -149,7 +149,7 @@ def all_students() -> Iterator[Student]:
     yield from cached_against_online.students([1])
     yield from tail_left_out.students([1])
     yield from (temperature.student(way, loss, 1) for way in temperature.WAYS for loss in temperature.LOSSES)
-    yield from (epochs.student(loss, 1, 3, source) for loss in LOSSES for source in ("k64", ONLINE))
+    yield from (epochs.student(loss, 1, 4, source) for loss in LOSSES for source in ("k64", ONLINE))
 
 
 def test_every_kind_of_student_trains(cache: LogitCache, entropy_cache: LogitCache) -> None:
@@ -196,7 +196,7 @@ def test_results_are_found_again_and_a_line_cut_off_is_done_again(tmp_path: Path
     record = {"training_s": 1.0, "judged": [{"step": 1, "heldout": {"fkl": 0.5}}]}
     Results(path).add(first, record)
     with path.open("a") as file:
-        file.write(json.dumps({"student": asdict(second)} | record)[:-5])
+        file.write("\n" + json.dumps({"student": asdict(second)} | record)[:-5])
     results = Results(path)
     assert first in results and second not in results
     results.add(second, record)
@@ -240,10 +240,12 @@ def test_tables_over_temperatures_and_epochs_name_every_way_and_loss(made_up: An
     results = made_up(lambda one: 1.0 + LOSSES.index(one.loss) + one.power_tail / 2)
     lines = {line.split("  ")[0]: line for line in temperature.table(results, SEEDS).splitlines()}
     assert "2.000 ± 0.000" in lines["RKL, exact tail"] and "2.500 ± 0.000" in lines["RKL, t^(1/T)"]
-    of_loss = {loss: [epochs.student(loss, seed, 3, "k64") for seed in SEEDS] for loss in LOSSES}
+    of_loss = {loss: [epochs.student(loss, seed, 4, "k64") for seed in SEEDS] for loss in LOSSES}
     curves = epochs.Curves(results, of_loss)
-    assert curves.epochs == [0, 1, 2, 3]
-    assert "  AKL" in epochs.table(curves, "subset") and "epoch 3" in epochs.table(curves, "subset")
+    assert curves.epochs == [0, 1, 2, 4]
+    first, *rows = epochs.table(curves, "subset").splitlines()
+    assert first.split() == ["epoch", "1", "epoch", "2", "epoch", "4"]
+    assert sum(row.startswith("  AKL") for row in rows) == len(epochs.METRICS)
     epochs.draw(curves, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -254,3 +256,25 @@ def test_a_finished_study_trains_nothing(made_up: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr(task, "prepare", lambda rows, names: None)
     monkeypatch.setattr("common.ProcessPoolExecutor", None)
     assert Student(HARD, 1) in finish(cached_against_online.students(SEEDS), jobs=1)
+
+
+@pytest.mark.parametrize("path", sorted((TOOLS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_hold_what_trainer_fit_and_eval_take(path: Path, tmp_path: Path) -> None:
+    from trainer.comparison.recipe import read_recipe
+
+    copy = tmp_path / path.name
+    copy.write_text(path.read_text().replace("bf16: true", "bf16: false"))  # refused where there is no such GPU
+    recipe = read_recipe(copy)
+    assert len(recipe.runs) >= 5
+    if path.stem.startswith("todi"):
+        configs = {run.row: run.config for run in recipe.runs}
+        assert {row: (config.loss, config.kd_weight) for row, config in configs.items() if row != "hard labels"} == {
+            "FKL": ("fkl", 0.5),
+            "RKL": ("rkl", 0.5),
+            "AKL": ("akl", 0.5),
+            "ToDi": ("todi", 0.5),
+        }
+        for config in configs.values():
+            assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
+            assert (config.temperature, config.t_squared, config.seed) == (2.0, False, 10)
+        assert configs["AKL"].loss_args == {"akl_split": "todi"}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 STUDENTS = FOLDER / "students.jsonl"
-JUDGED_ROWS, ROWS_OF_CURVES = 256, 128
+JUDGED_ROWS = 128
 
 # Okabe and Ito's colours, told apart by the colour-blind too.
 COLOURS = {"fkl": "#0072B2", "rkl": "#D55E00", "akl": "#009E73", "todi": "#CC79A7"}
@@ -73,17 +73,16 @@ def _one_thread() -> None:
 
 def _train_and_judge(student: Student, temperatures: tuple[float, ...]) -> Record:
     teacher = _teacher()
-    num_rows = ROWS_OF_CURVES if student.judged_at else JUDGED_ROWS
-    judges = {"heldout": _judge("heldout", num_rows, temperatures)}
+    judges = {"heldout": _judge("heldout", temperatures)}
     if student.rows != "train":
-        judges[student.rows] = _judge(student.rows, num_rows, temperatures)
+        judges[student.rows] = _judge(student.rows, temperatures)
     cache = task.cache(student.rows, None if student.source in (ONLINE, HARD) else student.source)
-    return judged(student, task.new_student, cache, teacher, judges)
+    return judged(student, task.student, cache, teacher, judges)
 
 
 @lru_cache
-def _judge(cache: str, num_rows: int, temperatures: tuple[float, ...]) -> Judge:
-    return Judge(_teacher(), task.cache(cache), num_rows, temperatures)
+def _judge(cache: str, temperatures: tuple[float, ...]) -> Judge:
+    return Judge(_teacher(), task.cache(cache), JUDGED_ROWS, temperatures)
 
 
 @lru_cache

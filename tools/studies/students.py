@@ -28,7 +28,7 @@ class Student:
 
     source: a cache of task.STORED, ONLINE or HARD.  rows: train or subset, which it learns from.  tail: as of
     `trainer fit`.  power_tail: the teacher's tail at T is taken for t^(1/T), wrong on purpose.  judged_at: steps after which
-    it is judged, 0 before the first; by default after the last.  The seed draws the weights and the order of the rows.
+    it is judged, 0 before the first; by default after the last.  The seed draws the order of the rows.
     """
 
     source: str
@@ -38,10 +38,10 @@ class Student:
     tail: str = "bucket"
     temperature: float = 1.0
     power_tail: bool = False
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 8
-    learning_rate: float = 3e-3
-    warmup_steps: int = 20
+    learning_rate: float = 2e-3
+    warmup_steps: int = 10
     schedule: str = "cosine"
     judged_at: tuple[int, ...] = ()
 

@@ -1,4 +1,4 @@
-"""The studies' task: the demo's teacher and student, and caches of its pairs with everything that a study may ask for.
+"""The studies' task: the demo's teacher, its student after a start on hard labels, and caches with all that a study asks for.
 
 All is made once, under studies/ in the current folder, by the commands that anyone would type; they are printed.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import logitcache
 from logitcache import LogitCache
@@ -20,12 +20,14 @@ from logitcache import LogitCache
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 TEACHER, STUDENT = DEMO / "teacher", DEMO / "student"
 FOLDER = Path("studies")
-PAIRS, CACHES = FOLDER / "pairs", FOLDER / "caches"
+PAIRS, CACHES, START = FOLDER / "pairs", FOLDER / "caches", FOLDER / "start"
 
 # What the widest caches hold; every other one is recoded from them.
-WIDEST = ["--top-k", "256", "--tail-groups", "32", "--temperatures", "2", "--tail-entropy", "--tail-samples", "16"]
+WIDEST = "--top-k 256 --tail-groups 32 --temperatures 2 --tail-entropy --tail-samples 16"
 EXTRAS = ("tail_groups", "temperatures", "tail_entropy", "tail_samples")
-SUBSET_ROWS = 300
+SUBSET_ROWS = 150
+START_OPTIONS = """--from_scratch true --kd_weight 0 --max_steps 400 --per_device_train_batch_size 8 --learning_rate 3e-3
+--lr_scheduler_type cosine --warmup_steps 20 --save_strategy no --logging_steps 100"""
 
 
 @dataclass(frozen=True)
@@ -47,23 +49,26 @@ STORED = {
 
 
 def prepare(rows: str, names: Iterable[str]) -> None:
-    """Makes the pairs, the widest caches, and of `rows` (train or subset) the named ones of STORED, where they are missing."""
+    """Makes the caches of `rows` (train or subset) that are named in STORED, and what they and students begin with.
+
+    What is there is left as it is.
+    """
     if not (PAIRS / "train.jsonl").exists() or not (PAIRS / "heldout.jsonl").exists():
         _run(str(DEMO / "extract_pairs.py"), "--out", str(PAIRS))
     for split in ("train", "heldout"):
         if not _finished(CACHES / split):
             source = ["--teacher", str(TEACHER), "--data", str(PAIRS / f"{split}.jsonl"), "--out", str(CACHES / split)]
-            _run("-m", "logitcache", "build", "--backend", "transformers", "--dtype", "float32", *source, *WIDEST)
+            _run(
+                "-m", "logitcache", "build", "--backend", "transformers", "--dtype", "float32", *source, *WIDEST.split()
+            )
+    if not (START / "model.safetensors").exists():
+        source = ["--cache", str(_narrowed("train", "k8")), "--student", str(STUDENT), "--output_dir", str(START)]
+        _run("-m", "trainer", "fit", *source, *START_OPTIONS.split())
     if rows == "subset" and not _finished(CACHES / rows):
         taken = ["--rows", f"0:{SUBSET_ROWS}", "--out", str(CACHES / rows)]
         _run("-m", "logitcache", "slice", str(CACHES / "train"), *taken)
     for name in names:
-        out = CACHES / f"{rows},{name}"
-        if not _finished(out):
-            stored = STORED[name]
-            dropped = ",".join(extra for extra in EXTRAS if extra not in stored.keeps)
-            kept = [*stored.options.split(), "--drop", dropped]
-            _run("-m", "logitcache", "recode", str(CACHES / rows), *kept, "--out", str(out))
+        _narrowed(rows, name)
 
 
 def cache(rows: str, name: str | None = None) -> LogitCache:
@@ -89,9 +94,28 @@ def teacher() -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def new_student() -> PreTrainedModel:
-    """The demo's student, drawn from torch's generator."""
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(STUDENT), dtype=torch.float32)
+def student() -> PreTrainedModel:
+    """The demo's student as every run begins with it: trained from random weights on hard labels for 400 steps."""
+    return AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32)
+
+
+def _narrowed(rows: str, name: str) -> Path:
+    out = CACHES / f"{rows},{name}"
+    if not _finished(out):
+        stored = STORED[name]
+        dropped = ",".join(extra for extra in EXTRAS if extra not in stored.keeps)
+        _run(
+            "-m",
+            "logitcache",
+            "recode",
+            str(CACHES / rows),
+            *stored.options.split(),
+            "--drop",
+            dropped,
+            "--out",
+            str(out),
+        )
+    return out
 
 
 def _finished(path: Path) -> bool:

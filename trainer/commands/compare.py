@@ -82,20 +82,20 @@ def _finished(args: Namespace) -> int:
 
 
 def _recipe(args: Namespace, argv: Sequence[str]) -> int:
-    from trainer.comparison.execute import check_folders, default_jobs, execute
+    from trainer.comparison.execute import check, default_jobs, execute
     from trainer.comparison.finished import check_comparable, read_run
     from trainer.comparison.recipe import read_recipe
     from trainer.comparison.rows import Row
 
     recipe = read_recipe(args.runs[0])
-    states = check_folders(recipe, overwrite=args.overwrite)
+    states = check(recipe, overwrite=args.overwrite)
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     out = args.out or recipe.output_dir / "compare.png"
     check_outputs(args, out)
     jobs = min(args.jobs or default_jobs(), len(recipe.runs))
     done = sum(state.done for state in states.values())
     print(
-        f"{recipe.path}: {len(recipe.runs)} runs in {recipe.output_dir}, {done} are finished; {jobs} at a time",
+        f"{recipe.path}: {done} of {len(recipe.runs)} runs in {recipe.output_dir} are finished; {jobs} at a time",
         flush=True,
     )
     try:

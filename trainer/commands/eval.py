@@ -11,7 +11,7 @@ import logitcache
 from logitcache import UserError
 from logitcache.errors import Parser
 from trainer.commands.shared import check_writable, metrics_table, positive, quieten
-from trainer.files import EVALUATION_NAME
+from trainer.files import ANSWERS_NAME, EVALUATION_NAME
 
 if TYPE_CHECKING:
     from trainer.evaluation.generation_settings import GenerationSettings
@@ -21,7 +21,6 @@ GENERATING = (
     "answers",
 )
 """Options that mean nothing without --generate."""
-GENERATED_NAME = "generate"
 """Folder of scores and answers beside a model."""
 
 
@@ -135,7 +134,7 @@ def _answers(args: Namespace, given: Mapping[str, Any]) -> tuple[Path, Generatio
     from trainer.evaluation.generation_settings import GenerationSettings
 
     options = {"data": (), **given}
-    folder = options.pop("answers", Path(args.model) / GENERATED_NAME)
+    folder = options.pop("answers", Path(args.model) / ANSWERS_NAME)
     if "answers" not in given and not Path(args.model).is_dir():
         raise UserError(f"{args.model} is no folder here: name a folder for the answers with --answers")
     if folder.exists() and not folder.is_dir():

@@ -23,6 +23,7 @@ from trainer.comparison.folder_state import FolderState, answers_done, folder_st
 from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.comparison.status_line import StatusLine
 from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.prepare import prepare
 
 LOG_NAME = "log.txt"
 POLL_S = 0.2
@@ -58,14 +59,22 @@ def default_jobs() -> int:
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
-def check_folders(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
-    """What each run's folder holds. Raises UserError where that is another run, unless it may be overwritten."""
-    states = {}
+def check(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
+    """What each run's folder holds.
+
+    Raises UserError where that is another run, unless it may be overwritten, and for whatever `trainer fit` would refuse
+    later, when other runs have taken hours: caches, tokenizers and students that do not fit.
+    """
+    states: dict[Path, FolderState] = {}
+    prepared: set[str] = set()
     for run in recipe.runs:
         try:
             states[run.folder] = folder_state(run)
+            if not states[run.folder].done and run.row not in prepared:
+                prepare(run.config)
+                prepared.add(run.row)
         except UserError as error:
-            raise UserError(f"{run.where}, run {run.row}: {error}") from error
+            raise UserError(f"{run.where}: run {run.row}: {error}") from error
     others = {folder: state.differs for folder, state in states.items() if state.differs}
     if others and not overwrite:
         folder, differs = next(iter(others.items()))
@@ -81,7 +90,7 @@ def execute(recipe: Recipe, *, jobs: int) -> list[Failure]:
     """Does what is missing, `jobs` runs at a time; one that fails stops no other.
 
     Each is a process of its own, its output in the folder's log.txt. A folder that holds another run is overwritten, so
-    call `check_folders` first. On Ctrl-C or SIGTERM the runs write checkpoints, and KeyboardInterrupt is raised when they
+    call `check` first. On Ctrl-C or SIGTERM the runs write checkpoints, and KeyboardInterrupt is raised when they
     have ended. Should this process be killed, its runs go on, and the next call waits for them.
     """
     pool = _Pool(recipe, jobs)

@@ -34,20 +34,30 @@ class BatchLoader(DataLoader[Batch]):
         shard: tuple[int, int] = (0, 1),
         drop_last: bool = False,
         num_epochs: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
         **options: Any,
     ) -> None:
         """batching: a number is a batch size.  shard: (rank, world).
 
-        num_epochs: of the run; every one has as many batches as the one that needs most.  options: of torch's
-        DataLoader, such as num_workers and pin_memory.
+        num_epochs: of the run; every one has as many batches as the one that needs most.  num_workers, pin_memory
+        and options: of torch's DataLoader.
 
         Raises UserError for a sequence that fits into no batch.
         """
         data = TrainingData.of(data)
         batching = Batching(batching) if isinstance(batching, int) else batching
         batches = EpochBatches(data, batching, shard, drop_last, shuffle=shuffle, seed=seed, num_epochs=num_epochs)
-        rows = EpochRows(data, batches, collator, shuffle=shuffle, seed=seed, shard=shard)
-        super().__init__(rows, batch_sampler=batches, collate_fn=only, **options)
+        pins_ahead = pin_memory and not num_workers  # torch's loader would pin in the thread that trains
+        rows = EpochRows(data, batches, collator, shuffle=shuffle, seed=seed, shard=shard, pin_memory=pins_ahead)
+        super().__init__(
+            rows,
+            batch_sampler=batches,
+            collate_fn=only,
+            num_workers=num_workers,
+            pin_memory=pin_memory and not pins_ahead,
+            **options,
+        )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Batches. Raises UserError as it was raised, in a worker process too: torch would put its traceback before it."""

@@ -57,9 +57,12 @@ class EpochRows(Dataset[Batch]):
         shuffle: bool,
         seed: int,
         shard: tuple[int, int],
+        pin_memory: bool = False,
     ) -> None:
+        """pin_memory: of batches made ahead in the background; a loader with worker processes pins them itself."""
         self._data, self._batches, self._collator = data, batches, collator
         self._shuffle, self._seed, self._shard = shuffle, seed, shard
+        self._pin_memory = pin_memory
         self._forward: Iterator[Batch] | None = None
         self._awaited: tuple[int, Key] | None = None  # process and batch that `_forward` gives next
 
@@ -94,7 +97,8 @@ class EpochRows(Dataset[Batch]):
             if not rows:
                 rows = [self._empty]
                 packed_rows = None if packed_rows is None else np.zeros(1, dtype=np.int64)
-            yield self._collator(rows, packed_rows)
+            made = self._collator(rows, packed_rows)
+            yield {name: tensor.pin_memory() for name, tensor in made.items()} if self._pin_memory else made
 
     @cached_property
     def _empty(self) -> CachedSequence:

@@ -1,16 +1,8 @@
-"""The papers' measurement: answers to prompts, generated with several seeds, and their ROUGE-L.
-
-    FOLDER/dolly.json            settings, scores of every seed, their mean and spread
-    FOLDER/dolly-seed10.jsonl    the answers of one seed, for reading
-
-A seed counts from when it stands in the .json. The same call continues: it makes the seeds that are missing.
-"""
+"""The papers' measurement: answers to prompts, generated with several seeds, and their ROUGE-L."""
 
 from __future__ import annotations
 
 import gc
-import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +11,18 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from logitcache import UserError
-from logitcache.format.atomic import file_sha256, write_json, write_text
+from logitcache.format.atomic import file_sha256, write_json
 from logitcache.table import aligned
 from trainer.adapters import base_model
-from trainer.evaluation.generation import Answer, TransformersGenerator, end_ids
+from trainer.evaluation.answer_files import Scores, answers_name, means_of_runs, run_name, runs_there, write_answers
+from trainer.evaluation.generation import TransformersGenerator, end_ids
 from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.identity import model_identity
 from trainer.evaluation.prompts import Prompt, data_stem, read_prompts
-from trainer.evaluation.rouge import has_words, rouge_l
+from trainer.evaluation.rouge import has_words
 from trainer.evaluation.vllm_generation import VllmGenerator, why_not_vllm
 from trainer.student import load_student, student_config
 from trainer.tokenizers import student_tokenizer
-
-Scores = dict[str, Any]
-"""Content of a .json file: see `generate_scores`."""
 
 
 def generate_scores(
@@ -73,7 +63,7 @@ def generate_scores(
             "rows": len(kept[path]),
             "too_long": len(prompts[path]) - len(kept[path]),
         }
-        results[data_stem(path)] = blank | {"seeds": _seeds_there(folder, data_stem(path), blank, say)}
+        results[data_stem(path)] = blank | {"seeds": runs_there(folder, data_stem(path), blank, say)}
     missing = [
         (path, run, seed)
         for path in settings.data
@@ -85,17 +75,17 @@ def generate_scores(
         generator = _generator(backend, model, config, tokenizer, longest, settings)
         for path, run, seed in missing:
             stem = data_stem(path)
-            label = f"{stem}, {_run_name(run)}"
+            label = f"{stem}, {run_name(run)}"
             answers = generator.answers(kept[path], seed, label)
-            scores = _written(folder / f"{stem}-{_run_name(run).replace(' ', '')}.jsonl", kept[path], answers)
+            scores = write_answers(folder / answers_name(stem, run), kept[path], answers)
             results[stem]["seeds"][run] = scores | {"engine": generator.engine}
-            results[stem] |= _means(results[stem]["seeds"])
+            results[stem] |= means_of_runs(results[stem]["seeds"])
             write_json(folder / f"{stem}.json", results[stem])
             say(
                 f"{label}: ROUGE-L {scores['rouge_l']:.2f}, {scores['answer_tokens']:.0f} tokens, "
                 f"{scores['ended']:.0%} ended"
             )
-    return {stem: found | _means(found["seeds"]) for stem, found in results.items()}
+    return {stem: found | means_of_runs(found["seeds"]) for stem, found in results.items()}
 
 
 def scores_table(scores: Mapping[str, Scores]) -> str:
@@ -141,8 +131,8 @@ def _that_fit(
         if positions is not None and len(prompt.token_ids) + new > positions:
             raise UserError(
                 f"{prompt.where}: the prompt's {len(prompt.token_ids)} tokens and --max_new_tokens {new} are more than the "
-                f"{positions} that {model} takes: lower --max_new_tokens, or leave longer prompts out with "
-                f"--max_prompt_length {max(1, positions - new)}"
+                f"{positions} that {model} takes: lower --max_new_tokens"
+                + (f", or leave longer prompts out with --max_prompt_length {positions - new}" * (positions > new))
             )
         if max(prompt.token_ids) >= text_config.vocab_size:
             raise UserError(
@@ -177,33 +167,6 @@ def _check_rows(
         say(f"{message}; these score 0 whatever is answered")
 
 
-def _seeds_there(folder: Path, stem: str, blank: Scores, say: Callable[[str], None]) -> dict[str, Any]:
-    """The runs that need not be made again."""
-    path = folder / f"{stem}.json"
-    if not path.exists():
-        return {}
-    try:
-        former = json.loads(path.read_text(encoding="utf-8"))
-        there, settings = dict(former["seeds"]), former["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no scores of generated answers: name another folder with --answers") from error
-    for name, value in blank["settings"].items():
-        if settings.get(name) != value:
-            raise UserError(
-                f"{path} holds answers with {name} {settings.get(name)}, now it is {value}: name another folder with --answers"
-            )
-    for what in ("model_identity", "data_sha256"):
-        if former[what] != blank[what]:
-            say(
-                f"{stem}: the {what.split('_')[0]} has changed since {path.name} was written, all answers are made again"
-            )
-            path.unlink()
-            for scores in there.values():
-                (folder / scores["answers"]).unlink(missing_ok=True)
-            return {}
-    return {run: scores for run, scores in there.items() if (folder / scores["answers"]).is_file()}
-
-
 def _generator(
     backend: str,
     model: str,
@@ -222,40 +185,3 @@ def _generator(
     if torch.cuda.is_available():
         loaded.cuda()  # type: ignore[call-arg]  # transformers' wrapper hides self
     return TransformersGenerator(loaded, tokenizer, ends, batch_size=settings.batch_size, **sampling)
-
-
-def _written(path: Path, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, Any]:
-    """Scores answers and writes them down; returns the scores of the run."""
-    lines, scores = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        scores.append(rouge_l(answer.text, prompt.references))
-        line = {
-            "row": prompt.row,
-            "rouge_l": round(scores[-1], 2),
-            "answer_tokens": answer.num_tokens,
-            "ended": answer.ended,
-            "prompt": prompt.text,
-            "answer": answer.text,
-            "references": list(prompt.references),
-        }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
-    return {
-        "rouge_l": statistics.fmean(scores),
-        "answer_tokens": statistics.fmean(answer.num_tokens for answer in answers),
-        "ended": statistics.fmean(answer.ended for answer in answers),
-        "answers": path.name,
-    }
-
-
-def _means(seeds: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
-    means = {
-        name: statistics.fmean(scores[name] for scores in seeds.values())
-        for name in ("rouge_l", "answer_tokens", "ended")
-    }
-    of_seeds = [scores["rouge_l"] for scores in seeds.values()]
-    return means | {"spread": statistics.stdev(of_seeds) if len(of_seeds) > 1 else None}
-
-
-def _run_name(run: str) -> str:
-    return run if run == "greedy" else f"seed {run}"
