@@ -100,19 +100,20 @@ def _arguments_of(path: Path) -> list[str]:
         name = str(key).replace("-", "_")
         if name not in _NAMES:
             raise UserError(f"{path}: unknown setting {key}{_suggestion(name)}; `trainer fit --help` lists all")
-        arguments += _argument(name, value)
+        arguments += as_arguments(name, value)
     return arguments
 
 
-def _argument(name: str, value: Any) -> list[str]:
+def as_arguments(name: str, value: Any) -> list[str]:
+    """A setting of a YAML file as it would be typed."""
     if value is None:
         return []
-    if name == "fsdp" and value is True:  # as text it would be the name of a sharding strategy
-        return ["--fsdp"]
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     if isinstance(value, Mapping):
         return [f"--{name}={json.dumps(value)}"]
+    if value is False and name.endswith("_strategy"):  # YAML 1.1 reads `no` as false
+        return [f"--{name}=no"]
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
 
 

@@ -10,6 +10,7 @@ usage: trainer fit --cache DIR --student NAME [options]     train
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"trainer: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of `| head`: there is nobody left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"trainer: stopped. {CONTINUE[name]}")
         return INTERRUPTED

@@ -21,7 +21,6 @@ from trainer.batching import batching_of, data_seed, is_shuffled, num_epochs
 from trainer.config import DistillConfig
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchLoader
-from trainer.packing import check_packing
 from trainer.data.planning import Batching
 from trainer.data.rows import EpochRows
 from trainer.data.training_data import TrainingData
@@ -31,6 +30,7 @@ from trainer.losses.settings import LossSettings
 from trainer.losses.terms import DistillationTerms
 from trainer.objective import Objective, objective_of, teacher_targets
 from trainer.pace import Pace
+from trainer.packing import check_packing
 from trainer.schedules import Moment, moment
 from trainer.student import check_student
 from trainer.tail_choice import approximates_tail, choose_tail

@@ -23,7 +23,7 @@ from trainer.prepare import Run
 from trainer.progress import use_short_lines
 from trainer.ranks import end_ranks
 from trainer.resume import data_record
-from trainer.student import load_student
+from trainer.student import load_student, num_parameters
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
         if run.checkpoint is None:
             for name in (EVALUATION_NAME, STATE_NAME):  # of a former run in this folder
                 (output / name).unlink(missing_ok=True)
-        write_json(output / RUN_NAME, _record(run, trainer.tail, model.num_parameters(), computed))
+        write_json(output / RUN_NAME, _record(run, trainer.tail, num_parameters(model), computed))
     trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = trainer.state.global_step
     if interrupt.requested and steps < trainer.state.max_steps:
@@ -102,12 +102,12 @@ def _best(trainer: DistillTrainer) -> str | None:
     return f"{early}the best held-out {args.metric_for_best_model}, {state.best_metric:.4g}, was at step {state.best_global_step}"
 
 
-def _record(run: Run, tail: str, num_parameters: int, computed: dict[str, str]) -> dict[str, Any]:
+def _record(run: Run, tail: str, size: int, computed: dict[str, str]) -> dict[str, Any]:
     return {
         "settings": json.loads(run.config.to_json_string()),
         "tail": tail,
         "cache": data_record(run.data),
-        "student": {"name": run.config.student, "num_parameters": num_parameters},
+        "student": {"name": run.config.student, "num_parameters": size},
         "choices": run.choices | computed,
         "warnings": run.warnings,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -11,6 +11,7 @@ def end_ranks(trainer: Trainer) -> None:
     What wraps the model for several ranks goes first. DDP's reducer holds the group and, were it the last to, would join
     the back end's threads without giving up the interpreter's lock, which they may be waiting for.
     """
+    assert trainer.model is not None
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()
     accelerator.free_memory()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from logitcache import UserError
 from trainer.config import DistillConfig
@@ -41,13 +41,20 @@ PLANNED = ("packing", "tokens_per_batch")  # and grouping by length: how many ba
 LENGTH = ("num_train_epochs", "max_steps")
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The latest complete checkpoint in a run's folder: its state is what is written last."""
+    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_NAME}")]
+    steps = {int(path.name.rpartition("-")[2]): str(path) for path in found if path.name.rpartition("-")[2].isdecimal()}
+    return steps[max(steps)] if steps else None
+
+
 def find_checkpoint(config: DistillConfig) -> str | None:
     """The checkpoint that --resume_from_checkpoint means. Raises UserError where there is none."""
     wanted = config.resume_from_checkpoint
     if wanted is None:
         return None
     if wanted.lower() == "true":
-        last = get_last_checkpoint(config.output_dir) if Path(str(config.output_dir)).is_dir() else None
+        last = last_checkpoint(Path(str(config.output_dir)))
         if last is None:
             raise UserError(f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint to continue from")
         return last

@@ -74,6 +74,11 @@ def load_student(
     return load_adapter(model, name) if base else model
 
 
+def num_parameters(model: nn.Module) -> int:
+    """Of the whole model, where DeepSpeed shards it over the ranks too."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
     """Whether a model computes the logits of chosen columns only, and so never those of prompts.
 

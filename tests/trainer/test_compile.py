@@ -15,7 +15,7 @@ from trainer.distill import DistillTrainer
 
 
 def trained(folder: Path, cache: LogitCache, **settings: Any) -> DistillTrainer:
-    options = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "optim": "sgd", "save_strategy": "no"}
+    options = {"max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "optim": "sgd", "save_strategy": "no"}
     config = DistillConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **options, **settings)
     trainer = DistillTrainer(llama(seed=7), cache, config, eval_cache=cache)
     trainer.train()
@@ -23,13 +23,12 @@ def trained(folder: Path, cache: LogitCache, **settings: Any) -> DistillTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=str)
-def test_a_compiled_student_learns_the_same(settings: dict[str, Any], tmp_path: Path, cache: LogitCache) -> None:
+def test_a_compiled_student_learns_the_same(tmp_path: Path, cache: LogitCache) -> None:
     """Dynamo and autograd's capture are what can break; aot_eager has both and no code generation."""
     plain = trained(tmp_path, cache)
     torch._dynamo.reset()
-    compiled = trained(tmp_path, cache, torch_compile=True, torch_compile_backend="aot_eager", **settings)
-    assert "_orig_mod" in str(type(compiled.model_wrapped)) or hasattr(compiled.model_wrapped, "_orig_mod")
+    compiled = trained(tmp_path, cache, torch_compile=True, torch_compile_backend="aot_eager")
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
     for logged, expected in zip(compiled.state.log_history, plain.state.log_history, strict=True):
         for name in ("loss", "ce", "fkl", "eval_loss", "eval_fkl"):
             if name in expected:

@@ -21,10 +21,10 @@ from trainer.cli import main
 from trainer.config import DistillConfig
 from trainer.evaluation.evaluate import evaluate
 from trainer.interrupt import StopOnInterrupt
-from trainer.prepare import prepare
 from trainer.losses import registry
 from trainer.losses.coarse import Coarse
 from trainer.losses.registry import register_divergence
+from trainer.prepare import prepare
 
 STEPS = ["--use_cpu", "--max_steps", "6", "--learning_rate", "5e-3", "--disable_tqdm", "true"]
 

@@ -77,21 +77,22 @@ def test_two_ranks_make_the_student_of_one(
     assert {"run.json", "eval.json", "trainer_state.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
     assert relative_difference(weights(out), weights(alone), weights(Path(student_folder))) < 1e-5
     metrics, expected = (json.loads((folder / "eval.json").read_text())["metrics"] for folder in (out, alone))
-    assert metrics == pytest.approx(expected, rel=1e-5)
+    for name in ("ce", "fkl", "rkl", "positions"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
     parameters = [json.loads((folder / "run.json").read_text())["student"]["num_parameters"] for folder in (out, alone)]
     assert parameters[0] == parameters[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks find their GPUs")
 def test_ranks_that_would_each_train_alone_are_refused(tmp_path: Path) -> None:
-    """As torchrun starts them: where there is no GPU, transformers then takes every process for the only one."""
+    """As where there is no GPU: transformers then takes every process for the only one."""
     done = subprocess.run(
         [sys.executable, "-m", "trainer", "fit", "--output_dir", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
-        env=os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        env=os.environ | {"WORLD_SIZE": "2"},
     )
     assert done.returncode == 2
     assert "2 processes were started, and each would train by itself" in done.stderr

@@ -17,11 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from logitcache import LogitCache, UserError
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchLoader
-from trainer.packing import check_packing
 from trainer.data.planning import Batching
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
 from trainer.objective import objective_of, teacher_targets
+from trainer.packing import check_packing
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,

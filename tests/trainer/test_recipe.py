@@ -213,7 +213,7 @@ def test_answers_of_each_student_are_generated_once(
     answers = stood_in(path, monkeypatch) / "KD-fkl-1" / "generate"
     assert main(["compare", str(path)]) == 0
     assert "ROUGE-L dolly" in capsys.readouterr().out
-    given = trainer_eval._parser().parse_args(
+    given = trainer_eval.make_parser().parse_args(
         [str(answers.parent), *json.loads((answers.parent / "arguments.json").read_text())]
     )
     assert given.generate

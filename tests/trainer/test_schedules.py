@@ -81,7 +81,9 @@ def test_a_run_trains_on_what_the_schedule_says(tmp_path: Path) -> None:
 
     hard, taught = (logged(tmp_path, tempered, 1, kd_weight=weight)[0] for weight in (0.0, 1.0))
     faded = logged(tmp_path, tempered, kd_weight_schedule="1@0,0@1")
-    assert faded == pytest.approx([taught, *(taught + (hard - taught) * share for share in (0.25, 0.5, 0.75))], rel=1e-5)
+    assert faded == pytest.approx(
+        [taught, *(taught + (hard - taught) * share for share in (0.25, 0.5, 0.75))], rel=1e-5
+    )
 
 
 def test_every_temperature_of_a_schedule_must_be_in_the_cache(tmp_path: Path, cache: LogitCache) -> None:

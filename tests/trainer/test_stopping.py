@@ -49,7 +49,10 @@ def test_agreement_is_better_when_greater_and_everything_else_when_less(tmp_path
         ("--eval_cache x --early_stopping_patience 0", "--early_stopping_patience 0: it must be at least 1"),
         ("--eval_cache x --early_stopping_threshold 0.1", "without --early_stopping_patience"),
         ("--eval_cache x --load_best_model_at_end --metric_for_best_model bleu", "accepted are loss, ce, perplexity"),
-        ("--eval_cache x --load_best_model_at_end --save_strategy no", "--save_strategy no: the best checkpoint cannot"),
+        (
+            "--eval_cache x --load_best_model_at_end --save_strategy no",
+            "--save_strategy no: the best checkpoint cannot",
+        ),
     ],
 )
 def test_what_cannot_be_judged_is_refused(options: str, said: str, tmp_path: Path) -> None:

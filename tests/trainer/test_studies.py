@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -259,11 +260,17 @@ def test_a_finished_study_trains_nothing(made_up: Any, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("path", sorted((TOOLS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_hold_what_trainer_fit_and_eval_take(path: Path, tmp_path: Path) -> None:
+def test_recipes_hold_what_trainer_fit_and_eval_take(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from trainer.comparison.recipe import read_recipe
 
+    monkeypatch.chdir(tmp_path)
+    text = path.read_text()
+    for name in re.findall(r"[\w-]+\.jsonl(?=[,\]])", text):
+        Path(name).write_text('{"prompt": "a", "completion": "b"}\n')
     copy = tmp_path / path.name
-    copy.write_text(path.read_text().replace("bf16: true", "bf16: false"))  # refused where there is no such GPU
+    copy.write_text(text.replace("bf16: true", "bf16: false"))  # refused where there is no such GPU
     recipe = read_recipe(copy)
     assert len(recipe.runs) >= 5
     if path.stem.startswith("todi"):

@@ -109,8 +109,9 @@ class PowerTailTrainer(DistillTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """DistillTrainer's, with the wrong tail."""
-        wrong = inputs | {"tempered_tail": inputs["tail_logprob"] / self.args.temperature}
-        return super().compute_loss(model, wrong, return_outputs, num_items_in_batch)
+        one_token = inputs["tail_logprob"] / self.args.temperature
+        wrong = {name: one_token for name in inputs if name.startswith("tempered_tail")}
+        return super().compute_loss(model, inputs | wrong, return_outputs, num_items_in_batch)
 
 
 class _JudgeAtSteps(TrainerCallback):

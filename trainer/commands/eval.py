@@ -26,7 +26,7 @@ GENERATING = (
 
 def run(argv: Sequence[str]) -> int:
     """Measures a model; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in GENERATING}
     if given and not args.generate:
         raise UserError(f"--{next(iter(given))} needs --generate")
@@ -50,7 +50,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The options of `trainer eval`."""
     parser = Parser(
         prog="trainer eval",
         description="Measures a model: against the teacher of a held-out cache, by the answers that it writes, or both.",

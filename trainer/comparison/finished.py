@@ -12,9 +12,7 @@ from typing import Any
 
 from logitcache import UserError
 from trainer.comparison.metrics import CURVES, ROUGE_L
-from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
-
-ANSWERS_NAME = "generate"  # folder of `trainer eval --generate`
+from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
 
 
 @dataclass(frozen=True)

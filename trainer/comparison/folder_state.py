@@ -11,7 +11,6 @@ from typing import Any
 
 import logitcache
 from logitcache import UserError
-from trainer.comparison.finished import ANSWERS_NAME
 from trainer.comparison.recipe import PlannedRun
 from trainer.comparison.settings import matters
 from trainer.config import DistillConfig
@@ -19,7 +18,7 @@ from trainer.data.training_data import open_training_data
 from trainer.evaluation.evaluate import cache_sha256
 from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.prompts import data_stem
-from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache import UserError
-from trainer.arguments import _argument, parse
+from trainer.arguments import as_arguments, parse
 from trainer.comparison.marked_yaml import MarkedYaml, read_yaml, suggestion
 from trainer.comparison.rows import displayed
 from trainer.config import DistillConfig
@@ -141,7 +141,7 @@ def _seeds(file: MarkedYaml, seeds: Any) -> list[int]:
 
 
 def _checked(file: MarkedYaml, keys: tuple[str, ...], row: str, settings: Mapping[str, Any]) -> PlannedRun:
-    arguments = [argument for name, value in settings.items() for argument in _argument(name, value)]
+    arguments = [argument for name, value in settings.items() for argument in as_arguments(name, value)]
     try:
         with _environment_kept():
             config = parse(arguments)
