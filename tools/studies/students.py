@@ -147,6 +147,7 @@ def judged(
     steps = student.judged_at or (student.steps,)
     if 0 in steps:
         judge(0)
+        judging_s = 0.0
     trainer.add_callback(_JudgeAtSteps(steps, judge))
     began = time.perf_counter()
     trainer.train()
