@@ -226,15 +226,20 @@ def test_the_share_of_the_gain_is_that_between_hard_labels_and_online(made_up: A
     results = made_up(
         lambda one: {HARD: 3.0, ONLINE: 1.0}.get(one.source, 2.5 if one.source == "k8" else 0.9) + one.seed
     )
-    share = cached_against_online.shares(results, SEEDS, None)
-    assert share("rkl", "k8", "bucket") == pytest.approx([0.25, 0.25])
-    lines = {line.split("  ")[0]: line for line in cached_against_online.share_table(share).splitlines()}
+    gains = cached_against_online.Gains(results, SEEDS)
+    assert gains.shares("rkl", "k8", "bucket") == pytest.approx([0.25, 0.25])
+    lines = {line.split("  ")[0]: line for line in cached_against_online.share_table(gains, None).splitlines()}
     assert "25 ± 0" in lines["k = 8, bucket"] and "105 ± 0" in lines["k = 16, 32 groups"]
     assert "105 ± 0" in lines["mass 0.8, k ≥ 8, bucket"]
-    cached_against_online.draw(share, tmp_path / "picture.png")
+    cached_against_online.draw(gains, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
     assert "ToDi, k = 16, 16 samples" in cached_against_online.metric_table(results, SEEDS)
     assert "ToDi, ignore       105 ± 0" in tail_left_out.table(results, SEEDS)
+
+
+def test_no_share_is_given_where_online_gains_nothing(made_up: Any) -> None:
+    results = made_up(lambda one: {HARD: 3.0, ONLINE: 2.9 + one.seed / 10}.get(one.source, 2.5))
+    assert cached_against_online.Gains(results, SEEDS).cell("rkl", "k8", "bucket") == cached_against_online.NO_GAIN
 
 
 def test_tables_over_temperatures_and_epochs_name_every_way_and_loss(made_up: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ stopped (studies/students.jsonl). Delete studies/ to begin anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import task
@@ -34,7 +34,7 @@ OTHERS = [("cap", "k16"), ("groups", "k16+32g"), ("samples", "k16+16s"), ("bucke
 RAGGED = "p.8≥8"
 METRICS = {"fkl": "FKL", "rkl": "RKL", "ce": "CE", "agreement": "agreement"}
 
-Gain = Callable[[str, str, str], list[float]]  # loss, source, tail → of each seed
+NO_GAIN = "–"
 
 
 def students(seeds: Sequence[int]) -> list[Student]:
@@ -48,29 +48,39 @@ def students(seeds: Sequence[int]) -> list[Student]:
     return chosen
 
 
-def shares(results: Results, seeds: Sequence[int], metric: str | None) -> Gain:
-    """Share of online's gain over hard labels. metric: which one, or None for the loss's own."""
+class Gains:
+    """What is left of online's gain over hard labels. metric: of a Judge; None is the loss's own."""
 
-    def share(loss: str, source: str, tail: str) -> list[float]:
-        name = metric or loss
-        values = []
-        for seed in seeds:
-            hard = results.final(Student(HARD, seed))[name]
-            online = results.final(Student(ONLINE, seed, loss))[name]
-            cached = results.final(Student(source, seed, loss, tail=tail))[name]
-            values.append((hard - cached) / (hard - online))
-        return values
+    def __init__(self, results: Results, seeds: Sequence[int]) -> None:
+        self._results, self._seeds = results, seeds
 
-    return share
+    def shares(self, loss: str, source: str, tail: str, metric: str | None = None) -> list[float]:
+        """Of each seed: (hard − cached) / (hard − online)."""
+        cached = [Student(source, seed, loss, tail=tail) for seed in self._seeds]
+        gains = zip(self._over_hard_labels(cached, metric or loss), self._online(loss, metric or loss), strict=True)
+        return [gain / online for gain, online in gains]
+
+    def cell(self, loss: str, source: str, tail: str, metric: str | None = None) -> str:
+        """In %, or NO_GAIN where online's own gain is not surely above 0."""
+        mean, half = mean_and_interval(self._online(loss, metric or loss))
+        surely = mean > 0 and not half >= mean  # half is NaN of one seed
+        return cell(self.shares(loss, source, tail, metric), 0, 100) if surely else NO_GAIN
+
+    def _online(self, loss: str, metric: str) -> list[float]:
+        return self._over_hard_labels([Student(ONLINE, seed, loss) for seed in self._seeds], metric)
+
+    def _over_hard_labels(self, students: Sequence[Student], metric: str) -> list[float]:
+        hard = [self._results.final(Student(HARD, seed))[metric] for seed in self._seeds]
+        reached = [self._results.final(student)[metric] for student in students]
+        return [before - after for before, after in zip(hard, reached, strict=True)]
 
 
-def share_table(share: Gain) -> str:
+def share_table(gains: Gains, metric: str | None) -> str:
     """Share of the gain in %, a row for what is stored."""
     rows = [["stored", "entries", "bytes/position", *(NAMES[loss] for loss in LOSSES)]]
     for tail, source in BUCKETS + OTHERS:
         size = [f"{task.entries_per_position(source):.1f}", f"{task.bytes_per_position(source):.1f}"]
-        cells = [cell(share(loss, source, tail), 0, 100) for loss in LOSSES]
-        rows.append([_name(source, tail), *size, *cells])
+        rows.append([_name(source, tail), *size, *(gains.cell(loss, source, tail, metric) for loss in LOSSES)])
     return aligned(rows)
 
 
@@ -89,7 +99,7 @@ def metric_table(results: Results, seeds: Sequence[int]) -> str:
     return aligned(rows)
 
 
-def draw(share: Gain, picture: Path) -> None:
+def draw(gains: Gains, picture: Path) -> None:
     """Share of the gain over bytes: lines for the bucket, single marks for what else was stored."""
     import matplotlib
 
@@ -99,11 +109,13 @@ def draw(share: Gain, picture: Path) -> None:
     figure, axes = pyplot.subplots(1, len(LOSSES), figsize=(16, 4.5), sharey=True, layout="constrained")
     for axis, loss in zip(axes, LOSSES, strict=True):
         sizes = [task.bytes_per_position(source) for _, source in BUCKETS]
-        points = [mean_and_interval([100 * value for value in share(loss, source, tail)]) for tail, source in BUCKETS]
+        points = [
+            mean_and_interval([100 * value for value in gains.shares(loss, source, tail)]) for tail, source in BUCKETS
+        ]
         means, halves = zip(*points, strict=True)
         axis.errorbar(sizes, means, halves, color=COLOURS[loss], marker=MARKERS[loss], capsize=3, label="bucket")
         for number, (tail, source) in enumerate(OTHERS):
-            mean = 100 * mean_and_interval(share(loss, source, tail))[0]
+            mean = 100 * mean_and_interval(gains.shares(loss, source, tail))[0]
             x = task.bytes_per_position(source)
             axis.plot(x, mean, linestyle="", marker="xP*+d"[number], color="black", label=_name(source, tail))
         axis.axhline(100, color="grey", linewidth=1, linestyle=":")
@@ -129,11 +141,12 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=picture, help=f"(default: {picture})")
     arguments = parser.parse_args()
     results = finish(students(arguments.seeds), arguments.jobs)
-    own, forward = shares(results, arguments.seeds, None), shares(results, arguments.seeds, "fkl")
-    print("\n% of online's gain over hard labels, in the loss's own divergence\n" + share_table(own))
-    print("\n% of online's gain over hard labels, in FKL\n" + share_table(forward))
+    gains = Gains(results, arguments.seeds)
+    for metric, name in ((None, "the loss's own divergence"), ("fkl", "FKL"), ("rkl", "RKL"), ("ce", "CE")):
+        print(f"\n% of online's gain over hard labels in {name} ({NO_GAIN}: online gains nothing)")
+        print(share_table(gains, metric))
     print("\nheld out, against the whole teacher (nats)\n" + metric_table(results, arguments.seeds))
-    draw(own, arguments.picture)
+    draw(gains, arguments.picture)
     print(f"\npicture: {arguments.picture}")
 
 

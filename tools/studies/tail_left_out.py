@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cached_against_online import shares
+from cached_against_online import Gains
 from common import NAMES, finish, options
 from definitions import LOSSES
 from results import Results, cell
@@ -49,12 +49,12 @@ def table(results: Results, seeds: Sequence[int]) -> str:
         finals = [results.final(student) for student in group]
         rows.append([name, gain, *(cell([final[metric] for final in finals]) for metric in METRICS)])
 
-    share = shares(results, seeds, None)
+    gains = Gains(results, seeds)
     add(HARD, "0", [Student(HARD, seed) for seed in seeds])
     for loss in LOSSES:
         add(f"{NAMES[loss]}, online", "100", [Student(ONLINE, seed, loss) for seed in seeds])
         for tail in TAILS:
-            gain = cell(share(loss, SOURCE, tail), 0, 100)
+            gain = gains.cell(loss, SOURCE, tail)
             add(f"{NAMES[loss]}, {tail}", gain, [Student(SOURCE, seed, loss, tail=tail) for seed in seeds])
     return aligned(rows)
 
