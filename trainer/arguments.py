@@ -100,7 +100,10 @@ def _arguments_of(path: Path) -> list[str]:
         name = str(key).replace("-", "_")
         if name not in _NAMES:
             raise UserError(f"{path}: unknown setting {key}{_suggestion(name)}; `trainer fit --help` lists all")
-        arguments += as_arguments(name, value)
+        try:
+            arguments += as_arguments(name, value)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return arguments
 
 
@@ -109,6 +112,11 @@ def as_arguments(name: str, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, list):
+        if not all(isinstance(part, str | int | float) for part in value):
+            written = "; PATH:WEIGHT is written without a space" if name == "cache" else ""
+            raise UserError(f"{name}: a list of plain values is expected, not {value}{written}")
+        if name.endswith("_schedule"):
+            return [f"--{name}={','.join(map(str, value))}"]
         return [f"--{name}", *map(str, value)]
     if isinstance(value, Mapping):
         return [f"--{name}={json.dumps(value)}"]

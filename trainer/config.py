@@ -1,5 +1,6 @@
 """What a run is: every field of transformers.TrainingArguments, and what distillation adds. Contradictions end here."""
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least 1")
+        if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
+            raise UserError(f"--num_train_epochs {self.num_train_epochs:g}: it must be a positive number")
         if self.label_smoothing_factor:
             raise UserError(
                 f"--label_smoothing_factor {self.label_smoothing_factor:g} has no place in this loss: the teacher is "

@@ -70,12 +70,13 @@ def _steps(config: DistillConfig, data: TrainingData) -> str:
     per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
     batch = batching_of(config, data)
-    in_step = config.gradient_accumulation_steps * config.world_size
+    accumulated = min(config.gradient_accumulation_steps, max(batches, 1))
+    in_step = accumulated * config.world_size
     if batch.packed_length:
         rows = f"{batch.batch_size * in_step} rows of {batch.packed_length:,} packed tokens"
     elif batch.tokens_per_batch:
         rows = f"sequences of up to {batch.tokens_per_batch * in_step:,} tokens with padding"
     else:
-        rows = f"{batch.batch_size * in_step} sequences"
-    positions = data.num_positions / max(batches, 1) * config.gradient_accumulation_steps
+        rows = f"{min(batch.batch_size * in_step, len(data))} sequences"
+    positions = data.num_positions / max(batches, 1) * accumulated
     return f"{steps:,} of {rows}, about {positions:,.0f} positions each"

@@ -170,7 +170,7 @@ class DistillTrainer(Trainer):
         total, terms = self._distil(model, inputs, self.tail, moment(self.args, progress))
         self._window.add(position_sums(terms, inputs))
         positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
-        loss = total / positions * self.accelerator.num_processes
+        loss = total / torch.as_tensor(positions).clamp_min(1) * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
 
     def training_step(

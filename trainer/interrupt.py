@@ -12,10 +12,14 @@ from transformers import TrainerCallback
 
 
 class StopOnInterrupt(TrainerCallback):
-    """On Ctrl-C: finishes the step, writes a checkpoint and stops. A second Ctrl-C stops at once."""
+    """On Ctrl-C: finishes the step, writes a checkpoint and stops. A second Ctrl-C stops at once.
+
+    requested: Ctrl-C was pressed.  stopped: and ended the run, which had more steps to do.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.stopped = False
         self._before: Callable[[int, FrameType | None], Any] | int | None = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -28,14 +32,15 @@ class StopOnInterrupt(TrainerCallback):
             self._before = signal.signal(signal.SIGINT, self._handle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks the trainer to save and stop."""
-        if self.requested:
-            control.should_save = control.should_training_stop = True
+        """Asks the trainer to save and stop, and to leave weights and checkpoints as they are."""
+        if self.requested and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+            args.save_total_limit, args.load_best_model_at_end = None, False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps a run that was asked to stop from evaluating first."""
-        control.should_evaluate = control.should_evaluate and not self.requested
+        control.should_evaluate = control.should_evaluate and not self.stopped
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listens no more."""

@@ -10,6 +10,7 @@ from transformers.trainer_utils import IntervalStrategy
 import logitcache
 from logitcache import LogitCache, UserError
 from trainer.adapters import check_adapter_student
+from trainer.batching import num_batches
 from trainer.config import DistillConfig
 from trainer.data.training_data import TrainingData, open_training_data, shared_rows
 from trainer.description import describe_run
@@ -101,6 +102,11 @@ def _check_batch(config: DistillConfig, data: TrainingData) -> None:
         raise UserError(
             f"{data.path} holds {len(data)} sequences, fewer than one batch of {whole_batch}{ranks}: lower "
             "--per_device_train_batch_size, or build a larger cache"
+        )
+    if not num_batches(config, data):
+        raise UserError(
+            f"--dataloader_drop_last: {data.path} fills no whole batch. Leave it out, or lower "
+            "--per_device_train_batch_size"
         )
 
 

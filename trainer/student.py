@@ -62,15 +62,20 @@ def load_student(
 
     dtype: of the weights, or "auto"; an adapter's are float32 above half precision.
     """
-    if from_scratch:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
     base = base_model(name)
     try:
+        if from_scratch:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
         model = AutoModelForCausalLM.from_pretrained(base or name, config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{base or name}: the weights do not load: {one_line(error)} (--from_scratch draws them at random)"
-        ) from error
+    except (ImportError, OSError, ValueError) as error:
+        attention = getattr(config, "_attn_implementation", None)
+        if attention and ("attn_implementation" in str(error) or "flash" in str(error).lower()):
+            raise UserError(
+                f"--attn_implementation {attention}: {one_line(error)}. Take sdpa, or install what it needs "
+                "(flash_attention_2: `pip install flash-attn`)"
+            ) from error
+        hint = "" if from_scratch else " (--from_scratch draws them at random)"
+        raise UserError(f"{base or name}: the weights do not load: {one_line(error)}{hint}") from error
     return load_adapter(model, name) if base else model
 
 

@@ -15,10 +15,7 @@ def choose_tail(config: DistillConfig, data: TrainingData) -> str:
             _refuse_temperature(temperature, data)
     for name, count in (("groups", held.num_tail_groups), ("samples", held.num_tail_samples)):
         if config.tail == name and not count:
-            raise UserError(
-                f"--tail {name}: {data.path} holds no tail {name}. Take --tail bucket, or build the cache with "
-                f"`logitcache build --tail-{name} 32`"
-            )
+            _refuse_tail(name, data)
     if config.tail is not None:
         return config.tail
     return "groups" if held.num_tail_groups and config.temperatures == (1,) else "bucket"
@@ -29,13 +26,36 @@ def approximates_tail(config: DistillConfig, data: TrainingData, temperature: fl
     return temperature not in (1, *data.held.temperatures) and config.tail != "renormalise"
 
 
+def _refuse_tail(name: str, data: TrainingData) -> None:
+    _refuse_averaged(f"--tail {name}", data)
+    lacking = [cache for cache in data.caches if not getattr(cache.manifest.layout, f"num_tail_{name}")]
+    if not lacking:
+        raise UserError(
+            f"--tail {name}: the caches of {data.path} do not hold the same tail {name}. Take --tail bucket"
+        )
+    raise UserError(
+        f"--tail {name}: {lacking[0].path} holds no tail {name}. Take --tail bucket, or build the cache with "
+        f"`logitcache build --tail-{name} 32`"
+    )
+
+
 def _refuse_temperature(temperature: float, data: TrainingData) -> None:
-    held = ", ".join(f"{t:g}" for t in sorted({1.0, *data.held.temperatures}))
+    _refuse_averaged(f"--temperature {temperature:g}", data)
+    lacking = next(cache for cache in data.caches if temperature not in cache.manifest.layout.temperatures)
+    held = ", ".join(f"{t:g}" for t in sorted({1.0, *lacking.manifest.layout.temperatures}))
     build = f"build the cache with `logitcache build --temperatures {temperature:g}`"
     if data.held.tail_entropy:
         ways = f"add --approximate_temperature (it holds the tail's entropy), or {build}"
     else:
         ways = f"or {build}, or with `--tail-entropy`, which is enough for --approximate_temperature"
     raise UserError(
-        f"--temperature {temperature:g}: {data.path} holds the teacher's tail at T = {held} only. Take one of these, {ways}"
+        f"--temperature {temperature:g}: {lacking.path} holds the teacher's tail at T = {held} only. Take one of these, {ways}"
     )
+
+
+def _refuse_averaged(what: str, data: TrainingData) -> None:
+    if data.averaged_with:
+        raise UserError(
+            f"{what} --average_with {data.averaged_with[0].path}: the mean of several teachers is known by its entries "
+            "and the mass of its tail at T = 1. Take --temperature 1 and --tail bucket or cap"
+        )

@@ -24,5 +24,5 @@ def test_a_run_warns_once_of_each_cache_whose_tail_is_approximate(
     assert warnings == [
         f"{imported}: the mass of its tail is approximate (1 − Σp); losses that weigh the tail, RKL above all, learn from that"
     ]
-    config.cache = cache.path
+    config.cache = [cache.path]
     assert not [one for one in prepare(config).warnings if "tail" in one]

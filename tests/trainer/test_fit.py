@@ -10,12 +10,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cachemaking import VOCAB, llama, random_sequences, tokenizer, write_cache
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from logitcache import LogitCache, UserError
+from logitcache.format.sequences import TokenSequence
 from trainer.arguments import parse
 from trainer.cli import main
 from trainer.config import DistillConfig
@@ -459,3 +461,55 @@ def test_a_line_of_progress_tells_the_rate_and_the_wait_for_data(
     assert len(logged) == 3
     assert all(0 <= entry["data_wait"] < 1 and 0 < entry["padding"] < 1 for entry in logged)
     assert all(0 < entry["tokens_per_second"] < tokens * 1000 for entry in logged)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--attn_implementation flash_attention_2", "--attn_implementation flash_attention_2: "),
+        ("--attn_implementation foo --from_scratch true", "--attn_implementation foo: "),
+        ("--num_train_epochs nan", "--num_train_epochs nan: it must be a positive number"),
+        ("--eval_steps 0 --eval_cache x", "--eval_steps 0: steps, or a share of the run"),
+        ("--packing --dataloader_drop_last true", "--dataloader_drop_last: "),
+    ],
+)
+def test_settings_of_training_that_cannot_work_end_in_one_line(
+    options: str, said: str, cache: LogitCache, student_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--cache", cache.path, "--student", student_folder, "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    assert main(["fit", *arguments, *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"trainer: error: {said}" in error
+
+
+def test_what_a_yaml_list_means_depends_on_the_setting(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "use_cpu: true\noutput_dir: out\ncache: [a:0.7, b:0.3]\nloss_schedule: [fkl@0, rkl@0.5]\nsave_strategy: no\n"
+    )
+    config = parse(["--config", str(path)])
+    assert config.cache == ["a:0.7", "b:0.3"]
+    assert config.losses == ("fkl", "rkl")
+    assert config.save_strategy == "no"
+    path.write_text("cache: [{a: 0.7}]\n")
+    with pytest.raises(UserError, match=r"run\.yaml: cache: a list of plain values .* PATH:WEIGHT is written without"):
+        parse(["--config", str(path)])
+
+
+def test_a_batch_without_trained_tokens_costs_no_run(tmp_path: Path, student_folder: str) -> None:
+    untrained = TokenSequence(np.arange(1, 9, dtype=np.int32), np.zeros(8, dtype=bool))
+    holey = write_cache(tmp_path / "holey", [*random_sequences(3, seed=5), untrained])
+    options = ["--per_device_train_batch_size", "1", "--logging_steps", "1", "--num_train_epochs", "1", "--use_cpu"]
+    arguments = ["--cache", holey.path, "--student", student_folder, "--output_dir", str(tmp_path / "run")]
+    assert main(["fit", *arguments, *options]) == 0
+
+
+def test_what_averaged_targets_do_not_hold_is_said(tmp_path: Path, cache: LogitCache, student_folder: str) -> None:
+    other = write_cache(tmp_path / "other", random_sequences(23, seed=1), teacher=llama(seed=3), temperatures=(2.0,))
+    settings = {"cache": [cache.path], "average_with": [other.path], "student": student_folder, "use_cpu": True}
+    for options in ({"temperature": 2.0}, {"tail": "groups"}):
+        with pytest.raises(UserError, match="the mean of several teachers is known by its entries and the mass"):
+            prepare(DistillConfig(output_dir=str(tmp_path), **settings, **options))
+    run = prepare(DistillConfig(output_dir=str(tmp_path), **settings))
+    assert f"averaged with {other.path}" in run.choices["cache"]

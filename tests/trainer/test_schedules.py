@@ -37,6 +37,11 @@ def test_each_loss_of_a_schedule_takes_the_options_it_has(tmp_path: Path) -> Non
     settings = config(tmp_path, loss_schedule="jsd@0,akl@0.5", loss_args="beta=0.3,akl_split=todi")
     assert moment(settings, 0).loss_args == {"beta": 0.3}
     assert moment(settings, 1).loss_args == {"akl_split": "todi"}
+    # An option at the default of one loss is not at that of another.
+    switched = config(tmp_path, loss_schedule="jsd@0,ab@0.5", loss_args="beta=0.5")
+    assert [moment(switched, at).loss_args for at in (0, 1)] == [{"beta": 0.5}] * 2
+    with pytest.raises(UserError, match="beta"):
+        config(tmp_path, loss_schedule="todi@0,jsd@0.5", loss_args="beta=1")
     with pytest.raises(UserError, match="gamma"):
         config(tmp_path, loss_schedule="jsd@0,akl@0.5", loss_args="gamma=1")
 
@@ -45,14 +50,15 @@ def test_each_loss_of_a_schedule_takes_the_options_it_has(tmp_path: Path) -> Non
     ("settings", "said"),
     [
         ({"loss_schedule": "fkl@0.1"}, "the first fraction must be 0"),
+        ({"loss_schedule": "rkl@0,fkl@1"}, "at 1 the run is over: no step has fkl"),
         ({"loss_schedule": "fkl"}, "'fkl' is not value@fraction, such as fkl@0"),
-        ({"loss_schedule": "fkl@0,klf@0.5"}, "--loss klf: accepted are fkl"),
+        ({"loss_schedule": "fkl@0,klf@0.5"}, "--loss_schedule klf: accepted are fkl"),
         ({"kd_weight_schedule": "1@0,0.5@2"}, "ascending from 0 to 1"),
         ({"kd_weight_schedule": "1@0.5,0.5@0.5"}, "ascending from 0 to 1"),
-        ({"kd_weight_schedule": "1@0,1.5@1"}, "--kd_weight 1.5: it must lie between 0"),
+        ({"kd_weight_schedule": "1@0,1.5@1"}, "--kd_weight_schedule 1.5: it must lie between 0"),
         ({"temperature_schedule": "x@0"}, "'x@0' is not value@fraction, such as 1@0"),
-        ({"temperature_schedule": "0@0"}, "--temperature 0: it must be a positive number"),
-        ({"temperature_schedule": "2@0,1@0.5", "tail": "groups"}, "--tail groups --temperature 2"),
+        ({"temperature_schedule": "0@0"}, "--temperature_schedule 0: it must be a positive number"),
+        ({"temperature_schedule": "2@0,1@0.5", "tail": "groups"}, "--tail groups --temperature_schedule 2"),
         ({"loss": "akl", "loss_schedule": "fkl@0,rkl@.2"}, "ends at rkl. Leave --loss out"),
     ],
 )

@@ -77,6 +77,12 @@ class TrainingData:
         return round(float((self._shares * per_row).sum()) * len(self))
 
     @property
+    def weights(self) -> list[float] | None:
+        """Of each of `caches`, as given; None where every row comes once."""
+        weights = [source.weight for source in self._sources if source.weight is not None]
+        return weights or None
+
+    @property
     def vocab_size(self) -> int:
         """V of the teachers."""
         return self.caches[0].vocab_size
@@ -160,8 +166,7 @@ class TrainingData:
     @cached_property
     def _shares(self) -> np.ndarray | None:
         """Of each cache's rows in an epoch, float64 [C], where there are weights."""
-        weights = [source.weight for source in self._sources if source.weight is not None]
-        return np.array(weights) / sum(weights) if weights else None
+        return None if self.weights is None else np.array(self.weights) / sum(self.weights)
 
     @cached_property
     def _others(self) -> list[OtherTeacher]:

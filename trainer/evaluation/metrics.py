@@ -68,7 +68,7 @@ def position_means(totals: dict[str, np.ndarray]) -> dict[str, float]:
     half_mass_missing: share of positions whose entries hold less than half of the teacher's mass; only there is AKL's
     head not exact.
     """
-    positions = float(totals["positions"][0])
+    positions = max(float(totals["positions"][0]), 1.0)
     return {
         name: float(total[0]) / positions for name, total in totals.items() if name != "positions" and len(total) == 1
     }

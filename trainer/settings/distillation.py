@@ -69,8 +69,9 @@ class DistillationSettings(ScheduleSettings):
         """Settles the divergence's options and where schedules end. Raises UserError for what cannot be meant."""
         defaults: dict[str, Any] = {"loss": "todi", "kd_weight": 0.5, "temperature": 1.0}
         self.check_schedules(defaults)
+        named = {name: f"{name}_schedule" if self.points(name) else name for name in defaults}
         for name, values, accepted in (
-            ("loss", self.losses, divergence_names()),
+            (named["loss"], self.losses, divergence_names()),
             ("tail", [self.tail or "bucket"], TAILS),
         ):
             for value in values:
@@ -80,14 +81,14 @@ class DistillationSettings(ScheduleSettings):
         for weight in self.kd_weights:
             if not 0 <= weight <= 1:
                 raise UserError(
-                    f"--kd_weight {weight:g}: it must lie between 0 (hard labels only) and 1 (the teacher only)"
+                    f"--{named['kd_weight']} {weight:g}: it must lie between 0 (hard labels only) and 1 (the teacher only)"
                 )
         for temperature in self.temperatures:
             if not (math.isfinite(temperature) and temperature > 0):
-                raise UserError(f"--temperature {temperature:g}: it must be a positive number")
+                raise UserError(f"--{named['temperature']} {temperature:g}: it must be a positive number")
             if self.tail == "groups" and temperature != 1:
                 raise UserError(
-                    f"--tail groups --temperature {temperature:g}: at T ≠ 1 a cache holds the tail's total only, not "
+                    f"--tail groups --{named['temperature']} {temperature:g}: at T ≠ 1 a cache holds the tail's total only, not "
                     "its groups. Take --tail bucket, or --temperature 1"
                 )
         if self.tail in ABLATION_TAILS and not self.ablation:

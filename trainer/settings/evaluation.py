@@ -40,12 +40,18 @@ class EvaluationSettings(TrainingArguments):
 
         Raises UserError for settings that contradict each other.
         """
+        if self.eval_steps is not None and not self.eval_steps > 0:
+            raise UserError(
+                f"--eval_steps {self.eval_steps:g}: steps, or a share of the run between 0 and 1, are expected"
+            )
         if self.eval_strategy == "auto":
             self.eval_strategy = "steps" if self.eval_cache else "no"
             self.eval_steps = self.eval_steps or 1 / EVALUATIONS_PER_RUN
         if self.early_stopping_patience is not None:
             if self.early_stopping_patience < 1:
                 raise UserError(f"--early_stopping_patience {self.early_stopping_patience}: it must be at least 1")
+            if not self.early_stopping_threshold >= 0:
+                raise UserError(f"--early_stopping_threshold {self.early_stopping_threshold:g}: it must be at least 0")
             self.load_best_model_at_end = True
         elif self.early_stopping_threshold:
             raise UserError("--early_stopping_threshold without --early_stopping_patience: add that, or leave it out")

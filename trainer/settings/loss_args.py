@@ -19,9 +19,14 @@ def parse_loss_args(losses: Sequence[str], given: Mapping[str, Any] | str | None
     none of these, and for values that are not of the type.
     """
     pairs = _pairs(given) if isinstance(given, str) else dict(given or {})
-    defaults = {name: value for loss in reversed(losses) for name, value in options_of(loss).items()}
-    typed = {name: _typed(name, value, defaults.get(name)) for name, value in pairs.items()}
-    return {name: value for name, value in typed.items() if name not in defaults or value != defaults[name]}
+    by_loss = [options_of(loss) for loss in losses]
+    defaults = {name: [options[name] for options in by_loss if name in options] for name in pairs}
+    typed = {name: _typed(name, value, next(iter(defaults[name]), None)) for name, value in pairs.items()}
+    return {
+        name: value
+        for name, value in typed.items()
+        if not defaults[name] or any(value != default for default in defaults[name])
+    }
 
 
 def _pairs(text: str) -> dict[str, Any]:

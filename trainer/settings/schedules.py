@@ -74,4 +74,6 @@ def parse_points(text: str, what: str, kind: Callable[[str], T], *, from_start: 
         raise UserError(f"{what}: fractions of the run are expected, ascending from 0 to 1")
     if from_start and fractions[0] != 0:
         raise UserError(f"{what}: it does not say what the run begins with: the first fraction must be 0")
+    if from_start and fractions[-1] == 1:
+        raise UserError(f"{what}: at 1 the run is over: no step has {points[-1][1]}")
     return points
