@@ -32,11 +32,18 @@ def data_seed(config: DistillConfig) -> int:
 
 
 def num_epochs(config: DistillConfig, data: TrainingData) -> int:
-    """Passes over the data, the last one perhaps incomplete."""
+    """Passes over the data, the last one perhaps incomplete: as many as `Trainer` makes of --max_steps.
+
+    With more epochs planned, one may have fewer batches under --dataloader_drop_last, and so there must be more.
+    """
     if config.max_steps <= 0:
         return math.ceil(config.num_train_epochs)
-    batches = config.max_steps * config.gradient_accumulation_steps
-    return math.ceil(batches / max(_planned(config, data, epochs=1), 1))
+    epochs, needed = 0, 1
+    while needed > epochs:
+        epochs = needed
+        steps = math.ceil(_planned(config, data, epochs) / config.gradient_accumulation_steps)
+        needed = math.ceil(config.max_steps / max(steps, 1))
+    return epochs
 
 
 def num_batches(config: DistillConfig, data: TrainingData) -> int:

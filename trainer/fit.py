@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 import logitcache
 from logitcache.format.atomic import write_json
 from trainer.adapters import add_adapters, describe_adapters, weights_dtype
 from trainer.distill import DistillTrainer
+from trainer.early_stopping import EarlyStopping
 from trainer.evaluation.evaluate import write_evaluation
 from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
 from trainer.interrupt import StopOnInterrupt
 from trainer.prepare import Run
 from trainer.progress import use_short_lines
 from trainer.ranks import end_ranks
-from trainer.resume import data_record
+from trainer.resume import RunMark, data_record, run_id, step_of
 from trainer.student import load_student, num_parameters
 
 
@@ -31,13 +32,24 @@ class Outcome:
     """What a run came to.
 
     metrics: of the held-out cache.  stopped_at: checkpoint written on Ctrl-C, or None.  early: why it ended before its
-    last step, or which checkpoint it is; None where it is what it ended with.
+    last step, or which checkpoint it is; None where it is what it ended with.  trained: False where it had ended before.
     """
 
     steps: int
     metrics: dict[str, float] | None
     stopped_at: str | None = None
     early: str | None = None
+    trained: bool = True
+
+
+class _Trainer(DistillTrainer):
+    """Makes no step where a checkpoint was the last of its run; transformers looks after a step only."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
 
 def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
@@ -54,10 +66,13 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
     if config.lora_r:
         model = add_adapters(model, config)
     interrupt = StopOnInterrupt()
-    callbacks: list[TrainerCallback] = [interrupt] if config.world_size == 1 else []
+    identity = run_id(run.checkpoint)
+    callbacks: list[TrainerCallback] = [RunMark(identity)]
+    if config.world_size == 1:
+        callbacks.append(interrupt)
     if config.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_threshold))
-    trainer = DistillTrainer(
+        callbacks.append(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
+    trainer = _Trainer(
         model,
         run.data,
         config,
@@ -76,11 +91,15 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
         if run.checkpoint is None:
             for name in (EVALUATION_NAME, STATE_NAME):  # of a former run in this folder
                 (output / name).unlink(missing_ok=True)
-        write_json(output / RUN_NAME, _record(run, trainer.tail, num_parameters(model), computed))
+        write_json(output / RUN_NAME, _record(run, identity, trainer.tail, num_parameters(model), computed))
+    begun_at = step_of(run.checkpoint)
     trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = trainer.state.global_step
-    if interrupt.requested and steps < trainer.state.max_steps:
+    if interrupt.stopped:
         return Outcome(steps, None, stopped_at=str(output / f"checkpoint-{steps}"))
+    if config.should_save and not hasattr(model, "peft_config"):
+        for stale in output.glob("adapter_*"):  # of a former run: the folder would pass for that adapter
+            stale.unlink()
     trainer.save_model()
     metrics = None
     if run.eval_cache is not None:
@@ -90,7 +109,7 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
             write_evaluation(output / EVALUATION_NAME, str(output), run.eval_cache, metrics)
     trainer.save_state()
     end_ranks(trainer)
-    return Outcome(steps, metrics, early=_best(trainer))
+    return Outcome(steps, metrics, early=_best(trainer), trained=steps > begun_at)
 
 
 def _best(trainer: DistillTrainer) -> str | None:
@@ -102,8 +121,10 @@ def _best(trainer: DistillTrainer) -> str | None:
     return f"{early}the best held-out {args.metric_for_best_model}, {state.best_metric:.4g}, was at step {state.best_global_step}"
 
 
-def _record(run: Run, tail: str, size: int, computed: dict[str, str]) -> dict[str, Any]:
+def _record(run: Run, identity: str, tail: str, size: int, computed: dict[str, str]) -> dict[str, Any]:
     return {
+        "run_id": identity,
+        "world_size": run.config.world_size,
         "settings": json.loads(run.config.to_json_string()),
         "tail": tail,
         "cache": data_record(run.data),

@@ -32,7 +32,10 @@ class StopOnInterrupt(TrainerCallback):
             self._before = signal.signal(signal.SIGINT, self._handle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks the trainer to save and stop, and to leave weights and checkpoints as they are."""
+        """Asks the trainer to save and stop.
+
+        And not to end with the best weights: under a limit of one checkpoint it would keep no other.
+        """
         if self.requested and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from logitcache import UserError
@@ -39,13 +42,51 @@ SETTINGS = (
 )
 PLANNED = ("packing", "tokens_per_batch")  # and grouping by length: how many batches an epoch has depends on all epochs
 LENGTH = ("num_train_epochs", "max_steps")
+JUDGED = ("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model", "eval_strategy", "eval_steps")
+
+
+class RunMark(TrainerCallback, ExportableState):
+    """Writes into the state of each checkpoint which run it is of."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+
+    def state(self) -> dict[str, Any]:
+        """What a state holds of it."""
+        return {"args": {"run_id": self._run_id}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes a place for it in the state of a checkpoint of an earlier version."""
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+
+def run_id(checkpoint: str | None) -> str:
+    """Identity of a run: that of the one it continues, or a new one."""
+    known = _mark(checkpoint) or _former(checkpoint).get("run_id") if checkpoint else None
+    return known or uuid4().hex
+
+
+def checkpoint_state(checkpoint: str | Path) -> dict[str, Any] | None:
+    """transformers' state of the run; None without a whole one, which is written last, as after a kill."""
+    try:
+        return json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The step that a run continues after."""
+    state = checkpoint_state(checkpoint) if checkpoint else None
+    return state["global_step"] if state else 0
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The latest complete checkpoint in a run's folder: its state is what is written last."""
-    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_NAME}")]
-    steps = {int(path.name.rpartition("-")[2]): str(path) for path in found if path.name.rpartition("-")[2].isdecimal()}
-    return steps[max(steps)] if steps else None
+    """The latest whole checkpoint of the run that the folder's run.json describes: a former run may have left others."""
+    steps = {path.name.rpartition("-")[2]: str(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True):
+        if checkpoint_state(steps[step]) is not None and not _of_former_run(steps[step]):
+            return steps[step]
+    return None
 
 
 def find_checkpoint(config: DistillConfig) -> str | None:
@@ -56,18 +97,26 @@ def find_checkpoint(config: DistillConfig) -> str | None:
     if wanted.lower() == "true":
         last = last_checkpoint(Path(str(config.output_dir)))
         if last is None:
-            raise UserError(f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint to continue from")
+            raise UserError(
+                f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint to continue from (those of "
+                f"former runs do not count, only of the one in its {RUN_NAME}). Leave it out to begin"
+            )
         return last
-    if not (Path(wanted) / STATE_NAME).is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint of a run (it has no {STATE_NAME})")
+    if checkpoint_state(wanted) is None:
+        raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint of a run (it has no whole {STATE_NAME})")
     return wanted
 
 
 def data_record(data: TrainingData) -> dict[str, Any]:
-    """What run.json says of what a run learns from."""
+    """What run.json says of what a run learns from. weight: a cache's share of the rows, None where each comes once."""
+    weights = data.weights or []
+    shares: list[float | None] = [round(weight / sum(weights), 9) for weight in weights]
+    shares = shares or [None] * len(data.caches)
+    mixed = [(cache, share, False) for cache, share in zip(data.caches, shares, strict=True)]
     caches = [
         {"path": cache.path, "identity": cache.identity, "fingerprint": dict(cache.manifest.fingerprint)}
-        for cache in (*data.caches, *data.averaged_with)
+        | {"weight": share, "averaged": averaged}
+        for cache, share, averaged in [*mixed, *((cache, None, True) for cache in data.averaged_with)]
     ]
     return {"path": data.path, "num_positions": data.num_positions, "caches": caches}
 
@@ -75,23 +124,31 @@ def data_record(data: TrainingData) -> dict[str, Any]:
 def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, tail: str) -> list[str]:
     """Compares a run with the run.json beside the checkpoint it continues from; returns warnings.
 
-    Raises UserError that names the settings that differ.
+    Raises UserError that names what differs, and for a checkpoint that a former run left in the folder.
     """
     path = Path(checkpoint).parent / RUN_NAME
-    if not path.is_file():
+    former = _former(checkpoint)
+    if not former:
         return [f"{path.parent} has no {RUN_NAME}: nothing checks that {checkpoint} is of a run with these settings"]
-    try:
-        former = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    if _of_former_run(checkpoint):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: a former run left it, and {path} is of the one that began in this "
+            f"folder after it. Name a checkpoint of that; --student {checkpoint} begins a run with the weights of this one"
+        )
+    was, now = former["settings"], json.loads(config.to_json_string())
     planned = config.train_sampling_strategy == "group_by_length" or any(getattr(config, name) for name in PLANNED)
-    compared = SETTINGS + (LENGTH if planned else ())
-    pairs = [(name, former["settings"].get(name, getattr(config, name)), getattr(config, name)) for name in compared]
+    judged = was.get("load_best_model_at_end") or config.load_best_model_at_end
+    compared = SETTINGS + (LENGTH if planned else ()) + (JUDGED if judged else ())
+    pairs = [(name, was.get(name, now[name]), now[name]) for name in compared]
     pairs.append(("tail", former["tail"], tail))
-    differing = [f"--{name} was {was}, is {now}" for name, was, now in pairs if was != now]
-    was, now = former["cache"], data_record(data)
-    if _content(was) != _content(now):
-        differing.append(f"the cache was {was['path']}, and {now['path']} is another one")
+    differing = [f"--{name} was {before}, is {after}" for name, before, after in pairs if before != after]
+    ranks = former.get("world_size", config.world_size)
+    if ranks != config.world_size:
+        differing.append(
+            f"the number of ranks was {ranks}, is {config.world_size}, and with it differ the rows that each reads and "
+            f"how many a step takes (--per_device_train_batch_size × ranks): start {ranks}"
+        )
+    differing += _differing_data(former["cache"], data_record(data))
     if differing:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: {path} is of another run: {'; '.join(differing)}. Continue with "
@@ -100,6 +157,44 @@ def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, t
     return []
 
 
-def _content(record: dict[str, Any]) -> tuple[int, list[Any]]:
-    """Positions and fingerprints: the same cache may lie elsewhere, and may have been recoded. Earlier versions had one."""
-    return record["num_positions"], [cache["fingerprint"] for cache in record.get("caches", [record])]
+def _differing_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The same cache may lie elsewhere, and may have been recoded. Earlier versions had one, or told no weights."""
+
+    def of_all(record: dict[str, Any], name: str) -> list[Any]:
+        return [cache.get(name) for cache in record.get("caches", [record])]
+
+    another = [f"the cache was {was['path']}, and {now['path']} is another one"]
+    if of_all(was, "fingerprint") != of_all(now, "fingerprint"):
+        return another
+    if None not in of_all(was, "averaged"):
+        if of_all(was, "averaged") != of_all(now, "averaged"):
+            return [f"--average_with was {_averaged(was)}, is {_averaged(now)}"]
+        if (before := of_all(was, "weight")) != (after := of_all(now, "weight")):
+            return [f"the shares of the caches' rows were {before}, are {after} (None: each row once)"]
+    return another if was["num_positions"] != now["num_positions"] else []
+
+
+def _averaged(record: dict[str, Any]) -> list[str]:
+    return [cache["path"] for cache in record["caches"] if cache["averaged"]]
+
+
+def _of_former_run(checkpoint: str) -> bool:
+    """Whether both tell their run, and differ. Earlier versions told none."""
+    mark, current = _mark(checkpoint), _former(checkpoint).get("run_id")
+    return None not in (mark, current) and mark != current
+
+
+def _mark(checkpoint: str) -> str | None:
+    state = checkpoint_state(checkpoint) or {}
+    return state.get("stateful_callbacks", {}).get(RunMark.__name__, {}).get("args", {}).get("run_id")
+
+
+def _former(checkpoint: str) -> dict[str, Any]:
+    """The run.json beside a checkpoint, empty where there is none."""
+    path = Path(checkpoint).parent / RUN_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ def prefetched(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     remaining = iter(items)
     waiting: deque[tuple[T, Future[R]]] = deque()
     process = os.getpid()
+    finalizing = sys.is_finalizing  # bound here: when the interpreter ends, modules are emptied before iterators go
     threads = ThreadPoolExecutor(NUM_THREADS, "prefetch")
     try:
         while True:
@@ -41,7 +43,7 @@ def prefetched(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
                 return
             yield waiting.popleft()[1].result()
     finally:
-        if process == os.getpid():
+        if not finalizing() and process == os.getpid():
             threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -53,6 +55,7 @@ def begun_ahead(work: Callable[[T], object], items: Iterable[T], ahead: int, num
     """
     waiting: deque[T] = deque()
     process = os.getpid()
+    finalizing = sys.is_finalizing  # bound here: when the interpreter ends, modules are emptied before iterators go
     threads = ThreadPoolExecutor(num_threads, "ahead")
     try:
         for item in items:
@@ -63,5 +66,5 @@ def begun_ahead(work: Callable[[T], object], items: Iterable[T], ahead: int, num
                 yield waiting.popleft()
         yield from waiting
     finally:
-        if process == os.getpid():
+        if not finalizing() and process == os.getpid():
             threads.shutdown(wait=False, cancel_futures=True)

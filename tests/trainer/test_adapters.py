@@ -147,3 +147,17 @@ def test_an_adapter_without_its_model_is_refused(content: str, said: str, tmp_pa
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(UserError, match=said):
         student_config(str(tmp_path))
+
+
+def test_a_folder_that_held_an_adapter_is_the_full_model_trained_there_later(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str
+) -> None:
+    out = tmp_path / "run"
+    common = ["fit", "--cache", cache.path, "--eval_cache", heldout.path, "--student", student_folder, "--use_cpu"]
+    common += ["--output_dir", str(out), "--max_steps", "2", "--learning_rate", "1e-2"]
+    assert main([*common, "--lora_r", "2"]) == 0
+    assert (out / "adapter_config.json").exists()
+    assert main(common) == 0
+    trained = json.loads((out / "eval.json").read_text())["metrics"]["fkl"]
+    assert main(["eval", str(out), "--cache", heldout.path]) == 0
+    assert json.loads((out / "eval.json").read_text())["metrics"]["fkl"] == pytest.approx(trained, rel=1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -81,6 +83,79 @@ def test_the_thread_ends_when_the_iterator_is_dropped_and_after_the_last_batch(
     await_no_thread()
     list(skip_first_batches(loader, 1))
     await_no_thread()
+
+
+@pytest.mark.parametrize("batching", [Batching(2), Batching(2, packed_length=24)])
+def test_the_next_epoch_is_begun_with_the_last_batch_of_one(batching: Batching, cache: LogitCache) -> None:
+    made: list[Batch] = []
+    several = threading.Event()
+    num_batches = len(BatchLoader(cache, batching, Collator(), shuffle=True, num_epochs=2))
+
+    class Watched(Collator):
+        def __call__(self, *args: Any) -> Batch:
+            made.append(super().__call__(*args))
+            if len(made) == num_batches + AHEAD:
+                several.set()
+            return made[-1]
+
+    loader = BatchLoader(cache, batching, Watched(), shuffle=True, num_epochs=2)
+    first = list(loader)
+    assert several.wait(TIMEOUT_S)
+    loader.set_epoch(1)
+    second = list(loader)
+    assert all(found is expected for found, expected in zip(first + second, made, strict=True))
+    await_no_thread()  # no epoch comes after the second
+
+
+@pytest.mark.parametrize("asked_for", [0, 2])
+def test_an_epoch_that_was_begun_makes_way_for_another(asked_for: int, cache: LogitCache) -> None:
+    loader, fresh = (BatchLoader(cache, 2, Collator(), shuffle=True, num_epochs=3) for _ in range(2))
+    list(loader)
+    for each in (loader, fresh):
+        each.set_epoch(asked_for)
+    assert all(
+        found[name].equal(expected[name]) for found, expected in zip(loader, fresh, strict=True) for name in expected
+    )
+
+
+def test_the_thread_of_an_epoch_to_come_ends_with_its_loader(cache: LogitCache) -> None:
+    loader = BatchLoader(cache, 2, Collator(), num_epochs=2)
+    gc.disable()
+    try:
+        list(loader)
+        assert background()
+        del loader
+        await_no_thread()
+    finally:
+        gc.enable()
+
+
+def test_an_epoch_that_was_begun_is_left_for_any_other_batch(cache: LogitCache) -> None:
+    loader = BatchLoader(cache, 2, Collator(), shuffle=True, num_epochs=3)
+    list(loader)
+    loader.set_epoch(1)
+    found = list(skip_first_batches(loader, 3))
+    fresh = BatchLoader(cache, 2, Collator(), shuffle=True, num_epochs=3)
+    fresh.set_epoch(1)
+    expected = list(fresh)[3:]
+    assert len(found) == len(expected)
+    assert all(a[name].equal(b[name]) for a, b in zip(found, expected, strict=True) for name in b)
+
+
+OPEN_AT_EXIT = """
+import itertools, threading
+from logitcache.format.prefetch import begun_ahead, prefetched
+from trainer.data.ahead import made_ahead
+threading.left_open = [  # goes late, when modules are empty
+    made_ahead(itertools.count()), prefetched(abs, itertools.count()), begun_ahead(abs, itertools.count(), 3, 2)
+]
+print([next(items) for items in threading.left_open])
+"""
+
+
+def test_iterators_that_are_open_when_the_interpreter_ends_say_nothing() -> None:
+    ended = subprocess.run([sys.executable, "-c", OPEN_AT_EXIT], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[0, 0, 0]\n", "")
 
 
 class Damaged(Collator):

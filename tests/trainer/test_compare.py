@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import json
 import math
@@ -13,14 +14,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from transformers import PreTrainedConfig
 
 from logitcache import UserError
 from trainer.cli import main
-from trainer.comparison.finished import read_run
+from trainer.comparison.finished import read_run, read_runs
 from trainer.comparison.page import page_html
-from trainer.comparison.rows import rows_of
+from trainer.comparison.picture import draw, look
+from trainer.comparison.rows import Row, rows_of
 from trainer.comparison.statistics import estimate, paired_difference, t_quantile
 from trainer.comparison.table import table
+from trainer.evaluation.identity import model_identity
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 METRICS = {"ce": 2.0, "perplexity": 7.4, "fkl": 0.5, "rkl": 0.6, "agreement": 0.7, "ece": 0.1, "positions": 100}
@@ -38,9 +43,21 @@ def finished_run(folder: Path, name: str, *, fkl: float = 0.5, heldout: str = "h
     return run
 
 
+def answered(run: Path, rouge_l: float, **settings: Any) -> Path:
+    """Puts a model and scores of its answers into a run's folder; returns the file of scores."""
+    (run / "config.json").write_text('{"model_type": "llama"}')
+    (run / "model.safetensors").write_text(str(run))
+    scores = {"model": str(run), "model_identity": model_identity(str(run), PreTrainedConfig()), "rouge_l": rouge_l}
+    made = {"data_sha256": "of dolly", "settings": {"temperature": 1.0} | settings}
+    (run / "generate").mkdir(exist_ok=True)
+    file = run / "generate" / "dolly.json"
+    file.write_text(json.dumps(scores | made | {"seeds": {}}))
+    return file
+
+
 def compared(paths: Sequence[Path]) -> list[str]:
     """The table's lines."""
-    return table(rows_of([read_run(path) for path in paths])).splitlines()
+    return table(rows_of(read_runs(paths))).splitlines()
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 10, 29, 30, 200])
@@ -90,8 +107,7 @@ def test_rows_are_measured_against_hard_labels_of_the_same_seed(tmp_path: Path) 
 
 def test_answers_and_pace_become_columns_where_they_are_known(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, "a"), finished_run(tmp_path, "b", loss="fkl")]
-    (runs[0] / "generate").mkdir()
-    (runs[0] / "generate" / "dolly.json").write_text(json.dumps({"rouge_l": 24.5}))
+    answered(runs[0], 24.5)
     pace = [{"step": s, "tokens_per_second": 100.0 * s, "data_wait": 0.01} for s in (1, 2, 9)]
     (runs[1] / "trainer_state.json").write_text(
         json.dumps({"log_history": [*pace, {"step": 9, "train_runtime": 90.0}]})
@@ -127,11 +143,155 @@ def test_the_loss_and_its_settings_do_not_tell_hard_labels_apart(tmp_path: Path)
     assert [row[0] for row in rows] == ["hard labels learning_rate=0.001", "hard labels learning_rate=0.0001", "ToDi"]
 
 
+def test_a_weight_that_falls_to_0_is_no_run_of_hard_labels(tmp_path: Path) -> None:
+    runs = [
+        finished_run(tmp_path, loss, loss=loss, kd_weight=0.0, kd_weight_schedule="0.9@0,0@1")
+        for loss in ("fkl", "rkl")
+    ]
+    hard = finished_run(tmp_path, "hard", kd_weight=0.0, kd_weight_schedule="0@0,0@1", loss_schedule="fkl@0,rkl@0.5")
+    rows = rows_of(read_runs([*runs, hard, finished_run(tmp_path, "plain", kd_weight=0.0, seed=1)]))
+    assert [(row.name, len(row.runs)) for row in rows] == [("FKL", 1), ("RKL", 1), ("hard labels", 2)]
+
+
+def test_a_run_of_an_earlier_version_is_a_seed_of_a_new_one(tmp_path: Path) -> None:
+    former = finished_run(tmp_path, "former", cache="train", loss_args=None)
+    new: dict[str, Any] = {"cache": ["train"], "loss_args": {}, "packing": False, "lora_r": None, "average_with": None}
+    rows = rows_of(read_runs([former, finished_run(tmp_path, "new", seed=1, **new)]))
+    assert [(row.name, len(row.runs)) for row in rows] == [("ToDi", 2)]
+    other = finished_run(tmp_path, "packed", **new | {"packing": True})
+    assert len(rows_of(read_runs([former, other]))) == 2
+
+
+def test_seeds_of_the_order_count_as_seeds(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, f"r{seed}", data_seed=seed, fkl=float(seed)) for seed in (1, 3)]
+    [row] = rows_of(read_runs(runs))
+    found = row.estimate("fkl")
+    assert found is not None
+    assert (found.mean, found.count) == (2.0, 2)
+
+
+def test_a_run_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "a")
+    with pytest.raises(UserError, match="is named twice"):
+        read_runs([run, tmp_path / "a" / ".." / "a"])
+    shutil.copytree(run, tmp_path / "copy")
+    with pytest.raises(UserError, match=r"copy and .*a are one run with the same seed \(0\), twice"):
+        rows_of(read_runs([run, tmp_path / "copy"]))
+
+
+def test_answers_of_a_former_model_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished_run(tmp_path, "a")
+    scores = answered(run, 24.5)
+    command = ["compare", str(run), "--out", str(tmp_path / "x.png")]
+    assert main(command) == 0
+    assert "ROUGE-L dolly" in capsys.readouterr().out
+    (run / "model.safetensors").write_text("trained anew")
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "ROUGE-L" not in out
+    assert f"note: {scores} is of another model than the one that lies there now: left out" in out
+
+
+def test_answers_that_were_made_differently_are_left_out(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, f"r{seed}", seed=seed) for seed in (1, 2, 3)]
+    for run, temperature in zip(runs, (1.0, 0.0, 1.0), strict=True):
+        answered(run, 20.0, temperature=temperature)
+    read = read_runs(runs)
+    assert ["rouge_l:dolly" in run.metrics for run in read] == [True, False, True]
+    assert [list(run.notes) for run in read] == [
+        [],
+        [f"{runs[1]}: its answers to dolly were made with another temperature than those of {runs[0]}: left out"],
+        [],
+    ]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": 1, "settings": {}, "seeds": {}}', "not JSON"])
+def test_a_file_of_someone_else_among_the_answers_is_left_out(tmp_path: Path, content: str) -> None:
+    run = finished_run(tmp_path, "a")
+    answered(run, 24.5)
+    (run / "generate" / "other.json").write_text(content)
+    read = read_run(run)
+    assert [name for name in read.metrics if name.startswith("rouge")] == ["rouge_l:dolly"]
+    assert read.notes == [f"{run / 'generate' / 'other.json'} holds no scores of this model's answers: left out"]
+
+
+@pytest.mark.parametrize("name", ["run.json", "eval.json", "trainer_state.json"])
+@pytest.mark.parametrize("content", ["{}", "[1]", "", '{"settings": 1, "metrics": 1, "log_history": 1}'])
+def test_a_record_that_is_none_is_refused(
+    tmp_path: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "a")
+    (run / name).write_text(content)
+    assert main(["compare", str(run)]) == 2
+    assert f"trainer: error: {run / name} " in capsys.readouterr().err
+
+
+def test_what_diverged_is_never_best_and_has_no_difference(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, loss, loss=loss, fkl=fkl) for loss, fkl in (("rkl", math.nan), ("fkl", 0.5))]
+    runs += [finished_run(tmp_path, "akl", loss="akl", fkl=math.inf)]
+    rows = rows_of(read_runs(runs))
+    below = [line for line in table(rows).splitlines() if line.startswith(("FKL", "AKL"))][2:]
+    assert [line.split()[3] for line in below] == ["–", "–"]
+    page = page_html(rows, "diverged")
+    best = re.findall(r'<td class="best"[^>]*>([^<]*)</td>', page)
+    assert "0.5" in best
+    assert not {"nan", "inf"} & {*best}
+    assert not re.search(r'data-value="(nan|-?inf)"', page)
+
+
+def test_one_run_is_not_called_runs(tmp_path: Path) -> None:
+    assert "1 run in 1 row, measured on heldout" in page_html(rows_of([read_run(finished_run(tmp_path, "a"))]), "one")
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_stands_in_the_pictures_legend_as_it_is(tmp_path: Path) -> None:
+    names = ["_hidden", "$x_{$", "a", *(f"number {number}" for number in range(37))]
+    run = read_run(finished_run(tmp_path, "a"))
+    draw([Row(name, [run]) for name in names], ["ce", "fkl"], tmp_path / "x.svg")
+    shown = re.findall(r"<!-- (.*?) -->", (tmp_path / "x.svg").read_text())
+    assert [name for name in shown if name in names] == names
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_curves_is_drawn_without_a_word(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "a")
+    (run / "trainer_state.json").write_text('{"log_history": []}')
+    draw(rows_of([read_run(run)]), ["ce"], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_rows_look_different() -> None:
+    assert len({look(number) for number in range(49)}) == 49
+    assert len({look(number)[1] for number in range(7)}) == 7  # for those who see no colours
+
+
 def test_an_out_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(finished_run(tmp_path, "a"))
-    for out in (tmp_path / "missing" / "x.png", tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for out in (tmp_path / "missing" / "x.png", tmp_path / "folder.png"):
         assert main(["compare", run, "--out", str(out)]) == 2
         assert f"--out {out}: " in capsys.readouterr().err
+    for name in ("x.html", "x.xyz", "x"):
+        assert main(["compare", run, "--out", str(tmp_path / name)]) == 2
+        assert f"{name}: a picture is expected, .png, .pdf, .svg" in capsys.readouterr().err
+    assert main(["compare", run, "--out", str(tmp_path / "x.png"), "--page", str(tmp_path / "x.png")]) == 2
+    assert "that is the picture" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_leaves_no_half_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(figure: Figure, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    run = finished_run(tmp_path, "a")
+    assert main(["compare", str(run), "--out", str(tmp_path / "x.png")]) == 2
+    assert capsys.readouterr().err == (
+        f"trainer: error: no space left for {tmp_path / 'x.png'}: free some and run the same command again to continue\n"
+    )
+    assert list(tmp_path.iterdir()) == [run]
 
 
 def test_the_command_prints_the_table_and_draws_the_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,20 +9,23 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from logitcache import LogitCache, UserError
+from logitcache.capture.teachers.vllm_plugin import BUILD_PID
 from trainer.cli import main
-from trainer.evaluation import protocol
+from trainer.evaluation import protocol, vllm_generation
 from trainer.evaluation.generation import Draws, TransformersGenerator, answer_of, end_ids
 from trainer.evaluation.generation_settings import GenerationSettings
+from trainer.evaluation.identity import model_identity
 from trainer.evaluation.prompts import Prompt, read_prompts
-from trainer.evaluation.protocol import generate_scores
+from trainer.evaluation.protocol import generate_scores, scores_are_current
 from trainer.evaluation.rouge import rouge_l
 
 QUICK = ["--max_new_tokens", "12", "--seeds", "1", "2"]
@@ -56,6 +59,23 @@ def model(teacher: Path) -> PreTrainedModel:
 @pytest.fixture
 def student(teacher: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(teacher, tmp_path / "student"))
+
+
+@pytest.fixture
+def other_student(student: Path, tmp_path: Path) -> Path:
+    """As `student`, with other weights."""
+    return change_weights(Path(shutil.copytree(student, tmp_path / "other-student")))
+
+
+def change_weights(folder: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_output_embeddings().weight.data.mul_(-1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -143,6 +163,31 @@ def test_a_model_whose_training_diverged_is_told_so(
         TransformersGenerator(model, teacher_tokenizer, [0], max_new_tokens=4).answers(prompts, 1)
 
 
+def test_a_padding_token_that_the_model_does_not_know_pads_nothing(
+    model: PreTrainedModel, prompts: list[Prompt], teacher: Path
+) -> None:
+    def answers(pad: str | None) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(teacher, **({"pad_token": pad} if pad else {}))
+        if pad:
+            assert tokenizer.pad_token_id == 512 == model.config.vocab_size
+        return TransformersGenerator(model, tokenizer, [0], max_new_tokens=8).answers(prompts, 1)
+
+    assert answers("<|pad|>") == answers(None)
+
+
+def test_a_half_precision_model_answers_in_float32_on_a_cpu_and_the_scores_say_so(student: Path, data: str) -> None:
+    AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(student)
+    found = []
+    for batch_size in (1, 5):
+        folder = student / f"batch-{batch_size}"
+        settings = GenerationSettings([data], seeds=(1,), max_new_tokens=16, batch_size=batch_size)
+        scores = generate_scores(str(student), folder, settings)["pairs"]
+        assert scores["seeds"]["1"]["dtype"] == "float32" and scores["settings"]["backend"] == "transformers"
+        assert scores["seeds"]["1"]["engine"].startswith("transformers ")
+        found.append(lines(folder / "pairs-seed1.jsonl"))
+    assert found[0] == found[1]
+
+
 def test_trainer_eval_generate_writes_scores_and_answers_and_prints_a_table(
     student: Path, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,14 +264,98 @@ def test_a_model_that_was_trained_further_answers_anew(student: Path, data: str)
     settings = GenerationSettings([data], seeds=(1, 2), max_new_tokens=8)
     said: list[str] = []
     first = generate_scores(str(student), student / "generate", settings, said.append)["pairs"]
-    model = AutoModelForCausalLM.from_pretrained(student)
-    model.get_output_embeddings().weight.data.mul_(-1)
-    model.save_pretrained(student)
+    change_weights(student)
     settings = GenerationSettings([data], seeds=(1,), max_new_tokens=8)
     second = generate_scores(str(student), student / "generate", settings, said.append)["pairs"]
     assert list(second["seeds"]) == ["1"] and second["model_identity"] != first["model_identity"]
     assert not (student / "generate" / "pairs-seed2.jsonl").exists()
     assert any("the model has changed" in line for line in said)
+
+
+def test_answers_of_a_changed_model_stay_until_new_ones_replace_them(
+    student: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GenerationSettings([data], seeds=(1, 2), max_new_tokens=8)
+    generate_scores(str(student), student / "generate", settings)
+    before = contents(student / "generate")
+    change_weights(student)
+
+    def fails(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TransformersGenerator, "answers", fails)
+    with pytest.raises(KeyboardInterrupt):
+        generate_scores(str(student), student / "generate", settings)
+    assert contents(student / "generate") == before
+
+
+def test_another_models_answers_are_refused_and_stay(
+    student: Path, other_student: Path, data: str, tmp_path: Path
+) -> None:
+    shared, settings = tmp_path / "shared", GenerationSettings([data], seeds=(1,), max_new_tokens=8)
+    generate_scores(str(student), shared, settings)
+    before = contents(shared)
+    with pytest.raises(
+        UserError, match=rf"answers of the model {student}, now it is {other_student}: name another .*--answers"
+    ):
+        generate_scores(str(other_student), shared, settings)
+    assert contents(shared) == before
+
+
+def test_answers_in_a_models_own_folder_are_its_own_though_it_was_copied(
+    student: Path, data: str, tmp_path: Path
+) -> None:
+    settings = GenerationSettings([data], seeds=(1,), max_new_tokens=8)
+    first = generate_scores(str(student), student / "generate", settings)["pairs"]
+    copied = change_weights(Path(shutil.copytree(student, tmp_path / "copied")))
+    second = generate_scores(str(copied), copied / "generate", settings)["pairs"]
+    assert second["model"] == str(copied) and second["model_identity"] != first["model_identity"]
+
+
+def test_an_adapters_identity_changes_with_its_base_and_with_itself(
+    student: Path, tmp_path: Path, model: PreTrainedModel
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(student)}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    identities = [model_identity(str(adapter), model.config)]
+    change_weights(student)
+    identities.append(model_identity(str(adapter), model.config))
+    (adapter / "adapter_model.safetensors").write_bytes(b"other weights")
+    identities.append(model_identity(str(adapter), model.config))
+    assert len(set(identities)) == 3
+    assert model_identity(str(adapter), model.config) == identities[2]
+
+
+def test_scores_are_current_by_content_and_not_by_the_times_of_files(
+    student: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(shutil.copy(data, tmp_path / "pairs.jsonl"))
+    folder = student / "generate"
+
+    def current(**options: Any) -> bool:
+        settings = GenerationSettings([str(own)], **({"seeds": (1, 2), "max_new_tokens": 8} | options))
+        return scores_are_current(str(student), folder, settings)
+
+    assert not current()
+    generate_scores(str(student), folder, GenerationSettings([str(own)], seeds=(1, 2), max_new_tokens=8))
+    monkeypatch.setattr(protocol, "load_student", None)
+    os.utime(folder / "pairs.json", (0, 0))
+    assert current() and current(seeds=(2,)) and current(backend="transformers", batch_size=3)
+    assert not current(seeds=(1, 3)) and not current(temperature=0.5) and not current(backend="vllm")
+    text = own.read_text()
+    own.write_text(text + text)
+    assert not current()
+    own.write_text(text)
+    answers = folder / "pairs-seed2.jsonl"
+    answers.rename(tmp_path / "away")
+    assert not current() and current(seeds=(1,))
+    (tmp_path / "away").rename(answers)
+    change_weights(student)
+    assert not current()
+    (folder / "pairs.json").write_text("[]")
+    assert not current()
 
 
 def test_a_file_that_holds_no_scores_is_not_overwritten(student: Path, data: str) -> None:
@@ -286,6 +415,7 @@ def test_cache_and_prompts_are_measured_in_one_call(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--generate", "--data", "DATA", "--answers", "DATA/answers"], "pairs.jsonl is a file; name a folder"),
         ([], "--cache, prompts with --generate"),
         (["--seeds", "1"], "--seeds needs --generate"),
         (["--out", "scores.json", "--generate"], "--out is for the numbers of --cache"),
@@ -302,8 +432,37 @@ def test_cache_and_prompts_are_measured_in_one_call(
 def test_what_cannot_be_generated_is_refused_before_the_model_loads(
     options: list[str], said: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", str(tmp_path), *(data if option == "DATA" else option for option in options)]) == 2
+    assert main(["eval", str(tmp_path), *(option.replace("DATA", data) for option in options)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data", 5),
+        ("data", None),
+        ("data", {"a": "b"}),
+        ("prompt_template", 5),
+        ("columns", 5),
+        ("columns", {"prompt": 2}),
+        ("temperature", True),
+        ("temperature", "1"),
+        ("seeds", 5),
+        ("seeds", [[1]]),
+        ("max_new_tokens", True),
+        ("backend", 5),
+    ],
+)
+def test_settings_of_a_wrong_kind_are_refused_by_name(name: str, value: Any, data: str) -> None:
+    with pytest.raises(UserError, match=rf"^--{name} "):
+        GenerationSettings(**({"data": data} | {name: value}))
+
+
+def test_a_template_means_the_same_to_every_caller(data: str) -> None:
+    once = GenerationSettings(data, prompt_template=r"{a}\n{b}")
+    assert once.prompt_template == ("{a}\n{b}",)
+    again = GenerationSettings(data, prompt_template=once.prompt_template)
+    assert again.decisive("vllm") == once.decisive("vllm")
 
 
 def test_a_model_without_a_tokenizer_and_a_name_without_a_folder_are_refused(
@@ -325,11 +484,42 @@ def test_vllm_is_taken_by_itself_only_where_cuda_is_there_and_the_model_is_no_ad
     assert protocol.choose_backend("auto", str(student)) == "vllm"
     (student / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     assert protocol.choose_backend("auto", str(student)) == "transformers"
-    with pytest.raises(UserError, match="is an adapter"):
+    with pytest.raises(UserError, match=r"is an adapter: answer with --backend transformers"):
         protocol.choose_backend("vllm", str(student))
     monkeypatch.setattr(protocol, "why_not_vllm", lambda: "vLLM does not import (no such module)")
     with pytest.raises(UserError, match=r"no such module.*pip install"):
         protocol.choose_backend("vllm", str(student))
+
+
+def test_vllms_processes_end_with_the_command_whatever_ends_it(
+    student: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+    ended: list[float] = []
+
+    class Engine:
+        model_config = SimpleNamespace(dtype=torch.float32)
+        llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda timeout: ended.append(timeout)))
+
+        def __init__(self, **options: Any) -> None:
+            started.append({**options, "outlives not": os.environ.get(BUILD_PID)})
+
+        def generate(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+    platform = SimpleNamespace(is_cpu=lambda: True)
+    fake = SimpleNamespace(__version__="0", LLM=Engine, SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setattr(vllm_generation, "_set_environment", lambda: None)
+    monkeypatch.setattr(protocol, "why_not_vllm", lambda: None)
+    AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(student)
+    with pytest.raises(KeyboardInterrupt):
+        generate_scores(str(student), student / "generate", GenerationSettings(data, max_new_tokens=8, backend="vllm"))
+    (engine,) = started
+    assert engine["outlives not"] == str(os.getpid()) and BUILD_PID not in os.environ
+    assert engine["dtype"] == "float32", "on a CPU"
+    assert len(ended) == 1
 
 
 VLLM_SCRIPT = """
@@ -356,6 +546,7 @@ if __name__ == "__main__":
         "fewer": vllm.answers(prompts[2:], 1),
         "other seed": vllm.answers(prompts, 2),
     }
+    vllm.close()
     print(json.dumps({name: [answer.text for answer in answers] for name, answers in found.items()}))
 """
 
@@ -373,7 +564,8 @@ def test_vllm_gives_transformers_greedy_answers_and_samples_each_prompt_by_its_o
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        # In one process: two more would each import vLLM, which is most of the time.
+        env={**os.environ, "PYTHONPATH": str(root), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])

@@ -57,7 +57,13 @@ def alone(
     ids=["torchrun", "accelerate", "FSDP2", "ZeRO-2", "ZeRO-3"],
 )
 def test_two_ranks_make_the_student_of_one(
-    command: tuple[str, ...], alone: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, tmp_path: Path
+    command: tuple[str, ...],
+    alone: Path,
+    cache: LogitCache,
+    heldout: LogitCache,
+    student_folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if "--deepspeed" in command:
         pytest.importorskip("deepspeed")
@@ -81,6 +87,11 @@ def test_two_ranks_make_the_student_of_one(
         assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
     parameters = [json.loads((folder / "run.json").read_text())["student"]["num_parameters"] for folder in (out, alone)]
     assert parameters[0] == parameters[1]
+
+    assert (
+        main(["fit", *settings(cache, heldout, student_folder, out), *SPLIT, "--resume_from_checkpoint", "true"]) == 2
+    )
+    assert "the number of ranks was 2, is 1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks find their GPUs")

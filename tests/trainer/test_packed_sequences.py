@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +13,12 @@ import torch
 import transformers
 from accelerate import skip_first_batches
 from cachemaking import VOCAB, random_sequences, write_cache
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from logitcache import LogitCache, UserError
+from trainer.config import DistillConfig
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchLoader
 from trainer.data.planning import Batching
@@ -45,6 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "Gemma2": SIZES | {"sliding_window": 6},
     "Gemma3Text": SIZES | {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "GPT2": SIZES | GPT2,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXING: dict[str, dict[str, Any]] = {
+    "Mamba": {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2},
+    "Bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "OPT": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1},
+    "Lfm2": SIZES | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48},
 }
 
 
@@ -130,21 +141,59 @@ def test_stored_positions_of_a_packed_batch_are_those_of_its_sequences(flat: boo
     np.testing.assert_array_equal(batch["token_ids"], np.concatenate([s.targets.token_ids for s in sequences]))
 
 
+@pytest.fixture(params=["weights float32", "weights bfloat16", "autocast bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """The weights' dtype, perhaps in an autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=request.param.startswith("autocast")):
+        yield torch.bfloat16 if request.param == "weights bfloat16" else torch.float32
+
+
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("Mamba", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}),
-        ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}),
-    ],
-)
-def test_a_model_that_does_not_tell_sequences_apart_by_positions_is_refused(
-    name: str, settings: dict[str, Any], flat: bool
+@pytest.mark.parametrize("spread", [0.3, 0.01])
+@pytest.mark.parametrize("name", MIXING)
+def test_a_model_that_mixes_sequences_is_refused_however_little_it_mixes_them(
+    name: str, spread: float, flat: bool, dtype: torch.dtype
 ) -> None:
-    model = model_of(name, "eager", settings)
-    with pytest.raises(UserError, match=f"--packing: {name}ForCausalLM with .*(does not keep|fails).* --packing out"):
+    model = model_of(name, "eager", MIXING[name] | {"initializer_range": spread, "init_std": spread})
+    nn.Module.to(model, dtype)
+    with pytest.raises(UserError, match=f"--packing: {name}ForCausalLM with .*does not keep.* --packing out"):
         check_packing(model, flat)
     assert model.training
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [*MODELS, "Qwen3Moe"])
+def test_a_model_that_keeps_sequences_apart_is_accepted_in_any_precision(
+    name: str, attention: str, flat: bool, dtype: torch.dtype
+) -> None:
+    model = model_of(name, attention, MODELS.get(name, SIZES | EXPERTS))
+    nn.Module.to(model, dtype)
+    check_packing(model, flat)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_frozen_weights_can_be_checked() -> None:
+    for name, refused in (("Llama", False), ("OPT", True)):
+        model = model_of(name, "eager", (MODELS | MIXING)[name]).requires_grad_(False)
+        with pytest.raises(UserError, match="does not keep") if refused else nullcontext():
+            check_packing(model, flat=False)
+
+
+def test_a_model_that_counts_positions_through_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("GPT2")
+    positions: Any = model.get_submodule("transformer.wpe")
+    embed = positions.forward
+    monkeypatch.setattr(positions, "forward", lambda ids: embed(torch.arange(ids.shape[1]).expand_as(ids)))
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel with .* does not count the positions .* anew"):
+        check_packing(model, flat=False)
+
+
+def test_a_cache_of_keys_and_values_is_refused_beside_packing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--packing --use_cache true: .*Leave --use_cache out"):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True, packing=True, use_cache=True)
+    DistillConfig(output_dir=str(tmp_path), use_cpu=True, use_cache=True)
 
 
 @pytest.mark.parametrize("flat", [False, True])

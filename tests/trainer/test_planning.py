@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -12,9 +14,12 @@ import pytest
 from accelerate import skip_first_batches
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import Trainer
 
 from logitcache import CachedSequence, SparseTargets, UserError
 from logitcache.cache import SequenceStream
+from trainer.batching import num_batches, num_epochs
+from trainer.config import DistillConfig
 from trainer.data import plans
 from trainer.data.bins import best_fit_decreasing
 from trainer.data.collator import Batch, Collator
@@ -32,6 +37,7 @@ class NumberedRows(TrainingData):
     def __init__(self, lengths: list[int]) -> None:
         self._lengths = np.array(lengths, dtype=np.int32)
         self.num_read = 0
+        self.counted_batches = {}
 
     def __repr__(self) -> str:
         return f"NumberedRows({self._lengths.tolist()})"
@@ -270,6 +276,56 @@ def test_epochs_beyond_those_that_were_counted_repeat_them(monkeypatch: pytest.M
     run = Run([3, 5, 7, 9] * 8, Batching(packed_length=20), 1, True, False, 100, 100)
     assert all(equal(a, b) for a, b in zip(run.batches(0, 1), run.batches(0, 7), strict=True))
     assert not all(equal(a, b) for a, b in zip(run.batches(0, 1), run.batches(0, 2), strict=False))
+
+
+def test_epochs_of_few_rows_are_counted_for_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.planning.PLANNED_ORDERS", 6)
+    data = NumberedRows([3, 5, 7, 9])
+    orders = []
+    lengths = NumberedRows.lengths
+
+    def watched(self: NumberedRows, epoch: int, **options: Any) -> np.ndarray:
+        orders.append(epoch)
+        return lengths(self, epoch, **options)
+
+    monkeypatch.setattr(NumberedRows, "lengths", watched)
+    for world, expected in ((1, 6), (2, 3), (100, 1)):
+        batches = EpochBatches(data, Batching(packed_length=20), (0, world), shuffle=True, num_epochs=10**6)
+        assert len(batches) > 0
+        assert set(orders) == set(range(expected))
+        assert len(orders) == expected * world
+        assert batches.order(expected + 1) == (expected + 1) % expected
+        orders.clear()
+        again = EpochBatches(data, Batching(packed_length=20), (world - 1, world), shuffle=True, num_epochs=expected)
+        full = EpochBatches(data, Batching(packed_length=20), (0, world), True, shuffle=True, num_epochs=10**6)
+        assert len(again) == len(batches) and len(full) <= len(batches)
+        assert orders == []  # counted once for all
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batching", [{}, {"packing": True, "packed_length": 20}, {"tokens_per_batch": 30}])
+def test_the_trainer_makes_no_more_epochs_of_max_steps_than_were_planned(
+    batching: dict[str, Any], drop_last: bool, accumulation: int, tmp_path: Path
+) -> None:
+    data = NumberedRows(np.random.default_rng(0).integers(2, 13, 40).tolist())
+    stub = SimpleNamespace(
+        get_total_train_batch_size=lambda args: 1, get_sp_size=lambda: 1, num_examples=lambda loader: 1
+    )
+    for max_steps in (1, 7, 8, 40, 90, 200):
+        config = DistillConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            max_steps=max_steps,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=accumulation,
+            dataloader_drop_last=drop_last,
+            **batching,
+        )
+        loader: Any = [None] * num_batches(config, data)
+        made = Trainer.set_initial_training_values(cast(Any, stub), config, loader)[0]
+        assert made <= num_epochs(config, data)
+        assert made == num_epochs(config, data) or batching
 
 
 def test_a_rank_without_rows_keeps_step_with_two_tokens_and_no_positions() -> None:

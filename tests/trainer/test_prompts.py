@@ -125,6 +125,14 @@ def test_a_template_that_names_a_missing_column_or_a_number_is_refused(tmp_path:
         read_prompts(path, teacher_tokenizer, {}, ["{instruction}"])
 
 
+def test_a_column_that_is_named_and_missing_is_a_bad_row_even_where_the_file_has_our_name(
+    tmp_path: Path, teacher_tokenizer: Any
+) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"line 1: no column nope, .*prompt=nope; there are prompt, completion"):
+        read_prompts(path, teacher_tokenizer, {"prompt": "nope"})
+
+
 @pytest.mark.parametrize("template", ["no column", "{}", "{0}", "{a.b}", "{a!r}", "{a:>3}", "{a"])
 def test_templates_that_are_no_text_with_columns_are_refused(template: str) -> None:
     with pytest.raises(UserError, match="--prompt_template"):

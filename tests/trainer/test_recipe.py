@@ -16,22 +16,27 @@ import psutil
 import pytest
 import yaml
 from cachemaking import random_sequences, write_cache
+from transformers import PreTrainedConfig
 
 from logitcache import LogitCache, UserError
+from logitcache.format.atomic import file_sha256
 from trainer.cli import main
 from trainer.commands import eval as trainer_eval
 from trainer.comparison import commands, execute, folder_state
 from trainer.comparison.child import last_step, locked_log
 from trainer.comparison.recipe import read_recipe
+from trainer.evaluation.identity import model_identity
 
 # Stands for `python -m trainer`: a run of ten steps, told by what lies in its folder how to behave.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 if sys.argv[1] == "eval":
     answers = pathlib.Path(sys.argv[2]) / "generate"
-    answers.mkdir()
+    answers.mkdir(exist_ok=True)
     plan = json.loads((answers.parents[1] / "plan.json").read_text())
     (answers / "dolly.json").write_text(json.dumps(plan["scores"]))
+    for run in plan["scores"]["seeds"].values():
+        (answers / run["answers"]).touch()
     (answers.parent / "arguments.json").write_text(json.dumps(sys.argv[3:]))
     sys.exit()
 folder = pathlib.Path(next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--output_dir=")))
@@ -53,6 +58,8 @@ for step in range(first + 1, 11):
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         sys.exit(130)
 seed = int(folder.name[-1])
+(folder / "config.json").write_text('{"model_type": "llama"}')
+(folder / "model.safetensors").write_text(plan["weights"])
 (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 10, "eval_fkl": 0.5, "eval_ce": 2.0}]}))
 (folder / "eval.json").write_text(json.dumps(plan["evaluation"] | {"metrics": {"ce": 2.0 + seed, "fkl": 0.5}}))
 """
@@ -77,7 +84,12 @@ def written(folder: Path, recipe: dict[str, Any]) -> Path:
 
 
 def stood_in(
-    path: Path, monkeypatch: pytest.MonkeyPatch, *, failing: tuple[str, ...] = (), step_s: float = 0.0
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    failing: tuple[str, ...] = (),
+    step_s: float = 0.0,
+    weights: str = "some",
 ) -> Path:
     """Puts the stand-in in place of `trainer fit`; returns the folder of the runs."""
     read = read_recipe(path)
@@ -85,26 +97,36 @@ def stood_in(
     script.write_text(STAND_IN)
     monkeypatch.setattr(commands, "TRAINER", (sys.executable, str(script)))
     monkeypatch.setattr(execute, "POLL_S", 0.01)
-    identities = folder_state._identities
     records = {
         run.folder.name: {
             "settings": json.loads(run.config.to_json_string()),
             "tail": "bucket",
             "cache": {
                 "path": "a cache",
-                "caches": [{"identity": i} for i in identities(tuple(run.config.cache or ()), ())],
+                "caches": folder_state._caches(tuple(run.config.cache or ()), ()),
             },
         }
         for run in read.runs
     }
     held_out = str(read.runs[0].config.eval_cache)
-    evaluation = {"cache": held_out, "cache_sha256": folder_state._held_out_sha256(held_out)}
+    evaluation = {"cache": held_out, "cache_sha256": folder_state.held_out_sha256(held_out)}
     read.output_dir.mkdir(exist_ok=True)
     scores: dict[str, Any] = {}
     if read.generate:
-        runs = {name: {"rouge_l": 24.0} for name in read.generate.runs}
-        scores = {"settings": read.generate.decisive("transformers"), "seeds": runs, "rouge_l": 24.0}
-    plan = {"scores": scores, "records": records, "evaluation": evaluation, "failing": failing, "step_s": step_s}
+        model = path.parent / "trained"
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text('{"model_type": "llama"}')
+        (model / "model.safetensors").write_text(weights)
+        scores = {
+            "model": "a student",
+            "model_identity": model_identity(str(model), PreTrainedConfig()),
+            "data_sha256": file_sha256(Path(read.generate.data[0])),
+            "settings": read.generate.decisive("transformers"),
+            "seeds": {name: {"rouge_l": 24.0, "answers": f"dolly-seed{name}.jsonl"} for name in read.generate.runs},
+            "rouge_l": 24.0,
+        }
+    plan: dict[str, Any] = {"scores": scores, "records": records, "evaluation": evaluation}
+    plan |= {"failing": failing, "step_s": step_s, "weights": weights}
     (read.output_dir / "plan.json").write_text(json.dumps(plan))
     return read.output_dir
 
@@ -120,24 +142,28 @@ ALL = ["KD-fkl-1", "KD-fkl-2", "KD-todi-1", "KD-todi-2", "hard-labels-1", "hard-
 
 def test_runs_are_multiplied_by_losses_and_seeds_but_not_hard_labels(tmp_path: Path, recipe: dict[str, Any]) -> None:
     recipe["runs"]["own"] = {"loss": "rkl", "learning-rate": 1e-4}
+    recipe["runs"]["both"] = {"loss_schedule": "fkl@0,rkl@0.5"}
     runs = read_recipe(written(tmp_path, recipe)).runs
     assert [(run.row, run.folder.name, run.config.loss) for run in runs[::2]] == [
         ("hard labels", "hard-labels-1", "todi"),
         ("KD FKL", "KD-fkl-1", "fkl"),
         ("KD ToDi", "KD-todi-1", "todi"),
         ("own", "own-1", "rkl"),
+        ("both", "both-1", "rkl"),
     ]
-    assert [run.config.seed for run in runs] == [1, 2] * 4
-    assert [run.config.kd_weight for run in runs[::2]] == [0, 0.9, 0.9, 0.5]
-    assert runs[-1].config.learning_rate == 1e-4
+    assert [run.config.seed for run in runs] == [1, 2] * 5
+    assert [run.config.kd_weight for run in runs[::2]] == [0, 0.9, 0.9, 0.5, 0.5]
+    assert runs[7].config.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seeds": None}, r"recipe.yaml, line 2: seeds: a list of different whole numbers .* got nothing"),
+        ({"seeds": [2**32]}, r"line 2: seeds: .* up to 2³²−1 is expected"),
         ({"seeds": [1, 1]}, r"line 2: seeds: .* got \[1, 1\]"),
         ({"seed": [1]}, r"line \d+: unknown key seed \(is seeds meant\?\); accepted are output_dir, seeds"),
+        ({"losses": [["fkl"]]}, "line 5: losses: a list of different divergences"),
         ({"losses": []}, "line 5: losses: a list of different divergences"),
         ({"output_dir": None}, "line 1: output_dir: the folder of all runs"),
         ({"runs": {}}, "runs: at least one is expected"),
@@ -145,9 +171,14 @@ def test_runs_are_multiplied_by_losses_and_seeds_but_not_hard_labels(tmp_path: P
         ({"runs": {"KD": {"kd_weight": 9}}}, r"line \d+: run KD FKL: --kd_weight 9: it must lie between"),
         ({"runs": {"KD": {"seed": 9}}}, r"seed is no setting of one run: seeds belong into"),
         ({"runs": {"K D": {}, "K-D": {}}}, "K-D FKL and K D FKL would share the folder"),
+        ({"runs": {"x" * 300: {}}}, r"line \d+: runs: xxx.*-fkl-1 is longer than the 255 bytes"),
         ({"losses": ["fkl", "fkk"]}, "run hard labels|run KD FKK: --loss fkk: accepted are"),
         ({"generate": {"dat": ["x"]}}, r"unknown option dat \(is data meant\?\)"),
+        ({"common": {"loss_schedule": "fkl@0"}}, "common names a loss_schedule, and so does `losses`"),
         ({"generate": {"data": ["missing.jsonl"]}}, "generate: --data missing.jsonl: no such file"),
+        ({"generate": {"data": 5}}, "generate: --data 5: a text or a list of texts is expected"),
+        ({"generate": {"data": [], "prompt_template": 5}}, "generate: --prompt_template 5: a text or a list"),
+        ({"generate": {"data": [], "temperature": True}}, "generate: --temperature True: a number from 0"),
     ],
 )
 def test_what_a_recipe_gets_wrong_is_named_with_its_line(
@@ -204,11 +235,7 @@ def test_a_recipe_is_done_once_and_its_rows_are_shown(
 def test_answers_of_each_student_are_generated_once(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("rouge_score")
-    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
-    data = tmp_path / "dolly.jsonl"
-    data.write_text('{"question": "a", "completion": "b"}')
-    recipe["generate"] = {"data": [str(data)], "columns": {"prompt": "question"}, "seeds": [7, 8], "max_new_tokens": 9}
+    data = with_answers(tmp_path, recipe)
     path = written(tmp_path, recipe)
     answers = stood_in(path, monkeypatch) / "KD-fkl-1" / "generate"
     assert main(["compare", str(path)]) == 0
@@ -222,8 +249,222 @@ def test_answers_of_each_student_are_generated_once(
     (answers.parent / "arguments.json").unlink()
     assert main(["compare", str(path)]) == 0
     assert not (answers.parent / "arguments.json").exists()
+
+
+def with_answers(folder: Path, recipe: dict[str, Any]) -> Path:
+    """Makes it a recipe of one run that answers prompts; returns the file of these."""
+    pytest.importorskip("rouge_score")
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    data = folder / "dolly.jsonl"
+    data.write_text('{"question": "word1", "completion": "b"}\n')
+    recipe["generate"] = {"data": [str(data)], "columns": {"prompt": "question"}, "seeds": [7, 8], "max_new_tokens": 9}
+    return data
+
+
+def test_answers_are_made_again_when_data_or_options_change_and_only_then(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = with_answers(tmp_path, recipe)
+    recipe["generate"]["prompt_template"] = r"{question}\n"
+    made = tmp_path / "runs" / "KD-fkl-1" / "arguments.json"
+
+    def compared() -> bool:
+        """Whether answers were made."""
+        path = written(tmp_path, recipe)
+        stood_in(path, monkeypatch)
+        made.unlink(missing_ok=True)
+        assert main(["compare", str(path)]) == 0
+        return made.exists()
+
+    assert compared()
+    assert not compared()
+    evaluation = made.with_name("eval.json")
+    evaluation.write_text(evaluation.read_text())  # as `trainer eval` does, after the answers were made
+    assert not compared()
+    data.write_text(data.read_text() * 2)
+    assert compared()
+    recipe["generate"]["max_new_tokens"] = 8
+    former = made.parent / "generate" / "dolly-seed7.jsonl"
+    former.write_text("nine tokens")
+    capsys.readouterr()
+    assert compared()
+    assert "its answers were made with another max_new_tokens: they are made again" in capsys.readouterr().out
+    assert former.read_text() == ""
     recipe["generate"]["seeds"] = [7, 8, 9]
-    assert not folder_state.answers_done(answers.parent, read_recipe(written(tmp_path, recipe)).generate)  # type: ignore[arg-type]
+    assert compared()
+    assert not compared()
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"question": "word1", "completion": "b"}, {}, "hold no prompt with a reference"),
+        ({"prompt": "word1 " * 60, "completion": "b"}, {}, "60 tokens and max_new_tokens 9 are more than the 64"),
+        ({"prompt": "word1 " * 60, "completion": "b"}, {"max_prompt_length": 50}, "as short as max_prompt_length 50"),
+        ({"prompt": "word1", "completion": 5}, {}, "`completion` must be a text or a list of texts"),
+    ],
+)
+def test_prompts_that_a_student_cannot_answer_are_refused_before_anything_starts(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    row: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with_answers(tmp_path, recipe).write_text(json.dumps(row))
+    del recipe["generate"]["columns"]
+    recipe["generate"] |= options
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert started(runs) == []
+
+
+def test_scores_of_someone_else_are_not_replaced(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_answers(tmp_path, recipe)
+    path = written(tmp_path, recipe)
+    folder = stood_in(path, monkeypatch) / "KD-fkl-1"
+    (folder / "generate").mkdir(parents=True)
+    (folder / "generate" / "dolly.json").write_text("{}")
+    assert main(["compare", str(path)]) == 2
+    assert "dolly.json holds no scores" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_known_by_its_content_not_by_its_times(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 0
+    os.utime(runs / "KD-fkl-1" / "eval.json", (0, 0))
+    assert main(["compare", str(path)]) == 0
+    assert len(started(runs)) == 1
+
+
+def test_a_run_that_an_earlier_version_did_is_finished(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 0
+    file = runs / "KD-fkl-1" / "run.json"
+    record = json.loads(file.read_text())
+    record["cache"] = {"path": "a cache", "fingerprint": record["cache"]["caches"][0]["fingerprint"]}
+    record["settings"] |= {"cache": record["settings"]["cache"][0]}
+    del record["settings"]["packing"], record["settings"]["lora_r"]
+    file.write_text(json.dumps(record))
+    assert main(["compare", str(path)]) == 0
+    assert len(started(runs)) == 1
+
+
+def test_runs_that_are_measured_on_different_caches_are_refused_before_anything_starts(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    cache: LogitCache,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe["runs"]["other"] = {"eval_cache": cache.path}
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    assert main(["compare", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"run other FKL: --eval_cache {cache.path}: hard labels is measured on another one" in error
+    assert started(runs) == []
+
+
+def test_a_place_that_can_hold_no_runs_is_refused(
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["compare", str(written(tmp_path, recipe | {"output_dir": str(tmp_path / "file")}))]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "content"), [("run.json", "{}"), ("model.safetensors", "of someone")])
+def test_a_folder_of_someone_else_is_not_overwritten(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: str,
+) -> None:
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch)
+    (runs / "KD-fkl-1").mkdir()
+    (runs / "KD-fkl-1" / name).write_text(content)
+    assert main(["compare", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "KD-fkl-1 holds another run: " in error
+    assert name in error
+    assert (runs / "KD-fkl-1" / name).read_text() == content
+
+
+def test_nothing_of_a_former_model_stays_when_a_run_is_done_again(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe |= {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    path = written(tmp_path, recipe)
+    folder = stood_in(path, monkeypatch) / "KD-fkl-1"
+    assert main(["compare", str(path)]) == 0
+    former = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
+    former += ["model.safetensors.index.json", "pytorch_model.bin"]
+    for name in former:
+        (folder / name).write_text("former")
+    (folder / "generate").mkdir()
+    (folder / "generate" / "dolly.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    recipe["runs"]["KD"]["kd_weight"] = 0.8
+    stood_in(written(tmp_path, recipe), monkeypatch, weights="new")
+    assert main(["compare", str(path), "--overwrite"]) == 0
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        [*("config.json", "eval.json", "log.txt", "model.safetensors"), "notes.txt", "run.json", "trainer_state.json"]
+    )
+    assert (folder / "model.safetensors").read_text() == "new"
+
+
+def test_a_result_that_cannot_be_read_loses_no_other(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, recipe)
+    runs = stood_in(path, monkeypatch, step_s=0.01)
+    finished = execute.StatusLine.finished
+
+    def broken(line: Any, run: Any, *rest: Any, **more: Any) -> None:
+        if run.folder.name == "hard-labels-1":
+            raise KeyError("rouge_l")
+        finished(line, run, *rest, **more)
+
+    monkeypatch.setattr(execute.StatusLine, "finished", broken)
+    assert main(["compare", str(path), "--jobs", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "hard-labels-1 failed" in captured.err
+    assert "KeyError: 'rouge_l'" in captured.err
+    assert len(started(runs)) == 6
+    assert "KD ToDi" in captured.out
+
+
+def test_rows_stand_in_the_order_of_the_recipe(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe |= {"runs": {"z": {}, "y": {"kd_weight": 0}, "a": {}}, "losses": ["todi"]}
+    path = written(tmp_path, recipe)
+    stood_in(path, monkeypatch)
+    assert main(["compare", str(path), "--jobs", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith(("z ", "y ", "a "))][:3] == [
+        "z ToDi",
+        "y",
+        "a ToDi",
+    ]
 
 
 def test_what_does_not_fit_a_cache_is_refused_before_anything_starts(
@@ -288,7 +529,7 @@ def test_a_run_whose_cache_has_changed_is_done_again(
         if file.is_file():
             file.unlink()
     write_cache(tmp_path / "cache", random_sequences(10, seed=6))
-    folder_state._identities.cache_clear()
+    folder_state._caches.cache_clear()
     runs = stood_in(path, monkeypatch)
     assert main(["compare", str(path)]) == 0
     assert started(runs) == ["KD-fkl-1 0", "KD-fkl-1 0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from logitcache.format.shard_reader import ShardReader
 from trainer.data import mixture
 from trainer.data.held import Held
 from trainer.data.mixture import SmoothOrder, apportioned
+from trainer.data.passes import Passes
 from trainer.data.training_data import TrainingData, open_training_data, shared_rows
 
 few = settings(max_examples=15, deadline=None, database=None)
@@ -203,6 +205,48 @@ def test_worker_processes_that_are_not_forked_read_the_same(data: TrainingData) 
     assert ids(pickle.loads(pickle.dumps(data)), 2) == ids(data, 2)
 
 
+def test_a_small_cache_of_a_great_weight_is_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small, large = (
+        write_cache(tmp_path / name, random_sequences(n, seed=n)) for name, n in (("small", 5), ("large", 300))
+    )
+    data = open_training_data([f"{small.path}:0.9", f"{large.path}:0.1"])
+    decoded = []
+    read_row_group = ShardReader.read_row_group
+
+    def watched(self: ShardReader, index: int) -> DecodedRows:
+        decoded.append(index)
+        return read_row_group(self, index)
+
+    monkeypatch.setattr(ShardReader, "read_row_group", watched)
+    rows = ids(data)
+    assert len(decoded) == 2
+    own = [row for row in rows if row in {row.row_id for row in small}]
+    passes = [own[start : start + 5] for start in range(0, len(own) - 4, 5)]
+    assert len(passes) == 55
+    assert all(len(set(one)) == 5 for one in passes)
+    assert len({tuple(one) for one in passes}) > 20
+    for start in (3, 77, 304):
+        assert ids(data, start=start) == rows[start:]
+    lengths = data.lengths(0, shuffle=True, seed=3)
+    assert lengths.tolist() == [len(row.input_ids) for row in data.stream(0, shuffle=True, seed=3)]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_ranks_divide_each_pass_over_a_small_cache(tmp_path: Path, shuffle: bool) -> None:
+    cache = write_cache(tmp_path, random_sequences(11, seed=4))
+    for first_pass in (0, 3):
+        parts = []
+        for rank in range(3):
+            draws = Passes(cache, 1, shuffle, 5, (rank, 3), weighted=True)
+            size = 11 * (rank + 1) // 3 - 11 * rank // 3
+            numbers = draws.row_numbers(first_pass * size, size).tolist()
+            assert [row.row_id for row in islice(draws.rows(first_pass * size), size)] == [
+                cache[number].row_id for number in numbers
+            ]
+            parts += numbers
+        assert sorted(parts) == list(range(11))
+
+
 # SmoothOrder and apportioned, against exact fractions
 
 
@@ -315,10 +359,27 @@ def test_weights_on_some_caches_only_are_refused(caches: tuple[LogitCache, ...])
         open_training_data([f"{caches[0].path}:2", caches[1].path])
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "0.0", "1e999"])
+@pytest.mark.parametrize(
+    "weight", ["0", "-1", "0.0", "1e999", "nan", "-nan", "inf", "Infinity", "0.7,", "0,7", ",7", "70%", "1;", "-inf"]
+)
 def test_weights_that_are_not_above_zero_are_refused(caches: tuple[LogitCache, ...], weight: str) -> None:
     with pytest.raises(UserError, match=rf"the weight is {weight}, accepted are numbers above 0"):
         open_training_data([f"{caches[0].path}:{weight}"])
+
+
+def test_what_is_no_weight_belongs_to_the_path(caches: tuple[LogitCache, ...]) -> None:
+    for text in ("nano", "7b", "inform", "v1.2.3", "1,2,3"):
+        with pytest.raises(UserError, match=rf"{caches[0].path}:{text}\b"):
+            open_training_data([f"{caches[0].path}:{text}"])
+
+
+@pytest.mark.parametrize("weight", ["0.5", "2", "nan"])
+def test_teachers_to_average_have_no_weights(caches: tuple[LogitCache, ...], weight: str) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"--average_with {caches[1].path}:{weight}: .* no weights, all count alike. Write {caches[1].path} without",
+    ):
+        open_training_data([caches[0].path], [f"{caches[1].path}:{weight}"])
 
 
 def test_a_weight_too_small_for_one_row_is_refused(caches: tuple[LogitCache, ...]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainer.comparison.execute import Failure
     from trainer.comparison.rows import Row
 
+PICTURES = (".png", ".pdf", ".svg")
 RECIPE_SUFFIXES = (".yaml", ".yml")
 FAILED = 1
 
@@ -42,9 +43,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_picture,
         metavar="FILE",
-        help="picture of the curves (default: compare.png, of a recipe in its output_dir)",
+        help=f"picture of the curves, {', '.join(PICTURES)} (default: compare.png, of a recipe in its output_dir)",
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page (default: beside the picture)")
     parser.add_argument(
@@ -72,24 +73,28 @@ def _finished(args: Namespace) -> int:
     for name in ("jobs", "overwrite"):
         if getattr(args, name):
             raise UserError(f"--{name} belongs to a recipe: {args.runs[0]} is taken for a finished run")
-    from trainer.comparison.finished import read_run
+    from trainer.comparison.finished import read_runs
     from trainer.comparison.rows import rows_of
 
     out = args.out or Path("compare.png")
     check_outputs(args, out)
-    show(rows_of([read_run(path) for path in args.runs]), args, out, title="Runs side by side")
+    show(rows_of(read_runs(args.runs)), args, out, title="Runs side by side")
     return 0
 
 
 def _recipe(args: Namespace, argv: Sequence[str]) -> int:
-    from trainer.comparison.execute import check, default_jobs, execute
-    from trainer.comparison.finished import check_comparable, read_run
+    from trainer.comparison.check import check
+    from trainer.comparison.execute import default_jobs, execute
+    from trainer.comparison.finished import read_runs
     from trainer.comparison.recipe import read_recipe
     from trainer.comparison.rows import Row
 
     recipe = read_recipe(args.runs[0])
     states = check(recipe, overwrite=args.overwrite)
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{recipe.path}: output_dir {recipe.output_dir}: {error.strerror}") from error
     out = args.out or recipe.output_dir / "compare.png"
     check_outputs(args, out)
     jobs = min(args.jobs or default_jobs(), len(recipe.runs))
@@ -104,11 +109,11 @@ def _recipe(args: Namespace, argv: Sequence[str]) -> int:
         print(f"trainer: stopped. The same command continues:\n  {shlex.join(['trainer', 'compare', *argv])}")
         return INTERRUPTED
     failed = {failure.folder for failure in failures}
-    finished = [(planned.row, read_run(planned.folder)) for planned in recipe.runs if planned.folder not in failed]
-    if finished:
-        check_comparable([one for _, one in finished])
-        names = dict.fromkeys(name for name, _ in finished)
-        rows = [Row(name, [one for other, one in finished if other == name]) for name in names]
+    planned = [run for run in recipe.runs if run.folder not in failed]
+    if planned:
+        finished = list(zip(planned, read_runs([run.folder for run in planned]), strict=True))
+        names = dict.fromkeys(run.row for run in planned)
+        rows = [Row(name, [one for run, one in finished if run.row == name]) for name in names]
         print()
         show(rows, args, out, title=recipe.path.stem)
     for failure in failures:
@@ -122,6 +127,8 @@ def check_outputs(args: Namespace, out: Path) -> None:
     page = page_of(args, out)
     if page.is_dir() or not page.parent.is_dir():
         raise UserError(f"--page {page}: name a file in an existing folder")
+    if page.resolve() == out.resolve():
+        raise UserError(f"--page {page}: that is the picture; name another file")
 
 
 def page_of(args: Namespace, out: Path) -> Path:
@@ -136,6 +143,8 @@ def show(rows: Sequence[Row], args: Namespace, out: Path, *, title: str) -> None
     from trainer.comparison.table import table
 
     print(table(rows))
+    for note in dict.fromkeys(note for row in rows for run in row.runs for note in run.notes):
+        print(f"note: {note}")
     draw(rows, args.curves, out)
     write_page(rows, page_of(args, out), title)
     print(f"\ncurves: {out}\npage: {page_of(args, out)}")
@@ -144,6 +153,13 @@ def show(rows: Sequence[Row], args: Namespace, out: Path, *, title: str) -> None
 def _report(failure: Failure) -> str:
     lines = "\n".join(f"  {line}" for line in failure.lines)
     return f"trainer: error: {failure.folder} failed; the end of its log.txt:\n{lines}"
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in PICTURES:
+        raise ArgumentTypeError(f"{text}: a picture is expected, {', '.join(PICTURES)}")
+    return path
 
 
 def _curves(text: str) -> tuple[str, ...]:

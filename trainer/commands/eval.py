@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ GENERATING = (
     "answers",
 )
 """Options that mean nothing without --generate."""
-"""Folder of scores and answers beside a model."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -61,7 +61,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         *("--batch_size", "--batch-size"),
         type=positive,
-        help="sequences at a time (default: 8 of a cache, 32 when generating)",
+        help="sequences at a time (default: 8 of a cache, 32 when generating; it changes no answer, up to rounding in half "
+        "precision)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON with the numbers of --cache (default: MODEL/eval.json)"
@@ -84,7 +85,6 @@ def make_parser() -> Parser:
     add(
         "prompt_template",
         action="append",
-        type=_template,
         metavar="TEXT",
         help=r"the prompt from {column} fields, \n is a new line; given several times, a row takes the first whose columns "
         "all have text in it, or else the last",
@@ -103,7 +103,8 @@ def make_parser() -> Parser:
     add(
         "backend",
         metavar="NAME",
-        help="transformers, vllm, or auto: vllm where it is installed and CUDA is there (default: auto)",
+        help="transformers, vllm, or auto: vllm where it is installed and CUDA is there (default: auto); on a CPU in "
+        "float32, on CUDA in the precision of the weights as they are saved",
     )
     add("answers", type=Path, metavar="FOLDER", help="for scores and answers (default: MODEL/generate)")
     return parser
@@ -138,8 +139,11 @@ def _answers(args: Namespace, given: Mapping[str, Any]) -> tuple[Path, Generatio
     folder = options.pop("answers", Path(args.model) / ANSWERS_NAME)
     if "answers" not in given and not Path(args.model).is_dir():
         raise UserError(f"{args.model} is no folder here: name a folder for the answers with --answers")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--answers {folder}: this is a file; name a folder")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--answers {folder}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--answers {folder}: nothing can be written in {existing}; name another folder")
     if args.batch_size is not None:
         options["batch_size"] = args.batch_size
     return folder, GenerationSettings(**options)
@@ -150,10 +154,6 @@ def _mapping(text: str) -> dict[str, str]:
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise ArgumentTypeError(f"{text}: OURS=THEIRS,… is expected, for example prompt=question,completion=answer")
     return {ours.strip(): theirs.strip() for ours, theirs in pairs}
-
-
-def _template(text: str) -> str:
-    return text.replace(r"\n", "\n")
 
 
 def _from_0(text: str) -> int:

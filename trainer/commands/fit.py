@@ -36,6 +36,8 @@ def run(argv: Sequence[str]) -> int:
         again = shlex.join(["trainer", "fit", *argv, "--resume_from_checkpoint", outcome.stopped_at])
         print(f"trainer: stopped after step {outcome.steps}. This continues:\n  {again}")
         return INTERRUPTED
+    if not outcome.trained:
+        print(f"\nnothing was left to train: {prepared.checkpoint} is where the run had ended", end="")
     if outcome.early:
         print(f"\n{outcome.early}", end="")
     print(f"\n{outcome.steps} steps done; model, tokenizer and run.json are in {config.output_dir}")

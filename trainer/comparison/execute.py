@@ -16,14 +16,16 @@ from typing import Any, BinaryIO
 import torch
 
 from logitcache import UserError
+from logitcache.errors import one_line
 from logitcache.progress import duration
+from trainer.comparison.answers import remove_other_answers
 from trainer.comparison.child import Child, last_lines, last_step, locked_log
 from trainer.comparison.commands import fit_command, generate_command
-from trainer.comparison.folder_state import FolderState, answers_done, folder_state
+from trainer.comparison.folder_state import folder_state, model_files
 from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.comparison.status_line import StatusLine
-from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
-from trainer.prepare import prepare
+from trainer.evaluation.protocol import scores_are_current
+from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
 
 LOG_NAME = "log.txt"
 POLL_S = 0.2
@@ -59,38 +61,11 @@ def default_jobs() -> int:
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
-def check(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
-    """What each run's folder holds.
-
-    Raises UserError where that is another run, unless it may be overwritten, and for whatever `trainer fit` would refuse
-    later, when other runs have taken hours: caches, tokenizers and students that do not fit.
-    """
-    states: dict[Path, FolderState] = {}
-    prepared: set[str] = set()
-    for run in recipe.runs:
-        try:
-            states[run.folder] = folder_state(run)
-            if not states[run.folder].done and run.row not in prepared:
-                prepare(run.config)
-                prepared.add(run.row)
-        except UserError as error:
-            raise UserError(f"{run.where}: run {run.row}: {error}") from error
-    others = {folder: state.differs for folder, state in states.items() if state.differs}
-    if others and not overwrite:
-        folder, differs = next(iter(others.items()))
-        more = f" (and so {len(others) - 1} more)" if len(others) > 1 else ""
-        raise UserError(
-            f"{folder} holds another run{more}: {'; '.join(differs)}. Name another output_dir in {recipe.path}, or add "
-            "--overwrite to do such runs again"
-        )
-    return states
-
-
 def execute(recipe: Recipe, *, jobs: int) -> list[Failure]:
     """Does what is missing, `jobs` runs at a time; one that fails stops no other.
 
     Each is a process of its own, its output in the folder's log.txt. A folder that holds another run is overwritten, so
-    call `check` first. On Ctrl-C or SIGTERM the runs write checkpoints, and KeyboardInterrupt is raised when they
+    call `check.check` first. On Ctrl-C or SIGTERM the runs write checkpoints, and KeyboardInterrupt is raised when they
     have ended. Should this process be killed, its runs go on, and the next call waits for them.
     """
     pool = _Pool(recipe, jobs)
@@ -121,7 +96,12 @@ class _Pool:
                 slot = next(slot for slot in range(self._jobs) if slot not in taken)
                 self._active.append(_Active(self._waiting.popleft(), slot))
             for active in list(self._active):
-                self._tend(active)
+                try:
+                    self._tend(active)
+                except UserError as error:
+                    self._fail(active, str(error))
+                except Exception as error:  # whatever is wrong with one folder, the other runs go on
+                    self._fail(active, f"{type(error).__name__}: {one_line(error)}")
             self._status.show({active.run.folder.name: self._where(active) for active in self._active})
             if self._active:
                 time.sleep(POLL_S)
@@ -167,14 +147,10 @@ class _Pool:
             if status != 0:
                 self._fail(active, f"exit status {status}", *last_lines(active.log_path, SHOWN_LOG_LINES))
                 return
-        try:
-            command = self._next_command(active)
-        except UserError as error:
-            self._fail(active, str(error))
-            return
+        command = self._next_command(active)
         if command is None:
-            self._end(active)
             self._status.finished(active.run, duration(time.monotonic() - active.began), fresh=active.child is not None)
+            self._end(active)
         else:
             active.child = Child(command, active.log, self._environment(active.slot))
 
@@ -191,12 +167,17 @@ class _Pool:
                 active.log.truncate(0)
             active.doing = ""
             return fit_command(run, state.checkpoint)
-        if self._generate is None or answers_done(run.folder, self._generate):
+        wanted = self._generate
+        if wanted is None or scores_are_current(str(run.folder), run.folder / ANSWERS_NAME, wanted):
             return None
         if active.doing == "generating":
             raise UserError(f"{run.folder}: `trainer eval --generate` left no scores; see {active.log_path}")
+        if other := remove_other_answers(run.folder, wanted):
+            self._status.say(
+                f"{run.folder}: its answers were made with another {', '.join(other)}: they are made again"
+            )
         active.doing = "generating"
-        return generate_command(run.folder, self._generate)
+        return generate_command(run.folder, wanted)
 
     def _fail(self, active: _Active, *lines: str) -> None:
         self._end(active)
@@ -204,8 +185,8 @@ class _Pool:
         self._status.failed(active.run)
 
     def _end(self, active: _Active) -> None:
-        assert active.log is not None
-        active.log.close()
+        if active.log is not None:
+            active.log.close()
         self._active.remove(active)
 
     def _where(self, active: _Active) -> str:
@@ -222,11 +203,15 @@ class _Pool:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what makes a folder a run, so that nothing of a former one is taken for the new one's."""
-    for name in (EVALUATION_NAME, STATE_NAME, RUN_NAME):
+    """Removes what a run left, so that nothing of a former one is taken for the new one's."""
+    for name in (EVALUATION_NAME, STATE_NAME):
         (folder / name).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for path in (*folder.glob("checkpoint-*"), *model_files(folder)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (folder / RUN_NAME).unlink(missing_ok=True)  # last: without it the folder would be someone else's
 
 
 @contextmanager

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import UnionType
 from typing import Any
 
 from logitcache import UserError
+from trainer.comparison.answers import Answers, answers_of
 from trainer.comparison.metrics import CURVES, ROUGE_L
-from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.comparison.records import read_record
+from trainer.comparison.settings import filled_in
+from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.settings.schedules import parse_points
 
 
 @dataclass(frozen=True)
 class FinishedRun:
     """metrics: of the held-out cache, of its answers and of its pace, those that are known; names as in `metrics.METRICS`.
 
-    curves: metric → {step: value}.
+    curves: metric → {step: value}.  answers: by data file.  notes: on what is left out.
     """
 
     path: Path
@@ -29,50 +34,83 @@ class FinishedRun:
     eval_cache_sha256: str
     metrics: Mapping[str, float]
     curves: Mapping[str, Mapping[int, float]]
+    answers: Mapping[str, Answers]
+    notes: Sequence[str]
 
     @property
-    def seed(self) -> int:
-        """Of the weights and of the order of the rows."""
-        return int(self.settings["seed"])
+    def seeds(self) -> tuple[int, int]:
+        """Of the weights, and of the order of the rows."""
+        seed, of_data = self.settings["seed"], self.settings.get("data_seed")
+        return int(seed), int(seed if of_data is None else of_data)
 
     @property
     def hard(self) -> bool:
         """Whether it learnt from the hard labels only."""
-        return bool(self.settings["kd_weight"] == 0)
+        schedule = self.settings.get("kd_weight_schedule")
+        if not schedule:
+            return bool(self.settings["kd_weight"] == 0)
+        points = parse_points(schedule, f"{self.path / RUN_NAME}: kd_weight_schedule", float, from_start=False)
+        return all(weight == 0 for _, weight in points)
 
 
 def read_run(path: Path) -> FinishedRun:
     """Raises UserError for a folder that holds no finished run with a held-out evaluation."""
-    record, evaluation = _json(path, RUN_NAME), _json(path, EVALUATION_NAME)
-    history = _json(path, STATE_NAME)["log_history"]
+    record = _record(path, RUN_NAME, settings=dict, tail=str)
+    evaluation = _record(path, EVALUATION_NAME, cache=str, cache_sha256=str, metrics=dict)
+    history = _record(path, STATE_NAME, log_history=list)["log_history"]
     curves = {
         name: {int(entry["step"]): float(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry}
         for name in CURVES
     }
+    answers, notes = answers_of(path)
+    rouge = {ROUGE_L + stem: of.rouge_l for stem, of in answers.items()}
     return FinishedRun(
         path,
-        record["settings"],
+        filled_in(record["settings"]),
         record["tail"],
         evaluation["cache"],
         evaluation["cache_sha256"],
-        evaluation["metrics"] | _rouge(path) | _pace(record["settings"], history),
+        evaluation["metrics"] | rouge | _pace(record["settings"], history),
         curves,
+        answers,
+        notes,
     )
 
 
-def check_comparable(runs: Sequence[FinishedRun]) -> None:
-    """Raises UserError for runs that were evaluated on different data."""
+def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
+    """Runs that can stand side by side; answers that were made differently from the first run's are left out.
+
+    Raises UserError for a folder that is named twice and for runs that were evaluated on different data.
+    """
+    known: dict[Path, Path] = {}
+    for path in paths:
+        if known.setdefault(path.resolve(), path) is not path:
+            raise UserError(f"{path} is named twice: it would count as two runs")
+    runs = [read_run(path) for path in paths]
     for run in runs[1:]:
         if run.eval_cache_sha256 != runs[0].eval_cache_sha256:
             raise UserError(
                 f"{run.path} was evaluated on the cache {run.eval_cache}, {runs[0].path} on another one, "
                 f"{runs[0].eval_cache}: compare runs with the same --eval_cache"
             )
+    first: dict[str, FinishedRun] = {}
+    for run in runs:
+        first |= {stem: run for stem in run.answers if stem not in first}
+    return [_comparable(run, first) for run in runs]
 
 
-def _rouge(path: Path) -> dict[str, float]:
-    scores = sorted((path / ANSWERS_NAME).glob("*.json"))
-    return {ROUGE_L + file.stem: float(_json(file.parent, file.name)["rouge_l"]) for file in scores}
+def _comparable(run: FinishedRun, first: Mapping[str, FinishedRun]) -> FinishedRun:
+    metrics, notes = dict(run.metrics), list(run.notes)
+    for stem, answers in run.answers.items():
+        wanted = first[stem].answers[stem].made
+        differ = [name for name in {**wanted, **answers.made} if wanted.get(name) != answers.made.get(name)]
+        if differ:
+            del metrics[ROUGE_L + stem]
+            notes.append(
+                f"{run.path}: its answers to {stem} were made with another {', '.join(differ)} than those of "
+                f"{first[stem].path}: left out"
+            )
+    return dataclasses.replace(run, metrics=metrics, notes=notes)
 
 
 def _pace(settings: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -88,13 +126,11 @@ def _pace(settings: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -
     return pace
 
 
-def _json(path: Path, name: str) -> Any:
-    try:
-        return json.loads((path / name).read_text(encoding="utf-8"))
-    except OSError as error:
+def _record(folder: Path, name: str, **kinds: type | UnionType) -> dict[str, Any]:
+    record = read_record(folder / name, **kinds)
+    if record is None:
         raise UserError(
-            f"{path} is no finished run with a held-out evaluation: it has no {name}. "
+            f"{folder} is no finished run with a held-out evaluation: it has no {name}. "
             "`trainer fit --eval_cache DIR --output_dir RUN` makes one"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path / name}, line {error.lineno}: not JSON ({error.msg})") from error
+        )
+    return record

@@ -13,7 +13,7 @@ const hidden = new Set();
 const plots = [];
 
 const colour = (row) => COLOURS[dark.matches ? "dark" : "light"][row % COLOURS.light.length];
-const dash = (row) => DASHES[row % DASHES.length];
+const dash = (row) => DASHES[(row + Math.floor(row / COLOURS.light.length)) % DASHES.length];
 const css = (name) => {
   const probe = document.createElement("span");
   probe.style.color = `var(${name})`;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -67,7 +68,11 @@ def _lede(rows: Sequence[Row]) -> str:
     runs = [run for row in rows for run in row.runs]
     positions = runs[0].metrics.get("positions")
     size = f", {int(positions):,} positions" if positions else ""
-    return f"{len(runs)} runs in {len(rows)} rows, measured on {runs[0].eval_cache}{size}"
+    return f"{_counted(len(runs), 'run')} in {_counted(len(rows), 'row')}, measured on {runs[0].eval_cache}{size}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _means(rows: Sequence[Row]) -> str:
@@ -86,10 +91,11 @@ def _means(rows: Sequence[Row]) -> str:
 
 def _best(rows: Sequence[Row], name: str) -> Row | None:
     better = metric(name).better
-    known = [(estimate.mean, row) for row in rows if (estimate := row.estimate(name))]
-    if not better or len(known) < 2:
+    known = [(of.mean, row) for row in rows if (of := row.estimate(name))]
+    finite = [(mean, row) for mean, row in known if math.isfinite(mean)]
+    if not better or len(known) < 2 or not finite:
         return None
-    return max(known, key=lambda pair: pair[0] * better)[1]
+    return max(finite, key=lambda pair: pair[0] * better)[1]
 
 
 def _differences(rows: Sequence[Row]) -> str:
@@ -136,7 +142,7 @@ def _runs(rows: Sequence[Row]) -> str:
     lines = [
         [
             _name(row),
-            _number(run.seed, str(run.seed)),
+            _number(run.seeds[0], "/".join(map(str, dict.fromkeys(run.seeds)))),
             *(_value(run.metrics.get(name)) for name in names),
             _text(str(run.path)),
         ]
@@ -194,7 +200,9 @@ def _value(value: float | None) -> str:
 
 
 def _number(value: float, html: str, kind: str = "") -> str:
-    return f'<td class="{kind}" data-value="{value!r}">{html}</td>'
+    """What is not finite sorts as if it were not known."""
+    sorted_by = f' data-value="{value!r}"' * math.isfinite(value)
+    return f'<td class="{kind}"{sorted_by}>{html}</td>'
 
 
 def _text(value: Any) -> str:

@@ -6,17 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
+from logitcache import UserError
+from logitcache.format.atomic import atomic_path
 from trainer.comparison.metrics import metric
 from trainer.comparison.rows import Row
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+PANEL_INCHES = (6, 4.5)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Okabe and Ito's, told apart by the colour-blind too, with a grey that is seen on dark paper; line styles repeat it."""
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 
 def draw(rows: Sequence[Row], curves: Sequence[str], picture: Path) -> None:
-    """A PNG with a panel for each of these metrics: means over seeds, and bands from the lowest to the highest."""
+    """A panel for each of these metrics: means over seeds, and bands from the lowest to the highest.
+
+    picture: its suffix is its format. Raises UserError where it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,24 +35,49 @@ def draw(rows: Sequence[Row], curves: Sequence[str], picture: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure, panels = pyplot.subplots(
-        1, len(curves), figsize=(6 * len(curves), 4.5), layout="constrained", squeeze=False
+        1, len(curves), figsize=(PANEL_INCHES[0] * len(curves), PANEL_INCHES[1]), layout="constrained", squeeze=False
     )
+    lines: dict[int, Line2D] = {}
     for axis, name in zip(panels[0], curves, strict=True):
         for number, row in enumerate(rows):
             steps, seeds = common_steps([run.curves[name] for run in row.runs])
             if not steps:
                 continue
-            colour, style = COLOURS[number % len(COLOURS)], STYLES[number % len(STYLES)]
+            colour, style = look(number)
             mean = [fmean(values) for values in seeds]
-            axis.plot(steps, mean, color=colour, linestyle=style, marker="o", markersize=3, label=row.name)
+            [lines[number]] = axis.plot(steps, mean, color=colour, linestyle=style, marker="o", markersize=3)
             axis.fill_between(steps, [min(v) for v in seeds], [max(v) for v in seeds], color=colour, alpha=0.2, lw=0)
         axis.set(xlabel="step", ylabel=f"held-out {metric(name).description}")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    panels[0][0].legend()
+    drawn = sorted(lines)
+    _legend(figure, [rows[number].name for number in drawn], [lines[number] for number in drawn])
     figure.suptitle("line: mean over seeds; band: lowest to highest seed", fontsize="small")
-    figure.savefig(picture, dpi=150)
-    pyplot.close(figure)
+    try:
+        with atomic_path(picture) as temporary:
+            figure.savefig(temporary, format=picture.suffix.removeprefix("."), dpi=150)
+    except OSError as error:
+        raise UserError(f"--out {picture}: cannot be written ({error.strerror})") from error
+    finally:
+        pyplot.close(figure)
+
+
+def look(number: int) -> tuple[str, Any]:
+    """Colour and line style of a row, the same again after 49."""
+    return COLOURS[number % len(COLOURS)], STYLES[(number + number // len(COLOURS)) % len(STYLES)]
+
+
+def _legend(figure: Figure, names: Sequence[str], lines: Sequence[Line2D]) -> None:
+    """Below the panels, in as many columns as there is room for; the picture grows by its lines."""
+    if not lines:
+        return
+    width, height = figure.get_size_inches()
+    columns = max(1, int(width / (0.7 + 0.09 * max(map(len, names)))))
+    figure.set_size_inches(width, height + 0.23 * math.ceil(len(lines) / columns))
+    legend = figure.legend(lines, ["row"] * len(lines), loc="outside lower center", ncols=columns)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)  # $ is a sign like others; and here a name may begin with _
+        text.set_text(name)
 
 
 def common_steps(curves: Sequence[Mapping[int, float]]) -> tuple[list[int], list[list[float]]]:

@@ -30,6 +30,9 @@ from trainer.evaluation.generation_settings import GenerationSettings
 
 KEYS = ["output_dir", "seeds", "losses", "common", "runs", "generate"]
 SETTINGS = [field.name for field in dataclasses.fields(DistillConfig) if field.init]
+LOSSES = ("loss", "loss_schedule")  # a run that names one of them is done with that only
+LARGEST_SEED = 2**32 - 1  # of NumPy
+LONGEST_NAME_BYTES = 255  # of Linux and macOS
 ELSEWHERE = {
     "seed": "seeds belong into `seeds: [1, 2, 3]` at the top",
     "output_dir": "it belongs to the top: the folders of the runs are made below it",
@@ -89,10 +92,11 @@ def _rows(file: MarkedYaml, content: Mapping[str, Any]) -> Iterator[tuple[str, s
     """Name, beginning of the folder's name, settings and place of each row."""
     common = _settings(file, content.get("common") or {}, "common")
     losses = content.get("losses")
-    if losses is not None and (not isinstance(losses, list) or not losses or len({*map(str, losses)}) < len(losses)):
+    if losses is not None and not _different_names(losses):
         raise file.error("losses: a list of different divergences is expected, such as [fkl, todi]", "losses")
-    if losses and "loss" in common:
-        raise file.error("common names a loss, and so does `losses`: leave one of them out", "common", "loss")
+    for name in LOSSES:
+        if losses and name in common:
+            raise file.error(f"common names a {name}, and so does `losses`: leave one of them out", "common", name)
     runs = _mapping(file, content.get("runs") or {}, "runs")
     if not runs:
         raise file.error("runs: at least one is expected, such as `runs: {KD: {kd_weight: 0.9}}`", "runs")
@@ -102,12 +106,17 @@ def _rows(file: MarkedYaml, content: Mapping[str, Any]) -> Iterator[tuple[str, s
         if not folder:
             raise file.error(f"runs: {name!r} makes no name of a folder: it needs a letter or a digit", *keys)
         settings = common | _settings(file, differs or {}, *keys)
-        if losses and "loss" not in settings and settings.get("kd_weight") != 0:
+        if losses and not settings.keys() & {*LOSSES} and settings.get("kd_weight") != 0:
             for loss in losses:
                 row = f"{name} {displayed(str(loss))}"
                 yield row, f"{folder}-{loss}", settings | {"loss": str(loss)}, keys
         else:
             yield name, folder, settings, keys
+
+
+def _different_names(losses: Any) -> bool:
+    plain = isinstance(losses, list) and all(isinstance(loss, str) for loss in losses)
+    return plain and 0 < len(losses) == len(set(losses))
 
 
 def _settings(file: MarkedYaml, given: Any, *keys: str) -> dict[str, Any]:
@@ -131,11 +140,12 @@ def _mapping(file: MarkedYaml, given: Any, *keys: str) -> Mapping[str, Any]:
 
 
 def _seeds(file: MarkedYaml, seeds: Any) -> list[int]:
-    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
         received = "nothing" if seeds is None else repr(seeds)
         raise file.error(
-            f"seeds: a list of different whole numbers is expected, such as [1, 2, 3]; got {received}", "seeds"
+            f"seeds: a list of different whole numbers up to 2³²−1 is expected, such as [1, 2, 3]; got {received}",
+            "seeds",
         )
     return list(seeds)
 
@@ -168,6 +178,10 @@ def _check_distinct(file: MarkedYaml, runs: list[PlannedRun]) -> None:
     folders: dict[str, PlannedRun] = {}
     rows: dict[str, str] = {}
     for run in runs:
+        if len(os.fsencode(run.folder.name)) > LONGEST_NAME_BYTES:
+            raise UserError(
+                f"{run.where}: runs: {run.folder.name} is longer than the {LONGEST_NAME_BYTES} bytes that a folder's name has"
+            )
         former = folders.setdefault(str(run.folder).casefold(), run)
         if former is not run:
             raise UserError(f"{run.where}: {run.row} and {former.row} would share the folder {run.folder}: rename one")

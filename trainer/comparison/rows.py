@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.comparison.finished import FinishedRun, check_comparable
+from logitcache import UserError
+from trainer.comparison.finished import FinishedRun
 from trainer.comparison.metrics import IN_TABLES, PACE, ROUGE_L
 from trainer.comparison.settings import KD_ONLY, SEEDS, differing, matters
 from trainer.comparison.statistics import Estimate, estimate, paired_difference
@@ -27,9 +28,9 @@ class Row:
         values = list(self.by_seed(metric).values())
         return estimate(values) if values else None
 
-    def by_seed(self, metric: str) -> dict[int, float]:
-        """Seed → value."""
-        return {run.seed: run.metrics[metric] for run in self.runs if metric in run.metrics}
+    def by_seed(self, metric: str) -> dict[tuple[int, int], float]:
+        """Seeds of weights and order → value."""
+        return {run.seeds: run.metrics[metric] for run in self.runs if metric in run.metrics}
 
     def difference(self, metric: str, reference: Row) -> Estimate | None:
         """Of this row less the other, by seed."""
@@ -44,12 +45,19 @@ def displayed(loss: str) -> str:
 def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
     """Runs that differ only in their seed as one row, named after the loss and what differs.
 
-    Raises UserError for runs that were evaluated on different data.
+    Raises UserError for runs that differ in nothing at all: they would count as two seeds.
     """
-    check_comparable(runs)
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(json.dumps(row_settings(run), sort_keys=True), []).append(run)
+    for members in groups.values():
+        known: dict[tuple[int, int], FinishedRun] = {}
+        for run in members:
+            if known.setdefault(run.seeds, run) is not run:
+                raise UserError(
+                    f"{run.path} and {known[run.seeds].path} are one run with the same seed ({run.seeds[0]}), twice: "
+                    "name one of them"
+                )
     first = [members[0] for members in groups.values()]
     names = [_name(run, [other for other in first if other.hard == run.hard]) for run in first]
     return [Row(name, members) for name, members in zip(names, groups.values(), strict=True)]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
+
+from trainer.config import DistillConfig
 
 INCIDENTAL = {
     "output_dir",
@@ -25,8 +29,11 @@ INCIDENTAL = {
 }
 INCIDENTAL_PREFIXES = ("hub_", "log_", "logging_", "save_", "trackio_", "dataloader_")
 SEEDS = {"seed", "data_seed"}
-KD_ONLY = {"loss", "tail", "ablation", "temperature", "t_squared", "loss_args", "approximate_temperature"}
-"""Without effect where kd_weight is 0."""
+KD_ONLY = {
+    *("loss", "loss_args", "loss_schedule", "temperature", "temperature_schedule", "approximate_temperature"),
+    *("tail", "ablation", "t_squared", "kd_weight_schedule"),
+}
+"""Without effect where kd_weight is 0 throughout."""
 
 
 def matters(name: str) -> bool:
@@ -34,6 +41,16 @@ def matters(name: str) -> bool:
     if name == "dataloader_drop_last":
         return True
     return name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
+
+
+def filled_in(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a former version of `trainer` wrote, as this one writes them: what it did not know had its default."""
+    fields = {field.name: field.default for field in dataclasses.fields(DistillConfig)}
+    known = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
+    plain = {name: value.value if isinstance(value, Enum) else value for name, value in known.items()}
+    filled = {**plain, **settings}
+    cache = filled["cache"]
+    return filled | {"cache": [cache] if isinstance(cache, str) else cache, "loss_args": filled["loss_args"] or {}}
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

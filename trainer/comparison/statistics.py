@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
+from typing import TypeVar
 
 CONFIDENCE = 0.95
+Seed = TypeVar("Seed", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)), len(values))
 
 
-def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:
-    """The mean of value − reference over the seeds that both have; None where they share none.
+def paired_difference(values: Mapping[Seed, float], reference: Mapping[Seed, float]) -> Estimate | None:
+    """The mean of value − reference over the seeds that both have; None where they share none or one diverged.
 
     What a seed does to both, such as the order of the rows, cancels.
     """
-    shared = [seed for seed in values if seed in reference]
-    return estimate([values[seed] - reference[seed] for seed in shared]) if shared else None
+    differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
+    return estimate(differences) if differences and all(map(math.isfinite, differences)) else None
 
 
 @cache

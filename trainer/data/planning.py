@@ -16,6 +16,8 @@ from trainer.data.training_data import TrainingData
 
 PLANNED_ROWS = 2**26
 """Rows of all ranks and epochs of which batches are counted before a run starts: a minute of packing."""
+PLANNED_ORDERS = 512
+"""Epochs of which batches are counted, over all ranks, however few rows they have: about a second."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class EpochBatches(Sampler[list[Key]]):
 
     As many as the rank and epoch that need most; others halve their batches of most tokens and, without rows left,
     have batches without. With `drop_last` as many full batches as the rank and epoch that have fewest; others leave
-    out those at their end. Where rows × epochs exceed `PLANNED_ROWS`, later epochs repeat the batches of the first.
+    out those at their end. Where epochs exceed `PLANNED_ORDERS`, or rows × epochs `PLANNED_ROWS`, later epochs repeat the
+    batches of the first. Counts are kept with the data, for every EpochBatches of them.
+
+    num_epochs: of the run.
     """
 
     def __init__(
@@ -76,7 +81,8 @@ class EpochBatches(Sampler[list[Key]]):
         batching.check(data)
         self._data, self._batching, self._shard, self._drop_last = data, batching, shard, drop_last
         self._shuffle, self._seed = shuffle, seed
-        self._orders = max(1, min(num_epochs, PLANNED_ROWS // max(len(data), 1)))
+        self.num_epochs = num_epochs
+        self._orders = max(1, min(num_epochs, PLANNED_ORDERS // shard[1], PLANNED_ROWS // max(len(data), 1)))
         self._epoch = 0
         self._latest: tuple[int, Plan] | None = None
 
@@ -98,9 +104,10 @@ class EpochBatches(Sampler[list[Key]]):
     def plan(self, epoch: int) -> Plan:
         """The rank's batches of an epoch, numbered in the order of `data.stream(order(epoch), …)`; the last plan is kept."""
         order = self.order(epoch)
-        if self._latest is None or self._latest[0] != order:
-            self._latest = order, self._planned(order)
-        return self._latest[1]
+        latest = self._latest  # read once: a thread plans the next epoch while this one is read
+        if latest is None or latest[0] != order:
+            latest = self._latest = order, self._planned(order)
+        return latest[1]
 
     def _planned(self, order: int) -> Plan:
         if self._batching.needs_lengths:
@@ -131,8 +138,17 @@ class EpochBatches(Sampler[list[Key]]):
 
     def _count(self, order: int, shard: tuple[int, int]) -> int:
         """Batches of a rank in an epoch, with `drop_last` full ones."""
-        plan = self._listed(order, shard)
-        if not self._drop_last or self._batching.tokens_per_batch or not len(plan):
-            return len(plan)
+        counted = self._data.counted_batches
+        key = (self._batching, self._shuffle, self._seed, order, shard)
+        if key not in counted:
+            counted[key] = self._num_planned(self._listed(order, shard))
+        every, full = counted[key]
+        return full if self._drop_last else every
+
+    def _num_planned(self, plan: ListedPlan) -> tuple[int, int]:
+        """Batches of a plan, and those of them that are full."""
+        if self._batching.tokens_per_batch or not len(plan):
+            return len(plan), len(plan)
         rows, packed = plan.rows(len(plan) - 1), plan.packed_rows(len(plan) - 1)
-        return len(plan) - ((len(rows) if packed is None else packed[-1] + 1) < self._batching.batch_size)
+        last = len(rows) if packed is None else int(packed[-1]) + 1
+        return len(plan), len(plan) - (last < self._batching.batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -43,7 +44,8 @@ class EpochRows(Dataset[Batch]):
     """Collated batches of a rank, by key. Asked for in order they are read forward; any other one is sought.
 
     In the process that trains they are made ahead in the background, also by loaders that others made of this dataset,
-    such as accelerate's after skipping. In a worker process each is made when it is asked for, which is ahead there.
+    such as accelerate's after skipping; with an epoch's last batch those of the next epoch are begun. In a worker process
+    each is made when it is asked for, which is ahead there.
 
     len: rows of an epoch over all ranks.
     """
@@ -74,18 +76,26 @@ class EpochRows(Dataset[Batch]):
         every = worker.num_workers if worker else 1
         forward = self._forward
         if forward is None or self._awaited != (os.getpid(), key):
-            self.close()
-            forward = made_ahead(self._made(key, every)) if worker is None else self._made(key, every)
+            self._forward = None  # whose thread ends
+            forward = self._begun(key) if worker is None else self._made(key, every)
         self._forward = self._awaited = None
         batch = next(forward)
         following = Key(key.epoch, key.batch + every)
         if following.batch < len(self._batches):
             self._forward, self._awaited = forward, (os.getpid(), following)
+        elif worker is None and key.epoch + 1 < self._batches.num_epochs:
+            following = Key(key.epoch + 1, 0)
+            self._forward, self._awaited = self._begun(following), (os.getpid(), following)
         return batch
 
     def close(self) -> None:
-        """Ends the thread that makes batches ahead, and forgets them."""
-        self._forward = self._awaited = None
+        """Ends the thread that makes an epoch's batches ahead, and forgets them; not those of an epoch to come."""
+        if self._awaited is None or self._awaited[1].batch:
+            self._forward = self._awaited = None
+
+    def _begun(self, key: Key) -> Iterator[Batch]:
+        """Batches made ahead, by a copy, which holds no `_forward`: so a thread ends where its dataset is dropped."""
+        return made_ahead(copy(self)._made(key, every=1))
 
     def _made(self, key: Key, every: int) -> Iterator[Batch]:
         plan = self._batches.plan(key.epoch)

@@ -11,7 +11,10 @@ from pathlib import Path
 import logitcache
 from logitcache import LogitCache, UserError
 
-_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
+_WEIGHTED = re.compile(
+    r"(?P<path>.+):(?P<weight>[+-]?(nan|inf|infinity|(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?[,;%]?))", re.IGNORECASE
+)
+"""With what looks like a number and is none, so that it is refused rather than taken as part of the path."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,33 @@ def open_sources(texts: Sequence[str]) -> tuple[Source, ...]:
     return tuple(Source(logitcache.open(path), weight) for path, weight in parsed)
 
 
+def without_weights(average_with: Sequence[str]) -> Sequence[str]:
+    """The paths of other teachers' caches. Raises UserError for one with a weight."""
+    for text in average_with:
+        path, weight = _split(text)
+        if weight is not None:
+            raise UserError(
+                f"--average_with {text}: teachers to average have no weights, all count alike. Write {path} without one"
+            )
+    return average_with
+
+
 def _parsed(text: str) -> tuple[str, float | None]:
-    match = _WEIGHTED.fullmatch(text)
-    if match is None or Path(text).exists():
-        return text, None
-    weight = float(match["weight"])
+    path, written = _split(text)
+    if written is None:
+        return path, None
+    try:
+        weight = float(written)
+    except ValueError:
+        weight = math.nan
     if not 0 < weight < math.inf:
-        raise UserError(f"--cache {text}: the weight is {match['weight']}, accepted are numbers above 0")
-    return match["path"], weight
+        raise UserError(
+            f"--cache {text}: the weight is {written}, accepted are numbers above 0, as in --cache {path}:0.7 OTHER:0.3"
+        )
+    return path, weight
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """PATH, and WEIGHT as it is written."""
+    match = _WEIGHTED.fullmatch(text)
+    return (text, None) if match is None or Path(text).exists() else (match["path"], match["weight"])

@@ -17,17 +17,17 @@ from trainer.data.held import Held, held_by_all
 from trainer.data.mixture import SmoothOrder, apportioned
 from trainer.data.passes import Passes
 from trainer.data.row_ids import rows_held
-from trainer.data.sources import Source, open_sources
+from trainer.data.sources import Source, open_sources, without_weights
 from trainer.data.token_lengths import token_lengths
 
 
 def open_training_data(cache: Sequence[str], average_with: Sequence[str] = ()) -> TrainingData:
     """Opens the caches of a run: `cache` are PATH or PATH:WEIGHT to mix, `average_with` other teachers' on the same rows.
 
-    Raises UserError where they do not belong together and where a teacher lacks rows.
+    Raises UserError where they do not belong together, where a teacher lacks rows, and for weights that cannot be meant.
     """
     sources = open_sources(cache)
-    others = [logitcache.open(path) for path in average_with]
+    others = [logitcache.open(path) for path in without_weights(average_with)]
     check_belong_together([source.cache for source in sources] + others)
     data = TrainingData(sources, others)
     data.check_rows()
@@ -42,6 +42,7 @@ class TrainingData:
     from numbers of rows, so that any place of any epoch is found without reading.
 
     caches: those that are mixed.  averaged_with: other teachers' on the same rows.  path: all of them, for messages.
+    counted_batches: of epochs, kept here by `planning.EpochBatches`.
     """
 
     def __init__(self, sources: Sequence[Source], averaged_with: Sequence[LogitCache] = ()) -> None:
@@ -50,6 +51,7 @@ class TrainingData:
         self.caches = tuple(source.cache for source in sources)
         self.averaged_with = tuple(averaged_with)
         self.path = " + ".join(str(source) for source in sources)
+        self.counted_batches: dict[Any, tuple[int, int]] = {}
 
     @classmethod
     def of(cls, cache: LogitCache | TrainingData) -> TrainingData:
@@ -153,7 +155,8 @@ class TrainingData:
                 yield next(streams[number])
 
     def _passes(self, shuffle: bool, seed: int, shard: tuple[int, int]) -> list[Passes]:
-        return [Passes(cache, number, shuffle, seed, shard) for number, cache in enumerate(self.caches)]
+        weighted = self._shares is not None
+        return [Passes(cache, number, shuffle, seed, shard, weighted) for number, cache in enumerate(self.caches)]
 
     def _draws(self, shard: tuple[int, int]) -> np.ndarray:
         """Rows that a rank takes of each cache in an epoch, int64 [C]."""

@@ -1,7 +1,8 @@
 """Answers to prompts, batch by batch, with transformers; `vllm_generation` does the same with vLLM.
 
-Every answer has random numbers of its own, made from the seed and its prompt's row, so that it does not depend on what
-else is in its batch, and two students are compared on the same draws.
+Every answer has random numbers of its own, made from the seed and its prompt's row, so that two students are compared on
+the same draws, and so that an answer does not depend on what else is in its batch: in float32, and up to rounding in half
+precision, where a batch's shape can change a logit enough to draw another token.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ class TransformersGenerator:
     ) -> None:
         self._model, self._tokenizer, self._ends = model.eval(), tokenizer, ends
         self._temperature, self._max_new_tokens, self._batch_size = temperature, max_new_tokens, batch_size
-        pad = tokenizer.pad_token_id
-        self._pad = pad if pad is not None else ends[0] if ends else 0
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        pad, rows = tokenizer.pad_token_id, model.config.get_text_config().vocab_size
+        self._pad = pad if isinstance(pad, int) and pad < rows else 0  # any that the model knows: it is masked
         # In place of the model's own: a published model's top_k or repetition penalty would change the protocol.
         model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,

@@ -22,9 +22,9 @@ class GenerationSettings:
     """The papers' protocol where nothing else is said: sampled at temperature 1, five times.
 
     data: files of prompts and references, see `prompts.read_prompts`.  columns: ours → theirs.  prompt_template: texts with
-    {column} fields.  temperature: 0 takes the most probable token, once, whatever the seeds.  max_new_tokens,
-    max_prompt_length: in tokens; longer prompts are left out and counted, and without a limit one that does not fit the
-    model is refused.  batch_size: answers at a time, of transformers.
+    {column} fields, in which a backslash and an n become a new line.  temperature: 0 takes the most probable token, once,
+    whatever the seeds.  max_new_tokens, max_prompt_length: in tokens; longer prompts are left out and counted, and without a
+    limit one that does not fit the model is refused.  batch_size: answers at a time, of transformers.
 
     Raises UserError for what cannot work, and where rouge-score is not installed.
     """
@@ -43,9 +43,11 @@ class GenerationSettings:
         for name in ("data", "prompt_template"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-            if not all(isinstance(text, str) for text in getattr(self, name)):
-                raise UserError(f"--{name} {getattr(self, name)}: texts are expected")
-        if not isinstance(self.columns, Mapping):
+            given = getattr(self, name)
+            if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
+                raise UserError(f"--{name} {given}: a text or a list of texts is expected")
+        object.__setattr__(self, "prompt_template", tuple(text.replace(r"\n", "\n") for text in self.prompt_template))
+        if not isinstance(self.columns, Mapping) or not all(isinstance(name, str) for name in self.columns.values()):
             raise UserError(f"--columns {self.columns}: names of columns are expected, for example prompt=question")
         self._check_numbers()
         if self.backend not in BACKENDS:
@@ -78,13 +80,14 @@ class GenerationSettings:
                 continue
             if type(value) is not int or value < 1:
                 raise UserError(f"--{name} {value}: a whole number of at least 1 is expected")
-        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < float("inf"):
+        if type(self.temperature) not in (int, float) or not 0 <= self.temperature < float("inf"):
             raise UserError(f"--temperature {self.temperature}: a number from 0 (greedy) is expected")
         if not isinstance(self.seeds, Sequence) or isinstance(self.seeds, str) or not self.seeds:
             raise UserError(f"--seeds {self.seeds}: one or more whole numbers are expected")
-        for seed, count in Counter(self.seeds).items():
+        for seed in self.seeds:
             if type(seed) is not int or seed < 0:
                 raise UserError(f"--seeds {seed}: whole numbers from 0 are expected")
+        for seed, count in Counter(self.seeds).items():
             if count > 1:
                 raise UserError(f"--seeds names {seed} twice: the same answers would count double")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from logitcache.format.atomic import file_sha256
+from trainer.adapters import base_model
+from trainer.student import student_config
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
@@ -18,7 +20,18 @@ TOKENIZER = (
 
 
 def model_identity(name: str, config: PreTrainedConfig) -> str:
-    """What changes when a model's answers may: SHA-256 of a folder's weights, settings and tokenizer, or name@commit."""
+    """What changes when a model's answers may: SHA-256 of a folder's weights, settings and tokenizer, or name@commit.
+
+    Of an adapter: of both its own files and the model it is of.  config: of `student_config`; what a folder holds needs none.
+    Raises UserError for an adapter of no model.
+    """
+    own, base = _own_identity(name, config), base_model(name)
+    if base is None:
+        return own
+    return hashlib.sha256(f"{own} on {_own_identity(base, student_config(base))}".encode()).hexdigest()
+
+
+def _own_identity(name: str, config: PreTrainedConfig) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{getattr(config, '_commit_hash', None)}"

@@ -77,7 +77,8 @@ def read_prompts(
     """The prompts of a file, in its order.
 
     A row has `prompt` and `completion` (a text, or a list of texts: several references), or `messages`, which goes through
-    the tokenizer's chat template and ends with the assistant's turn that is the reference.  columns: ours → the file's.
+    the tokenizer's chat template and ends with the assistant's turn that is the reference.  columns: ours → the file's,
+    which every row must have.
     templates: texts with {column} fields of the file that make the prompt; a row takes the first whose columns all have
     text in it, or else the last.
 
@@ -86,7 +87,7 @@ def read_prompts(
     prompts = []
     for row, where, values in _rows(Path(path)):
         try:
-            renamed = values | {ours: values[theirs] for ours, theirs in (columns or {}).items() if theirs in values}
+            renamed = _renamed(values, columns or {})
             text, references, is_chat = _texts(renamed, values, templates, tokenizer)
             # A chat template writes the special tokens itself.
             token_ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
@@ -98,6 +99,14 @@ def read_prompts(
     if not prompts:
         raise UserError(f"--data {path}: no rows")
     return prompts
+
+
+def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    for ours, theirs in columns.items():
+        if theirs not in values:
+            there = ", ".join(values) or "(none)"
+            raise BadRow(f"no column {theirs}, which --columns names as {ours}={theirs}; there are {there}")
+    return {**values, **{ours: values[theirs] for ours, theirs in columns.items()}}
 
 
 def _texts(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from logitcache import UserError
-from logitcache.format.atomic import file_sha256, write_json
+from logitcache.format.atomic import file_sha256
 from logitcache.table import aligned
 from trainer.adapters import base_model
-from trainer.evaluation.answer_files import Scores, answers_name, means_of_runs, run_name, runs_there, write_answers
+from trainer.evaluation.answer_files import (
+    Scores,
+    answers_name,
+    means_of_runs,
+    read_scores,
+    run_name,
+    runs_there,
+    runs_with_answers,
+    write_answers,
+    write_scores,
+)
 from trainer.evaluation.generation import TransformersGenerator, end_ids
 from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.identity import model_identity
@@ -33,11 +44,12 @@ def generate_scores(
     model: a folder or a name.  say: gets a line for each seed that is made, and warnings.
 
     Returns the content of each data file's .json under the file's stem: `seeds` (of each run: `rouge_l` ×100, mean
-    `answer_tokens`, share `ended`, file of `answers`, `engine`), the means of these three over all runs that the folder
-    holds, `spread` (standard deviation of `rouge_l` over runs, n − 1; None for one), `rows`, `too_long`, and what they
-    are of.
+    `answer_tokens`, share `ended`, file of `answers`, `engine`, `dtype` of the weights), the means of the first three over
+    all runs that the folder holds, `spread` (standard deviation of `rouge_l` over runs, n − 1; None for one), `rows`,
+    `too_long`, and what they are of: `model`, `data`, `settings` (with the backend), and SHA-256 of both.
 
-    Raises UserError for a model that cannot answer, for bad rows, and where `folder` holds answers of other settings.
+    Raises UserError for a model that cannot answer, for bad rows, and where `folder` holds answers of other settings or
+    of another model.
     """
     config = student_config(model)
     tokenizer = student_tokenizer(model)
@@ -55,7 +67,7 @@ def generate_scores(
     results: dict[str, Scores] = {}
     for path in settings.data:
         blank: Scores = {
-            "model": model,
+            "model": str(Path(model).absolute()) if Path(model).is_dir() else model,
             "model_identity": identity,
             "data": path,
             "data_sha256": file_sha256(Path(path)),
@@ -72,20 +84,44 @@ def generate_scores(
     ]
     if missing:
         longest = max(len(prompt.token_ids) for path, _, _ in missing for prompt in kept[path])
-        generator = _generator(backend, model, config, tokenizer, longest, settings)
-        for path, run, seed in missing:
-            stem = data_stem(path)
-            label = f"{stem}, {run_name(run)}"
-            answers = generator.answers(kept[path], seed, label)
-            scores = write_answers(folder / answers_name(stem, run), kept[path], answers)
-            results[stem]["seeds"][run] = scores | {"engine": generator.engine}
-            results[stem] |= means_of_runs(results[stem]["seeds"])
-            write_json(folder / f"{stem}.json", results[stem])
-            say(
-                f"{label}: ROUGE-L {scores['rouge_l']:.2f}, {scores['answer_tokens']:.0f} tokens, "
-                f"{scores['ended']:.0%} ended"
-            )
+        with _generator(backend, model, config, tokenizer, longest, settings) as generator:
+            for path, run, seed in missing:
+                stem = data_stem(path)
+                label = f"{stem}, {run_name(run)}"
+                answers = generator.answers(kept[path], seed, label)
+                scores = write_answers(folder / answers_name(stem, run), kept[path], answers)
+                results[stem]["seeds"][run] = scores | {"engine": generator.engine, "dtype": generator.dtype}
+                results[stem] |= means_of_runs(results[stem]["seeds"])
+                write_scores(folder, stem, results[stem])
+                say(
+                    f"{label}: ROUGE-L {scores['rouge_l']:.2f}, {scores['answer_tokens']:.0f} tokens, "
+                    f"{scores['ended']:.0%} ended"
+                )
     return {stem: found | means_of_runs(found["seeds"]) for stem, found in results.items()}
+
+
+def scores_are_current(model: str, folder: Path, settings: GenerationSettings) -> bool:
+    """Whether `generate_scores` would find everything in `folder`; nothing is generated and no weights are loaded.
+
+    By content, whatever the times of files: what answers depend on of the settings (with backend "auto", answers of either
+    backend), a score and a file of answers for every run, and the SHA-256 of each data file and of the model's files, so
+    it reads all weights once. False too for a .json that holds no scores.
+
+    Raises UserError where `model` is none.
+    """
+    try:
+        found = {path: read_scores(folder / f"{data_stem(path)}.json") for path in settings.data}
+    except UserError:
+        return False
+    identities = set()
+    for path, scores in found.items():
+        if scores is None or settings.runs.keys() - runs_with_answers(folder, scores):
+            return False
+        backend = scores["settings"].get("backend") if settings.backend == "auto" else settings.backend
+        if scores["settings"] != settings.decisive(backend) or scores.get("data_sha256") != file_sha256(Path(path)):
+            return False
+        identities.add(scores.get("model_identity"))
+    return identities == {model_identity(model, student_config(model))}
 
 
 def scores_table(scores: Mapping[str, Scores]) -> str:
@@ -113,7 +149,9 @@ def choose_backend(backend: str, model: str) -> str:
         if reason := why_not_vllm():
             raise UserError(f"--backend vllm: {reason}; pip install 'logitcache[vllm]', or --backend transformers")
         if is_adapter:
-            raise UserError(f"--backend vllm: {model} is an adapter, take --backend transformers or merge it first")
+            raise UserError(
+                f"--backend vllm: {model} is an adapter: answer with --backend transformers, or merge it first"
+            )
     if backend == "auto":
         return "vllm" if torch.cuda.is_available() and not is_adapter and why_not_vllm() is None else "transformers"
     return backend
@@ -167,6 +205,7 @@ def _check_rows(
         say(f"{message}; these score 0 whatever is answered")
 
 
+@contextmanager
 def _generator(
     backend: str,
     model: str,
@@ -174,14 +213,18 @@ def _generator(
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     settings: GenerationSettings,
-) -> TransformersGenerator | VllmGenerator:
+) -> Iterator[TransformersGenerator | VllmGenerator]:
+    """In float32 on a CPU, where half precision wins no time and answers would depend on their batches."""
     ends = end_ids(base_model(model) or model, config, tokenizer)
     sampling: dict[str, Any] = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
     if backend == "vllm":
         gc.collect()  # what was measured before on the same GPU
         torch.cuda.empty_cache()
-        return VllmGenerator(model, config, tokenizer, ends, longest=longest, **sampling)
-    loaded = load_student(model, config, from_scratch=False, dtype="auto")
-    if torch.cuda.is_available():
+        with closing(VllmGenerator(model, config, tokenizer, ends, longest=longest, **sampling)) as generator:
+            yield generator
+        return
+    on_cuda = torch.cuda.is_available()
+    loaded = load_student(model, config, from_scratch=False, dtype="auto" if on_cuda else torch.float32)
+    if on_cuda:
         loaded.cuda()  # type: ignore[call-arg]  # transformers' wrapper hides self
-    return TransformersGenerator(loaded, tokenizer, ends, batch_size=settings.batch_size, **sampling)
+    yield TransformersGenerator(loaded, tokenizer, ends, batch_size=settings.batch_size, **sampling)

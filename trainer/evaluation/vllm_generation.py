@@ -1,4 +1,4 @@
-"""Answers to prompts with vLLM, through its public `vllm.LLM` alone."""
+"""Answers to prompts with vLLM, through its public `vllm.LLM`; only the end of its processes goes deeper."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from logitcache import UserError
 from trainer.evaluation.generation import Answer, answer_of
 from trainer.evaluation.prompts import Prompt
 
+BUILD_PID = "LOGITCACHE_BUILD_PID"
+"""Environment variable with which the vLLM plugin of logitcache ends a process together with the one named."""
+END_S = 60.0
+"""How long the engine's processes may take to end by themselves; killed ones leave shared memory behind."""
+
 
 def why_not_vllm() -> str | None:
     """Why vLLM cannot be used here, or None."""
@@ -29,7 +34,7 @@ def why_not_vllm() -> str | None:
 
 
 class VllmGenerator:
-    """A vLLM engine in a process of its own, which ends with this one.
+    """A vLLM engine in processes of its own, which end with `close`, or else with this one, even if that is killed.
 
     longest: tokens of the longest prompt.  Otherwise as `TransformersGenerator`.
     """
@@ -58,7 +63,9 @@ class VllmGenerator:
         if current_platform.is_cpu():
             # The CPU backend cannot rewind a seeded generator, as it must for prompts that are read in chunks.
             most = max(longest + max_new_tokens, 2048)
-            options |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": most}
+            options = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": most}
+            options["dtype"] = "float32"
+        os.environ[BUILD_PID] = str(os.getpid())
         try:
             self._llm = vllm.LLM(
                 model=name,
@@ -72,6 +79,13 @@ class VllmGenerator:
             raise UserError(
                 f"vLLM does not start with {name}: {_brief(error)} (--backend transformers does without)"
             ) from error
+        finally:
+            del os.environ[BUILD_PID]
+        self.dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
+
+    def close(self) -> None:
+        """Ends the engine's processes and returns when their memory is free."""
+        self._llm.llm_engine.engine_core.shutdown(timeout=END_S)
 
     def answers(self, prompts: Sequence[Prompt], seed: int, label: str = "generating") -> list[Answer]:
         """An answer to each prompt. label: of the progress bar. Raises UserError where vLLM gives up."""

@@ -57,6 +57,11 @@ class BatchingSettings:
                 "--packing --tokens_per_batch: a packed batch has --per_device_train_batch_size rows of "
                 "--packed_length tokens. Leave --tokens_per_batch out"
             )
+        if self.packing and getattr(self, "use_cache", False):  # a field of TrainingArguments
+            raise UserError(
+                "--packing --use_cache true: with a cache of keys and values transformers does not look for packed "
+                "sequences, and they would see each other. Leave --use_cache out: training has no use for it"
+            )
         if self.packing and sampling_strategy == "group_by_length":
             raise UserError(
                 "--packing --train_sampling_strategy group_by_length: packed rows have no padding to save. Take one"

@@ -1,0 +1,77 @@
+"""Whatever would stop a recipe's runs, found before the first of them starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from logitcache import UserError
+from trainer.comparison.answers import check_answers_folder
+from trainer.comparison.folder_state import FolderState, folder_state, held_out_sha256
+from trainer.comparison.recipe import PlannedRun, Recipe
+from trainer.evaluation.generation_settings import GenerationSettings
+from trainer.evaluation.prompts import read_prompts
+from trainer.evaluation.protocol import choose_backend
+from trainer.prepare import Run, prepare
+
+
+def check(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
+    """What each run's folder holds.
+
+    Raises UserError where that is another run, unless it may be overwritten, and for whatever `trainer fit` or
+    `trainer eval` would refuse later, when other runs have taken hours: caches, tokenizers, students and prompts that do
+    not fit.
+    """
+    states: dict[Path, FolderState] = {}
+    prepared: set[str] = set()
+    for run in recipe.runs:
+        try:
+            _check_held_out(run, recipe.runs[0])
+            states[run.folder] = folder_state(run)
+            if recipe.generate is not None:
+                check_answers_folder(run.folder, recipe.generate)
+            if not states[run.folder].done and run.row not in prepared:
+                ready = prepare(run.config)
+                if recipe.generate is not None:
+                    _check_prompts(ready, recipe.generate)
+                prepared.add(run.row)
+        except UserError as error:
+            raise UserError(f"{run.where}: run {run.row}: {error}") from error
+    others = {folder: state.differs for folder, state in states.items() if state.differs}
+    if others and not overwrite:
+        folder, differs = next(iter(others.items()))
+        more = f" (and so {len(others) - 1} more)" if len(others) > 1 else ""
+        raise UserError(
+            f"{folder} holds another run{more}: {'; '.join(differs)}. Name another output_dir in {recipe.path}, or add "
+            "--overwrite to do such runs again"
+        )
+    return states
+
+
+def _check_held_out(run: PlannedRun, first: PlannedRun) -> None:
+    here, there = str(run.config.eval_cache), str(first.config.eval_cache)
+    if held_out_sha256(here) != held_out_sha256(there):
+        raise UserError(
+            f"--eval_cache {here}: {first.row} is measured on another one, {there}, and numbers of one table must be of "
+            "the same"
+        )
+
+
+def _check_prompts(ready: Run, settings: GenerationSettings) -> None:
+    """Raises UserError for prompts that the student could not answer."""
+    student, new, longest = str(ready.config.student), settings.max_new_tokens, settings.max_prompt_length
+    choose_backend(settings.backend, student)
+    if ready.tokenizer is None:
+        raise UserError(f"generate: neither {student} nor the cache has a tokenizer, which prompts need")
+    positions = getattr(ready.student_config.get_text_config(), "max_position_embeddings", None)
+    for path in settings.data:
+        prompts = read_prompts(path, ready.tokenizer, settings.columns, settings.prompt_template)
+        kept = [prompt for prompt in prompts if longest is None or len(prompt.token_ids) <= longest]
+        if not kept:
+            raise UserError(f"generate: no prompt of {path} is as short as max_prompt_length {longest}")
+        for prompt in kept:
+            if positions is not None and len(prompt.token_ids) + new > positions:
+                raise UserError(
+                    f"generate: {prompt.where}: the prompt's {len(prompt.token_ids)} tokens and max_new_tokens {new} are "
+                    f"more than the {positions} that {student} takes: lower max_new_tokens, or leave longer prompts out "
+                    "with max_prompt_length"
+                )

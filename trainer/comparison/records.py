@@ -1,0 +1,34 @@
+"""The JSON files that a run leaves, read with care: a folder may hold anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from logitcache import UserError
+from logitcache.errors import one_line
+
+
+class NotARecord(UserError):
+    """A file of that name which `trainer` did not write."""
+
+
+def read_record(path: Path, **kinds: type | UnionType) -> dict[str, Any] | None:
+    """The content of a file, None where it does not exist. kinds: of the values that it must have.
+
+    Raises NotARecord for other content, UserError for what cannot be read.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise NotARecord(f"{path} is not JSON ({one_line(error)})") from error
+    for name, kind in kinds.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+            raise NotARecord(f"{path} was not written by `trainer`: it has no {name}")
+    return dict(record)
