@@ -50,6 +50,7 @@ TRAINER_FLOORS = [
         "trainer.progress",
         "trainer.interrupt",
         "trainer.ranks",
+        "trainer.early_stopping",
     ),
     ("trainer.distill",),
     ("trainer.evaluation",),
