@@ -86,7 +86,7 @@ def test_greedy_answers_are_those_that_transformers_gives_to_each_prompt_alone(
     model: PreTrainedModel, teacher: Path, prompts: list[Prompt], teacher_tokenizer: Any
 ) -> None:
     generator = TransformersGenerator(model, teacher_tokenizer, [0], temperature=0, max_new_tokens=20, batch_size=3)
-    alone = AutoModelForCausalLM.from_pretrained(teacher)
+    alone: Any = AutoModelForCausalLM.from_pretrained(teacher)
     for prompt, answer in zip(prompts, generator.answers(prompts, seed=1), strict=True):
         ids = torch.tensor([prompt.token_ids])
         whole = alone.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
@@ -335,8 +335,8 @@ def test_scores_are_current_by_content_and_not_by_the_times_of_files(
     folder = student / "generate"
 
     def current(**options: Any) -> bool:
-        settings = GenerationSettings([str(own)], **({"seeds": (1, 2), "max_new_tokens": 8} | options))
-        return scores_are_current(str(student), folder, settings)
+        known: dict[str, Any] = {"seeds": (1, 2), "max_new_tokens": 8}
+        return scores_are_current(str(student), folder, GenerationSettings([str(own)], **(known | options)))
 
     assert not current()
     generate_scores(str(student), folder, GenerationSettings([str(own)], seeds=(1, 2), max_new_tokens=8))
@@ -375,7 +375,8 @@ def test_a_moved_model_is_the_same_model(student: Path, data: str, monkeypatch: 
 
 def test_long_prompts_are_left_out_and_counted_or_refused(student: Path, data: str, prompts: list[Prompt]) -> None:
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    limit, said = len(longest.token_ids) - 1, []
+    limit = len(longest.token_ids) - 1
+    said: list[str] = []
     settings = GenerationSettings([data], seeds=(1,), max_new_tokens=4, max_prompt_length=limit)
     found = generate_scores(str(student), student / "generate", settings, said.append)["pairs"]
     assert (found["rows"], found["too_long"]) == (4, 1)
@@ -391,7 +392,8 @@ def test_long_prompts_are_left_out_and_counted_or_refused(student: Path, data: s
 def test_references_without_words_are_counted_and_refused_where_nothing_could_score(
     student: Path, tmp_path: Path
 ) -> None:
-    path, said = tmp_path / "a.jsonl", []
+    path = tmp_path / "a.jsonl"
+    said: list[str] = []
     rows = [{"prompt": "a", "completion": "ответ"}, {"prompt": "b", "completion": "c"}]
     settings: dict[str, Any] = {"seeds": (1,), "max_new_tokens": 2}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -13,7 +13,7 @@ of that length. At some epochs it is held against the teacher's whole distributi
 others (tail). Mean over the seeds, which draw the order of the rows, with a 95 % t-interval. `--source online` does the
 same without a cache.
 
-Takes 12 students, about 10 minutes on two cores.
+Takes 12 students, about 5 minutes on two cores.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Measured: as in cached_against_online.py: 100 steps, KD alone (times T²), again
 T = 2; held-out rows, the teacher's whole distribution, at T = 2, which is what was trained, and at T = 1, mean over the
 seeds with a 95 % t-interval.
 
-Takes 36 students, about 6 minutes on two cores.
+Takes 36 students, about 4 minutes on two cores.
 """
 
 from __future__ import annotations
