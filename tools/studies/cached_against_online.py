@@ -35,6 +35,7 @@ RAGGED = "p.8≥8"
 METRICS = {"fkl": "FKL", "rkl": "RKL", "ce": "CE", "agreement": "agreement"}
 
 NO_GAIN = "–"
+TICKS_BYTES = (25, 50, 100, 200, 400)
 
 
 def students(seeds: Sequence[int]) -> list[Student]:
@@ -120,6 +121,8 @@ def draw(gains: Gains, picture: Path) -> None:
             axis.plot(x, mean, linestyle="", marker="xP*+d"[number], color="black", label=_name(source, tail))
         axis.axhline(100, color="grey", linewidth=1, linestyle=":")
         axis.set(title=NAMES[loss], xlabel="bytes per position", xscale="log")
+        axis.set_xticks(TICKS_BYTES, [str(tick) for tick in TICKS_BYTES])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("% of online's gain over hard labels,\nin the loss's own divergence")
     axes[0].legend(fontsize="small")

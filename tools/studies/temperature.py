@@ -6,9 +6,9 @@ Asked: what FKL, RKL and ToDi at T = 2 learn from 32 entries per position where 
 (exact), where it is estimated from the tail's entropy, and where the tail is taken for one token, so that its mass goes
 as t^(1/T), what a reader of plain top-k files would do.
 
-Measured: as in cached_against_online.py: 100 steps, KD alone (times T²), against the same online at
-T = 2; held-out rows, the teacher's whole distribution, at T = 2, which is what was trained, and at T = 1, mean over the
-seeds with a 95 % t-interval.
+Measured: as in cached_against_online.py: 100 steps, KD alone (times T²), against the same online at T = 2; held-out rows, the
+teacher's whole distribution, at T = 2, which is what was trained, and at T = 1, mean over the seeds with a 95 %
+t-interval.
 
 Takes 36 students, about 4 minutes on two cores.
 """
