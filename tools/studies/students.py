@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def trainer_of(student: Student, model: PreTrainedModel, cache: LogitCache, teac
     """The trainer of a student. cache: what it learns from; an online student takes the rows alone from it."""
     cached = student.source not in (ONLINE, HARD)
     config = DistillConfig(
-        output_dir="unused",  # nothing is written
+        output_dir=tempfile.gettempdir(),  # nothing is written
         loss=student.loss,
         kd_weight=0.0 if student.source == HARD else 1.0,
         tail=student.tail if cached else "bucket",
