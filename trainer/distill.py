@@ -110,10 +110,11 @@ class DistillTrainer(Trainer):
             tail_samples=self.tail == "samples",
             flat=self._flat,
         )
-
         return self._loader(
             self._data,
-            batching_of(args, self._data),
+            replace(
+                batching_of(args, self._data), batch_size=self._train_batch_size
+            ),  # --auto_find_batch_size lowers it
             collator,
             shuffle=is_shuffled(args),
             seed=data_seed(args),
