@@ -72,7 +72,7 @@ def prepare(config: DistillConfig) -> Run:
         for opened in caches:
             warnings += check_tokenizer(tokenizer, opened, where)
     _check_batch(config, data)
-    if eval_cache is not None:
+    if eval_cache is not None and config.process_index == 0:  # one rank reads all row ids and tells
         warnings += _overlap(data, eval_cache)
     warnings += [
         f"{opened.path}: the mass of its tail is {about}; losses that weigh the tail, RKL above all, learn from that"

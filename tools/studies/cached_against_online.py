@@ -38,14 +38,14 @@ NO_GAIN = "–"
 TICKS_BYTES = (25, 50, 100, 200, 400)
 
 
-def students(seeds: Sequence[int]) -> list[Student]:
-    """Every student of the study."""
+def students(seeds: Sequence[int], ways: Sequence[tuple[str, str]] = (*BUCKETS, *OTHERS)) -> list[Student]:
+    """Every student of the study. ways: (tail, what is stored), beside hard labels and online."""
     chosen = []
     for seed in seeds:
         chosen.append(Student(HARD, seed))
         for loss in LOSSES:
             chosen.append(Student(ONLINE, seed, loss))
-            chosen += [Student(source, seed, loss, tail=tail) for tail, source in BUCKETS + OTHERS]
+            chosen += [Student(source, seed, loss, tail=tail) for tail, source in ways]
     return chosen
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cached_against_online
 from cached_against_online import Gains
 from common import NAMES, finish, options
 from definitions import LOSSES
@@ -32,13 +33,7 @@ METRICS = {"fkl": "FKL", "rkl": "RKL", "ce": "CE", "head_error": "head error", "
 
 def students(seeds: Sequence[int]) -> list[Student]:
     """Every student of the study."""
-    chosen = []
-    for seed in seeds:
-        chosen.append(Student(HARD, seed))
-        for loss in LOSSES:
-            chosen.append(Student(ONLINE, seed, loss))
-            chosen += [Student(SOURCE, seed, loss, tail=tail) for tail in TAILS]
-    return chosen
+    return cached_against_online.students(seeds, [(tail, SOURCE) for tail in TAILS])
 
 
 def table(results: Results, seeds: Sequence[int]) -> str:

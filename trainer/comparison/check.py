@@ -10,7 +10,7 @@ from trainer.comparison.folder_state import FolderState, folder_state, held_out_
 from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.prompts import read_prompts
-from trainer.evaluation.protocol import choose_backend
+from trainer.evaluation.protocol import choose_backend, prompts_that_fit
 from trainer.prepare import Run, prepare
 
 
@@ -58,20 +58,13 @@ def _check_held_out(run: PlannedRun, first: PlannedRun) -> None:
 
 def _check_prompts(ready: Run, settings: GenerationSettings) -> None:
     """Raises UserError for prompts that the student could not answer."""
-    student, new, longest = str(ready.config.student), settings.max_new_tokens, settings.max_prompt_length
+    student = str(ready.config.student)
     choose_backend(settings.backend, student)
     if ready.tokenizer is None:
         raise UserError(f"generate: neither {student} nor the cache has a tokenizer, which prompts need")
-    positions = getattr(ready.student_config.get_text_config(), "max_position_embeddings", None)
     for path in settings.data:
         prompts = read_prompts(path, ready.tokenizer, settings.columns, settings.prompt_template)
-        kept = [prompt for prompt in prompts if longest is None or len(prompt.token_ids) <= longest]
-        if not kept:
-            raise UserError(f"generate: no prompt of {path} is as short as max_prompt_length {longest}")
-        for prompt in kept:
-            if positions is not None and len(prompt.token_ids) + new > positions:
-                raise UserError(
-                    f"generate: {prompt.where}: the prompt's {len(prompt.token_ids)} tokens and max_new_tokens {new} are "
-                    f"more than the {positions} that {student} takes: lower max_new_tokens, or leave longer prompts out "
-                    "with max_prompt_length"
-                )
+        if not prompts_that_fit(prompts, student, ready.student_config, settings):
+            raise UserError(
+                f"generate: no prompt of {path} is as short as max_prompt_length {settings.max_prompt_length}"
+            )

@@ -58,7 +58,7 @@ def generate_scores(
     prompts = {
         path: read_prompts(path, tokenizer, settings.columns, settings.prompt_template) for path in settings.data
     }
-    kept = {path: _that_fit(found, model, config, settings) for path, found in prompts.items()}
+    kept = {path: prompts_that_fit(found, model, config, settings) for path, found in prompts.items()}
     for path in settings.data:
         _check_rows(data_stem(path), prompts[path], kept[path], settings, say)
     backend = choose_backend(settings.backend, model)
@@ -157,10 +157,10 @@ def choose_backend(backend: str, model: str) -> str:
     return backend
 
 
-def _that_fit(
+def prompts_that_fit(
     prompts: Sequence[Prompt], model: str, config: PreTrainedConfig, settings: GenerationSettings
 ) -> list[Prompt]:
-    """The prompts within --max_prompt_length. Raises UserError for any that the model cannot take."""
+    """The prompts within max_prompt_length. Raises UserError for any that the model cannot take."""
     longest, new = settings.max_prompt_length, settings.max_new_tokens
     kept = [prompt for prompt in prompts if longest is None or len(prompt.token_ids) <= longest]
     text_config = config.get_text_config()
@@ -168,8 +168,8 @@ def _that_fit(
     for prompt in kept:
         if positions is not None and len(prompt.token_ids) + new > positions:
             raise UserError(
-                f"{prompt.where}: the prompt's {len(prompt.token_ids)} tokens and --max_new_tokens {new} are more than the "
-                f"{positions} that {model} takes: lower --max_new_tokens"
+                f"{prompt.where}: the prompt's {len(prompt.token_ids)} tokens and max_new_tokens {new} are more than the "
+                f"{positions} that {model} takes: lower max_new_tokens"
                 + (f", or leave longer prompts out with --max_prompt_length {positions - new}" * (positions > new))
             )
         if max(prompt.token_ids) >= text_config.vocab_size:
