@@ -95,6 +95,7 @@ class HubServer:
 
     writers, readers: for every token the organisations whose repositories it may write, and read.
     whole_uploads: blobs that are received before every upload's connection is closed in the middle; None: all.
+    was_cut: a connection was closed so, and those blobs have been kept.
     """
 
     def __init__(self) -> None:
@@ -106,6 +107,8 @@ class HubServer:
         self.whole_uploads: int | None = None
         self.was_cut = threading.Event()
         self.lock = threading.RLock()
+        self.receiving = 0
+        self.kept = threading.Condition(self.lock)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -222,8 +225,11 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 cut = hub.whole_uploads == 0
                 if hub.whole_uploads:
                     hub.whole_uploads -= 1
+                hub.receiving += not cut
             if cut:
                 self.rfile.read(self.length // 2)
+                with hub.kept:
+                    hub.kept.wait_for(lambda: not hub.receiving)
                 self.close_connection = True
                 hub.was_cut.set()
                 return None
@@ -301,6 +307,8 @@ def _upload(handler: Any, hub: HubServer, repo_id: str, sha256: str) -> None:
     with hub.lock:
         hub.repositories[repo_id].blobs[sha256] = content
         hub.uploaded.append(len(content))
+        hub.receiving -= 1
+        hub.kept.notify_all()
     handler.send(200)
 
 

@@ -15,17 +15,19 @@ from trainer.losses.fused import Mixture, Projection, fused_distillation_terms
 from trainer.losses.settings import LossSettings
 from trainer.losses.targets import TeacherTargets
 
-LOSSES = ["fkl", "rkl", "akl", "todi", "jsd", "jeffreys", "sfkl", "srkl", "tvd", "ab"]
+# Without a GPU the kernels run in Triton's interpreter, which must be chosen before anything imports Triton. It is slow, and
+# kernels know nothing of divergences: three will do.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OTHERS = [] if INTERPRETED else ["rkl", "jsd", "jeffreys", "sfkl", "srkl", "tvd", "ab"]
+LOSSES = ["fkl", "akl", "todi", *OTHERS]
 # AKL is a mixture with a weight of its own and α–β no f-divergence at its defaults: no bound holds for them.
-F_DIVERGENCES = ["fkl", "rkl", "todi", "jsd", "jeffreys", "sfkl", "srkl", "tvd"]
+F_DIVERGENCES = [loss for loss in LOSSES if loss not in ("akl", "ab")]
 # The value of ToDi and AKL is not what their gradient is the derivative of, and that of TVD has kinks.
-SMOOTH = ["fkl", "rkl", "jsd", "jeffreys", "sfkl", "srkl", "ab"]
+SMOOTH = [loss for loss in LOSSES if loss not in ("akl", "todi", "tvd")]
 TREATMENTS = [  # (tail, temperature)
     ("groups", 1.0),
     *((tail, T) for tail in ("bucket", "cap", "samples", "ignore", "renormalise", "uniform") for T in (1.0, 2.0)),
 ]
-# Without a GPU the kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
 PATHS = ["kernel"] if INTERPRETED else ["unfused", "fused", *(["kernel"] if CUDA else [])]
 

@@ -436,9 +436,7 @@ def test_no_positions_give_no_losses_and_an_empty_gradient(tail: str, temperatur
 def test_all_of_this_holds_for_the_kernels_in_the_interpreter() -> None:
     # In a process of its own: Triton binds its functions to the interpreter, or not, when it is first imported.
     files = [__file__, str(Path(__file__).with_name("test_fused.py"))]
-    # The kernels know nothing of divergences: half of those will do where everything is slow.
-    chosen = ["-k", "not (jsd or jeffreys or sfkl or srkl or tvd)"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
