@@ -111,6 +111,8 @@ def as_arguments(name: str, value: Any) -> list[str]:
     """A setting of a YAML file as it would be typed."""
     if value is None:
         return []
+    if name == "fsdp" and isinstance(value, bool):  # transformers takes it bare, or an old list of options
+        return ["--fsdp"] * value
     if isinstance(value, list):
         if not all(isinstance(part, str | int | float) for part in value):
             written = "; PATH:WEIGHT is written without a space" if name == "cache" else ""

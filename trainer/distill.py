@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.training_args import ParallelMode
 
 from logitcache import LogitCache, UserError
 from trainer.batching import batching_of, data_seed, is_shuffled, num_epochs
@@ -31,6 +30,7 @@ from trainer.losses.terms import DistillationTerms
 from trainer.objective import Objective, objective_of, teacher_targets
 from trainer.pace import Pace
 from trainer.packing import check_packing
+from trainer.ranks import check_ranks
 from trainer.schedules import Moment, moment
 from trainer.student import check_student
 from trainer.tail_choice import approximates_tail, choose_tail
@@ -78,10 +78,7 @@ class DistillTrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1
-        if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-            raise UserError(
-                "--fsdp shards a model over ranks, and this is one: torchrun --nproc-per-node 8 starts eight"
-            )
+        check_ranks(args)
         super().__init__(model=model, args=args, train_dataset=data, eval_dataset=eval_cache, **options)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise UserError("tensor, context and sequence parallelism are not supported: use data parallelism or FSDP")

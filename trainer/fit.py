@@ -22,7 +22,7 @@ from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
 from trainer.interrupt import StopOnInterrupt
 from trainer.prepare import Run
 from trainer.progress import use_short_lines
-from trainer.ranks import end_ranks
+from trainer.ranks import check_ranks, end_ranks
 from trainer.resume import RunMark, data_record, run_id, step_of
 from trainer.student import load_student, num_parameters
 
@@ -59,6 +59,7 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
     """
     config = run.config
     assert config.student and config.output_dir
+    check_ranks(config)
     set_seed(config.seed)
     model = load_student(
         config.student, run.student_config, from_scratch=config.from_scratch, dtype=weights_dtype(config)
@@ -67,9 +68,7 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
         model = add_adapters(model, config)
     interrupt = StopOnInterrupt()
     identity = run_id(run.checkpoint)
-    callbacks: list[TrainerCallback] = [RunMark(identity)]
-    if config.world_size == 1:
-        callbacks.append(interrupt)
+    callbacks: list[TrainerCallback] = [RunMark(identity), interrupt]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
     trainer = _Trainer(
@@ -96,6 +95,7 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
     trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = trainer.state.global_step
     if interrupt.stopped:
+        end_ranks(trainer)
         return Outcome(steps, None, stopped_at=str(output / f"checkpoint-{steps}"))
     if config.should_save and not hasattr(model, "peft_config"):
         for stale in output.glob("adapter_*"):  # of a former run: the folder would pass for that adapter

@@ -1,8 +1,17 @@
-"""The end of a run of several processes."""
+"""A run of several processes: what needs them, and their end."""
 
 from __future__ import annotations
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from logitcache import UserError
+
+
+def check_ranks(args: TrainingArguments) -> None:
+    """Raises UserError where a model is to be sharded over one rank."""
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError("--fsdp shards a model over ranks, and this is one: torchrun --nproc-per-node 8 starts eight")
 
 
 def end_ranks(trainer: Trainer) -> None:

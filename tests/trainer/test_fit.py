@@ -86,13 +86,14 @@ def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path: Path) -> No
     path = tmp_path / "run.yaml"
     path.write_text(
         "loss: rkl\nkd-weight: 0.25\nlearning_rate: 1e-4\nt_squared: false\nuse_cpu: true\ntf32: null\n"
-        "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nlabel_names: [a, b]\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nlabel_names: [a, b]\nfsdp: true\n"
     )
     config = parse(["--config", str(path), "--loss", "akl", "--output_dir", str(tmp_path)])
     assert config.loss == "akl"
     assert config.kd_weight == 0.25
     assert config.learning_rate == 1e-4
     assert config.t_squared is False
+    assert config.fsdp is True
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
     assert config.label_names == ["a", "b"]
 
@@ -293,6 +294,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(
         (["--los", "fkl"], ["unknown option --los", "is loss meant?"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--load_best_model_at_end"], ["--load_best_model_at_end"]),
+        (["--fsdp"], ["--fsdp shards a model over ranks", "torchrun"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )

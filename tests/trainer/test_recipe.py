@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def stood_in(
     read = read_recipe(path)
     script = path.parent / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(commands, "TRAINER", (sys.executable, str(script)))
+    monkeypatch.setattr(commands, "TRAINER", (str(script),))
     monkeypatch.setattr(execute, "POLL_S", 0.01)
     records = {
         run.folder.name: {
@@ -179,6 +180,13 @@ def test_runs_are_multiplied_by_losses_and_seeds_but_not_hard_labels(tmp_path: P
         ({"generate": {"data": 5}}, "generate: --data 5: a text or a list of texts is expected"),
         ({"generate": {"data": [], "prompt_template": 5}}, "generate: --prompt_template 5: a text or a list"),
         ({"generate": {"data": [], "temperature": True}}, "generate: --temperature True: a number from 0"),
+        ({"runs": {"KD": {"fsdp": True}}}, r"run KD FKL: fsdp shards a model over ranks: add `launch: torchrun …`"),
+        (
+            {"launch": "mpirun -n 2"},
+            r"line \d+: launch: `torchrun …` or `accelerate launch …` is expected, got 'mpirun",
+        ),
+        ({"launch": ["torchrun"]}, r"line \d+: launch: `torchrun …` or `accelerate launch …` is expected"),
+        ({"launch": "torchrun 'a"}, r"line \d+: launch: torchrun 'a: No closing quotation"),
     ],
 )
 def test_what_a_recipe_gets_wrong_is_named_with_its_line(
@@ -186,6 +194,30 @@ def test_what_a_recipe_gets_wrong_is_named_with_its_line(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read_recipe(written(tmp_path, recipe | change))
+
+
+@pytest.mark.parametrize(
+    ("launch", "module"),
+    [
+        ("torchrun --standalone --nproc-per-node 8", "torch.distributed.run --standalone --nproc-per-node 8"),
+        ("accelerate launch --config_file 'my nodes.yaml'", "accelerate.commands.launch --config_file 'my nodes.yaml'"),
+    ],
+)
+def test_runs_are_started_by_the_launcher_of_this_interpreter(
+    tmp_path: Path, recipe: dict[str, Any], launch: str, module: str
+) -> None:
+    read = read_recipe(written(tmp_path, recipe | {"launch": launch}))
+    command = commands.fit_command(read.runs[0], None, read.launch)
+    beginning = [sys.executable, "-m", *shlex.split(module), "-m", "trainer", "fit"]
+    assert command[: len(beginning)] == beginning
+
+
+def test_one_run_of_several_ranks_is_done_at_a_time(
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, recipe | {"launch": "torchrun --nproc-per-node 2"})
+    assert main(["compare", str(path), "--jobs", "2"]) == 2
+    assert f"--jobs 2: `launch` in {path} gives a run all devices" in capsys.readouterr().err
 
 
 def test_the_demo_is_a_recipe() -> None:
@@ -642,3 +674,36 @@ def test_a_comparison_that_was_killed_continues(tmp_path: Path, compare: subproc
         assert state["global_step"] == 120
         steps = [entry["step"] for entry in state["log_history"] if "loss" in entry]
         assert steps == list(range(5, 121, 5))
+
+
+@pytest.mark.programs
+def test_ranks_stop_after_the_same_step_and_the_same_command_continues(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe |= {
+        "runs": {"KD": {}},
+        "losses": ["fkl"],
+        "seeds": [1],
+        "launch": "torchrun --standalone --nproc-per-node 2",
+    }
+    recipe["common"] |= {"use_cpu": True, "max_steps": 150, "logging_steps": 1, "save_strategy": "no"}
+    path, folder = written(tmp_path, recipe), tmp_path / "runs" / "KD-fkl-1"
+    command = [sys.executable, "-m", "trainer", "compare", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not last_step(folder / "log.txt").endswith("/150"):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=120)[0]
+    assert process.returncode == 130
+    assert "The same command continues" in out
+    [checkpoint] = folder.glob("checkpoint-*")
+    log = (folder / "log.txt").read_text()
+    stopped_at = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert stopped_at < 150
+    assert f"stopped after step {stopped_at}. This continues, on 2 ranks as before" in log
+
+    subprocess.run(command, check=True, timeout=240)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 151))
+    assert json.loads((folder / "run.json").read_text())["world_size"] == 2
+    assert "continued from" in (folder / "log.txt").read_text()

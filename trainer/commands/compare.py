@@ -59,7 +59,7 @@ def _parser() -> Parser:
         "--jobs",
         type=positive,
         metavar="N",
-        help="runs of a recipe at a time (default: one for each GPU, else each core)",
+        help="runs of a recipe at a time (default: one for each GPU, else each core; 1 where it has `launch`)",
     )
     parser.add_argument(
         "--overwrite",
@@ -97,7 +97,11 @@ def _recipe(args: Namespace, argv: Sequence[str]) -> int:
         raise UserError(f"{recipe.path}: output_dir {recipe.output_dir}: {error.strerror}") from error
     out = args.out or recipe.output_dir / "compare.png"
     check_outputs(args, out)
-    jobs = min(args.jobs or default_jobs(), len(recipe.runs))
+    if recipe.launch and args.jobs not in (None, 1):
+        raise UserError(
+            f"--jobs {args.jobs}: `launch` in {recipe.path} gives a run all devices, so they are done one at a time"
+        )
+    jobs = 1 if recipe.launch else min(args.jobs or default_jobs(), len(recipe.runs))
     done = sum(state.done for state in states.values())
     print(
         f"{recipe.path}: {done} of {len(recipe.runs)} runs in {recipe.output_dir} are finished; {jobs} at a time",

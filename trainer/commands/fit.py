@@ -30,12 +30,14 @@ def run(argv: Sequence[str]) -> int:
         for warning in prepared.warnings:
             print(f"trainer: warning: {warning}", file=sys.stderr)
     outcome = fit(prepared, tell)
+    status = INTERRUPTED if outcome.stopped_at else 0
     if config.process_index != 0:
-        return 0
+        return status
     if outcome.stopped_at:
         again = shlex.join(["trainer", "fit", *argv, "--resume_from_checkpoint", outcome.stopped_at])
-        print(f"trainer: stopped after step {outcome.steps}. This continues:\n  {again}")
-        return INTERRUPTED
+        ranks = f", on {config.world_size} ranks as before" if config.world_size > 1 else ""
+        print(f"trainer: stopped after step {outcome.steps}. This continues{ranks}:\n  {again}", flush=True)
+        return status
     if not outcome.trained:
         print(f"\nnothing was left to train: {prepared.checkpoint} is where the run had ended", end="")
     if outcome.early:

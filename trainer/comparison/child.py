@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -10,6 +11,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+import psutil
 
 LAST_BYTES = 8192
 STEP = re.compile(rb"step (\d+)/(\d+)")
@@ -49,9 +52,12 @@ class Child:
         self._process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """Ends it, whatever it does."""
-        self._process.kill()
-        self._process.wait()
+        """Ends it and all that it started, whatever they do."""
+        if self.status() is None:
+            for process in (*psutil.Process(self._process.pid).children(recursive=True), self._process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._process.wait()
 
 
 def last_lines(log: Path, count: int) -> list[str]:

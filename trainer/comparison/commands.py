@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.comparison.recipe import PlannedRun
 from trainer.evaluation.generation_settings import GenerationSettings
 
-TRAINER = (sys.executable, "-m", "trainer")
+TRAINER = ("-m", "trainer")
 
 
-def fit_command(run: PlannedRun, checkpoint: Path | None) -> list[str]:
-    """`trainer fit`, from a checkpoint where there is one."""
+def fit_command(run: PlannedRun, checkpoint: Path | None, launch: Sequence[str]) -> list[str]:
+    """`trainer fit`, from a checkpoint where there is one. launch: what starts its ranks, if anything."""
     resume = [] if checkpoint is None else ["--resume_from_checkpoint", str(checkpoint)]
-    return [*TRAINER, "fit", *run.arguments, *resume]
+    return [*(launch or [sys.executable]), *TRAINER, "fit", *run.arguments, *resume]
 
 
 def generate_command(folder: Path, settings: GenerationSettings) -> list[str]:
@@ -31,4 +32,4 @@ def generate_command(folder: Path, settings: GenerationSettings) -> list[str]:
             options += [f"--{field.name}", *map(str, value)]
         elif value is not None:
             options.append(f"--{field.name}={value}")
-    return [*TRAINER, "eval", str(folder), "--generate", *options]
+    return [sys.executable, *TRAINER, "eval", str(folder), "--generate", *options]

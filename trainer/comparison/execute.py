@@ -28,6 +28,8 @@ from trainer.evaluation.protocol import scores_are_current
 from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
 
 LOG_NAME = "log.txt"
+CHECKPOINT_S = 600
+"""Seconds that ranks have to write a checkpoint on Ctrl-C; torchrun would kill them after 30."""
 POLL_S = 0.2
 SHOWN_LOG_LINES = 6
 
@@ -83,7 +85,7 @@ def execute(recipe: Recipe, *, jobs: int) -> list[Failure]:
 class _Pool:
     def __init__(self, recipe: Recipe, jobs: int) -> None:
         self.failures: list[Failure] = []
-        self._generate = recipe.generate
+        self._generate, self._launch = recipe.generate, recipe.launch
         self._waiting = deque(recipe.runs)
         self._active: list[_Active] = []
         self._jobs = jobs
@@ -107,11 +109,14 @@ class _Pool:
                 time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """Asks the runs to write checkpoints and end; a second Ctrl-C ends them at once, a third kills them."""
+        """Asks the runs to write checkpoints and end; a second Ctrl-C ends them at once, a third kills them.
+
+        A launcher passes on the first only: ranks are killed by the second.
+        """
         children = [active.child for active in self._active if active.child is not None]
         if children:
             self._status.say("stopping: every run writes a checkpoint first (Ctrl-C again: no checkpoints)")
-        for end in (Child.interrupt, Child.interrupt, Child.kill):
+        for end in (Child.interrupt, *([] if self._launch else [Child.interrupt]), Child.kill):
             for child in children:
                 end(child)
             try:
@@ -166,7 +171,7 @@ class _Pool:
                 _clear(run.folder)
                 active.log.truncate(0)
             active.doing = ""
-            return fit_command(run, state.checkpoint)
+            return fit_command(run, state.checkpoint, self._launch)
         wanted = self._generate
         if wanted is None or scores_are_current(str(run.folder), run.folder / ANSWERS_NAME, wanted):
             return None
@@ -193,6 +198,8 @@ class _Pool:
         return active.doing or last_step(active.log_path)
 
     def _environment(self, slot: int) -> dict[str, str]:
+        if self._launch:
+            return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(CHECKPOINT_S)}
         gpus = torch.cuda.device_count()
         if gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))

@@ -8,6 +8,7 @@ runs:                                       # what differs; one that names its o
   hard labels: {kd_weight: 0}
   KD: {kd_weight: 0.9}
 generate: {data: [dolly.jsonl]}             # optional: options of `trainer eval --generate`, for each student
+launch: torchrun --nproc-per-node 8         # optional: every run on several ranks, one run at a time
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import Any
 
 from logitcache import UserError
 from trainer.arguments import as_arguments, parse
+from trainer.comparison.launch import launcher
 from trainer.comparison.marked_yaml import MarkedYaml, read_yaml, suggestion
 from trainer.comparison.rows import displayed
 from trainer.config import DistillConfig
 from trainer.evaluation.generation_settings import GenerationSettings
 
-KEYS = ["output_dir", "seeds", "losses", "common", "runs", "generate"]
+KEYS = ["output_dir", "seeds", "losses", "common", "runs", "generate", "launch"]
 SETTINGS = [field.name for field in dataclasses.fields(DistillConfig) if field.init]
 LOSSES = ("loss", "loss_schedule")  # a run that names one of them is done with that only
 LARGEST_SEED = 2**32 - 1  # of NumPy
@@ -57,12 +59,16 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Runs in the order of the file, seeds of one row together. generate: answers wanted of each student, or None."""
+    """Runs in the order of the file, seeds of one row together.
+
+    generate: answers wanted of each student, or None.  launch: command that starts the ranks of a run; empty for one rank.
+    """
 
     path: Path
     output_dir: Path
     runs: list[PlannedRun]
     generate: GenerationSettings | None
+    launch: list[str]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -85,7 +91,13 @@ def read_recipe(path: Path) -> Recipe:
             named = settings | {"seed": seed, "output_dir": str(Path(output_dir) / f"{folder}-{seed}")}
             runs.append(_checked(file, keys, row, named))
     _check_distinct(file, runs)
-    return Recipe(path, Path(output_dir), runs, _generate(file, content.get("generate")))
+    generate, launch = _generate(file, content.get("generate")), _launch(file, content.get("launch"))
+    for run in runs:
+        if run.config.fsdp and not launch:
+            raise UserError(
+                f"{run.where}: run {run.row}: fsdp shards a model over ranks: add `launch: torchrun …` at the top"
+            )
+    return Recipe(path, Path(output_dir), runs, generate, launch)
 
 
 def _rows(file: MarkedYaml, content: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], tuple[str, ...]]]:
@@ -202,3 +214,12 @@ def _generate(file: MarkedYaml, options: Any) -> GenerationSettings | None:
         return GenerationSettings(**({"data": ()} | options))
     except UserError as error:
         raise file.error(f"generate: {error}", "generate") from error
+
+
+def _launch(file: MarkedYaml, line: Any) -> list[str]:
+    if line is None:
+        return []
+    try:
+        return launcher(line)
+    except UserError as error:
+        raise file.error(str(error), "launch") from error
