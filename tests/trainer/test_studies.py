@@ -252,7 +252,7 @@ def test_tables_over_temperatures_and_epochs_name_every_way_and_loss(made_up: An
     first, *rows = epochs.table(curves, "subset").splitlines()
     assert first.split() == ["epoch", "1", "epoch", "2", "epoch", "4"]
     assert sum(row.startswith("  AKL") for row in rows) == len(epochs.METRICS)
-    epochs.draw(curves, tmp_path / "picture.png")
+    epochs.draw({"k64": curves, ONLINE: curves}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
