@@ -8,7 +8,7 @@ test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	@echo "five parts, three at a time, 5 to 20 minutes; each is shown when it is done"
-	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target \
+	@$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target \
 		test-engines test-trainer test-logitcache test-types test-programs
 
 # Real vLLM engines, gigabytes each, and Ray: one after the other.

@@ -17,6 +17,7 @@ import pytest
 from exchanging import FIXTURES, VOCAB, findings, import_topk, random_row, random_rows, write_rows, write_tokenizer
 from maintained import contents
 from objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
+from underway import num_finished_shards
 
 import logitcache
 from logitcache import LogitCache
@@ -524,9 +525,9 @@ class TestResuming:
         while kills < 4:
             process = context.Process(target=run_import, args=(settings(tmp_path / "set", out, tokenizer),))
             process.start()
-            done = len(list(out.glob(".build/shards/*.json")))
+            done = num_finished_shards(out)
             wanted = done + moments.randint(1, 3)
-            while process.is_alive() and len(list(out.glob(".build/shards/*.json"))) < wanted:
+            while process.is_alive() and num_finished_shards(out) < wanted:
                 time.sleep(0.001)
             finished = (out / "logitcache.json").exists()
             process.kill()

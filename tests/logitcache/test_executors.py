@@ -19,6 +19,7 @@ import psutil
 import pytest
 import ray
 from objectstore import bucket, s3_endpoint  # noqa: F401
+from underway import num_finished_shards
 
 import logitcache
 from logitcache import UserError
@@ -84,7 +85,7 @@ def after_shards(out: Path, count: int, do: Any) -> threading.Thread:
     """Does something once `count` shards of a build are recorded."""
 
     def run() -> None:
-        while len(list(out.glob(".build/shards/*.json"))) < count:
+        while num_finished_shards(out) < count:
             time.sleep(0.001)
         do()
 

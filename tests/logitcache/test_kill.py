@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from underway import num_finished_shards
 
 import logitcache
 
@@ -25,10 +26,6 @@ def settings(out: Path) -> dict[str, Any]:
         "tail_groups": 4,
         "shard_positions": 60,
     }
-
-
-def num_finished_shards(out: Path) -> int:
-    return len(list(out.glob(".build/shards/*.json")))
 
 
 def run_build(teacher: str, corpus: str, out: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from smallcaches import random_rows, small, write_cache
+from underway import num_finished_shards
 
 import logitcache
 from logitcache import CachedSequence, LogitCache, SparseTargets, UserError, cli
@@ -421,10 +422,10 @@ def test_kills_and_then_the_same_rows_as_an_uninterrupted_build(
     context.set_forkserver_preload(["logitcache.capture.build", "logitcache.capture.teachers.hf"])
     out, moments = tmp_path / "killed", random.Random(0)
     for _ in range(KILLS):
-        before = len(list(out.glob(".build/shards/*.json")))
+        before = num_finished_shards(out)
         process = context.Process(target=run_build, args=(str(teacher), str(corpus), out, source.path))
         process.start()
-        while process.is_alive() and len(list(out.glob(".build/shards/*.json"))) < before + 1:
+        while process.is_alive() and num_finished_shards(out) < before + 1:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.02))
         process.kill()

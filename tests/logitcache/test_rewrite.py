@@ -19,6 +19,7 @@ import pytest
 from maintained import assert_same_row, contents, history, make_cache
 from objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
 from smallcaches import EVERYTHING, VOCAB, random_rows
+from underway import num_finished_shards
 
 import logitcache
 from logitcache import LogitCache, UserError
@@ -73,10 +74,6 @@ def stopped_after(num_shards: int) -> Any:
             raise Stopped
 
     return patch.object(ShardWriter, "write", write)
-
-
-def num_finished_shards(out: Path) -> int:
-    return len(list(out.glob(".build/shards/*.json")))
 
 
 @pytest.mark.parametrize("command", [recode, merge])

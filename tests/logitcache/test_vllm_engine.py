@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from references import assert_scores_agree, full_logprobs
+from underway import num_finished_shards
 
 import logitcache
 from logitcache.capture.settings import CaptureSettings
@@ -43,7 +44,7 @@ def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     """Built by two processes: the first was killed after its first shards."""
     out = tmp_path_factory.mktemp("vllm") / "cache"
     first = subprocess.Popen(command(teacher, corpus, out), stderr=subprocess.PIPE, text=True)
-    while first.poll() is None and len(list(out.glob(".build/shards/*.json"))) < 2:
+    while first.poll() is None and num_finished_shards(out) < 2:
         time.sleep(0.001)
     children = psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []
     os.kill(first.pid, signal.SIGKILL)
@@ -83,7 +84,7 @@ def test_rows_are_those_of_a_build_with_transformers(
 def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     run = subprocess.Popen(command(teacher, corpus, out), stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while run.poll() is None and not list(out.glob(".build/shards/*.json")):
+    while run.poll() is None and not num_finished_shards(out):
         time.sleep(0.001)
     children = psutil.Process(run.pid).children(recursive=True)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the build and its engine

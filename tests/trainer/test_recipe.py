@@ -25,6 +25,7 @@ from trainer.cli import main
 from trainer.commands import eval as trainer_eval
 from trainer.comparison import commands, execute, folder_state
 from trainer.comparison.child import last_step, locked_log
+from trainer.comparison.launch import launcher
 from trainer.comparison.recipe import read_recipe
 from trainer.evaluation.identity import model_identity
 
@@ -186,6 +187,7 @@ def test_runs_are_multiplied_by_losses_and_seeds_but_not_hard_labels(tmp_path: P
             r"line \d+: launch: `torchrun …` or `accelerate launch …` is expected, got 'mpirun",
         ),
         ({"launch": ["torchrun"]}, r"line \d+: launch: `torchrun …` or `accelerate launch …` is expected"),
+        ({"launch": "torchrun --nproc-per-node"}, r"line \d+: launch: .*--nproc-per-node.*: expected one argument"),
         ({"launch": "torchrun 'a"}, r"line \d+: launch: torchrun 'a: No closing quotation"),
     ],
 )
@@ -210,6 +212,21 @@ def test_runs_are_started_by_the_launcher_of_this_interpreter(
     command = commands.fit_command(read.runs[0], None, read.launch)
     beginning = [sys.executable, "-m", *shlex.split(module), "-m", "trainer", "fit"]
     assert command[: len(beginning)] == beginning
+
+
+@pytest.mark.parametrize(
+    ("launch", "ranks"),
+    [
+        ("torchrun --standalone --nproc-per-node 8", 8),
+        ("torchrun --nproc_per_node=4", 4),
+        ("torchrun --nproc-per-node gpu", None),
+        ("torchrun --nnodes 2 --nproc-per-node 8", None),
+        ("accelerate launch --num_processes 16", 16),
+        ("accelerate launch", None),
+    ],
+)
+def test_the_ranks_of_a_launcher_are_known_where_it_says_so(launch: str, ranks: int | None) -> None:
+    assert launcher(launch).ranks == ranks
 
 
 def test_one_run_of_several_ranks_is_done_at_a_time(
@@ -677,7 +694,9 @@ def test_a_comparison_that_was_killed_continues(tmp_path: Path, compare: subproc
 
 
 @pytest.mark.programs
-def test_ranks_stop_after_the_same_step_and_the_same_command_continues(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_ranks_stop_after_the_same_step_and_the_same_command_continues(
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe |= {
         "runs": {"KD": {}},
         "losses": ["fkl"],
@@ -707,3 +726,7 @@ def test_ranks_stop_after_the_same_step_and_the_same_command_continues(tmp_path:
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 151))
     assert json.loads((folder / "run.json").read_text())["world_size"] == 2
     assert "continued from" in (folder / "log.txt").read_text()
+
+    del recipe["launch"]
+    assert main(["compare", str(written(tmp_path, recipe))]) == 2
+    assert "KD-fkl-1 holds another run: the number of ranks was 2, is 1" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def draw(curves: Mapping[str, Curves], picture: Path) -> None:
     epochs = [epoch for epoch in next(iter(curves.values())).epochs if epoch]
     for row, (judge, where) in zip(axes, JUDGES.items(), strict=True):
         for axis, (metric, name) in zip(row, METRICS.items(), strict=True):
-            for (source, of_source), style in zip(curves.items(), STYLES, strict=False):
+            for (source, of_source), style in zip(curves.items(), cycle(STYLES), strict=False):
                 for loss in LOSSES:
                     values = [of_source.of(loss, judge, metric, epoch) for epoch in epochs]
                     _line(axis, epochs, values, loss, style, f"{NAMES[loss]}, {source}")

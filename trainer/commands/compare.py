@@ -90,6 +90,10 @@ def _recipe(args: Namespace, argv: Sequence[str]) -> int:
     from trainer.comparison.rows import Row
 
     recipe = read_recipe(args.runs[0])
+    if recipe.launch and args.jobs not in (None, 1):
+        raise UserError(
+            f"--jobs {args.jobs}: `launch` in {recipe.path} gives a run all devices, so they are done one at a time"
+        )
     states = check(recipe, overwrite=args.overwrite)
     try:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
@@ -97,10 +101,6 @@ def _recipe(args: Namespace, argv: Sequence[str]) -> int:
         raise UserError(f"{recipe.path}: output_dir {recipe.output_dir}: {error.strerror}") from error
     out = args.out or recipe.output_dir / "compare.png"
     check_outputs(args, out)
-    if recipe.launch and args.jobs not in (None, 1):
-        raise UserError(
-            f"--jobs {args.jobs}: `launch` in {recipe.path} gives a run all devices, so they are done one at a time"
-        )
     jobs = 1 if recipe.launch else min(args.jobs or default_jobs(), len(recipe.runs))
     done = sum(state.done for state in states.values())
     print(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.comparison.launch import Launcher
 from trainer.comparison.recipe import PlannedRun
 from trainer.evaluation.generation_settings import GenerationSettings
 
 TRAINER = ("-m", "trainer")
 
 
-def fit_command(run: PlannedRun, checkpoint: Path | None, launch: Sequence[str]) -> list[str]:
-    """`trainer fit`, from a checkpoint where there is one. launch: what starts its ranks, if anything."""
+def fit_command(run: PlannedRun, checkpoint: Path | None, launch: Launcher | None) -> list[str]:
+    """`trainer fit`, from a checkpoint where there is one."""
     resume = [] if checkpoint is None else ["--resume_from_checkpoint", str(checkpoint)]
-    return [*(launch or [sys.executable]), *TRAINER, "fit", *run.arguments, *resume]
+    return [*(launch.command if launch else [sys.executable]), *TRAINER, "fit", *run.arguments, *resume]
 
 
 def generate_command(folder: Path, settings: GenerationSettings) -> list[str]:

@@ -45,6 +45,9 @@ def folder_state(run: PlannedRun) -> FolderState:
         left = [path.name for path in (*checkpoints, *model_files(run.folder))]
         return FolderState([f"it holds {left[-1]} and no {RUN_NAME}"] if left else [], False, None)
     differs = _differences(record["settings"], json.loads(run.config.to_json_string()))
+    ranks = record.get("world_size", run.ranks)
+    if run.ranks is not None and ranks != run.ranks:
+        differs.append(f"the number of ranks was {ranks}, is {run.ranks}")
     if differs:
         return FolderState(differs, False, None)
     if not _same_caches(record["cache"], _caches(tuple(run.config.cache or ()), tuple(run.config.average_with or ()))):

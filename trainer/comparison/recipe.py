@@ -24,7 +24,7 @@ from typing import Any
 
 from logitcache import UserError
 from trainer.arguments import as_arguments, parse
-from trainer.comparison.launch import launcher
+from trainer.comparison.launch import Launcher, launcher
 from trainer.comparison.marked_yaml import MarkedYaml, read_yaml, suggestion
 from trainer.comparison.rows import displayed
 from trainer.config import DistillConfig
@@ -44,12 +44,16 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One `trainer fit`. row: name of its row.  where: line of the recipe.  arguments: of the command line."""
+    """One `trainer fit`.
+
+    row: name of its row.  where: line of the recipe.  arguments: of the command line.  ranks: as of Launcher.
+    """
 
     row: str
     where: str
     arguments: list[str]
     config: DistillConfig
+    ranks: int | None
 
     @property
     def folder(self) -> Path:
@@ -61,14 +65,14 @@ class PlannedRun:
 class Recipe:
     """Runs in the order of the file, seeds of one row together.
 
-    generate: answers wanted of each student, or None.  launch: command that starts the ranks of a run; empty for one rank.
+    generate: answers wanted of each student, or None.  launch: what starts the ranks of a run; None for one rank.
     """
 
     path: Path
     output_dir: Path
     runs: list[PlannedRun]
     generate: GenerationSettings | None
-    launch: list[str]
+    launch: Launcher | None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -85,19 +89,14 @@ def read_recipe(path: Path) -> Recipe:
     output_dir = content.get("output_dir")
     if not isinstance(output_dir, str) or not output_dir:
         raise file.error("output_dir: the folder of all runs is expected, such as runs/demo", "output_dir")
+    launch = _launch(file, content.get("launch"))
     runs: list[PlannedRun] = []
     for row, folder, settings, keys in _rows(file, content):
         for seed in _seeds(file, content.get("seeds")):
             named = settings | {"seed": seed, "output_dir": str(Path(output_dir) / f"{folder}-{seed}")}
-            runs.append(_checked(file, keys, row, named))
+            runs.append(_checked(file, keys, row, named, launch))
     _check_distinct(file, runs)
-    generate, launch = _generate(file, content.get("generate")), _launch(file, content.get("launch"))
-    for run in runs:
-        if run.config.fsdp and not launch:
-            raise UserError(
-                f"{run.where}: run {run.row}: fsdp shards a model over ranks: add `launch: torchrun …` at the top"
-            )
-    return Recipe(path, Path(output_dir), runs, generate, launch)
+    return Recipe(path, Path(output_dir), runs, _generate(file, content.get("generate")), launch)
 
 
 def _rows(file: MarkedYaml, content: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], tuple[str, ...]]]:
@@ -162,7 +161,9 @@ def _seeds(file: MarkedYaml, seeds: Any) -> list[int]:
     return list(seeds)
 
 
-def _checked(file: MarkedYaml, keys: tuple[str, ...], row: str, settings: Mapping[str, Any]) -> PlannedRun:
+def _checked(
+    file: MarkedYaml, keys: tuple[str, ...], row: str, settings: Mapping[str, Any], launch: Launcher | None
+) -> PlannedRun:
     arguments = [argument for name, value in settings.items() for argument in as_arguments(name, value)]
     try:
         with _environment_kept():
@@ -170,9 +171,11 @@ def _checked(file: MarkedYaml, keys: tuple[str, ...], row: str, settings: Mappin
         for name in ("cache", "eval_cache", "student"):
             if not getattr(config, name):
                 raise UserError(f"{name} is missing: name it in `common`")
+        if config.fsdp and launch is None:
+            raise UserError("fsdp shards a model over ranks: add `launch: torchrun …` at the top")
     except UserError as error:
         raise file.error(f"run {row}: {error}", *keys) from error
-    return PlannedRun(row, file.where(*keys), arguments, config)
+    return PlannedRun(row, file.where(*keys), arguments, config, launch.ranks if launch else 1)
 
 
 @contextmanager
@@ -216,10 +219,8 @@ def _generate(file: MarkedYaml, options: Any) -> GenerationSettings | None:
         raise file.error(f"generate: {error}", "generate") from error
 
 
-def _launch(file: MarkedYaml, line: Any) -> list[str]:
-    if line is None:
-        return []
+def _launch(file: MarkedYaml, line: Any) -> Launcher | None:
     try:
-        return launcher(line)
+        return None if line is None else launcher(line)
     except UserError as error:
         raise file.error(str(error), "launch") from error
