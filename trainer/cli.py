@@ -20,7 +20,7 @@ from logitcache.errors import one_line
 from trainer.commands.shared import INTERRUPTED
 
 CONTINUE = {
-    "fit": "`trainer fit … --resume_from_checkpoint true` continues from the last checkpoint",
+    "fit": "`trainer fit … --resume_from_checkpoint true` continues from the last checkpoint, if there is one",
     "eval": "The same command continues",
     "compare": "The same command continues",
 }
@@ -44,5 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print(f"trainer: stopped. {CONTINUE[name]}")
+        if os.environ.get("RANK", "0") == "0":  # of several that were started together
+            print(f"trainer: stopped. {CONTINUE[name]}")
         return INTERRUPTED

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from logitcache import UserError
 
+RANKS_VARIABLE = "TRAINER_RANKS"
+"""Of the environment: as many ranks are meant to train, whatever a launcher started."""
+
 
 def check_ranks(args: TrainingArguments) -> None:
-    """Raises UserError where a model is to be sharded over one rank."""
+    """Raises UserError where there are fewer or more ranks than asked for, or a model is to be sharded over one."""
+    asked = os.environ.get(RANKS_VARIABLE, str(args.world_size))
+    if asked != str(args.world_size):
+        raise UserError(
+            f"{asked} ranks were asked for and the launcher started {args.world_size}: it may have found no more devices"
+        )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError("--fsdp shards a model over ranks, and this is one: torchrun --nproc-per-node 8 starts eight")
 

@@ -20,6 +20,7 @@ from logitcache import LogitCache, UserError
 from logitcache.format.sequences import TokenSequence
 from trainer.arguments import parse
 from trainer.cli import main
+from trainer.commands.fit import _begun_anew
 from trainer.config import DistillConfig
 from trainer.evaluation.evaluate import evaluate
 from trainer.interrupt import StopOnInterrupt
@@ -27,6 +28,7 @@ from trainer.losses import registry
 from trainer.losses.coarse import Coarse
 from trainer.losses.registry import register_divergence
 from trainer.prepare import prepare
+from trainer.ranks import RANKS_VARIABLE
 
 STEPS = ["--use_cpu", "--max_steps", "6", "--learning_rate", "5e-3", "--disable_tqdm", "true"]
 
@@ -309,6 +311,24 @@ def test_what_cannot_be_meant_ends_in_one_line_and_status_2(
     common = ["--cache", cache.path, "--student", student_folder, "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     refused(["fit", *common, *options], said, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_fewer_ranks_than_asked_for_are_refused(
+    tmp_path: Path,
+    cache: LogitCache,
+    student_folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(RANKS_VARIABLE, "2")
+    common = ["--cache", cache.path, "--student", student_folder, "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    refused(["fit", *common], ["2 ranks were asked for and the launcher started 1"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_checkpoint_to_continue_from_is_named_once() -> None:
+    given = ["--loss", "fkl", "--resume_from_checkpoint", "a", "--resume-from-checkpoint=b", "--seed", "1"]
+    assert _begun_anew(given) == ["--loss", "fkl", "--seed", "1"]
 
 
 def refused(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from logitcache.format.atomic import file_sha256
 from trainer.cli import main
 from trainer.commands import eval as trainer_eval
 from trainer.comparison import commands, execute, folder_state
-from trainer.comparison.child import last_step, locked_log
+from trainer.comparison.child import Child, last_step, locked_log
 from trainer.comparison.launch import launcher
 from trainer.comparison.recipe import read_recipe
 from trainer.evaluation.identity import model_identity
@@ -181,13 +181,18 @@ def test_runs_are_multiplied_by_losses_and_seeds_but_not_hard_labels(tmp_path: P
         ({"generate": {"data": 5}}, "generate: --data 5: a text or a list of texts is expected"),
         ({"generate": {"data": [], "prompt_template": 5}}, "generate: --prompt_template 5: a text or a list"),
         ({"generate": {"data": [], "temperature": True}}, "generate: --temperature True: a number from 0"),
-        ({"runs": {"KD": {"fsdp": True}}}, r"run KD FKL: fsdp shards a model over ranks: add `launch: torchrun …`"),
+        ({"runs": {"KD": {"fsdp": True}}}, r"run KD FKL: fsdp shards a model over ranks: `launch: torchrun …`"),
         (
             {"launch": "mpirun -n 2"},
             r"line \d+: launch: `torchrun …` or `accelerate launch …` is expected, got 'mpirun",
         ),
         ({"launch": ["torchrun"]}, r"line \d+: launch: `torchrun …` or `accelerate launch …` is expected"),
         ({"launch": "torchrun --nproc-per-node"}, r"line \d+: launch: .*--nproc-per-node.*: expected one argument"),
+        ({"launch": "torchrun --nproc-par-node 2"}, r"line \d+: launch: .*unrecognized arguments: --nproc-par-node"),
+        ({"launch": "torchrun --nproc-per-node 0"}, "launch: .*: 0 ranks train nothing"),
+        ({"launch": "torchrun --nproc-per-node 2 -m trainer fit"}, "options of the launcher alone are expected"),
+        ({"launch": "accelerate launch train.py"}, "options of the launcher alone are expected"),
+        ({"launch": "torchrun --max-restarts 3"}, "leave the restarts out"),
         ({"launch": "torchrun 'a"}, r"line \d+: launch: torchrun 'a: No closing quotation"),
     ],
 )
@@ -650,6 +655,36 @@ def test_a_run_that_another_process_does_is_waited_for(
     assert started(runs) == ["KD-fkl-1 0"]
     assert "is being trained by another process: waiting for it" in capsys.readouterr().out
     assert last_step(folder / "log.txt") == "10/10"
+
+
+def test_ranks_that_a_killed_launcher_left_are_waited_for(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, recipe | {"runs": {"KD": {}}, "losses": ["fkl"], "seeds": [1]})
+    stood_in(path, monkeypatch)
+    rank = f"import pathlib, time; time.sleep(1); pathlib.Path({str(tmp_path / 'ended')!r}).touch()"
+    launching = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {rank!r}]); sys.exit(1)"
+    monkeypatch.setattr(execute, "fit_command", lambda *_: [sys.executable, "-c", launching])
+    assert main(["compare", str(path)]) == 1
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("last", ["trainer: error: --lora_r 0: it must be at least 1", "ValueError: of a rank"])
+def test_a_rank_that_fails_is_shown_not_what_the_launcher_says_of_it(tmp_path: Path, last: str) -> None:
+    (tmp_path / "log.txt").write_text("of a former run\n")
+    log = locked_log(tmp_path / "log.txt")
+    assert log is not None
+    said = [
+        last,
+        "",
+        "E1122 15:00:00.0 12 torch/distributed/elastic/multiprocessing/api.py:9] failed (exitcode: 2) local_rank: 0",
+        "rank : 0 (local_rank: 0)",
+    ]
+    with log:
+        child = Child([sys.executable, "-c", f"print({chr(10).join(said)!r})"], log, {}, launcher=True)
+        while child.status() is None:
+            time.sleep(0.01)
+    assert child.last_lines(tmp_path / "log.txt", 6) == said[:1]
 
 
 def test_options_of_a_recipe_are_refused_for_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

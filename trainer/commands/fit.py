@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     if config.process_index != 0:
         return status
     if outcome.stopped_at:
-        again = shlex.join(["trainer", "fit", *argv, "--resume_from_checkpoint", outcome.stopped_at])
+        again = shlex.join(["trainer", "fit", *_begun_anew(argv), "--resume_from_checkpoint", outcome.stopped_at])
         ranks = f", on {config.world_size} ranks as before" if config.world_size > 1 else ""
         print(f"trainer: stopped after step {outcome.steps}. This continues{ranks}:\n  {again}", flush=True)
         return status
@@ -46,6 +46,16 @@ def run(argv: Sequence[str]) -> int:
     if outcome.metrics:
         print(metrics_table(outcome.metrics))
     return 0
+
+
+def _begun_anew(argv: Sequence[str]) -> list[str]:
+    """The arguments without the checkpoint that they continue from."""
+    kept: list[str] = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        options = [part.replace("-", "_") for part in (before, argument.partition("=")[0])]
+        if "__resume_from_checkpoint" not in options:
+            kept.append(argument)
+    return kept
 
 
 def _lines(pairs: Mapping[str, str], width: int) -> str:

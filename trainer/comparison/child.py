@@ -9,13 +9,16 @@ import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
 import psutil
 
-LAST_BYTES = 8192
+LAST_BYTES = 65536
 STEP = re.compile(rb"step (\d+)/(\d+)")
+LAUNCHERS_REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
+"""Where torchrun begins to tell that a rank failed, after what the rank itself told."""
 
 
 def locked_log(path: Path) -> BinaryIO | None:
@@ -32,8 +35,12 @@ def locked_log(path: Path) -> BinaryIO | None:
 class Child:
     """A running command."""
 
-    def __init__(self, command: Sequence[str], log: BinaryIO, environment: Mapping[str, str]) -> None:
-        """log: of `locked_log`. The child holds its lock too."""
+    def __init__(
+        self, command: Sequence[str], log: BinaryIO, environment: Mapping[str, str], *, launcher: bool = False
+    ) -> None:
+        """log: of `locked_log`. The child holds its lock too.  launcher: the command starts ranks and waits for them."""
+        self._launcher = launcher
+        self._log_began = Path(log.name).stat().st_size
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -48,8 +55,12 @@ class Child:
         return self._process.poll()
 
     def interrupt(self) -> None:
-        """What Ctrl-C does."""
-        self._process.send_signal(signal.SIGINT)
+        """What Ctrl-C does; to the ranks themselves, as launchers give them too little time or tell them nothing."""
+        if self.status() is None:
+            process = psutil.Process(self._process.pid)
+            for each in (process.children() if self._launcher else []) or [process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
         """Ends it and all that it started, whatever they do."""
@@ -59,11 +70,13 @@ class Child:
                     process.kill()
             self._process.wait()
 
-
-def last_lines(log: Path, count: int) -> list[str]:
-    """The last lines of a log that are not empty."""
-    lines = _end_of(log).decode(errors="replace").splitlines()
-    return [line for line in lines if line.strip()][-count:]
+    def last_lines(self, log: Path, count: int) -> list[str]:
+        """The last lines of its output that are not empty; of a rank, not of the launcher, where there are any."""
+        text = _end_of(log, self._log_began).decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        errors = [number for number, line in enumerate(lines, 1) if line.startswith("trainer: error: ")]
+        ranks = lines[: errors[-1]] if errors else takewhile(lambda line: not LAUNCHERS_REPORT.match(line), lines)
+        return (list(ranks) or lines)[-count:]
 
 
 def last_step(log: Path) -> str:
@@ -72,10 +85,10 @@ def last_step(log: Path) -> str:
     return b"/".join(steps[-1]).decode() if steps else "starting"
 
 
-def _end_of(log: Path) -> bytes:
+def _end_of(log: Path, begin: int = 0) -> bytes:
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+            file.seek(max(begin, file.seek(0, os.SEEK_END) - LAST_BYTES))
             return file.read()
     except FileNotFoundError:
         return b""

@@ -19,17 +19,16 @@ from logitcache import UserError
 from logitcache.errors import one_line
 from logitcache.progress import duration
 from trainer.comparison.answers import remove_other_answers
-from trainer.comparison.child import Child, last_lines, last_step, locked_log
+from trainer.comparison.child import Child, last_step, locked_log
 from trainer.comparison.commands import fit_command, generate_command
 from trainer.comparison.folder_state import folder_state, model_files
 from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.comparison.status_line import StatusLine
 from trainer.evaluation.protocol import scores_are_current
 from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.ranks import RANKS_VARIABLE
 
 LOG_NAME = "log.txt"
-CHECKPOINT_S = 600
-"""Seconds that ranks have to write a checkpoint on Ctrl-C; torchrun would kill them after 30."""
 POLL_S = 0.2
 SHOWN_LOG_LINES = 6
 
@@ -109,14 +108,11 @@ class _Pool:
                 time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """Asks the runs to write checkpoints and end; a second Ctrl-C ends them at once, a third kills them.
-
-        A launcher passes on the first only: ranks are killed by the second.
-        """
+        """Asks the runs to write checkpoints and end; a second Ctrl-C ends them at once, a third kills them."""
         children = [active.child for active in self._active if active.child is not None]
         if children:
             self._status.say("stopping: every run writes a checkpoint first (Ctrl-C again: no checkpoints)")
-        for end in (Child.interrupt, *([] if self._launch else [Child.interrupt]), Child.kill):
+        for end in (Child.interrupt, Child.interrupt, Child.kill):
             for child in children:
                 end(child)
             try:
@@ -147,17 +143,25 @@ class _Pool:
                 return
         if active.child is not None:
             status = active.child.status()
-            if status is None:
+            if status is None or self._ranks_go_on(active):
                 return
             if status != 0:
-                self._fail(active, f"exit status {status}", *last_lines(active.log_path, SHOWN_LOG_LINES))
+                self._fail(active, f"exit status {status}", *active.child.last_lines(active.log_path, SHOWN_LOG_LINES))
                 return
         command = self._next_command(active)
         if command is None:
             self._status.finished(active.run, duration(time.monotonic() - active.began), fresh=active.child is not None)
             self._end(active)
         else:
-            active.child = Child(command, active.log, self._environment(active.slot))
+            launched = self._launch is not None and active.doing != "generating"
+            active.child = Child(command, active.log, self._environment(active), launcher=launched)
+
+    def _ranks_go_on(self, active: _Active) -> bool:
+        """Whether a launcher that was killed left ranks behind; the log's lock is given up to see whether they have it."""
+        assert active.log is not None
+        active.log.close()
+        active.log = locked_log(active.log_path)
+        return active.log is None
 
     def _next_command(self, active: _Active) -> list[str] | None:
         assert active.log is not None
@@ -197,13 +201,13 @@ class _Pool:
     def _where(self, active: _Active) -> str:
         return active.doing or last_step(active.log_path)
 
-    def _environment(self, slot: int) -> dict[str, str]:
+    def _environment(self, active: _Active) -> dict[str, str]:
         if self._launch:
-            return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(CHECKPOINT_S)}
+            return {} if active.run.ranks is None else {RANKS_VARIABLE: str(active.run.ranks)}
         gpus = torch.cuda.device_count()
         if gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-            return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+            return {"CUDA_VISIBLE_DEVICES": visible.split(",")[active.slot % gpus]}
         if self._jobs == 1 or "OMP_NUM_THREADS" in os.environ:
             return {}
         return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self._jobs))}

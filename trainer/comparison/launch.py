@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from argparse import ArgumentError, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from logitcache import UserError
 
-MODULES = {("torchrun",): "torch.distributed.run", ("accelerate", "launch"): "accelerate.commands.launch"}
+ONE_HOST = ("1", "1:1")
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,49 @@ class Launcher:
 
 
 def launcher(line: object) -> Launcher:
-    """Starts ranks in this interpreter. Raises UserError for a line of no known launcher."""
+    """Starts ranks in this interpreter. Raises UserError for a line that is not the beginning of such a command."""
     try:
         words = shlex.split(line) if isinstance(line, str) else []
-        for names, module in MODULES.items():
-            if tuple(words[: len(names)]) == names:
-                options = words[len(names) :]
-                return Launcher([sys.executable, "-m", module, *options], _ranks(options))
-    except (ValueError, ArgumentError) as error:
+        if words[:1] == ["torchrun"]:
+            return _torchrun(words[1:])
+        if words[:2] == ["accelerate", "launch"]:
+            return _accelerate(words[2:])
+    except ValueError as error:
         raise UserError(f"launch: {line}: {error}") from error
-    raise UserError(f"launch: `torchrun …` or `accelerate launch …` is expected, got {line!r}")
+    raise UserError(
+        f"launch: `torchrun …` or `accelerate launch …` is expected, got {line!r}; variables of the environment belong "
+        "before `trainer compare`"
+    )
 
 
-def _ranks(options: Sequence[str]) -> int | None:
-    """torchrun counts processes of a host, accelerate those of all hosts."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--nproc-per-node", "--nproc_per_node", "--num_processes", "--num-processes", dest="ranks")
-    parser.add_argument("--nnodes", default="1")
-    named = parser.parse_known_args(options)[0]
-    return int(named.ranks) if (named.ranks or "").isdecimal() and named.nnodes == "1" else None
+def _torchrun(options: Sequence[str]) -> Launcher:
+    from torch.distributed.run import get_args_parser
+
+    named = _parsed(get_args_parser(), options)
+    ranks = int(named.nproc_per_node) if named.nproc_per_node.isdecimal() and named.nnodes in ONE_HOST else None
+    return _checked("torch.distributed.run", options, ranks)
+
+
+def _accelerate(options: Sequence[str]) -> Launcher:
+    from accelerate.commands.launch import launch_command_parser
+
+    return _checked("accelerate.commands.launch", options, _parsed(launch_command_parser(), options).num_processes)
+
+
+def _parsed(parser: ArgumentParser, options: Sequence[str]) -> Any:
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    named = parser.parse_args([*options, "-m", "trainer"])
+    if named.training_script != "trainer" or named.training_script_args:
+        raise ValueError("options of the launcher alone are expected, `-m trainer fit …` follows by itself")
+    if named.max_restarts:
+        raise ValueError("leave the restarts out: the same `trainer compare` continues a run that failed")
+    return named
+
+
+def _checked(module: str, options: Sequence[str], ranks: int | None) -> Launcher:
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"{ranks} ranks train nothing")
+    return Launcher([sys.executable, "-m", module, *options], ranks)

@@ -171,8 +171,8 @@ def _checked(
         for name in ("cache", "eval_cache", "student"):
             if not getattr(config, name):
                 raise UserError(f"{name} is missing: name it in `common`")
-        if config.fsdp and launch is None:
-            raise UserError("fsdp shards a model over ranks: add `launch: torchrun …` at the top")
+        if config.fsdp and (launch is None or launch.ranks == 1):
+            raise UserError("fsdp shards a model over ranks: `launch: torchrun …` at the top starts several")
     except UserError as error:
         raise file.error(f"run {row}: {error}", *keys) from error
     return PlannedRun(row, file.where(*keys), arguments, config, launch.ranks if launch else 1)
