@@ -114,7 +114,10 @@ def test_checkpoints_of_a_former_run_in_the_folder_are_left_alone(
     assert former.exists()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     config = parse(["--student", student_folder, "--output_dir", str(tmp_path), *STEPS, *options])
-    assert folder_state(PlannedRun("KD", "recipe.yaml, line 1", [], config)).checkpoint == tmp_path / "checkpoint-1"
+    assert (
+        folder_state(PlannedRun("KD", "recipe.yaml, line 1", [], config, ranks=1)).checkpoint
+        == tmp_path / "checkpoint-1"
+    )
 
     assert fit(tmp_path, student_folder, *options, "--resume_from_checkpoint", str(former)) == 2
     assert f"{former}: a former run left it" in refused(capsys)
