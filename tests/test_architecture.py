@@ -33,10 +33,11 @@ FLOORS = [
     ("logitcache.report",),
     ("logitcache.cache",),
     ("logitcache.format",),
+    ("logitcache.documents",),
     ("logitcache.errors", "logitcache.progress", "logitcache.spans", "logitcache.table", "logitcache.version"),
 ]
 READER_SIDE = tuple(
-    f"logitcache.{room}" for room in ("cache", "format", "errors", "progress", "spans", "table", "version")
+    f"logitcache.{room}" for room in ("cache", "format", "documents", "errors", "progress", "spans", "table", "version")
 )
 TRAINER_FLOORS = [
     ("trainer.cli",),

@@ -62,6 +62,7 @@ class Answers:
         self.skipped = Counter(batches.skipped)
         self.first_bad = batches.first_bad
         self.never_kept: set[str] = set()
+        self.notes: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[TokenSequence]:
         self.skipped = Counter(self._batches.skipped)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,8 @@ from logitcache.format.workspace import ANSWERS_NAME, abandon, begin
 from logitcache.progress import Progress
 
 PARTITION_NAME = f"{BUILD_DIRECTORY}/{TAIL_GROUPS_NAME}"
+
+logger = logging.getLogger("logitcache")
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class ReadCorpus(Protocol):
     layout: str | None
     num_documents: int
     skipped: Counter[str]
+    notes: Counter[str]
     first_bad: str | None
     never_kept: set[str]
 
@@ -157,7 +161,12 @@ def make_plan(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, sh
 
 
 def check_read(corpus: ReadCorpus, found: bool, what: str) -> None:
-    """Raises UserError where a corpus, read to its end, held none of what was wanted, or never a column of --keep."""
+    """Says what is to be known of a corpus that was read to its end.
+
+    Raises UserError where it held none of what was wanted, or never a column of --keep.
+    """
+    for note, count in corpus.notes.items():
+        logger.warning("%s %s", f"{count:,}", note)
     if not found:
         left_out = ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items()) or "none at all"
         raise UserError(f"the corpus holds no {what}: {corpus.num_documents} documents ({left_out})")

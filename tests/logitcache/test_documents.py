@@ -17,7 +17,8 @@ import zstandard
 
 from logitcache import UserError
 from logitcache.capture.corpus import documents
-from logitcache.capture.corpus.documents import Document, find_sources
+from logitcache.capture.corpus.documents import find_sources
+from logitcache.documents.document import Document
 
 ROWS: list[dict[str, Any]] = [{"text": f"Número {i} …", "id": i} for i in range(300)]
 

@@ -11,9 +11,10 @@ import pytest
 from smallcaches import EVERYTHING, random_rows
 
 from logitcache import UserError
-from logitcache.capture.corpus.documents import Document, Source
+from logitcache.capture.corpus.documents import Source
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.plan import Plan, make_plan, read_plan
+from logitcache.documents.document import Document
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
 from logitcache.format.storage import Folder

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from smallcaches import small
 
 from logitcache import UserError
-from logitcache.capture.corpus.documents import Document, Source
+from logitcache.capture.corpus.documents import Source
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
+from logitcache.documents.document import Document
 from logitcache.format.sequences import TokenSequence
 
 VOCAB = 512

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from logitcache.documents.document import Document
 from logitcache.errors import UserError
 
 MAX_TEXT_FILE_BYTES = 64 << 20
 """A .txt file is one document and is read whole."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One row of a source. where: file and row, for messages. error: why `values` could not be read."""
-
-    values: Mapping[str, Any]
-    where: str
-    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logitcache.capture.corpus.documents import Document, Source
+from logitcache.capture.corpus.documents import Source
 from logitcache.capture.corpus.layouts import (
-    BadDocument,
     Layouts,
-    Tokens,
     encode,
-    read_messages,
     tokenize_input_ids,
 )
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
+from logitcache.capture.corpus.tokens import Tokenization, Tokens
+from logitcache.documents.document import BadDocument, Document
+from logitcache.documents.messages import read_messages
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 
@@ -25,38 +25,38 @@ ANSWER_COLUMNS = ("completion", "finish_reason", "sample")
 """Columns that an answer adds to those of its prompt: text, why it ended, its number among the prompt's answers."""
 
 
-def prompt_of_text(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
+def prompt_of_text(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
     """`prompt`: with the tokenizer's own special tokens."""
     if document["prompt"] == "":
-        return _prompt([])
-    return _prompt(encode(tokenizer, document["prompt"], add_special_tokens=True))
+        return [_prompt([])]
+    return [_prompt(encode(by.tokenizer, document["prompt"], add_special_tokens=True))]
 
 
-def prompt_of_messages(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
+def prompt_of_messages(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
     """`messages` (and optional `tools`): everything before the assistant's last turn, where the chat ends with one.
 
     Through the tokenizer's chat template, with its generation prompt.
     """
     messages = read_messages(document)
     if not messages:
-        return _prompt([])
+        return [_prompt([])]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
         raise BadDocument("`messages` hold nothing to answer, only turns of the assistant")
     try:
-        rendered = tokenizer.apply_chat_template(
+        rendered = by.tokenizer.apply_chat_template(
             messages, tools=document.get("tools"), add_generation_prompt=True, return_dict=True
         )
     except Exception as error:  # a template is a program: it may raise anything
         raise BadDocument(f"the chat template failed ({error})") from error
-    return _prompt(rendered["input_ids"])
+    return [_prompt(rendered["input_ids"])]
 
 
-def prompt_of_input_ids(document: Mapping[str, Any], tokenizer: Any) -> Tokens:
+def prompt_of_input_ids(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
     """`input_ids`: taken as they are."""
-    ids, _ = tokenize_input_ids({"input_ids": document["input_ids"]}, tokenizer)
-    return _prompt(ids)
+    [(ids, _)] = tokenize_input_ids({"input_ids": document["input_ids"]}, by)
+    return [_prompt(ids)]
 
 
 PROMPT_LAYOUTS: Layouts = {
@@ -95,7 +95,7 @@ class Prompts(Corpus):
         self._longest = settings.max_length - room
 
     def _sequences(self, document: Document) -> Iterator[TokenSequence]:
-        ids, mask = self._tokens(document)
+        [(ids, mask)] = self._tokens(document)
         if not len(ids):
             self.skipped["empty"] += 1
             return

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logitcache.capture.corpus.documents import Document, Source
-from logitcache.capture.corpus.layouts import LAYOUTS, BadDocument, Layouts, Tokens, find_layout
+from logitcache.capture.corpus.documents import Source
+from logitcache.capture.corpus.layouts import LAYOUTS, Layouts, find_layout
+from logitcache.capture.corpus.tokens import Tokenization, Tokens
+from logitcache.documents.document import BadDocument, Document
 from logitcache.errors import UserError
 from logitcache.format.layout import RESERVED_COLUMNS, TEMPERED_PREFIX
 from logitcache.format.sequences import TokenSequence
@@ -61,12 +63,13 @@ class Corpus:
     """Iterates the sequences of all sources once, in order.
 
     skipped: documents left out so far, by reason.  layout: found with the first document.  never_kept: columns of
-    `keep` that no document has had.
+    `keep` that no document has had.  notes: see `Tokenization`.
     """
 
     def __init__(self, sources: Sequence[Source], tokenizer: Any, vocab_size: int, settings: CorpusSettings) -> None:
         self._sources = sources
-        self._tokenizer = tokenizer
+        self._by = Tokenization(tokenizer)
+        self.notes = self._by.notes
         self._vocab_size = vocab_size
         self._settings = settings
         self.layout = settings.layout
@@ -90,19 +93,19 @@ class Corpus:
                     self.first_bad = self.first_bad or f"{document.where}: {error}"
 
     def _sequences(self, document: Document) -> Iterator[TokenSequence]:
-        ids, mask = self._tokens(document)
-        if len(ids) < 2:
-            self.skipped["empty"] += 1
-            return
         kept = self._kept(document)
-        pieces = self._within_length(ids, mask)
-        trainable = [piece for piece in pieces if piece[1].any()]
-        if pieces and not trainable:
-            self.skipped["untrainable"] += 1
-        for piece_ids, piece_mask in trainable:
-            yield TokenSequence(piece_ids, piece_mask, kept)
+        for ids, mask in self._tokens(document):
+            if len(ids) < 2:
+                self.skipped["empty"] += 1
+                continue
+            pieces = self._within_length(ids, mask)
+            trainable = [piece for piece in pieces if piece[1].any()]
+            if pieces and not trainable:
+                self.skipped["untrainable"] += 1
+            for piece_ids, piece_mask in trainable:
+                yield TokenSequence(piece_ids, piece_mask, kept)
 
-    def _tokens(self, document: Document) -> Tokens:
+    def _tokens(self, document: Document) -> list[Tokens]:
         if document.error:
             raise BadDocument(document.error)
         values = {**document.values, **self._renamed(document.values)}
@@ -111,12 +114,13 @@ class Corpus:
         needed, tokenize = layouts[self.layout]
         if missing := [self._settings.columns.get(c, c) for c in needed if values.get(c) is None]:
             raise BadDocument(f"column {missing[0]!r} is missing or null (layout {self.layout})")
-        if self.layout == "messages" and not self._tokenizer.chat_template:
+        if self.layout == "messages" and not self._by.tokenizer.chat_template:
             raise UserError(f"{document.where}: chat messages, but the teacher's tokenizer has no chat template")
-        ids, mask = tokenize(values, self._tokenizer)
-        if len(ids) and int(ids.max()) >= self._vocab_size:
-            raise BadDocument(f"token id {ids.max()} is outside the teacher's vocabulary of {self._vocab_size}")
-        return ids, mask
+        found = tokenize(values, self._by)
+        for ids, _ in found:
+            if len(ids) and int(ids.max()) >= self._vocab_size:
+                raise BadDocument(f"token id {ids.max()} is outside the teacher's vocabulary of {self._vocab_size}")
+        return found
 
     def _kept(self, document: Document) -> dict[str, Any]:
         self.never_kept -= document.values.keys()

@@ -1,0 +1,1 @@
+"""Documents as they lie in files: rows of columns, and the chats in them. Needs neither torch nor transformers."""
