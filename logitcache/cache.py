@@ -30,6 +30,8 @@ from logitcache.format.sequences import CachedSequence
 from logitcache.format.shard_reader import ShardReader, TemporaryCopies
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
+from logitcache.format.tokenizer import read_tokenizer
+from logitcache.format.trusted import read_trusted
 
 T = TypeVar("T")
 
@@ -109,14 +111,25 @@ class LogitCache(Sequence[CachedSequence]):
         """Tail group of each token id, int32 [V], or None where the cache holds no tail groups."""
         if not self.manifest.layout.num_tail_groups:
             return None
-        path = self._folder.where(TAIL_GROUPS_NAME)
+        content = read_trusted(self._folder, self.manifest, TAIL_GROUPS_NAME)
         try:
-            content = self._folder.read(TAIL_GROUPS_NAME)
-            if self.manifest.files.get(TAIL_GROUPS_NAME) != hashlib.sha256(content).hexdigest():
-                raise ValueError("its SHA-256 is not the manifest's")
             return read_tail_groups(BytesIO(content))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is missing or was altered ({error}): fetch it or build the cache again") from error
+            raise UserError(
+                f"{self._folder.where(TAIL_GROUPS_NAME)} was altered ({error}): fetch it or build the cache again"
+            ) from error
+
+    def tokenizer_files(self) -> dict[str, bytes] | None:
+        """Reads the teacher's tokenizer, every file checked against the manifest.
+
+        Returns:
+            The content of each file by its name in `tokenizer/`, such as "tokenizer.json". None where the cache has no
+            tokenizer.
+
+        Raises:
+            UserError: As `tokenizer.read_tokenizer` does.
+        """
+        return read_tokenizer(self._folder, self.manifest)
 
     @cached_property
     def _row_groups(self) -> np.ndarray:

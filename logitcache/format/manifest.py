@@ -28,6 +28,8 @@ TOKENIZER_DIRECTORY = "tokenizer"
 
 MAX_MANIFEST_BYTES = 1 << 26
 """A cache of 10 billion positions has a manifest of some 20 MB."""
+MAX_NAME_BYTES, MAX_PART_BYTES = 1000, 240
+"""Of a file's name in a cache, and of each part between its slashes: of the latter file systems take 255 bytes."""
 MAX_VOCAB_SIZE = 1 << 24
 """A hundred times that of any tokenizer: what is altered to more would be asked for as memory."""
 
@@ -100,7 +102,7 @@ class Manifest:
     def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
         """Inverse of `to_json`.
 
-        Raises UserError for a newer format, values of another kind than ours, shard names that point outside the cache or stand
+        Raises UserError for a newer format, values of another kind than ours, names of files that no cache has or that stand
         there twice, SHA-256 that are none, and totals that are not theirs.
         """
         try:
@@ -133,11 +135,11 @@ class Manifest:
         if len(digests) < len(shards):
             raise UserError(f"{where} was altered: it names a shard twice")
         for name, digest in (*digests.items(), *manifest.files.items()):
+            if not is_plain(name):
+                raise UserError(f"{where} names a file that no cache has: {name[:80]!r}")
             if not re.fullmatch("[0-9a-f]{64}", digest):
                 raise UserError(f"{where} was altered: {digest[:80]!r} of {name} is no SHA-256")
         for shard in shards:
-            if points_outside(shard.name):
-                raise UserError(f"{where} names a shard outside the cache: {shard.name!r}")
             if sum(shard.row_group_sizes) != shard.num_sequences:
                 raise UserError(
                     f"{where} was altered: the row groups of {shard.name} have not {shard.num_sequences} rows"
@@ -186,10 +188,13 @@ _SHAPE: dict[str, Any] = {
 """What readers rely on, see `check_shape`; format 1 has neither history nor precision."""
 
 
-def points_outside(name: str) -> bool:
-    """Whether a file name in a manifest could lead out of the cache."""
+def is_plain(name: str) -> bool:
+    """Whether a file name in a manifest is a path that stays in the cache, as every file system writes and holds it."""
     path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
+    plain = name.isprintable() and str(path) == name and not {"\\", ":"} & set(name)
+    if not plain or path.is_absolute() or ".." in path.parts:
+        return False
+    return len(name.encode()) <= MAX_NAME_BYTES and all(len(part.encode()) <= MAX_PART_BYTES for part in path.parts)
 
 
 def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ _CREDENTIALS = {
 
 
 MAX_READ_BYTES = 1 << 28
-"""Of a remote file that is read as a whole: a tokenizer of a million tokens has some 50 MB."""
+"""Of a file that is read as a whole: a tokenizer of a million tokens has some 50 MB."""
 
 
 class Unreachable(UserError):
@@ -171,9 +171,12 @@ class Folder:
             return cast(BinaryIO, self._filesystem.open(self._full(name), "rb", **options))
 
     def read(self, name: str, at_most: int = MAX_READ_BYTES) -> bytes:
-        """A whole file. at_most: bytes of a remote one. Raises FileNotFoundError, and UserError for more bytes than that."""
+        """A whole file. Raises FileNotFoundError, and UserError for more bytes than `at_most`."""
         if self.local is not None:
-            return (self.local / name).read_bytes()
+            with (self.local / name).open("rb") as file:
+                content = file.read(at_most + 1)
+            _check_bound(len(content), at_most, self.where(name))
+            return content
         with tempfile.TemporaryDirectory(prefix="logitcache-") as directory, space_needed(directory):
             path = Path(directory) / "content"
             self._copy(name, path, _Bound(at_most, self.where(name)))
@@ -319,8 +322,12 @@ class _Bound(NoOpCallback):
 
     def call(self, *_: Any, **__: Any) -> None:
         """Told of every chunk."""
-        if max(self.size or 0, self.value) > self._most_bytes:
-            raise UserError(f"{self._where} is refused: it has more than the {self._most_bytes} bytes that it may have")
+        _check_bound(max(self.size or 0, self.value), self._most_bytes, self._where)
+
+
+def _check_bound(num_bytes: int, most_bytes: int, where: str) -> None:
+    if num_bytes > most_bytes:
+        raise UserError(f"{where} is refused: it has more than the {most_bytes} bytes that it may have")
 
 
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:

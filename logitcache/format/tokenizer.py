@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from logitcache.format.manifest import TOKENIZER_DIRECTORY
+from logitcache.errors import UserError
+from logitcache.format.manifest import MANIFEST_NAME, TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.storage import Folder
+from logitcache.format.trusted import read_trusted
+
+MAX_TOKENIZER_BYTES = 1 << 27
+"""Of all its files; the largest that are published have 40 MB."""
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
@@ -59,3 +64,27 @@ def save_tokenizer(folder: Folder, tokenizer: Any) -> None:
         tokenizer.save_pretrained(draft)
         for path in sorted(path for path in Path(draft).rglob("*") if path.is_file()):
             folder.write(f"{TOKENIZER_DIRECTORY}/{path.relative_to(draft).as_posix()}", path.read_bytes())
+
+
+def read_tokenizer(folder: Folder, manifest: Manifest) -> dict[str, bytes] | None:
+    """Reads the tokenizer of a cache: the files that its manifest names, and no others.
+
+    Returns:
+        The content of each file by its name in `tokenizer/`. None where the manifest names none.
+
+    Raises:
+        UserError: For a file that is missing or altered, for more bytes than a tokenizer has, and for names that no folder
+            can hold together.
+    """
+    names = sorted(name for name in manifest.files if name.startswith(f"{TOKENIZER_DIRECTORY}/"))
+    contents: dict[str, bytes] = {}
+    left = MAX_TOKENIZER_BYTES
+    for name in names:
+        if folders := {str(parent) for parent in PurePosixPath(name).parents} & set(names):
+            raise UserError(
+                f"{folder.where(MANIFEST_NAME)} was altered: {folders.pop()} is a file, and a folder that holds {name}"
+            )
+        content = read_trusted(folder, manifest, name, left)
+        left -= len(content)
+        contents[name.removeprefix(f"{TOKENIZER_DIRECTORY}/")] = content
+    return contents or None

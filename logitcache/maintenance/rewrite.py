@@ -30,7 +30,6 @@ from logitcache.format.manifest import (
     MANIFEST_NAME,
     TOKENIZER_DIRECTORY,
     Manifest,
-    points_outside,
 )
 from logitcache.format.provenance import source_of
 from logitcache.format.sequences import CachedSequence, TokenSequence
@@ -39,6 +38,7 @@ from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.targets import SparseTargets
+from logitcache.format.trusted import read_trusted
 from logitcache.format.unfinished import PLAN_NAME, finished_shard, record_shard
 from logitcache.format.workspace import abandon, begin, remove_former, workspace
 from logitcache.maintenance.resume import begun_plan, finished_cache
@@ -229,18 +229,9 @@ def _copy_files(source: LogitCache, folder: Folder, layout: Layout) -> None:
     folder.remove(TOKENIZER_DIRECTORY)
     folder.remove(TAIL_GROUPS_NAME)
     origin = Folder(source.path)
-    for name, digest in source.manifest.files.items():
-        if name == TAIL_GROUPS_NAME and not layout.num_tail_groups:
-            continue
-        if points_outside(name):
-            raise UserError(f"{origin.where(MANIFEST_NAME)} names a file outside the cache: {name!r}")
-        try:
-            content = origin.read(name)
-        except FileNotFoundError as error:
-            raise UserError(f"{origin.where(name)} is missing, though the manifest names it: fetch it again") from error
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise UserError(f"{origin.where(name)} was altered: its SHA-256 is not the manifest's. Fetch it again")
-        folder.write(name, content)
+    for name in source.manifest.files:
+        if name != TAIL_GROUPS_NAME or layout.num_tail_groups:
+            folder.write(name, read_trusted(origin, source.manifest, name))
 
 
 def _finish(plan: _Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.layout import FORMAT_VERSION, Layout
-from logitcache.format.manifest import MANIFEST_NAME, Manifest, points_outside
+from logitcache.format.manifest import MANIFEST_NAME, Manifest, is_plain
 from logitcache.format.shards import ShardInfo
 from logitcache.maintenance.findings import Finding
 
@@ -69,8 +69,8 @@ def _check_parts(data: Mapping[str, Any], claims: Claims) -> Iterator[Finding]:
     files = data.get("files")
     for name, digest in files.items() if isinstance(files, dict) else ():
         claims.named.add(name)
-        if points_outside(name):
-            yield _finding(f"files names a file outside the cache: {_short(name)}")
+        if not is_plain(name):
+            yield _finding(f"files names a file that no cache has: {_short(name)}")
         elif not _is_digest(digest):
             yield _finding(f"files: the SHA-256 of {name} is {_short(digest)}, 64 hexadecimal digits are wanted")
         else:
@@ -121,8 +121,8 @@ def _check_shard(entry: Any, where: str, claims: Claims) -> Iterator[Finding]:
         holds, wanted = _SHARD_PARTS[part]
         if not holds(entry[part]):
             problems.append(f"{part} is {_short(entry[part])}, {wanted} is wanted")
-    if isinstance(name, str) and points_outside(name):
-        problems.append("the name leads out of the cache; it is not opened")
+    if isinstance(name, str) and not is_plain(name):
+        problems.append("no cache has a file of this name; it is not opened")
     if problems:
         yield from (_finding(f"{where}: {problem}") for problem in problems)
         return

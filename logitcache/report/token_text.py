@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from logitcache.errors import UserError
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.storage import Folder
+from logitcache.format.tokenizer import MAX_TOKENIZER_BYTES
+from logitcache.format.trusted import read_trusted
 from logitcache.report.samples import SHOWN_CHARACTERS
 
 TOKENIZER_NAME = f"{TOKENIZER_DIRECTORY}/tokenizer.json"
-MOST_BYTES = 256 << 20
-"""Largest file that is parsed; the largest vocabularies take 40 MB."""
 MOST_STEPS = 32
 """Of a decoder; those of real tokenizers have up to 5."""
 MOST_CHARACTERS = 4 * SHOWN_CHARACTERS
@@ -34,17 +32,7 @@ def token_texts(folder: Folder, manifest: Manifest, ids: Sequence[int]) -> tuple
     unknown: list[Text] = [None] * len(ids)
     if TOKENIZER_NAME not in manifest.files:
         return unknown, f"The cache has no {TOKENIZER_NAME}: tokens are shown as ids."
-    try:
-        with folder.answering(), folder.open(TOKENIZER_NAME) as file:
-            content = file.read(MOST_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError(f"{folder.where(TOKENIZER_NAME)} is missing: fetch it or build the cache again") from None
-    if len(content) > MOST_BYTES:
-        return unknown, f"{TOKENIZER_NAME} is larger than {MOST_BYTES >> 20} MiB: tokens are shown as ids."
-    if hashlib.sha256(content).hexdigest() != manifest.files[TOKENIZER_NAME]:
-        raise UserError(
-            f"{folder.where(TOKENIZER_NAME)} was altered (its SHA-256 is not the manifest's): fetch it or build the cache again"
-        )
+    content = read_trusted(folder, manifest, TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
     try:
         return _texts(json.loads(content), ids), ""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

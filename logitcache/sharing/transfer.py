@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 from logitcache.errors import UserError
@@ -20,7 +20,7 @@ from logitcache.format.manifest import (
     TOKENIZER_DIRECTORY,
     UNFINISHED_NAME,
     Manifest,
-    points_outside,
+    is_plain,
 )
 from logitcache.format.storage import MAX_READ_BYTES, Unreachable
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
@@ -67,7 +67,7 @@ def vouched_files(manifest: Manifest, where: str) -> list[TravellingFile]:
     files += [TravellingFile(shard.name, shard.sha256, shard.num_bytes) for shard in manifest.shards]
     seen: set[str] = set()
     for file in files:
-        if points_outside(file.name) or not _is_ours(file.name):
+        if not _is_ours(file.name):
             raise UserError(f"{where} names a file that no cache has: {file.name!r}")
         if file.name in seen:
             raise UserError(f"{where} names {file.name} twice")
@@ -77,8 +77,7 @@ def vouched_files(manifest: Manifest, where: str) -> list[TravellingFile]:
 
 def _is_ours(name: str) -> bool:
     """Whether a file of this name may be in a cache."""
-    plain = name.isprintable() and str(PurePosixPath(name)) == name
-    return plain and (name.startswith(("data/", f"{TOKENIZER_DIRECTORY}/")) or name == TAIL_GROUPS_NAME)
+    return is_plain(name) and (name.startswith(("data/", f"{TOKENIZER_DIRECTORY}/")) or name == TAIL_GROUPS_NAME)
 
 
 def left_behind(names: Iterable[str], kept: Collection[str]) -> list[str]:

@@ -255,7 +255,7 @@ class TestDamagedSources:
         (root / "precious").write_text("mine")
         files = {**manifest.files, "../precious": hashlib.sha256(b"mine").hexdigest()}
         replace(manifest, files=files).write(Folder(root / "a"))
-        with pytest.raises(UserError, match=r"outside the cache: '\.\./precious'"):
+        with pytest.raises(UserError, match=r"a file that no cache has: '\.\./precious'"):
             recode(root, root / "elsewhere/out")
         assert not (root / "elsewhere/precious").exists()
 

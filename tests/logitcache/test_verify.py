@@ -256,10 +256,13 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "share": (lambda data: data["shards"][1].update(mean_tail_mass=float("nan")), "mean_tail_mass is NaN"),
     "part": (lambda data: data["shards"][1].pop("longest"), "longest is missing"),
     "unknown part": (lambda data: data["shards"][1].update(pickle="x"), "unknown part pickle"),
-    "outside": (lambda data: data["shards"][1].update(name="data/../../secret.parquet"), "leads out of the cache"),
-    "absolute": (lambda data: data["shards"][1].update(name="/etc/passwd"), "leads out of the cache"),
-    "url": (lambda data: data["shards"][1].update(name="https://example.org/x"), "leads out of the cache"),
-    "file outside": (lambda data: data["files"].update({"../x": "0" * 64}), 'outside the cache: "../x"'),
+    "outside": (
+        lambda data: data["shards"][1].update(name="data/../../secret.parquet"),
+        "no cache has a file of this name",
+    ),
+    "absolute": (lambda data: data["shards"][1].update(name="/etc/passwd"), "no cache has a file of this name"),
+    "url": (lambda data: data["shards"][1].update(name="https://example.org/x"), "no cache has a file of this name"),
+    "file outside": (lambda data: data["files"].update({"../x": "0" * 64}), 'a file that no cache has: "../x"'),
     "file digest": (
         lambda data: data["files"].update({"tokenizer/tokenizer.json": 5}),
         "SHA-256 of tokenizer/tokenizer.json",
