@@ -9,11 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Document:
-    """One row of a source. where: file and row, for messages. error: why `values` could not be read."""
+    """One row of a source.
+
+    where: file and row, for messages.  error: why `values` could not be read.  row: its number in the source; of a line,
+    from 1.
+    """
 
     values: Mapping[str, Any]
     where: str
     error: str | None = None
+    row: int = 0
 
 
 class BadDocument(Exception):

@@ -16,8 +16,8 @@ import pytest
 import zstandard
 
 from logitcache import UserError
-from logitcache.capture.corpus import documents
 from logitcache.capture.corpus.documents import find_sources
+from logitcache.documents import files
 from logitcache.documents.document import Document
 
 ROWS: list[dict[str, Any]] = [{"text": f"Número {i} …", "id": i} for i in range(300)]
@@ -134,11 +134,11 @@ def test_a_split_that_the_dataset_has_not_is_refused(csv_folder: Path) -> None:
 def test_a_dataset_that_breaks_off_says_after_which_row(csv_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def broken(*_: Any, **__: Any) -> Any:
-        yield {"text": "One."}
+    def broken(self: Any) -> Any:
+        yield pa.table({"text": ["One."]})
         raise RuntimeError("connection lost\nand more")
 
-    monkeypatch.setattr(datasets, "load_dataset", broken)
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
     with pytest.raises(UserError, match=r"reading stops after row 1 \(connection lost\)$"):
         read(csv_folder)
 
@@ -253,7 +253,7 @@ def test_a_text_file_that_is_not_utf8_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_text_file_too_large_to_be_one_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_TEXT_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_TEXT_FILE_BYTES", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"a" * ((1 << 20) + 1))
     with pytest.raises(UserError, match=r"a\.txt: a \.txt file is one document, .* 1 MiB; write its documents"):
         read(tmp_path / "a.txt")
@@ -275,8 +275,35 @@ def test_a_damaged_parquet_file_is_refused_by_name(tmp_path: Path, damage: str) 
         read(path)
 
 
-def test_a_parquet_file_with_text_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
-    text = pa.array([b"fine", b"caf\xe9"]).view(pa.string())
-    pq.write_table(pa.table({"text": text}), tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"rows\.parquet, after row 0: not readable as Parquet"):
-        read(tmp_path / "rows.parquet")
+@pytest.mark.parametrize("through", ["file", "load_dataset"])
+def test_text_that_is_not_utf8_spoils_its_own_row_of_parquet_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str
+) -> None:
+    texts = [b"fine", b"caf\xe9", "José".encode()]
+    bad = {"text": pa.array(texts).view(pa.string()), "tags": pa.array([["a"], ["b"], None])}
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(bad), path)
+    if through == "load_dataset":
+        read_by_datasets_only(monkeypatch, tmp_path)
+    first, second, third = read(path if through == "file" else tmp_path)
+    assert first.values == {"text": "fine", "tags": ["a"]}
+    assert third.values == {"text": "José", "tags": None}
+    assert second.where == (f"{path}, row 1" if through == "file" else f"{tmp_path} (train), row 1")
+    assert second.error is not None
+    assert re.match(r"column 'text' is not UTF-8 \(.*0xe9", second.error)
+
+
+def test_a_date_that_python_has_not_spoils_its_row_only(tmp_path: Path) -> None:
+    dates = pa.array([0, 2**40], pa.timestamp("s"))
+    pq.write_table(pa.table({"text": ["a", "b"], "written": dates}), tmp_path / "rows.parquet")
+    good, bad = read(tmp_path / "rows.parquet")
+    assert good.values["text"] == "a"
+    assert bad.error is not None and bad.error.startswith("column 'written' is not readable")
+
+
+def read_by_datasets_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes a folder of Parquet files look like a dataset of the hub."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf")
+    monkeypatch.setattr("logitcache.capture.corpus.documents.find_reader", lambda path: None)

@@ -79,7 +79,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": 3, "completion": "b"}, "`prompt` must be a text, found a number"),
     ({"prompt": "", "completion": "b"}, "the prompt has no token"),
     ({"question": "a"}, "the columns question hold no prompt with a reference.*--columns"),
-    ([1, 2], "a JSON object is wanted, this is a list"),
+    ([1, 2], "a JSON object is wanted, this is list"),
     ({"messages": [{"role": "user", "content": "a"}]}, "must end with a text of the assistant"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "after a turn that it answers"),
     ({"messages": "a"}, "list of objects with a `role`"),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from logitcache import UserError
+from logitcache.documents.document import BadDocument
+from logitcache.documents.files import find_reader
 from logitcache.errors import one_line
 
 if TYPE_CHECKING:  # options are checked before transformers is imported, which takes seconds
@@ -21,23 +18,21 @@ if TYPE_CHECKING:  # options are checked before transformers is imported, which 
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 COLUMNS = ("prompt", "completion", "messages", "tools")
-Row = tuple[int, str, dict[str, Any]]
-"""Number of a row (of its line, from 1; of a Parquet row, from 0), file and row in words, columns."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """row: its number in the file.  where: file and row, for messages.  text, token_ids: what the model gets."""
+    """What a model is asked.
+
+    row: its number in the file (of a line, from 1; of a Parquet row, from 0).  where: file and row, for messages.
+    text, token_ids: what the model gets.
+    """
 
     row: int
     where: str
     text: str
     token_ids: Sequence[int]
     references: Sequence[str]
-
-
-class BadRow(Exception):
-    """The row cannot be used; the message says why."""
 
 
 def data_stem(path: str) -> str:
@@ -85,17 +80,22 @@ def read_prompts(
     Raises UserError for the first row that cannot be used, naming it, and for a file without rows.
     """
     prompts = []
-    for row, where, values in _rows(Path(path)):
+    read = find_reader(Path(path))
+    assert read is not None, path
+    for document in read(Path(path)):
         try:
+            if document.error:
+                raise BadDocument(document.error)
+            values = document.values
             renamed = _renamed(values, columns or {})
             text, references, is_chat = _texts(renamed, values, templates, tokenizer)
             # A chat template writes the special tokens itself.
             token_ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
             if not token_ids:
-                raise BadRow("the prompt has no token")
-        except BadRow as error:
-            raise UserError(f"{where}: {error}") from error
-        prompts.append(Prompt(row, where, text, token_ids, references))
+                raise BadDocument("the prompt has no token")
+        except BadDocument as error:
+            raise UserError(f"{document.where}: {error}") from error
+        prompts.append(Prompt(document.row, document.where, text, token_ids, references))
     if not prompts:
         raise UserError(f"--data {path}: no rows")
     return prompts
@@ -105,7 +105,7 @@ def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
     for ours, theirs in columns.items():
         if theirs not in values:
             there = ", ".join(values) or "(none)"
-            raise BadRow(f"no column {theirs}, which --columns names as {ours}={theirs}; there are {there}")
+            raise BadDocument(f"no column {theirs}, which --columns names as {ours}={theirs}; there are {there}")
     return {**values, **{ours: values[theirs] for ours, theirs in columns.items()}}
 
 
@@ -117,12 +117,12 @@ def _texts(
         return _filled(templates, values), _references(row), False
     if "prompt" in row and "completion" in row:
         if not isinstance(row["prompt"], str):
-            raise BadRow(f"`prompt` must be a text, found {_kind(row['prompt'])}")
+            raise BadDocument(f"`prompt` must be a text, found {_kind(row['prompt'])}")
         return row["prompt"], _references(row), False
     if "messages" in row:
         *before, last = _turns(row["messages"])
         return _rendered(before, row.get("tools"), tokenizer), [last["content"]], True
-    raise BadRow(
+    raise BadDocument(
         f"the columns {', '.join(values) or '(none)'} hold no prompt with a reference: `prompt` and `completion`, or "
         "`messages`, are wanted. Name yours with --columns, for example --columns prompt=question,completion=answer"
     )
@@ -130,14 +130,14 @@ def _texts(
 
 def _references(row: Mapping[str, Any]) -> list[str]:
     if "completion" not in row:
-        raise BadRow(
+        raise BadDocument(
             f"no reference: the columns are {', '.join(row) or '(none)'}. Name yours with --columns, for example "
             "--columns completion=response"
         )
     given = row["completion"]
     references = [given] if isinstance(given, str) else given
     if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
-        raise BadRow(f"`completion` must be a text or a list of texts, found {_kind(given)}")
+        raise BadDocument(f"`completion` must be a text or a list of texts, found {_kind(given)}")
     return references
 
 
@@ -148,9 +148,11 @@ def _filled(templates: Sequence[str], values: Mapping[str, Any]) -> str:
             break
     for name, value in found.items():
         if name not in values:
-            raise BadRow(f"no column {name}, which --prompt_template names; there are {', '.join(values) or '(none)'}")
+            raise BadDocument(
+                f"no column {name}, which --prompt_template names; there are {', '.join(values) or '(none)'}"
+            )
         if not isinstance(value, str | None):
-            raise BadRow(f"the column {name}, which --prompt_template names, must be a text, found {_kind(value)}")
+            raise BadDocument(f"the column {name}, which --prompt_template names, must be a text, found {_kind(value)}")
     return template.format_map({name: value or "" for name, value in found.items()})
 
 
@@ -170,11 +172,13 @@ def _fields(template: str) -> set[str]:
 def _turns(messages: Any) -> list[dict[str, Any]]:
     """A chat's turns, of which the last is a text of the assistant."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) and "role" in turn for turn in messages):
-        raise BadRow("`messages` must be a list of objects with a `role`")
+        raise BadDocument("`messages` must be a list of objects with a `role`")
     # Arrow fills keys that other messages have with None; templates ask whether a key is there.
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
     if len(turns) < 2 or turns[-1]["role"] != "assistant" or not isinstance(turns[-1].get("content"), str):
-        raise BadRow("`messages` must end with a text of the assistant, the reference, after a turn that it answers")
+        raise BadDocument(
+            "`messages` must end with a text of the assistant, the reference, after a turn that it answers"
+        )
     return turns
 
 
@@ -182,46 +186,8 @@ def _rendered(turns: list[dict[str, Any]], tools: Any, tokenizer: PreTrainedToke
     try:
         text = tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program: it may raise anything
-        raise BadRow(f"the chat template failed ({one_line(error)})") from error
+        raise BadDocument(f"the chat template failed ({one_line(error)})") from error
     return str(text)
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    number = 0
-    try:
-        with io.BufferedReader(pa.input_stream(path, compression="detect")) as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    yield number, where, _parsed(line, where)
-    except OSError as error:
-        raise UserError(f"{path}, after line {number}: not readable ({one_line(error)})") from error
-
-
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line.decode("utf-8-sig"))
-        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: a JSON object is wanted, this is {_kind(values)}")
-    return values
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    row = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
-            for values in batch.to_pylist():
-                yield row, f"{path}, row {row}", values
-                row += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, after row {row}: not readable as Parquet ({one_line(error)})") from error
 
 
 def _kind(value: Any) -> str:
