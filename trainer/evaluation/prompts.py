@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from logitcache import UserError
 from logitcache.documents.document import BadDocument
 from logitcache.documents.files import find_reader
+from logitcache.documents.text_tokens import TextTokens
 from logitcache.errors import one_line
 
 if TYPE_CHECKING:  # options are checked before transformers is imported, which takes seconds
@@ -68,6 +70,7 @@ def read_prompts(
     tokenizer: PreTrainedTokenizerBase,
     columns: Mapping[str, str] | None = None,
     templates: Sequence[str] = (),
+    say: Callable[[str], None] = print,
 ) -> list[Prompt]:
     """The prompts of a file, in its order.
 
@@ -75,11 +78,13 @@ def read_prompts(
     the tokenizer's chat template and ends with the assistant's turn that is the reference.  columns: ours → the file's,
     which every row must have.
     templates: texts with {column} fields of the file that make the prompt; a row takes the first whose columns all have
-    text in it, or else the last.
+    text in it, or else the last.  say: gets a line for each fact of the file that is to be known.
 
     Raises UserError for the first row that cannot be used, naming it, and for a file without rows.
     """
     prompts = []
+    notes: Counter[str] = Counter()
+    texts = TextTokens(tokenizer, notes)
     read = find_reader(Path(path))
     assert read is not None, path
     for document in read(Path(path)):
@@ -90,7 +95,7 @@ def read_prompts(
             renamed = _renamed(values, columns or {})
             text, references, is_chat = _texts(renamed, values, templates, tokenizer)
             # A chat template writes the special tokens itself.
-            token_ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
+            token_ids = texts.of_written(text) if is_chat else texts.of_prompt(text)
             if not token_ids:
                 raise BadDocument("the prompt has no token")
         except BadDocument as error:
@@ -98,6 +103,8 @@ def read_prompts(
         prompts.append(Prompt(document.row, document.where, text, token_ids, references))
     if not prompts:
         raise UserError(f"--data {path}: no rows")
+    for note, count in notes.items():
+        say(f"{path}: {count:,} {note}")
     return prompts
 
 

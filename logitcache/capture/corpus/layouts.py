@@ -15,7 +15,7 @@ def tokenize_text(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]
     """`text`: every token is trained; the tokenizer's own special tokens, and its end-of-text token at the end."""
     if document["text"] == "":
         return [tokens([], [])]
-    ids = _ended(encode(by.tokenizer, document["text"], add_special_tokens=True), by.tokenizer)
+    ids = by.texts.of_text(document["text"])
     return [tokens(ids, [True] * len(ids))]
 
 
@@ -24,9 +24,8 @@ def tokenize_prompt_completion(document: Mapping[str, Any], by: Tokenization) ->
 
     The two are tokenised apart and joined, as they are when the student later generates from the prompt.
     """
-    prompt = encode(by.tokenizer, document["prompt"], add_special_tokens=True)
-    completion = encode(by.tokenizer, document["completion"], add_special_tokens=False)
-    completion = _ended(completion, by.tokenizer) if completion else completion
+    prompt = by.texts.of_prompt(document["prompt"])
+    completion = by.texts.of_completion(document["prompt"], document["completion"])
     return [tokens(prompt + completion, [False] * len(prompt) + [True] * len(completion))]
 
 
@@ -71,16 +70,3 @@ def find_layout(
         f"{'; '.join(' + '.join(needed) for needed, _ in layouts.values())} is wanted. "
         "Name yours with --columns, for example --columns prompt=question,completion=answer"
     )
-
-
-def encode(tokenizer: Any, text: Any, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text. Raises BadDocument for anything else."""
-    if not isinstance(text, str):
-        raise BadDocument(f"text is wanted, found {type(text).__name__}")
-    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    return ids
-
-
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]

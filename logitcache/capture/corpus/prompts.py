@@ -9,11 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from logitcache.capture.corpus.documents import Source
-from logitcache.capture.corpus.layouts import (
-    Layouts,
-    encode,
-    tokenize_input_ids,
-)
+from logitcache.capture.corpus.layouts import Layouts, tokenize_input_ids
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.corpus.tokens import Tokenization, Tokens
 from logitcache.documents.document import BadDocument, Document
@@ -26,10 +22,10 @@ ANSWER_COLUMNS = ("completion", "finish_reason", "sample")
 
 
 def prompt_of_text(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`prompt`: with the tokenizer's own special tokens."""
+    """`prompt`: with the special tokens that the tokenizer adds before a text."""
     if document["prompt"] == "":
         return [_prompt([])]
-    return [_prompt(encode(by.tokenizer, document["prompt"], add_special_tokens=True))]
+    return [_prompt(by.texts.of_prompt(document["prompt"]))]
 
 
 def prompt_of_messages(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:

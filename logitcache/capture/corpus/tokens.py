@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from logitcache.documents.text_tokens import TextTokens
 
 Tokens = tuple[np.ndarray, np.ndarray]
 """Token ids int32 [T] and loss mask bool [T]."""
@@ -23,6 +26,11 @@ class Tokenization:
     tokenizer: Any
     turns: str = "all"
     notes: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def texts(self) -> TextTokens:
+        """How text that is no chat is tokenised."""
+        return TextTokens(self.tokenizer, self.notes)
 
 
 def tokens(ids: Any, mask: Any) -> Tokens:
