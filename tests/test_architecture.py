@@ -68,7 +68,7 @@ TRAINER_FLOORS = [
     ("trainer.data",),
     ("trainer.config",),
     ("trainer.settings",),
-    ("trainer.losses", "trainer.files"),
+    ("trainer.losses", "trainer.files", "trainer.marked_yaml"),
 ]
 
 

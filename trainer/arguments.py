@@ -6,16 +6,15 @@ import dataclasses
 import json
 from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from transformers import HfArgumentParser
 
 from logitcache import UserError
 from logitcache.errors import Parser, one_line
 from trainer.config import DistillConfig
+from trainer.marked_yaml import read_yaml, suggestion
 
 DESCRIPTION = """Train a student from a cache. Every field of transformers.TrainingArguments is an option under its own
 name, listed first; what distillation adds comes last. Options may be written with _ or -."""
@@ -52,7 +51,8 @@ def parse(argv: Sequence[str]) -> DistillConfig:
     except ValueError as error:
         raise UserError(one_line(error)) from error
     if unknown:
-        raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0])}; `trainer fit --help` lists all")
+        close = suggestion(_option_name(unknown[0]), _NAMES)
+        raise UserError(f"unknown option {unknown[0]}{close}; `trainer fit --help` lists all")
     return config
 
 
@@ -84,26 +84,18 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 def _arguments_of(path: Path) -> list[str]:
     """The settings of a YAML file as command-line arguments, so that both are read by the same rules."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}, line {line}: not YAML ({error.problem})") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not YAML in UTF-8 ({one_line(error)})") from error
-    if not isinstance(settings, Mapping):
+    file = read_yaml(path)
+    if not isinstance(file.content, Mapping):
         raise UserError(f"{path}: a mapping of settings to values is expected, such as `loss: todi`")
     arguments: list[str] = []
-    for key, value in settings.items():
+    for key, value in file.content.items():
         name = str(key).replace("-", "_")
         if name not in _NAMES:
-            raise UserError(f"{path}: unknown setting {key}{_suggestion(name)}; `trainer fit --help` lists all")
+            raise file.error(f"unknown setting {key}{suggestion(name, _NAMES)}; `trainer fit --help` lists all", key)
         try:
             arguments += as_arguments(name, value)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise file.error(str(error), key) from error
     return arguments
 
 
@@ -127,9 +119,8 @@ def as_arguments(name: str, value: Any) -> list[str]:
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
 
 
-def _suggestion(name: str) -> str:
-    close = get_close_matches(name.lstrip("-").partition("=")[0].replace("-", "_"), _NAMES, n=1)
-    return f" (is {close[0]} meant?)" if close else ""
+def _option_name(option: str) -> str:
+    return option.lstrip("-").partition("=")[0].replace("-", "_")
 
 
 _NAMES = [field.name for field in dataclasses.fields(DistillConfig) if field.init]

@@ -1,16 +1,25 @@
 """What a run is: every field of transformers.TrainingArguments, and what distillation adds. Contradictions end here."""
 
+import dataclasses
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
 
 from logitcache import UserError
+from logitcache.errors import one_line
 from trainer.settings.adapters import AdapterSettings
 from trainer.settings.batching import BatchingSettings
 from trainer.settings.distillation import DistillationSettings
 from trainer.settings.evaluation import EvaluationSettings
 from trainer.settings.fields import redefault, setting
+
+UNBOUNDED = ("max_grad_norm",)
+"""Settings that may be infinite: gradients of any norm are left as they are."""
 
 
 @dataclass
@@ -36,7 +45,13 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
         self.check_evaluation()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except UserError:
+            raise
+        except Exception as error:  # of whatever kind transformers, accelerate and what they load raise for a value
+            refused = "".join(f"--{name} {value}: " for name, value in self._refused().items())
+            raise UserError(f"{refused}{one_line(error) or type(error).__name__}") from error
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started != self.world_size:
             raise UserError(
@@ -44,7 +59,21 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
                 "to train on CPUs together"
             )
 
+    def _refused(self) -> dict[str, Any]:
+        """The setting without which transformers takes the others, where there is one."""
+        fields = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
+        given = {name: getattr(self, name) for name, default in fields.items() if getattr(self, name) != default}
+        for name, value in given.items():
+            with suppress(Exception):
+                TrainingArguments(**{other: given[other] for other in given if other != name})
+                return {name: value}
+        return {}
+
     def _check(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name, None)
+            if isinstance(value, float) and not math.isfinite(value) and field.name not in UNBOUNDED:
+                raise UserError(f"--{field.name} {value:g}: a finite number is expected")
         self.check_batching(self.train_sampling_strategy)
         self.check_distillation()
         self.check_adapters()
