@@ -132,6 +132,15 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "--layout", help="input_ids, messages, prompt-completion or text (default: found by the columns)"
     )
     group.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja template for `messages` (default: the tokenizer's own)"
+    )
+    group.add_argument(
+        "--turns",
+        choices=["all", "last", "each"],
+        help="trained answers of a chat: all in one sequence (default), the last, or each in a sequence of its own, rendered "
+        "as at inference",
+    )
+    group.add_argument(
         "--columns", type=mapping, metavar="OURS=THEIRS,…", help="rename source columns: prompt=question,…"
     )
     group.add_argument("--keep", type=names, metavar="NAME,NAME", help="source columns to store in the cache")

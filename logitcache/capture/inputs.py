@@ -13,6 +13,7 @@ from logitcache.capture.engine import Engine, choose_engine, choose_server
 from logitcache.capture.generation import GenerationSettings
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
+from logitcache.documents.chat_template import read_chat_template
 from logitcache.errors import UserError
 
 DEFAULT_MAX_LENGTH = 4096
@@ -60,6 +61,8 @@ def settle(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     layout: str | None = None,
+    chat_template: str | None = None,
+    turns: str = CorpusSettings.turns,
     columns: Mapping[str, str] | None = None,
     max_length: int | None = None,
     long: str | None = None,
@@ -74,6 +77,7 @@ def settle(
     """Inputs from the options of `logitcache build`.
 
     teacher, revision, dtype, trust_remote_code: as in transformers and vLLM; dtype "auto" is the checkpoint's own.
+    chat_template: a file with the Jinja template that is used, and stored in the cache, in place of the tokenizer's own.
     data, data_split, data_config: see `find_sources`.  layout … skip_bad: see `CorpusSettings`; max_length defaults to what
     the teacher can score, at most 4096.
     top_k … precision: see `CaptureSettings`; top_k is by default 64, or the whole of a smaller vocabulary.
@@ -89,6 +93,8 @@ def settle(
     """
     if sampling_params and not generate:
         raise UserError("--sampling-params needs --generate")
+    if generate and turns != CorpusSettings.turns:
+        raise UserError(f"--turns {turns} is for answers that documents hold, and with --generate the teacher answers")
     if generate and backend in ("transformers", "openai"):
         raise UserError(f"--generate needs vLLM's own engine, and the backend is {backend}")
     server = choose_server(backend, base_url, model, capture_route, engine_options)
@@ -96,7 +102,10 @@ def settle(
         teacher = teacher or server.server["root"]
     if teacher is None:
         raise UserError("--teacher is missing: the name or folder of a model")
+    template = None if chat_template is None else read_chat_template(chat_template)
     loaded = TeacherModel.load(teacher, revision, dtype, trust_remote_code)
+    if template is not None:
+        loaded.tokenizer.chat_template = template
     settings = CaptureSettings(
         top_k=min(CaptureSettings.top_k, loaded.vocab_size) if top_k is None else top_k,
         top_p=top_p,
@@ -116,6 +125,7 @@ def settle(
     corpus_settings = (PromptSettings if generate else CorpusSettings)(
         max_length=_longest_sequence(max_length, loaded, engine),
         layout=layout,
+        turns=turns,
         columns=columns or {},
         long=long,
         keep=tuple(keep),

@@ -235,7 +235,7 @@ def test_columns_that_fit_no_layout_are_refused_naming_them_and_the_layouts() ->
         find_layout({"prompt": "", "answer": ""}, "a.jsonl, line 1")
 
 
-def test_a_token_that_reaches_from_the_prompt_into_the_answer_belongs_to_the_prompt(teacher_tokenizer: Any) -> None:
+def test_a_token_that_reaches_from_the_generation_prompt_into_the_answer_is_trained(teacher_tokenizer: Any) -> None:
     merging = with_template(
         teacher_tokenizer,
         "{% for m in messages %}{{ m['role'] }} teac{{ m['content'] }}<|end|>{% endfor %}"
@@ -247,7 +247,16 @@ def test_a_token_that_reaches_from_the_prompt_into_the_answer_belongs_to_the_pro
     )
     ids, mask = tokenize("messages", {"messages": chat}, merging)
     assert teacher_tokenizer.decode(ids) == merging.apply_chat_template(chat, tokenize=False)
-    assert trained_text(teacher_tokenizer, ids, mask) == " writes<|end|>"
+    assert trained_text(teacher_tokenizer, ids, mask) == " teacher writes<|end|>"
+
+
+def test_a_token_that_reaches_from_the_turn_before_into_the_answer_is_not_trained(teacher_tokenizer: Any) -> None:
+    bare = with_template(teacher_tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    chat = [{"role": "user", "content": "The teac"}, {"role": "assistant", "content": "her writes"}]
+    by = Tokenization(bare)
+    [(ids, mask)] = LAYOUTS["messages"][1]({"messages": chat}, by)
+    assert trained_text(teacher_tokenizer, ids, mask) == " writes"
+    assert by.notes == {"answers share their first token with the turn before them; it is not trained": 1}
 
 
 def test_columns_named_by_the_user_decide_between_layouts() -> None:

@@ -207,6 +207,7 @@ def test_settings_become_plain_json() -> None:
     assert CorpusSettings(8, columns={"text": "body"}, keep=("id",)).to_json() == {
         "max_length": 8,
         "layout": None,
+        "turns": "all",
         "columns": {"text": "body"},
         "long": None,
         "keep": ["id"],

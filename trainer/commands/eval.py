@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from trainer.evaluation.generation_settings import GenerationSettings
 
 GENERATING = (
-    *("data", "columns", "prompt_template", "seeds", "temperature", "max_new_tokens", "max_prompt_length", "backend"),
+    *(
+        "data",
+        "columns",
+        "prompt_template",
+        "chat_template",
+        "seeds",
+        "temperature",
+        "max_new_tokens",
+        "max_prompt_length",
+        "backend",
+    ),
     "answers",
 )
 """Options that mean nothing without --generate."""
@@ -89,6 +99,7 @@ def make_parser() -> Parser:
         help=r"the prompt from {column} fields, \n is a new line; given several times, a row takes the first whose columns "
         "all have text in it, or else the last",
     )
+    add("chat_template", metavar="FILE", help="Jinja template for `messages` (default: the tokenizer's own)")
     add(
         "seeds", nargs="+", type=_from_0, metavar="N", help="each is one run over all prompts (default: 10 20 30 40 50)"
     )

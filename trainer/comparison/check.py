@@ -63,7 +63,9 @@ def _check_prompts(ready: Run, settings: GenerationSettings) -> None:
     if ready.tokenizer is None:
         raise UserError(f"generate: neither {student} nor the cache has a tokenizer, which prompts need")
     for path in settings.data:
-        prompts = read_prompts(path, ready.tokenizer, settings.columns, settings.prompt_template)
+        prompts = read_prompts(
+            path, ready.tokenizer, settings.columns, settings.prompt_template, settings.read_template()
+        )
         if not prompts_that_fit(prompts, student, ready.student_config, settings):
             raise UserError(
                 f"generate: no prompt of {path} is as short as max_prompt_length {settings.max_prompt_length}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache import UserError
+from logitcache.documents.chat_template import read_chat_template
 from trainer.evaluation.prompts import check_columns, check_templates, data_stem
 from trainer.evaluation.rouge import check_rouge_installed
 
@@ -22,7 +24,8 @@ class GenerationSettings:
     """The papers' protocol where nothing else is said: sampled at temperature 1, five times.
 
     data: files of prompts and references, see `prompts.read_prompts`.  columns: ours → theirs.  prompt_template: texts with
-    {column} fields, in which a backslash and an n become a new line.  temperature: 0 takes the most probable token, once,
+    {column} fields, in which a backslash and an n become a new line.  chat_template: a file with the Jinja template for
+    `messages`, in place of the tokenizer's own.  temperature: 0 takes the most probable token, once,
     whatever the seeds.  max_new_tokens, max_prompt_length: in tokens; longer prompts are left out and counted, and without a
     limit one that does not fit the model is refused.  batch_size: answers at a time, of transformers.
 
@@ -32,6 +35,7 @@ class GenerationSettings:
     data: Sequence[str]
     columns: Mapping[str, str] = field(default_factory=dict)
     prompt_template: Sequence[str] = ()
+    chat_template: str | None = None
     seeds: Sequence[int] = PUBLISHED_SEEDS
     temperature: float = 1.0
     max_new_tokens: int = 256
@@ -55,6 +59,7 @@ class GenerationSettings:
         self._check_data()
         check_columns(self.columns)
         check_templates(self.prompt_template)
+        self.read_template()
         check_rouge_installed()
 
     @property
@@ -62,8 +67,13 @@ class GenerationSettings:
         """Name of each run over the data, and its seed."""
         return {"greedy": 0} if self.temperature == 0 else {str(seed): seed for seed in self.seeds}
 
+    def read_template(self) -> str | None:
+        """The Jinja template of `chat_template`, or None where the tokenizer's own is used."""
+        return None if self.chat_template is None else read_chat_template(self.chat_template)
+
     def decisive(self, backend: str) -> dict[str, Any]:
         """What answers depend on, as plain JSON types. backend: the one that was chosen."""
+        template = self.read_template()
         return {
             "temperature": float(self.temperature),
             "max_new_tokens": self.max_new_tokens,
@@ -71,6 +81,7 @@ class GenerationSettings:
             "columns": dict(self.columns),
             "prompt_template": list(self.prompt_template),
             "backend": backend,
+            **({} if template is None else {"chat_template_sha256": hashlib.sha256(template.encode()).hexdigest()}),
         }
 
     def _check_numbers(self) -> None:

@@ -10,10 +10,11 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from logitcache import UserError
+from logitcache.documents.chat_template import render
 from logitcache.documents.document import BadDocument
 from logitcache.documents.files import find_reader
+from logitcache.documents.messages import ASSISTANT, read_chat
 from logitcache.documents.text_tokens import TextTokens
-from logitcache.errors import one_line
 
 if TYPE_CHECKING:  # options are checked before transformers is imported, which takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,7 @@ def read_prompts(
     tokenizer: PreTrainedTokenizerBase,
     columns: Mapping[str, str] | None = None,
     templates: Sequence[str] = (),
+    chat_template: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Prompt]:
     """The prompts of a file, in its order.
@@ -78,7 +80,8 @@ def read_prompts(
     the tokenizer's chat template and ends with the assistant's turn that is the reference.  columns: ours → the file's,
     which every row must have.
     templates: texts with {column} fields of the file that make the prompt; a row takes the first whose columns all have
-    text in it, or else the last.  say: gets a line for each fact of the file that is to be known.
+    text in it, or else the last.  chat_template: Jinja, in place of the tokenizer's own.
+    say: gets a line for each fact of the file that is to be known.
 
     Raises UserError for the first row that cannot be used, naming it, and for a file without rows.
     """
@@ -93,7 +96,7 @@ def read_prompts(
                 raise BadDocument(document.error)
             values = document.values
             renamed = _renamed(values, columns or {})
-            text, references, is_chat = _texts(renamed, values, templates, tokenizer)
+            text, references, is_chat = _texts(renamed, values, templates, tokenizer, chat_template, notes)
             # A chat template writes the special tokens itself.
             token_ids = texts.of_written(text) if is_chat else texts.of_prompt(text)
             if not token_ids:
@@ -117,7 +120,12 @@ def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
 
 
 def _texts(
-    row: Mapping[str, Any], values: Mapping[str, Any], templates: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    row: Mapping[str, Any],
+    values: Mapping[str, Any],
+    templates: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    notes: Counter[str],
 ) -> tuple[str, list[str], bool]:
     """Prompt, references, and whether the chat template wrote the prompt."""
     if templates:
@@ -127,8 +135,7 @@ def _texts(
             raise BadDocument(f"`prompt` must be a text, found {_kind(row['prompt'])}")
         return row["prompt"], _references(row), False
     if "messages" in row:
-        *before, last = _turns(row["messages"])
-        return _rendered(before, row.get("tools"), tokenizer), [last["content"]], True
+        return _of_chat(row, tokenizer, chat_template, notes)
     raise BadDocument(
         f"the columns {', '.join(values) or '(none)'} hold no prompt with a reference: `prompt` and `completion`, or "
         "`messages`, are wanted. Name yours with --columns, for example --columns prompt=question,completion=answer"
@@ -176,25 +183,26 @@ def _fields(template: str) -> set[str]:
     return {str(part[0]) for part in parts}
 
 
-def _turns(messages: Any) -> list[dict[str, Any]]:
-    """A chat's turns, of which the last is a text of the assistant."""
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) and "role" in turn for turn in messages):
-        raise BadDocument("`messages` must be a list of objects with a `role`")
-    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-    if len(turns) < 2 or turns[-1]["role"] != "assistant" or not isinstance(turns[-1].get("content"), str):
+def _of_chat(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, notes: Counter[str]
+) -> tuple[str, list[str], bool]:
+    chat = read_chat(row)
+    notes.update(chat.notes)
+    if (
+        len(chat.messages) < 2
+        or chat.messages[-1]["role"] != ASSISTANT
+        or not isinstance(chat.messages[-1].get("content"), str)
+    ):
         raise BadDocument(
             "`messages` must end with a text of the assistant, the reference, after a turn that it answers"
         )
-    return turns
-
-
-def _rendered(turns: list[dict[str, Any]], tools: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        text = tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program: it may raise anything
-        raise BadDocument(f"the chat template failed ({one_line(error)})") from error
-    return str(text)
+    if chat_template is None and not tokenizer.chat_template:
+        raise BadDocument(
+            "chat messages, but the model's tokenizer has no chat template; name a file by --chat_template"
+        )
+    *before, last = chat.messages
+    text = render(tokenizer, before, chat.tools, add_generation_prompt=True, chat_template=chat_template)
+    return text, [last["content"]], True
 
 
 def _kind(value: Any) -> str:

@@ -55,8 +55,10 @@ def generate_scores(
     tokenizer = student_tokenizer(model)
     if tokenizer is None:
         raise UserError(f"{model}: it has no tokenizer, which prompts need; save the tokenizer of its cache there")
+    template = settings.read_template()
     prompts = {
-        path: read_prompts(path, tokenizer, settings.columns, settings.prompt_template, say) for path in settings.data
+        path: read_prompts(path, tokenizer, settings.columns, settings.prompt_template, template, say)
+        for path in settings.data
     }
     kept = {path: prompts_that_fit(found, model, config, settings) for path, found in prompts.items()}
     for path in settings.data:

@@ -12,8 +12,9 @@ from logitcache.capture.corpus.documents import Source
 from logitcache.capture.corpus.layouts import Layouts, tokenize_input_ids
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.corpus.tokens import Tokenization, Tokens
+from logitcache.documents.chat_template import render
 from logitcache.documents.document import BadDocument, Document
-from logitcache.documents.messages import read_messages
+from logitcache.documents.messages import ASSISTANT, read_chat
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 
@@ -33,20 +34,17 @@ def prompt_of_messages(document: Mapping[str, Any], by: Tokenization) -> list[To
 
     Through the tokenizer's chat template, with its generation prompt.
     """
-    messages = read_messages(document)
+    chat = read_chat(document)
+    by.notes.update(chat.notes)
+    messages = list(chat.messages)
     if not messages:
         return [_prompt([])]
-    while messages and messages[-1]["role"] == "assistant":
+    while messages and messages[-1]["role"] == ASSISTANT:
         messages.pop()
     if not messages:
         raise BadDocument("`messages` hold nothing to answer, only turns of the assistant")
-    try:
-        rendered = by.tokenizer.apply_chat_template(
-            messages, tools=document.get("tools"), add_generation_prompt=True, return_dict=True
-        )
-    except Exception as error:  # a template is a program: it may raise anything
-        raise BadDocument(f"the chat template failed ({error})") from error
-    return [_prompt(rendered["input_ids"])]
+    text = render(by.tokenizer, messages, chat.tools, add_generation_prompt=True)
+    return [_prompt(by.texts.of_written(text))]
 
 
 def prompt_of_input_ids(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from logitcache.capture.corpus.chat import TURNS
 from logitcache.capture.corpus.documents import Source
 from logitcache.capture.corpus.layouts import LAYOUTS, Layouts, find_layout
 from logitcache.capture.corpus.tokens import Tokenization, Tokens
@@ -25,14 +26,16 @@ class CorpusSettings:
     """How documents become sequences.
 
     max_length: tokens of the longest sequence.  layout: a name of LAYOUTS, or None to find it from the first document's
-    columns.  columns: the layout's column name → the source's.  long: what happens to longer documents; None splits
-    `text` and refuses any other layout.  keep: source columns to store.  skip_bad: leave bad documents out, not stop.
+    columns.  turns: which answers of a chat are trained, see `chat.tokenize_messages`.  columns: the layout's column name →
+    the source's.  long: what happens to longer documents; None splits `text` and refuses any other layout.  keep: source
+    columns to store.  skip_bad: leave bad documents out, not stop.
     """
 
     layouts: ClassVar[Layouts] = LAYOUTS
     long_policies: ClassVar[Sequence[str]] = LONG_POLICIES
     max_length: int
     layout: str | None = None
+    turns: str = "all"
     columns: Mapping[str, str] = field(default_factory=dict)
     long: str | None = None
     keep: Sequence[str] = ()
@@ -41,6 +44,8 @@ class CorpusSettings:
     def __post_init__(self) -> None:
         if self.layout is not None and self.layout not in self.layouts:
             raise UserError(f"--layout {self.layout}: choose one of {', '.join(self.layouts)}")
+        if self.turns not in TURNS:
+            raise UserError(f"--turns {self.turns}: choose one of {', '.join(TURNS)}")
         if self.long is not None and self.long not in self.long_policies:
             raise UserError(f"--long {self.long}: choose one of {', '.join(self.long_policies)}")
         if self.max_length < 2:
@@ -68,7 +73,7 @@ class Corpus:
 
     def __init__(self, sources: Sequence[Source], tokenizer: Any, vocab_size: int, settings: CorpusSettings) -> None:
         self._sources = sources
-        self._by = Tokenization(tokenizer)
+        self._by = Tokenization(tokenizer, settings.turns)
         self.notes = self._by.notes
         self._vocab_size = vocab_size
         self._settings = settings
@@ -115,7 +120,10 @@ class Corpus:
         if missing := [self._settings.columns.get(c, c) for c in needed if values.get(c) is None]:
             raise BadDocument(f"column {missing[0]!r} is missing or null (layout {self.layout})")
         if self.layout == "messages" and not self._by.tokenizer.chat_template:
-            raise UserError(f"{document.where}: chat messages, but the teacher's tokenizer has no chat template")
+            raise UserError(
+                f"{document.where}: chat messages, but the teacher's tokenizer has no chat template; name a file with one by "
+                "--chat-template"
+            )
         found = tokenize(values, self._by)
         for ids, _ in found:
             if len(ids) and int(ids.max()) >= self._vocab_size:

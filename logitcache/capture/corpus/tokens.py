@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.capture.corpus.offsets import Offsets
 from logitcache.documents.text_tokens import TextTokens
 
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -31,6 +32,11 @@ class Tokenization:
     def texts(self) -> TextTokens:
         """How text that is no chat is tokenised."""
         return TextTokens(self.tokenizer, self.notes)
+
+    @cached_property
+    def with_offsets(self) -> Offsets:
+        """Text → tokens with their places in it."""
+        return Offsets(self.tokenizer)
 
 
 def tokens(ids: Any, mask: Any) -> Tokens:
