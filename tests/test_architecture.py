@@ -63,6 +63,7 @@ TRAINER_FLOORS = [
         "trainer.schedules",
         "trainer.tail_choice",
     ),
+    ("trainer.added_loss",),
     ("trainer.head", "trainer.tokenizers"),
     ("trainer.student", "trainer.adapters"),
     ("trainer.data",),

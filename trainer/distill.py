@@ -42,7 +42,9 @@ class DistillTrainer(Trainer):
     """Trains `model` on a cache.
 
     The loss is a sum over stored positions divided by their number in the whole global batch: all accumulation steps
-    and ranks. Every rank reads its own share of the rows. Beside the loss it logs what `metrics.position_means` names.
+    and ranks. A term that the student's own forward adds to its loss, such as the balance among a mixture's experts,
+    is a mean over one batch of one rank; in the loss it has the share of the positions of its batch. Every rank reads
+    its own share of the rows. Beside the loss it logs what `metrics.position_means` names, and the added term.
     """
 
     args: DistillConfig
@@ -85,7 +87,7 @@ class DistillTrainer(Trainer):
         if args.fsdp and not self.is_fsdp_enabled:
             raise UserError("--fsdp: accelerate shards a model over GPUs, and these ranks are CPUs. Leave --fsdp out")
         with self.accelerator.autocast():
-            self.objective: Objective = objective_of(model, self._on_every_rank)
+            self.objective: Objective = objective_of(model, self._on_every_rank, with_added_loss=True)
             self._flat = args.packing and "flash" in str(model.config._attn_implementation)
             if args.packing:
                 check_packing(model, self._flat)
@@ -165,8 +167,9 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """This rank's share of the loss, scaled such that the mean of its gradients over the ranks is the gradient."""
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
-        total, terms = self._distil(model, inputs, self.tail, moment(self.args, progress))
-        self._window.add(position_sums(terms, inputs))
+        total, terms = self._distil(model, inputs, self.tail, moment(self.args, progress), with_added_loss=True)
+        sums, added = position_sums(terms, inputs), self.objective.added_loss
+        self._window.add(sums if added is None else sums | {"aux_loss": added * len(inputs["rows"])})
         positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(positions).clamp_min(1) * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
@@ -184,8 +187,13 @@ class DistillTrainer(Trainer):
             )
         return loss
 
-    def _distil(self, model: nn.Module, batch: Batch, tail: str, now: Moment) -> tuple[Tensor, DistillationTerms]:
-        """(1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms."""
+    def _distil(
+        self, model: nn.Module, batch: Batch, tail: str, now: Moment, *, with_added_loss: bool = False
+    ) -> tuple[Tensor, DistillationTerms]:
+        """(1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms.
+
+        with_added_loss: and once for every position what the model's own forward adds to its loss.
+        """
         factor = now.temperature**2 if self.args.t_squared else 1.0
         approximates = now.temperature in self._approximated
         result = self.objective(
@@ -193,6 +201,7 @@ class DistillTrainer(Trainer):
             batch,
             teacher_targets(batch, now.temperature, self._tail_groups if tail == "groups" else None),
             mixture=Mixture(now.kd_weight * factor, 1 - now.kd_weight),
+            with_added_loss=with_added_loss,
             settings=LossSettings(now.loss, tail, now.temperature, approximates, now.loss_args),
             vocab_size=self._data.vocab_size,
             validate=not self._values_checked,  # waits for the device; shards have checksums, so once is enough
@@ -201,7 +210,10 @@ class DistillTrainer(Trainer):
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the means over the positions since the last one."""
+        """Trainer's log, with the means over the positions since the last one.
+
+        aux_loss: what the student's own forward adds to its loss, as it is contained in `loss`.
+        """
         if "loss" in logs:
             logs |= position_means(self._window.totals(self._over_ranks)) | self._pace_logs()
             self._window = Sums()

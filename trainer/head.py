@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ def find_head(model: PreTrainedModel) -> Head:
     if module is None:
         raise NoProjectionError("it names no output projection (get_output_embeddings)")
     keeps = takes_logits_to_keep(model)
-    with _as_in_evaluation(model):
+    with as_in_evaluation(model):
         raw, logits = _look(model, module, keeps)
         transform = _measure(model, module, keeps)
     half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters())
@@ -99,7 +99,7 @@ def _look(model: PreTrainedModel, module: nn.Module, keeps: bool) -> tuple[Tenso
         raw_logits.append(_raw_logits(project(module, hidden.flatten(0, -2), LogitTransform())))
         return original(hidden)
 
-    with replaced_forward(module, forward):
+    with replaced_attribute(module, "forward", forward):
         logits = _probe(model, keeps)
     if len(raw_logits) != 1 or raw_logits[0].shape != logits.shape[1:]:
         raise NoProjectionError("its output projection is not called once, with the hidden states of the positions")
@@ -109,7 +109,7 @@ def _look(model: PreTrainedModel, module: nn.Module, keeps: bool) -> tuple[Tenso
 def _measure(model: PreTrainedModel, module: nn.Module, keeps: bool) -> LogitTransform:
     """What the model makes of a ramp that its head returns."""
     ramp = torch.tensor(RAMP, device=next(module.parameters()).device)
-    with torch.enable_grad(), replaced_forward(module, lambda hidden: ramp.reshape(1, 1, -1)):
+    with torch.enable_grad(), replaced_attribute(module, "forward", lambda hidden: ramp.reshape(1, 1, -1)):
         found = _probe(model, keeps)
     if found.requires_grad:
         raise NoProjectionError("parameters act on its logits after the output projection")
@@ -146,22 +146,22 @@ def _raw_logits(projection: Projection) -> Tensor:
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run another forward for a while, inside whatever hooks it has."""
+def replaced_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Lets a module have another attribute of its own for a while, such as a forward, inside whatever hooks it has."""
     held = vars(module)
-    before = held.get("forward")
-    held["forward"] = forward
+    before = held.get(name)
+    held[name] = value
     try:
         yield
     finally:
         if before is None:
-            del held["forward"]
+            del held[name]
         else:
-            held["forward"] = before
+            held[name] = before
 
 
 @contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
+def as_in_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module is in its former mode and the random numbers go on as before."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}

@@ -1,12 +1,14 @@
 """The loss of a batch: inside the model's own forward, so that its logits never exist, or from its logits.
 
-Either way a call gives (1) the objective summed over the batch's positions and (2) the terms of each position.
+Either way a call gives (1) the objective summed over the batch's positions and (2) the terms of each position. Terms
+that the model's own forward adds to its loss are added to (1) where that is asked for.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, Protocol
 
@@ -15,56 +17,75 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitcache import UserError
+from trainer.added_loss import AddedLoss, find_added_loss
 from trainer.data.collator import Batch
-from trainer.head import Head, NoProjectionError, find_head, project, replaced_forward
+from trainer.head import Head, NoProjectionError, find_head, project, replaced_attribute
 from trainer.losses.fused import Mixture, fused_distillation_terms
 from trainer.losses.sparse import distillation_terms
 from trainer.losses.targets import TeacherTargets
 from trainer.losses.terms import DistillationTerms
-from trainer.student import StoredLogits, model_inputs, stored_rows
+from trainer.student import model_inputs, stored_rows, takes_logits_to_keep
 
 logger = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
-    """Calls a model, as it is or wrapped, on a batch. description: how it computes the loss, for people."""
+    """Calls a model, as it is or wrapped, on a batch.
+
+    description: how it computes the loss, for people.  added_loss: what the model's own forward added to its loss in
+    the last call, a mean over the batch as the model takes it; None where it adds nothing or was not asked.
+    """
 
     description: str
+    added_loss: Tensor | None
 
     def __call__(
-        self, model: nn.Module, batch: Batch, targets: TeacherTargets, *, mixture: Mixture, **options: Any
+        self,
+        model: nn.Module,
+        batch: Batch,
+        targets: TeacherTargets,
+        *,
+        mixture: Mixture,
+        with_added_loss: bool = False,
+        **options: Any,
     ) -> tuple[Tensor, DistillationTerms]:
         """Objective, summed over the positions, and their terms.
 
-        options: settings, vocab_size and validate of `fused_distillation_terms`. Raises UserError for targets that no
-        teacher gives.
+        with_added_loss: the objective includes the added loss, once for every position.  options: settings, vocab_size
+        and validate of `fused_distillation_terms`. Raises UserError for targets that no teacher gives.
         """
 
     def what_is_not_finite(self) -> str:
         """Where the last call's NaN or infinity came from, in words; reads tensors."""
 
 
-def objective_of(model: PreTrainedModel, agree: Callable[[bool], bool] = bool) -> Objective:
+def objective_of(
+    model: PreTrainedModel, agree: Callable[[bool], bool] = bool, *, with_added_loss: bool = False
+) -> Objective:
     """The fused objective, or where the model's head does not allow it, with a warning, the one from logits.
 
-    model: before anything wraps it.  agree: whether a statement holds on every rank.  Raises UserError for a model
-    whose positions are not those of its tokens.
+    model: before anything wraps it.  agree: whether a statement holds on every rank.  with_added_loss: whether calls
+    may ask for what the model's own forward adds to its loss.  Raises UserError for a model whose positions are not
+    those of its tokens.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UserError("PEFT's prompt learning puts tokens before each sequence and misplaces its positions: use LoRA")
+    added = find_added_loss(model) if with_added_loss else None
     head, reason = None, "another rank found no output projection"
     try:
+        if added is not None and added.of_logits:
+            raise NoProjectionError("its own forward adds a function of all its logits to its loss")
         head = find_head(model)
     except NoProjectionError as error:
         reason = str(error)
     if agree(head is not None) and head is not None:
-        return FusedObjective(model, head)
+        return FusedObjective(model, head, added)
     logger.warning(
         "%s: the loss is computed from the logits, which takes memory for all of them at once: %s",
         type(model).__name__,
         reason,
     )
-    return LogitsObjective(model)
+    return LogitsObjective(model, added)
 
 
 def teacher_targets(batch: Batch, temperature: float = 1.0, tail_groups: Tensor | None = None) -> TeacherTargets:
@@ -84,17 +105,26 @@ class FusedObjective:
 
     description = "fused with the output projection; the logits of a batch never exist"
 
-    def __init__(self, model: PreTrainedModel, head: Head) -> None:
-        self._model, self._head = model, head
+    def __init__(self, model: PreTrainedModel, head: Head, added: AddedLoss | None = None) -> None:
+        self._model, self._head, self._added = model, head, added
+        self.added_loss: Tensor | None = None
         self._loss: Callable[[Tensor], tuple[Tensor, DistillationTerms]] | None = None
         self._original_forward: Callable[..., Any] = model.forward
         self._total: Tensor | None = None
+        self._added_weight: int | None = None
         self._terms: DistillationTerms | None = None
         self._hidden_sum = self._confidence_sum = torch.zeros(())
         self._forwards = self._model_forward, self._head_forward  # the same objects in every call, for torch.compile
 
     def __call__(
-        self, model: nn.Module, batch: Batch, targets: TeacherTargets, *, mixture: Mixture, **options: Any
+        self,
+        model: nn.Module,
+        batch: Batch,
+        targets: TeacherTargets,
+        *,
+        mixture: Mixture,
+        with_added_loss: bool = False,
+        **options: Any,
     ) -> tuple[Tensor, DistillationTerms]:
         """See Objective."""
 
@@ -108,10 +138,17 @@ class FusedObjective:
                 raise _unlearnable(error) from error
 
         model_forward, head_forward = self._forwards
+        added = self._added if with_added_loss else None
         self._loss, self._original_forward = loss, self._model.forward
+        self._added_weight = None if added is None else len(batch["rows"])
+        inputs = model_inputs(batch, self._head.keeps) | ({} if added is None else added.inputs(batch))
         try:
-            with replaced_forward(self._model, model_forward), replaced_forward(self._head.module, head_forward):
-                total = model(**model_inputs(batch, self._head.keeps))
+            with (
+                nullcontext() if added is None else added.alone(batch),
+                replaced_attribute(self._model, "forward", model_forward),
+                replaced_attribute(self._head.module, "forward", head_forward),
+            ):
+                total = model(**inputs)
             assert self._terms is not None
             self._confidence_sum = self._terms.confidence.sum()
             return total, self._terms
@@ -127,9 +164,14 @@ class FusedObjective:
         return total.reshape(1, 1, 1) - self._total
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        zero = self._original_forward(*args, **kwargs).logits
+        output = self._original_forward(*args, **kwargs)
         assert self._total is not None
-        return self._total + zero.to(self._total).sum() / self._head.transform.scale
+        total = self._total + output.logits.to(self._total).sum() / self._head.transform.scale
+        if self._added_weight is None:
+            self.added_loss = None
+            return total
+        self.added_loss = output.loss.detach()
+        return total + self._added_weight * output.loss.to(total)
 
     def what_is_not_finite(self) -> str:
         """See Objective."""
@@ -150,15 +192,27 @@ class LogitsObjective:
 
     description = "from the logits, which exist for a whole batch"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._stored_logits = StoredLogits(model)
-        self._head = model.get_output_embeddings()
+    def __init__(self, model: PreTrainedModel, added: AddedLoss | None = None) -> None:
+        self._keeps = takes_logits_to_keep(model) and not (added is not None and added.of_logits)
+        self._head, self._added = model.get_output_embeddings(), added
+        self.added_loss: Tensor | None = None
 
     def __call__(
-        self, model: nn.Module, batch: Batch, targets: TeacherTargets, *, mixture: Mixture, **options: Any
+        self,
+        model: nn.Module,
+        batch: Batch,
+        targets: TeacherTargets,
+        *,
+        mixture: Mixture,
+        with_added_loss: bool = False,
+        **options: Any,
     ) -> tuple[Tensor, DistillationTerms]:
         """See Objective."""
-        logits = self._stored_logits(model, batch)
+        added = self._added if with_added_loss else None
+        inputs = model_inputs(batch, self._keeps) | ({} if added is None else added.inputs(batch))
+        with nullcontext() if added is None else added.alone(batch):
+            output = model(**inputs)
+        logits = stored_rows(output.logits if self._keeps else output.logits[:, batch["columns"]], batch)  # [N, V']
         try:
             terms = distillation_terms(logits, targets, batch["labels"], **options)
         except ValueError as error:
@@ -166,7 +220,9 @@ class LogitsObjective:
         assert terms.cross_entropy is not None
         weighted = ((mixture.ce_factor, terms.cross_entropy), (mixture.kd_factor, terms.kd))
         # A term of weight 0 costs no backward pass.
-        return torch.stack([factor * term.sum() for factor, term in weighted if factor > 0]).sum(), terms
+        total = torch.stack([factor * term.sum() for factor, term in weighted if factor > 0]).sum()
+        self.added_loss = None if added is None else output.loss.detach()
+        return (total if added is None else total + len(batch["rows"]) * output.loss.to(total)), terms
 
     def what_is_not_finite(self) -> str:
         """See Objective."""

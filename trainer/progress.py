@@ -8,7 +8,17 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-TRAINING: tuple[str, ...] = ("loss", "ce", "fkl", "rkl", "teacher_tail", "student_tail", "grad_norm", "learning_rate")
+TRAINING: tuple[str, ...] = (
+    "loss",
+    "ce",
+    "fkl",
+    "rkl",
+    "aux_loss",
+    "teacher_tail",
+    "student_tail",
+    "grad_norm",
+    "learning_rate",
+)
 HELD_OUT: tuple[str, ...] = ("ce", "perplexity", "fkl", "rkl", "agreement", "ece")
 
 

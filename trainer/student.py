@@ -1,4 +1,4 @@
-"""The student: loading it, and its logits where the cache has targets."""
+"""The student: loading it, and calling it for logits where the cache has targets."""
 
 from __future__ import annotations
 
@@ -89,9 +89,14 @@ def takes_logits_to_keep(model: PreTrainedModel) -> bool:
 
     model: as it was loaded, before anything wraps it.
     """
+    return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside PEFT's wrapper, or itself."""
     wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped  # of PEFT
-    return "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    inner: PreTrainedModel = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    return inner
 
 
 def model_inputs(batch: Batch, keeps: bool) -> dict[str, Tensor]:
@@ -105,16 +110,3 @@ def stored_rows(columns: Tensor, batch: Batch) -> Tensor:
     """The stored positions [N, …] of what a model gives for a batch's columns, [B, C, …]."""
     flat = columns.flatten(0, 1)
     return flat if len(flat) == len(batch["rows"]) else flat[batch["rows"]]
-
-
-class StoredLogits:
-    """Calls a model for the logits of a batch's stored positions."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        """model: as it was loaded, before anything wraps it."""
-        self._keeps = takes_logits_to_keep(model)
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits [N, V'] of the stored positions."""
-        logits = model(**model_inputs(batch, self._keeps)).logits  # [B, C or T, V']
-        return stored_rows(logits if self._keeps else logits[:, batch["columns"]], batch)

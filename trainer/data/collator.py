@@ -66,6 +66,7 @@ class Collator:
             "input_ids": input_ids,
             "attention_mask": _attention_mask(input_ids.shape, lengths) if packed_rows is None else None,
             "position_ids": None if packed_rows is None else _position_ids(input_ids.shape, rows, begins + lengths),
+            "packed_mask": None if packed_rows is None else _packed_mask(input_ids.shape, rows, begins + lengths),
             "columns": columns,
             "rows": row_of * len(columns) + column_of[positions],
             "labels": input_ids[row_of, positions + 1],
@@ -106,6 +107,11 @@ def _begins(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _attention_mask(shape: tuple[int, int], lengths: np.ndarray) -> np.ndarray:
     return (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+
+
+def _packed_mask(shape: tuple[int, int], rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """1 up to the end of the last sequence of each row."""
+    return _attention_mask(shape, ends[np.flatnonzero(np.diff(rows, append=rows[-1] + 1))])
 
 
 def _position_ids(shape: tuple[int, int], rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
