@@ -100,7 +100,8 @@ def _import(commands: argparse._SubParsersAction[Parser]) -> None:
     importing.add_argument(
         "--loss-mask",
         metavar="COLUMN",
-        help="0 or 1 for each token (default: loss_mask of top-k rows; without one all tokens but a row's first are trained)",
+        help="0 or 1 for each token, or labels (default: loss_mask, labels and the like, which must agree; without them all "
+        "tokens but a row's first are trained)",
     )
     importing.add_argument("--top-k", type=int, metavar="K", help="at most so many entries per position (default: all)")
     importing.add_argument(

@@ -71,6 +71,8 @@ def read_chat(document: Mapping[str, Any]) -> Chat:
             )
         notes.update({f"chats have turns of the role {role!r}, which is taken for context": 1 for role in unknown})
     tools = document.get("tools")
+    if isinstance(tools, str) and tools.strip() in ("", "null"):
+        tools = None
     return Chat(messages, trained, None if tools is None else _objects(tools, "tools"), notes)
 
 

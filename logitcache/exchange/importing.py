@@ -68,7 +68,8 @@ def import_logits(
     source_format: a name in FORMATS.  config: DistillKit's configuration, where it does not lie beside the data.
     teacher: name of the model that gave the log-probabilities.  tokenizer: its tokenizer, a name or folder.
     vocab_size: tokens that the log-probabilities are normalised over; by default what the format says, or the tokenizer.
-    loss_mask: column of 0 and 1 for each token; where a format has none, all tokens but a row's first are trained.
+    loss_mask: column of 0 and 1 for each token, or of labels; by default every mask of a known name, which must agree. Without
+    one all tokens but a row's first are trained.
     top_k: the most probable entries that are kept, by default all.  precision: see `logitcache.format.levels`.
     keep: columns that travel along.  data_name: what the cache calls its corpus.  skip_bad: bad rows are left out and counted.
     shard_positions: stored positions of a shard.  overwrite: replace what `out` holds.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from logitcache.documents.document import BadDocument
+from logitcache.documents.masks import LOSS_MASKS, PADDING, read_masks
 from logitcache.errors import UserError
 from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.values import BadRow, numbers, plain
@@ -20,8 +22,8 @@ TOKENS = "input_ids"
 class SequenceReader:
     """What of a row becomes a TokenSequence.
 
-    mask: column of 0 and 1 for each token, None where there is none.  mask_needed: rows without it are refused, otherwise all
-    their tokens are trained.  num_known: tokens of the tokenizer.  keep: columns that travel along.
+    mask: the format's usual column, or the user's with mask_needed: then rows without it are refused. Otherwise all masks
+    that a row has are read as `read_masks` does.  num_known: tokens of the tokenizer.  keep: columns that travel along.
     """
 
     mask: str | None
@@ -37,7 +39,11 @@ class SequenceReader:
     @property
     def columns(self) -> list[str]:
         """The source's columns that are read."""
-        return [TOKENS, *([self.mask] if self.mask else []), *self.keep]
+        return list(dict.fromkeys([TOKENS, *self._masks, PADDING, *self.keep]))
+
+    @property
+    def _masks(self) -> Sequence[str]:
+        return [self.mask] if self.mask and self.mask_needed else LOSS_MASKS
 
     def read(self, row: SourceRow) -> TokenSequence:
         """The row's tokens. Raises BadRow for ids that the tokenizer does not know and a mask of another length."""
@@ -46,16 +52,19 @@ class SequenceReader:
             wrong = next(int(one) for one in ids if not 0 <= one < self.num_known)
             raise BadRow(f"{TOKENS} holds {wrong}, the tokenizer has {self.num_known:,} tokens: is it the teacher's?")
         kept = {name: plain(row.value(name)) for name in self.keep}
-        return TokenSequence(ids.astype(np.int32), self._loss_mask(row, len(ids)), kept)
+        return TokenSequence(ids.astype(np.int32), self._loss_mask(row, ids), kept)
 
-    def _loss_mask(self, row: SourceRow, num_tokens: int) -> np.ndarray:
-        mask = np.ones(num_tokens, dtype=bool)
-        if self.mask and (self.mask_needed or row.has(self.mask)):
-            values = numbers(row.value(self.mask), self.mask, "biuf")
-            if len(values) != num_tokens:
-                raise BadRow(f"{self.mask} has {len(values)} values for {num_tokens} tokens")
-            mask = values != 0
-            if not (mask == values).all():
-                raise BadRow(f"{self.mask} holds values other than 0 and 1")
+    def _loss_mask(self, row: SourceRow, ids: np.ndarray) -> np.ndarray:
+        if self.mask and self.mask_needed and not row.has(self.mask):
+            raise BadRow(f"column {self.mask!r} is missing or null")
+        masks = {name: plain(row.value(name)) for name in (*self._masks, PADDING) if row.has(name)}
+        if self.mask and self.mask_needed:
+            masks["loss_mask"] = masks.pop(self.mask)
+        try:
+            unpadded, mask = read_masks(ids, masks)
+        except BadDocument as error:
+            raise BadRow(str(error)) from error
+        if unpadded.start:
+            raise BadRow(f"{PADDING}: padding on the left, which moves what follows it; write the rows without it")
         mask[:1] = False
         return mask

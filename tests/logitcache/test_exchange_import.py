@@ -313,6 +313,24 @@ class TestTopK:
         assert sequence.loss_mask.tolist() == [False, False, True, False, True, False]
         assert sequence.targets.token_ids.tolist() == [ids[1], ids[3]]
 
+    def test_labels_are_a_mask_and_padding_is_not_trained(self, tmp_path: Path, tokenizer: Path) -> None:
+        row = random_row(np.random.default_rng(0), 6)
+        _, second, third, *_ = row["input_ids"]
+        masked = row | {"labels": [-100, second, -100, -100, -100, -100], "attention_mask": [1, 1, 1, 1, 0, 0]}
+        whole = row | {"attention_mask": [1, 1, 1, 1, 0, 0]}
+        path = write_rows(tmp_path / "a.jsonl", [masked, whole])
+        labelled, padded = import_topk(path, tmp_path / "out", tokenizer)
+        assert labelled.loss_mask.tolist() == [False, True, False, False, False, False]
+        assert padded.loss_mask.tolist() == [False, True, True, True, False, False]
+        for change, message in (
+            ({"labels": [-100, second + 1, third, -100, -100, -100]}, "`labels` holds .* at token 1, whose id is"),
+            ({"labels": [-100] * 6, "loss_mask": [0, 1, 0, 0, 0, 0]}, "`loss_mask` and `labels` contradict each other"),
+            ({"attention_mask": [0, 1, 1, 1, 1, 1]}, "attention_mask: padding on the left"),
+        ):
+            bad = write_rows(tmp_path / "bad.jsonl", [row | change])
+            with pytest.raises(UserError, match=rf"bad\.jsonl, line 1: {message}"):
+                import_topk(bad, tmp_path / "none", tokenizer)
+
     def test_entries_of_no_probability_only_fill_lists_up(self, tmp_path: Path, tokenizer: Path) -> None:
         row = {
             "input_ids": [1, 2, 3],
@@ -391,8 +409,8 @@ class TestTopK:
             ({"input_ids": [1, 2, VOCAB]}, "input_ids holds 60, the tokenizer has 60 tokens: is it the teacher's?"),
             ({"input_ids": [1, -2, 3]}, "input_ids holds -2"),
             ({"input_ids": [1, 2**70, 3]}, "column 'input_ids' holds"),
-            ({"loss_mask": [1, 1]}, "loss_mask has 2 values for 3 tokens"),
-            ({"loss_mask": [1, 2, 0]}, "loss_mask holds values other than 0 and 1"),
+            ({"loss_mask": [1, 1]}, "`loss_mask` must be a list of true and false as long as `input_ids`, 3"),
+            ({"loss_mask": [1, 2, 0]}, "`loss_mask` must be a list of true and false as long as `input_ids`, 3"),
             ({"tail_logprob": [-1.0, 3.0]}, "tail_logprob is above 0"),
             ({"tail_logprob": [-1.0]}, "tail_logprob has 1 positions"),
             ({"tail_logprob": [-9.0, -9.0]}, "position 0: entries and tail that do not add up to 1"),

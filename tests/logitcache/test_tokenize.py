@@ -192,7 +192,7 @@ def test_a_renamed_column_is_kept_under_the_name_of_the_source(teacher_tokenizer
         ({"layout": "chat"}, "--layout chat: choose one of input_ids, messages, prompt-completion, text"),
         ({"long": "wrap"}, "--long wrap: choose one of split, truncate, skip"),
         ({"max_length": 1}, "--max-length 1: at least 2 tokens"),
-        ({"columns": {"question": "q"}}, "--columns question=…: no layout has this column; they have completion, "),
+        ({"columns": {"question": "q"}}, "--columns question=…: no layout has this column; they have .*, prompt, text"),
         ({"keep": ("logprobs",)}, "--keep logprobs: the cache has a column of that name"),
         ({"keep": ("row_id",)}, "--keep row_id: the cache has a column of that name"),
         ({"keep": ("tail_log_norm_T9",)}, "--keep tail_log_norm_T9: the cache has a column of that name"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from logitcache.capture.corpus.chat import tokenize_messages
 from logitcache.capture.corpus.tokens import Tokenization, Tokens, tokens
 from logitcache.documents.document import BadDocument
+from logitcache.documents.masks import LOSS_MASKS, PADDING, read_masks, unused_masks
 from logitcache.errors import UserError
 
 
@@ -30,18 +33,24 @@ def tokenize_prompt_completion(document: Mapping[str, Any], by: Tokenization) ->
 
 
 def tokenize_input_ids(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`input_ids` and optional `loss_mask`: taken as they are; without a mask every token is trained."""
-    ids = document["input_ids"]
-    mask = document.get("loss_mask")
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+    """`input_ids`, taken as they are, but for padding; trained where `loss_mask`, `labels` or another mask says so.
+
+    Without a mask every token is trained. See `read_masks`.
+    """
+    ids = read_input_ids(document["input_ids"])
+    for name in unused_masks(document, (*LOSS_MASKS, PADDING), len(ids)):
+        by.notes[f"documents have a column {name!r} that looks like a mask and is not used"] += 1
+    unpadded, mask = read_masks(ids, document)
+    return [tokens(ids[unpadded], mask[unpadded])]
+
+
+def read_input_ids(value: Any) -> np.ndarray:
+    """Token ids, int [T]. Raises BadDocument for anything else."""
+    if not isinstance(value, list) or not all(type(i) is int for i in value):
         raise BadDocument("`input_ids` must be a list of integers")
-    if mask is None:
-        mask = [True] * len(ids)
-    if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
-        raise BadDocument(f"`loss_mask` must be a list of true and false as long as `input_ids`, {len(ids)}")
-    if ids and not 0 <= min(ids) <= max(ids) < 2**31:
-        raise BadDocument(f"`input_ids` must lie in 0…{2**31 - 1}, found {min(ids)} and {max(ids)}")
-    return [tokens(ids, mask)]
+    if value and not 0 <= min(value) <= max(value) < 2**31:
+        raise BadDocument(f"`input_ids` must lie in 0…{2**31 - 1}, found {min(value)} and {max(value)}")
+    return np.array(value, dtype=np.int32)
 
 
 Layouts = dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Tokenization], list[Tokens]]]]

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from logitcache.capture.corpus.documents import Source
-from logitcache.capture.corpus.layouts import Layouts, tokenize_input_ids
+from logitcache.capture.corpus.layouts import Layouts, read_input_ids
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.corpus.tokens import Tokenization, Tokens
 from logitcache.documents.chat_template import render
 from logitcache.documents.document import BadDocument, Document
+from logitcache.documents.masks import PADDING, find_padding, unused_masks
 from logitcache.documents.messages import ASSISTANT, read_chat
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
@@ -48,9 +49,11 @@ def prompt_of_messages(document: Mapping[str, Any], by: Tokenization) -> list[To
 
 
 def prompt_of_input_ids(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`input_ids`: taken as they are."""
-    [(ids, _)] = tokenize_input_ids({"input_ids": document["input_ids"]}, by)
-    return [_prompt(ids)]
+    """`input_ids`: taken as they are, but for padding."""
+    ids = read_input_ids(document["input_ids"])
+    for name in unused_masks(document, (PADDING,), len(ids)):
+        by.notes[f"documents have a column {name!r}, which is not used: all of `input_ids` is the prompt"] += 1
+    return [_prompt(ids[find_padding(ids, document)])]
 
 
 PROMPT_LAYOUTS: Layouts = {

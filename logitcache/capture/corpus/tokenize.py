@@ -14,6 +14,7 @@ from logitcache.capture.corpus.documents import Source
 from logitcache.capture.corpus.layouts import LAYOUTS, Layouts, find_layout
 from logitcache.capture.corpus.tokens import Tokenization, Tokens
 from logitcache.documents.document import BadDocument, Document
+from logitcache.documents.masks import LOSS_MASKS, PADDING
 from logitcache.errors import UserError
 from logitcache.format.layout import RESERVED_COLUMNS, TEMPERED_PREFIX
 from logitcache.format.sequences import TokenSequence
@@ -50,7 +51,7 @@ class CorpusSettings:
             raise UserError(f"--long {self.long}: choose one of {', '.join(self.long_policies)}")
         if self.max_length < 2:
             raise UserError(f"--max-length {self.max_length}: at least 2 tokens are needed, one to predict the other")
-        known = {column for needed, _ in LAYOUTS.values() for column in needed} | {"loss_mask", "tools"}
+        known = {column for needed, _ in LAYOUTS.values() for column in needed} | {*LOSS_MASKS, PADDING, "tools"}
         if unknown := set(self.columns) - known:
             raise UserError(
                 f"--columns {sorted(unknown)[0]}=…: no layout has this column; they have {', '.join(sorted(known))}"
@@ -113,7 +114,7 @@ class Corpus:
     def _tokens(self, document: Document) -> list[Tokens]:
         if document.error:
             raise BadDocument(document.error)
-        values = {**document.values, **self._renamed(document.values)}
+        values = self._named(document.values)
         layouts = self._settings.layouts
         self.layout = self.layout or find_layout(values, document.where, self._settings.columns, layouts)
         needed, tokenize = layouts[self.layout]
@@ -134,8 +135,14 @@ class Corpus:
         self.never_kept -= document.values.keys()
         return {name: document.values.get(name) for name in self._settings.keep}
 
-    def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {ours: values[theirs] for ours, theirs in self._settings.columns.items() if theirs in values}
+    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Columns by the layout's names. A mask that the user names is the only one."""
+        columns = self._settings.columns
+        others = {name: value for name, value in values.items() if name not in columns.values()}
+        named = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+        if "loss_mask" in named:
+            others = {name: value for name, value in others.items() if name not in LOSS_MASKS}
+        return others | named
 
     def _within_length(self, ids: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         longest = self._settings.max_length
