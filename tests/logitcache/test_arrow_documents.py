@@ -1,7 +1,8 @@
-"""Documents in Arrow's types: the same documents as from .jsonl."""
+"""Documents in Arrow's types: the same documents, and the same tokens, as from .jsonl."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from smallcaches import small
 
+from logitcache import UserError
 from logitcache.capture.corpus.documents import find_sources
+from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.documents.arrow import read_arrow
+from trainer.evaluation.prompts import read_prompts
+
+SHOWS_ALL = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}{{ m['role'] }}: {{ m | tojson }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""A template that prints every key, those that are null too."""
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:
@@ -74,6 +85,97 @@ def by_load_dataset(rows: list[dict[str, Any]], folder: Path) -> Path:
     loaded.to_parquet(folder / "rows.parquet")
     assert "arrow.json" in str(pq.ParquetFile(folder / "rows.parquet").schema_arrow)
     return folder / "rows.parquet"
+
+
+def json_text(rows: list[dict[str, Any]], folder: Path) -> Path:
+    return by_pyarrow([{name: json.dumps(value) for name, value in row.items()} for row in rows], folder)
+
+
+def json_texts(rows: list[dict[str, Any]], folder: Path) -> Path:
+    return by_pyarrow([{name: [json.dumps(one) for one in row[name]] for name in row} for row in rows], folder)
+
+
+def json_text_in_lines(rows: list[dict[str, Any]], folder: Path) -> Path:
+    return as_json_lines(
+        [{name: json.dumps(value) for name, value in row.items()} for row in rows], folder / "rows.jsonl"
+    )
+
+
+WRITERS = [by_pyarrow, by_dataset_from_list, by_load_dataset, json_text, json_texts, json_text_in_lines]
+
+
+@pytest.fixture
+def shows_all(teacher_tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(teacher_tokenizer)
+    tokenizer.chat_template = SHOWS_ALL
+    return tokenizer
+
+
+def tokens(path: Path, tokenizer: Any, **columns: str) -> list[tuple[list[int], list[bool]]]:
+    settings = CorpusSettings(4096, columns=columns)
+    corpus = Corpus(find_sources(str(path)), tokenizer, 512, settings)
+    return [(row.input_ids.tolist(), row.loss_mask.tolist()) for row in corpus]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_way_to_write_a_chat_gives_the_tokens_that_transformers_gives(
+    tmp_path: Path, shows_all: Any, write: Callable[..., Path]
+) -> None:
+    found = tokens(write(ROWS, tmp_path), shows_all)
+    for (ids, _), row in zip(found, ROWS, strict=True):
+        assert shows_all.decode(ids) == shows_all.apply_chat_template(row["messages"], row["tools"], tokenize=False)
+    assert found == tokens(as_json_lines(ROWS, tmp_path / "all.jsonl"), shows_all)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_trainers_prompts_are_the_same_of_every_way(
+    tmp_path: Path, shows_all: Any, write: Callable[..., Path]
+) -> None:
+    prompts = read_prompts(str(write(ROWS, tmp_path)), shows_all)
+    for prompt, row in zip(prompts, ROWS, strict=True):
+        before = shows_all.apply_chat_template(
+            row["messages"][:-1], row["tools"], tokenize=False, add_generation_prompt=True
+        )
+        assert prompt.text == before
+
+
+def test_chats_in_a_column_of_another_name_are_the_same(tmp_path: Path, shows_all: Any) -> None:
+    renamed = [{"chat": row["messages"], "functions": row["tools"]} for row in ROWS]
+    names = {"messages": "chat", "tools": "functions"}
+    (tmp_path / "made").mkdir()
+    expected = tokens(as_json_lines(ROWS, tmp_path / "all.jsonl"), shows_all)
+    for write in (by_pyarrow, by_load_dataset, json_text):
+        assert tokens(write(renamed, tmp_path), shows_all, **names) == expected
+
+
+def test_arguments_that_are_json_text_stay_text(tmp_path: Path, shows_all: Any) -> None:
+    chat = [{"role": "user", "content": "Sum?"}, call("add", text='{"a": null}')]
+    for write in WRITERS:
+        [(ids, _)] = tokens(write([{"messages": chat}], tmp_path), shows_all)
+        assert r'"{\"a\": null}"' in shows_all.decode(ids)
+
+
+@pytest.mark.parametrize("through", [json_text, json_texts, by_load_dataset])
+def test_json_text_says_exactly_which_nulls_there_are(
+    tmp_path: Path, shows_all: Any, through: Callable[..., Path]
+) -> None:
+    chat = [{"role": "user", "content": "Sum?", "name": None}, call("add", a=None)]
+    rows = [{"messages": chat}, {"messages": ROWS[1]["messages"]}]
+    [(ids, _), _] = tokens(through(rows, tmp_path), shows_all)
+    assert shows_all.decode(ids) == shows_all.apply_chat_template(chat, tokenize=False)
+
+
+def test_text_that_is_no_json_is_named(tmp_path: Path, shows_all: Any) -> None:
+    rows = [{"messages": json.dumps(ROWS[0]["messages"])}, {"messages": '[{"role": "user"'}]
+    with pytest.raises(UserError, match=r"rows\.parquet, row 1: .*found text that is not JSON"):
+        tokens(by_pyarrow(rows, tmp_path), shows_all)
+
+
+def test_blank_tools_are_none(tmp_path: Path, shows_all: Any) -> None:
+    plain = [{"messages": ROWS[0]["messages"]}]
+    blank = [{"messages": ROWS[0]["messages"], "tools": " "}]
+    (tmp_path / "blank").mkdir()
+    assert tokens(by_pyarrow(blank, tmp_path / "blank"), shows_all) == tokens(by_pyarrow(plain, tmp_path), shows_all)
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
