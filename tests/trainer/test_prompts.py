@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from logitcache import UserError
+from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.prompts import check_columns, check_templates, data_stem, read_prompts
 
 ROWS = [
@@ -59,6 +60,34 @@ def test_a_chat_is_asked_up_to_the_assistants_last_turn(tmp_path: Path, teacher_
     assert prompt.text == "<|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>Who?<|end|><|assistant|>"
     rendered = teacher_tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=True)
     assert prompt.token_ids == rendered["input_ids"]
+
+
+def test_a_chat_is_read_as_a_build_reads_it_by_the_template_that_is_given(
+    tmp_path: Path, teacher_tokenizer: Any
+) -> None:
+    chat = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    template = (
+        "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    path = write(tmp_path / "a.jsonl", [{"messages": chat}, {"messages": json.dumps(chat)}])
+    said: list[str] = []
+    prompts = read_prompts(path, teacher_tokenizer, chat_template=template, say=said.append)
+    assert [(prompt.text, prompt.references) for prompt in prompts] == [("user=Hi;>", ["Hello"])] * 2
+    assert any("read as 'assistant'" in line for line in said)
+
+
+def test_answers_depend_on_the_template_that_is_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    own = GenerationSettings([path]).decisive("transformers")
+    template = tmp_path / "template.jinja"
+    decisive = []
+    for text in ("one", "another", "one"):
+        template.write_text(text)
+        decisive.append(GenerationSettings([path], chat_template=str(template)).decisive("transformers"))
+    assert decisive[0] == decisive[2] != decisive[1]
+    assert own == {name: value for name, value in decisive[0].items() if name != "chat_template_sha256"}
+    with pytest.raises(UserError, match="--chat-template .*not readable"):
+        GenerationSettings([path], chat_template=str(tmp_path / "none.jinja"))
 
 
 def test_a_row_takes_the_first_template_whose_columns_have_text(tmp_path: Path, teacher_tokenizer: Any) -> None:
