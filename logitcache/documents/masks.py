@@ -87,7 +87,9 @@ def _read(name: str, value: Any, ids: np.ndarray) -> np.ndarray:
 
 def _are_labels(value: Any, ids: np.ndarray) -> bool:
     numbers = _numbers(value, ids)
-    return numbers is not None and numbers.size > 0 and bool((numbers == NOT_TRAINED).any() or (numbers == ids).all())
+    if numbers is None or numbers.dtype.kind not in "iu" or ((numbers == 0) | (numbers == 1)).all():
+        return False
+    return bool((numbers == NOT_TRAINED).any() or (numbers == ids).all())
 
 
 def _of_labels(name: str, value: Any, ids: np.ndarray) -> np.ndarray:

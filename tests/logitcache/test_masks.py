@@ -115,6 +115,11 @@ def test_masks_that_cannot_be_shown_right_are_refused_by_name(columns: dict[str,
         tokenize({"input_ids": [7, 8, 9], **columns})
 
 
+@pytest.mark.parametrize("mask", [[1, 0, 1], [True, False, True]])
+def test_zeros_and_ones_are_a_mask_also_where_they_are_the_ids(mask: list[Any]) -> None:
+    assert tokenize({"input_ids": [1, 0, 1], "loss_mask": mask}) == ([1, 0, 1], [False, False, True])
+
+
 def test_padding_alone_is_an_empty_document() -> None:
     rows = corpus([{"input_ids": [0, 0], "attention_mask": [0, 0]}, {"input_ids": [1, 2]}])
     assert len(list(rows)) == 1
