@@ -86,7 +86,7 @@ def test_answers_depend_on_the_template_that_is_given(tmp_path: Path) -> None:
         decisive.append(GenerationSettings([path], chat_template=str(template)).decisive("transformers"))
     assert decisive[0] == decisive[2] != decisive[1]
     assert own == {name: value for name, value in decisive[0].items() if name != "chat_template_sha256"}
-    with pytest.raises(UserError, match="--chat-template .*not readable"):
+    with pytest.raises(UserError, match=r"--chat-template .*not readable"):
         GenerationSettings([path], chat_template=str(tmp_path / "none.jinja"))
 
 
