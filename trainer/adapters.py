@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from logitcache import UserError
 from logitcache.errors import one_line
 from trainer.config import DistillConfig
 
-ALL_LINEAR = "all-linear"  # in PEFT: every linear layer but the output projection
 EXTENSION = "PEFT is not installed, which adapters need: pip install 'logitcache[trainer]'"
 
 
@@ -62,29 +65,89 @@ def add_adapters(model: PreTrainedModel, config: DistillConfig) -> PreTrainedMod
     """The model with LoRA or DoRA adapters of the settings, which alone are trained; float32, at first without effect.
 
     LoRA: Hu et al. 2021, arXiv 2106.09685. DoRA: Liu et al. 2024, arXiv 2402.09353. Raises UserError where the model has
-    no layer of the names in lora_target_modules.
+    no layer of the names in lora_target_modules, and where an adapter on a layer of these names has no use.
     """
     try:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise UserError(EXTENSION) from error
     assert config.lora_r is not None
     if model.name_or_path and Path(model.name_or_path).is_dir():
         model.name_or_path = str(Path(model.name_or_path).resolve())  # what the adapter's files call the base model
+    useless = _useless_adapters(model)
+    layers = [name for name in _linear_layers(model) if name not in useless]
+    if not (config.lora_target_modules or layers):
+        raise UserError(
+            f"--lora_r {config.lora_r}: {type(model).__name__} has no linear layer that an adapter changes. Leave it "
+            "out, or name layers with --lora_target_modules"
+        )
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha or 2 * config.lora_r,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or ALL_LINEAR,
+        target_modules=config.lora_target_modules or layers,
         use_dora=config.use_dora,
     )
     try:
         adapted: Any = get_peft_model(model, settings)
     except ValueError as error:
-        named = "" if config.lora_target_modules is None else f" {' '.join(config.lora_target_modules)}"
-        raise UserError(f"--lora_target_modules{named}: {one_line(error)}") from error
+        raise UserError(f"{_option(config)}: {one_line(error)}") from error
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and name in useless:
+            raise UserError(f"{_option(config)}: an adapter on {name} is of no use: {useless[name]}. Leave it out")
     return adapted
+
+
+def _option(config: DistillConfig) -> str:
+    """The option that chose the layers, as it was given."""
+    if config.lora_target_modules is None:
+        return f"--lora_r {config.lora_r}"
+    return f"--lora_target_modules {' '.join(config.lora_target_modules)}"
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of a model's linear layers but the output projection."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def _useless_adapters(model: PreTrainedModel) -> dict[str, str]:
+    """Linear layers to which an adapter would add nothing, or something that does not fit, each with the reason."""
+    found = {}
+    for name in _linear_layers(model):
+        module = model.get_submodule(name)
+        parent, _, child = name.rpartition(".")
+        if _reads_weight(model.get_submodule(parent), child):
+            found[name] = "the layer around it takes its weight, past any adapter"
+        elif type(module).forward not in (nn.Linear.forward, Conv1D.forward) and not _gives_rows(module):
+            found[name] = "it gives something else than a linear map does"
+    return found
+
+
+def _reads_weight(parent: nn.Module, child: str) -> bool:
+    """Whether a module computes with the weight of a child itself, as Mamba's mixers do, rather than call the child."""
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):
+        return False
+    # Bloom's slices of a weight imitate how it was pretrained on several devices, only where its config says so.
+    return re.search(rf"\bself\.{re.escape(child)}\.weight\b(?!\.(?:dtype|device|shape)|\[)", source) is not None
+
+
+@torch.no_grad()
+def _gives_rows(module: Any) -> bool:
+    """Whether a linear layer of another class gives a tensor of one row per input; a router gives choices as well."""
+    dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
+    rows = torch.zeros(1, 2, module.in_features, dtype=dtype, device=module.weight.device)
+    try:
+        output = module(rows)
+    except Exception:  # whatever a class does with rows
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, 2, module.out_features)
 
 
 def load_adapter(base: PreTrainedModel, name: str) -> PreTrainedModel:

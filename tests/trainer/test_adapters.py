@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cachemaking import llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from cachemaking import VOCAB, llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from logitcache import LogitCache, UserError
 from trainer.adapters import add_adapters, base_model, check_adapter_student, weights_dtype
@@ -133,6 +134,102 @@ def test_what_suits_no_adapter_is_refused(tmp_path: Path, student_folder: str) -
             check_adapter_student(config(tmp_path, **settings))
     with pytest.raises(UserError, match=r"--lora_target_modules missing_proj: .*missing_proj"):
         add_adapters(llama(seed=7), config(tmp_path, lora_r=2, lora_target_modules=["missing_proj"]))
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "use_cache": False,
+}
+MIXER: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+MIXER2: dict[str, Any] = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}
+HYBRID: dict[str, Any] = {"attn_layer_indices": [1], "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16}
+GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+FALCON: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+ADAPTED: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "Llama4Text": (
+        SIZES | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
+    "Phimoe": (SIZES, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "Mamba": (MIXER, {"in_proj"}),
+    "FalconMamba": (MIXER, {"in_proj"}),
+    "Mamba2": (MIXER | MIXER2, {"in_proj"}),
+    "Bamba": (
+        SIZES | HYBRID | {"mamba_n_groups": 1},
+        {"in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
+    "Falcon": (FALCON, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    "Bloom": (
+        {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2},
+        {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    ),
+    "GPT2": (SIZES | GPT2, {"c_attn", "c_proj", "c_fc"}),
+}
+
+
+def model_of(name: str) -> PreTrainedModel:
+    torch.manual_seed(3)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{name}Config")(**ADAPTED[name][0])
+    )
+    return model.float()
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_by_default_adapters_are_on_the_linear_layers_that_they_change(
+    name: str, tmp_path: Path, cache: LogitCache
+) -> None:
+    settings = config(tmp_path, lora_r=2, max_steps=3, learning_rate=1e-2)
+    model: Any = add_adapters(model_of(name), settings)
+    adapted = {path.split(".lora_B")[0].split(".")[-1] for path, _ in model.named_parameters() if "lora_B" in path}
+    assert adapted == ADAPTED[name][1]
+    DistillTrainer(model, cache, settings).train()
+    for path, weight in model.named_parameters():
+        assert "lora_B" not in path or float(weight.detach().abs().max()) > 0, f"{path} was not trained"
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(model_of(name), tmp_path / "adapter")
+    assert loaded.get_nb_trainable_parameters()[1] == model.get_nb_trainable_parameters()[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "said"),
+    [
+        (
+            "Llama4Text",
+            ["router", "q_proj"],
+            r"router q_proj: an adapter on .*\.router is of no use: it gives something",
+        ),
+        ("Mamba", ["dt_proj"], r"dt_proj: an adapter on .*dt_proj is of no use: the layer around it takes its weight"),
+        ("Bamba", ["out_proj"], r"out_proj: an adapter on .*out_proj is of no use: the layer around it"),
+        ("Mamba2", ["out_proj"], "--lora_target_modules out_proj: .*incompatible with Mamba"),
+    ],
+)
+def test_layers_that_an_adapter_does_not_change_are_refused_by_name(
+    name: str, layers: list[str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        add_adapters(model_of(name), config(tmp_path, lora_r=2, lora_target_modules=layers))
+
+
+def test_a_model_without_linear_layers_is_refused_with_the_option_that_was_given(tmp_path: Path) -> None:
+    model = model_of("Mamba")
+    for name in ("backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.in_proj"):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, torch.nn.Identity())
+    with pytest.raises(UserError, match=r"--lora_r 2: MambaForCausalLM has no linear layer that an adapter changes"):
+        add_adapters(model, config(tmp_path, lora_r=2))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class AdapterSettings:
     lora_target_modules: list[str] | None = setting(
         None,
         "The linear layers that get an adapter, by the ends of their names, such as q_proj v_proj. Default: all but the "
-        "output projection.",
+        "output projection and those that an adapter would not change.",
     )
     use_dora: bool = setting(False, "DoRA: adapters of a weight's direction, and its length trained beside them.")
 
