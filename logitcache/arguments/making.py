@@ -151,7 +151,9 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "--long", choices=["split", "truncate", "skip"], help="longer documents (default: split text, refuse others)"
     )
     group.add_argument(
-        "--skip-bad", action="store_true", help="leave bad documents out and count them instead of stopping"
+        "--skip-bad",
+        action="store_true",
+        help="leave bad documents, and rows for which the teacher gives NaN, out and count them instead of stopping",
     )
     group.add_argument("--data-split", metavar="NAME", help="split of a dataset (default train)")
     group.add_argument("--data-config", metavar="NAME", help="configuration of a dataset")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from logitcache.capture.teachers.base import LogitTeacher
+from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 
 CALIBRATION_POSITIONS = 64
@@ -24,10 +25,16 @@ LEAST_LOGPROB = -80.0
 
 
 def tail_groups_of(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:
-    """Tail groups, int32 [V], by what a teacher gives at stored positions of `sequences`, drawn at random."""
+    """Tail groups, int32 [V], by what a teacher gives at stored positions of `sequences`, drawn at random.
+
+    Raises UserError where it gives no numbers.
+    """
     with np.errstate(divide="ignore"):
         logprobs = [np.log(teacher.mean_probability([one])) for one in _single_positions(sequences)]
-    return profile_clusters(np.stack(logprobs).astype(np.float32), num_groups)
+    numbers = [one for one in logprobs if not np.isnan(one).any()]  # a row that gives none is refused when it is scored
+    if not numbers:
+        raise UserError("the teacher gives no log-probabilities that are numbers: try another --dtype")
+    return profile_clusters(np.stack(numbers).astype(np.float32), num_groups)
 
 
 def _single_positions(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:

@@ -29,6 +29,7 @@ from logitcache.capture.plan import cache_layout
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
 from logitcache.capture.teachers.start import start_teacher
+from logitcache.capture.worker import find_nan
 from logitcache.errors import UserError
 from logitcache.format.codebook import Codebook
 from logitcache.format.codec import encode
@@ -70,7 +71,10 @@ def plan_build(teacher: str | None, data: str | Sequence[str], **settings: Any) 
     layout = cache_layout(inputs.settings, inputs.model.vocab_size, types.names())
     loaded = start_teacher(inputs.model, inputs.engine, sample.longest, inputs.settings.top_k)
     try:
-        return estimate(loaded, sample, layout, inputs.settings, sees_logits=inputs.engine.sees_logits)
+        skip_bad = inputs.corpus_settings.skip_bad
+        return estimate(
+            loaded, sample, layout, inputs.settings, sees_logits=inputs.engine.sees_logits, skip_bad=skip_bad
+        )
     finally:
         loaded.close()
 
@@ -158,17 +162,24 @@ class Estimate:
 
 
 def estimate(
-    teacher: Teacher, sample: CorpusSample, layout: Layout, settings: CaptureSettings, *, sees_logits: bool
+    teacher: Teacher,
+    sample: CorpusSample,
+    layout: Layout,
+    settings: CaptureSettings,
+    *,
+    sees_logits: bool,
+    skip_bad: bool = False,
 ) -> Estimate:
     """Scores some thousand positions of the sample, a few times over.
 
     layout: of the build's shards, with kept columns.  settings: of the build.  sees_logits: it is a `LogitTeacher`; the
-    tail groups that it has are replaced.
+    tail groups that it has are replaced.  skip_bad: rows for which it gives NaN are left out, otherwise refused.
     """
     sequences = random.Random(0).sample(sample.sequences, len(sample.sequences))
     priced = _first(sequences, [len(sequence.positions) for sequence in sequences], PRICED_POSITIONS)
     ks = _candidate_ks(settings.top_k, most=layout.vocab_size if sees_logits else settings.top_k)
     logger.info("scoring %d sequences of the sample", len(priced))
+    priced = _with_numbers(teacher, priced, skip_bad)
     judgement, num_groups = None, 0
     if sees_logits:
         num_groups = settings.tail_groups or min(SHOWN_TAIL_GROUPS, layout.vocab_size)
@@ -197,6 +208,18 @@ def estimate(
         choices=tuple(choices),
         not_told_apart=judgement.not_told_apart if judgement else None,
     )
+
+
+def _with_numbers(teacher: Teacher, sequences: Sequence[TokenSequence], skip_bad: bool) -> Sequence[TokenSequence]:
+    """The sequences without those for which the teacher gives NaN. Raises UserError for one unless `skip_bad`."""
+    scored = teacher.score(sequences, CaptureSettings(top_k=1))
+    wrong = [find_nan(sequence, targets) for sequence, targets in zip(sequences, scored, strict=True)]
+    reasons = [reason for reason in wrong if reason]
+    if reasons and (not skip_bad or len(reasons) == len(sequences)):
+        raise UserError(reasons[0])
+    if reasons:
+        logger.warning("%d of them cannot be scored; the first: %s", len(reasons), reasons[0])
+    return [sequence for sequence, reason in zip(sequences, wrong, strict=True) if not reason]
 
 
 class _Judgement(NamedTuple):

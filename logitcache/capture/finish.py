@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from logitcache.cache import LogitCache, open_cache
@@ -15,6 +18,11 @@ from logitcache.format.unfinished import PLAN_NAME, read_request
 from logitcache.format.workspace import workspace
 from logitcache.sharing.seal import seal, trusted_files
 from logitcache.version import __version__
+
+NOT_SCORED = "not scored"
+"""What `skipped` of the manifest calls rows for which the teacher gave NaN."""
+
+logger = logging.getLogger("logitcache")
 
 
 def finish(out: str | Path) -> LogitCache:
@@ -48,13 +56,18 @@ def finish_plan(plan: Plan) -> LogitCache:
     folder.remove(TAIL_GROUPS_NAME)  # of a cache that was overwritten
     if plan.cache_layout.num_tail_groups:
         folder.write(TAIL_GROUPS_NAME, folder.read(PARTITION_NAME))
-    fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": plan.sequences_sha256}}
+    left_out = plan.left_out()
+    fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": _sha256(plan, left_out)}}
+    skipped = dict(plan.skipped)
+    if reasons := [reason for rows in left_out.values() for reason in rows.values()]:
+        skipped[NOT_SCORED] = len(reasons)
+        logger.warning("left out: %s %s; the first: %s", f"{len(reasons):,}", NOT_SCORED, reasons[0])
     complete = tuple(shard for shard in shards if shard is not None)
     manifest = Manifest(
         plan.cache_layout,
         fingerprint,
         complete,
-        plan.skipped,
+        skipped,
         f"logitcache {__version__}",
         trusted_files(folder),
         copied_history(folder),
@@ -63,3 +76,15 @@ def finish_plan(plan: Plan) -> LogitCache:
     folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
     folder.remove(BUILD_DIRECTORY)
     return open_cache(folder.path)
+
+
+def _sha256(plan: Plan, left_out: Mapping[int, Mapping[int, str]]) -> str:
+    """Of the row ids in order, without the rows that are left out."""
+    if not left_out:
+        return plan.sequences_sha256
+    digest = hashlib.sha256()
+    for index in range(len(plan.shards)):
+        for row, sequence in enumerate(plan.sequences(index)):
+            if row not in left_out.get(index, {}):
+                digest.update(sequence.row_id.encode())
+    return digest.hexdigest()

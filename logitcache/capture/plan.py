@@ -4,6 +4,7 @@
     OUT/.build/plan.json            settings, shards, counts; its presence means that planning is complete
     OUT/.build/tokens/00000.parquet token sequences of shard 0, and so on
     OUT/.build/shards/00000.json    what the manifest will say of shard 0, once it is written
+    OUT/.build/left_out/00000.json  rows of shard 0 for which the teacher gave NaN, only with --skip-bad
     OUT/.build/tail_groups.parquet  the partition, once it is made
     OUT/.build/ranges               held by the processes of shard ranges
     OUT/.build/answers              what the teacher answered, see `answers`; only with --generate
@@ -36,6 +37,7 @@ from logitcache.format.unfinished import PLAN_NAME, finished_shard, record_shard
 from logitcache.format.workspace import ANSWERS_NAME, abandon, begin
 from logitcache.progress import Progress
 
+LEFT_OUT_NAME = f"{BUILD_DIRECTORY}/left_out"
 PARTITION_NAME = f"{BUILD_DIRECTORY}/{TAIL_GROUPS_NAME}"
 
 logger = logging.getLogger("logitcache")
@@ -101,6 +103,24 @@ class Plan:
     def finished(self, index: int) -> ShardInfo | None:
         """What was recorded of a shard, if it is complete."""
         return finished_shard(self.folder, index)
+
+    @property
+    def skips_bad(self) -> bool:
+        """Whether rows that cannot be used are left out."""
+        return bool(self.request["corpus"]["skip_bad"])
+
+    def record_left_out(self, index: int, rows: Mapping[int, str]) -> None:
+        """Writes down the rows of a shard that could not be scored, number to reason, before the shard is recorded."""
+        name = f"{LEFT_OUT_NAME}/{index:05d}.json"
+        if rows:
+            self.folder.write(name, json.dumps(list(rows.items()), ensure_ascii=False))
+        else:
+            self.folder.remove(name)
+
+    def left_out(self) -> dict[int, dict[int, str]]:
+        """What was written down of the rows that could not be scored, by shard."""
+        names = self.folder.names(LEFT_OUT_NAME)
+        return {int(name[:5]): dict(json.loads(self.folder.read(f"{LEFT_OUT_NAME}/{name}"))) for name in sorted(names)}
 
     def record(self, index: int, info: ShardInfo) -> None:
         """Marks a shard as complete."""

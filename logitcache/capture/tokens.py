@@ -14,7 +14,7 @@ from logitcache.format.codec import flat
 from logitcache.format.sequences import TokenSequence
 
 TOKENS_SCHEMA = pa.schema(
-    {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_()), "columns": pa.string()}
+    {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_()), "columns": pa.string(), "where": pa.string()}
 )
 ROWS_PER_GROUP = 1024
 
@@ -29,7 +29,14 @@ class TokensWriter:
     def write(self, sequence: TokenSequence) -> None:
         """Appends a sequence."""
         columns = json.dumps(dict(sequence.columns), ensure_ascii=False, default=str)
-        self._rows.append({"input_ids": sequence.input_ids, "loss_mask": sequence.loss_mask, "columns": columns})
+        self._rows.append(
+            {
+                "input_ids": sequence.input_ids,
+                "loss_mask": sequence.loss_mask,
+                "columns": columns,
+                "where": sequence.where,
+            }
+        )
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()
 
@@ -54,6 +61,8 @@ def read_tokens(source: BinaryIO) -> Iterator[TokenSequence]:
             table = file.read_row_group(group)
             ids, offsets = flat(table["input_ids"])
             mask, _ = flat(table["loss_mask"])
+            # A build that an earlier version began has no places.
+            places = table["where"].to_pylist() if "where" in table.column_names else [""] * len(table)
             for row, columns in enumerate(table["columns"].to_pylist()):
                 tokens = slice(offsets[row], offsets[row + 1])
-                yield TokenSequence(ids[tokens], mask[tokens], json.loads(columns))
+                yield TokenSequence(ids[tokens], mask[tokens], json.loads(columns), places[row])

@@ -10,6 +10,8 @@ from itertools import islice
 from types import TracebackType
 from typing import Self, cast
 
+import numpy as np
+
 from logitcache.capture.clusters import tail_groups_of
 from logitcache.capture.engine import Engine
 from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
@@ -99,7 +101,10 @@ def write_shard(
     """Writes a shard and records it.
 
     scored: targets of the rows that are not copied, in order; more than those are left alone.  advance: told the tokens of
-    each of them. Raises UserError where `scored` ends too early, and for targets that no teacher can have given.
+    each of them. Under --skip-bad, rows for which the teacher gave NaN are left out and recorded.
+
+    Raises UserError where `scored` ends too early, for targets that no teacher can have given, and where all rows are left
+    out.
     """
     layout = plan.cache_layout
     copies: Iterator[CachedSequence] = iter(())
@@ -109,8 +114,10 @@ def write_shard(
         found = places >= 0
         copies, sources = reused.rows(places[found], positions[found]), reused.sources(places[found], positions[found])
     num_scored = 0
+    left_out: dict[int, str] = {}
     with ShardWriter(plan.folder, plan.shard_name(shard), layout) as writer:
-        for sequence, is_copied in zip(plan.sequences(shard), _is_copied(plan, shard, reused), strict=True):
+        rows = zip(plan.sequences(shard), _is_copied(plan, shard, reused), strict=True)
+        for row, (sequence, is_copied) in enumerate(rows):
             if is_copied:
                 writer.write(sequence, _checked_copy(sequence, next(copies), layout))
                 continue
@@ -119,12 +126,36 @@ def write_shard(
                 raise UserError(
                     f"shard {shard}: the teacher scored {num_scored} sequences and then no more; nothing of this shard is kept"
                 )
-            _check(sequence, targets, layout, 1e-5, "the teacher")
-            writer.write(sequence, targets)
+            nan = find_nan(sequence, targets)
+            if nan and plan.skips_bad:
+                left_out[row] = nan
+            else:
+                if nan:
+                    raise UserError(
+                        f"{nan}; or leave such rows out with --skip-bad, and --overwrite where the build began without it. "
+                        "Nothing of this shard is kept"
+                    )
+                _check(sequence, targets, layout, 1e-5, "the teacher")
+                writer.write(sequence, targets)
             num_scored += 1
             advance(len(sequence.input_ids))
+        if len(left_out) == plan.shards[shard].num_sequences:
+            raise UserError(f"shard {shard}: no row of it could be scored; {left_out[0]}")
+    plan.record_left_out(shard, left_out)
     record_copied(plan.folder, shard, sources)
     plan.record(shard, writer.info)
+
+
+def find_nan(sequence: TokenSequence, targets: SparseTargets) -> str | None:
+    """What to say of a row for which the teacher gave NaN, None of any other."""
+    wrong = np.isnan(targets.logprobs).any(axis=1) | np.isnan(targets.tail_logprob)
+    if not wrong.any():
+        return None
+    where = f"{sequence.where} (row {sequence.row_id})" if sequence.where else f"row {sequence.row_id}"
+    return (
+        f"{where}: the teacher gave log-probabilities that are not numbers at position "
+        f"{sequence.positions[int(wrong.argmax())]}; where its activations overflow, --dtype float32 helps"
+    )
 
 
 def _is_copied(plan: Plan, shard: int, reused: ReusedCaches | None) -> list[bool]:

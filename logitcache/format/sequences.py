@@ -31,12 +31,13 @@ class TokenSequence:
 
     input_ids: int32 [T].  loss_mask: bool [T], True where the token is trained; never for the first token, which
     nothing predicts.
-    columns: kept columns of the source row.
+    columns: kept columns of the source row.  where: file and row of the source, for messages, where they are known.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     columns: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
 
     @cached_property
     def row_id(self) -> str:

@@ -98,7 +98,7 @@ class Prompts(Corpus):
             return
         kept = self._kept(document)
         if len(ids) <= self._longest:
-            yield TokenSequence(ids, mask, kept)
+            yield TokenSequence(ids, mask, kept, document.where)
         elif self._settings.long == "skip":
             self.skipped["too long"] += 1
         else:

@@ -29,7 +29,8 @@ class CorpusSettings:
     max_length: tokens of the longest sequence.  layout: a name of LAYOUTS, or None to find it from the first document's
     columns.  turns: which answers of a chat are trained, see `chat.tokenize_messages`.  columns: the layout's column name →
     the source's.  long: what happens to longer documents; None splits `text` and refuses any other layout.  keep: source
-    columns to store.  skip_bad: leave bad documents out, not stop.
+    columns to store.  skip_bad: leave bad documents out, not stop (and a
+    build rows for which the teacher gives NaN).
     """
 
     layouts: ClassVar[Layouts] = LAYOUTS
@@ -109,7 +110,7 @@ class Corpus:
             if pieces and not trainable:
                 self.skipped["untrainable"] += 1
             for piece_ids, piece_mask in trainable:
-                yield TokenSequence(piece_ids, piece_mask, kept)
+                yield TokenSequence(piece_ids, piece_mask, kept, document.where)
 
     def _tokens(self, document: Document) -> list[Tokens]:
         if document.error:
