@@ -61,13 +61,14 @@ def open_cache(path: str | Path, against: str | None = None) -> LogitCache:
 class LogitCache(Sequence[CachedSequence]):
     """A finished cache: `len(cache)` rows, `cache[i]`, `cache.iter_sequences(...)`, `cache.iter_row_groups(...)`.
 
+    path: where it lies, without the secrets of a URL; `folder` opens it again.
     manifest: fingerprint, layout, shards.  num_positions: stored positions of all rows.  identity: SHA-256 of the manifest as
     it was read, by which a cache is told from an altered one.
     """
 
     def __init__(self, path: str, against: str | None = None) -> None:
         self._folder = Folder(path)
-        self.path = path
+        self.path = str(self._folder)
         content = manifest_content(self._folder)
         self.identity = hashlib.sha256(content).hexdigest()
         check_identity(self.identity, against, path)
@@ -90,6 +91,11 @@ class LogitCache(Sequence[CachedSequence]):
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
+
+    @property
+    def folder(self) -> Folder:
+        """The folder or URL that it was opened at."""
+        return self._folder
 
     @property
     def num_positions(self) -> int:

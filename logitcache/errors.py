@@ -3,9 +3,14 @@
 from argparse import ArgumentParser
 from typing import NoReturn
 
+from logitcache.urls import without_secrets
+
 
 class UserError(ValueError):
-    """Bad input or contradictory settings; the message says what, where and what to do."""
+    """Bad input or contradictory settings; the message says what, where and what to do, and no password of a URL."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class Parser(ArgumentParser):
@@ -17,10 +22,13 @@ class Parser(ArgumentParser):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks."""
-    return " ".join(str(error).split())
+    """The message of an error without line breaks, and without the secrets of URLs in it."""
+    return without_secrets(" ".join(str(error).split()))
 
 
 def printable(text: str) -> str:
-    """Text that may come from someone else's file, for a terminal: lines stay, other control characters are spelled out."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
+    """Text that may come from someone else's file, for a terminal or a log.
+
+    Lines stay, other control characters are spelled out, secrets of URLs are left out.
+    """
+    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in without_secrets(text))

@@ -35,9 +35,11 @@ FLOORS = [
     ("logitcache.format",),
     ("logitcache.documents",),
     ("logitcache.errors", "logitcache.progress", "logitcache.spans", "logitcache.table", "logitcache.version"),
+    ("logitcache.urls",),
 ]
 READER_SIDE = tuple(
-    f"logitcache.{room}" for room in ("cache", "format", "documents", "errors", "progress", "spans", "table", "version")
+    f"logitcache.{room}"
+    for room in ("cache", "format", "documents", "errors", "progress", "spans", "table", "urls", "version")
 )
 TRAINER_FLOORS = [
     ("trainer.cli",),

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from logitcache import UserError
 from logitcache.errors import one_line
+from logitcache.urls import public_url
 from trainer.settings.adapters import AdapterSettings
 from trainer.settings.batching import BatchingSettings
 from trainer.settings.distillation import DistillationSettings
@@ -20,6 +21,7 @@ from trainer.settings.fields import redefault, setting
 
 UNBOUNDED = ("max_grad_norm",)
 """Settings that may be infinite: gradients of any norm are left as they are."""
+_SEVERAL_CACHES = ("cache", "average_with")
 
 
 @dataclass
@@ -68,6 +70,18 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
                 TrainingArguments(**{other: given[other] for other in given if other != name})
                 return {name: value}
         return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as run.json records and trackers report them: URLs of caches without their secrets."""
+        return super().to_dict() | self._public_places()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The same of what a checkpoint holds as training_args.bin."""
+        return self.__dict__ | self._public_places()
+
+    def _public_places(self) -> dict[str, Any]:
+        several = {name: getattr(self, name) and list(map(public_url, getattr(self, name))) for name in _SEVERAL_CACHES}
+        return several | {"eval_cache": self.eval_cache and public_url(self.eval_cache)}
 
     def _check(self) -> None:
         for field in dataclasses.fields(self):

@@ -105,7 +105,7 @@ def build(
 def _reused(paths: Sequence[str | Path], out: Folder) -> ReusedCaches | None:
     folders = [Folder(path) for path in paths]
     refuse_itself(folders, out)
-    return ReusedCaches([str(folder.local or folder) for folder in folders]) if folders else None
+    return ReusedCaches([str(folder.local or folder.path) for folder in folders]) if folders else None
 
 
 def _finished(folder: Folder, request: Mapping[str, Any]) -> LogitCache | None:

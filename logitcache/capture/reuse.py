@@ -31,6 +31,7 @@ from logitcache.format.sequences import CachedSequence
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 from logitcache.format.unfinished import compared, first_of
+from logitcache.urls import public_url
 from logitcache.version import __version__
 
 WINDOW_BYTES = 64 << 20
@@ -55,7 +56,7 @@ class ReusedCaches:
         return ReusedCaches, (self.paths,)
 
     def __str__(self) -> str:
-        return ", ".join(self.paths)
+        return ", ".join(map(public_url, self.paths))
 
     @cached_property
     def caches(self) -> list[LogitCache]:
@@ -88,7 +89,7 @@ class ReusedCaches:
         source = self.caches[0]
         theirs = _tail_groups(source)
         if not folder.exists(PARTITION_NAME):
-            folder.write(PARTITION_NAME, Folder(source.path).read(TAIL_GROUPS_NAME))
+            folder.write(PARTITION_NAME, source.folder.read(TAIL_GROUPS_NAME))
             return
         with folder.open(PARTITION_NAME) as file:
             if not np.array_equal(read_tail_groups(file), theirs):
@@ -253,7 +254,7 @@ def _counted(plan: Plan, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _origin(cache: LogitCache) -> dict[str, Any]:
-    origin = source_of(Folder(cache.path).location, cache.identity, cache.manifest)
+    origin = source_of(cache.folder, cache.identity, cache.manifest)
     del origin["bytes"]  # of all its rows, few of which may be copied
     return {**origin, "history": list(cache.manifest.history)}
 

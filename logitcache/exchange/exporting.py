@@ -86,7 +86,8 @@ def export(
         raise UserError(f"--logprobs-field {field!r}: choose a name that no other column has, such as {LOGPROBS_FIELD}")
     cache = cache if isinstance(cache, LogitCache) else open_cache(cache)
     folder, name = _split(str(out))
-    if folder.lies_in(Folder(cache.path)):
+    folder.check_writable(name)
+    if folder.lies_in(cache.folder):
         raise UserError(f"--out {out}: lies in the cache that is read; choose a file beside it")
     if folder.exists(name) and not overwrite:
         raise UserError(f"--out {out} exists: choose another name, or replace it with --overwrite")
@@ -106,7 +107,7 @@ def export(
             num_bytes = path.stat().st_size
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or one_line(error)})") from error
-    return Exported(str(out), num_rows, num_positions, len(cache) - num_rows, num_bytes)
+    return Exported(folder.where(name), num_rows, num_positions, len(cache) - num_rows, num_bytes)
 
 
 Write = Callable[[pa.Table, dict[str, list[Any]]], None]

@@ -39,6 +39,7 @@ from logitcache.format.workspace import remove_former, workspace
 from logitcache.maintenance.resume import begun_plan, finished_cache
 from logitcache.progress import Progress
 from logitcache.sharing.seal import seal, trusted_files
+from logitcache.urls import public_url
 from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")
@@ -100,17 +101,18 @@ def import_logits(
         skip_bad=skip_bad,
     )
     folder = Folder(out)
+    folder.check_writable()
     for source in found:
         if source.is_folder and folder.lies_in(Folder(source.argument)):
             raise UserError(f"--out {out}: lies in {source.argument}, which is read; choose a folder beside it")
-    logger.info("reading %s", ", ".join(source.argument for source in found))
+    logger.info("reading %s", ", ".join(public_url(source.argument) for source in found))
     tokens = tokenizer_fingerprint(loaded)
-    named = {"name": data_name} if data_name else {}
+    named = {"name": public_url(data_name)} if data_name else {}
     request = {
         "command": "import",
         "source_format": source_format,
         **kind.settings,
-        "teacher": teacher,
+        "teacher": public_url(teacher),
         "vocabulary": tokens["vocabulary_sha256"][:16],
         "vocab_size": vocabulary,
         "top_k": top_k,

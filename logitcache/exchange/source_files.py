@@ -14,6 +14,7 @@ from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 
 from logitcache.errors import UserError, one_line
+from logitcache.urls import public_url, split_query
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHECKSUMS = ("ETag", "etag", "md5Hash", "blob_id", "sha256", "checksum")
@@ -22,7 +23,7 @@ _CHECKSUMS = ("ETag", "etag", "md5Hash", "blob_id", "sha256", "checksum")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to import. path: as its file system has it.  url: for messages.  name: relative to the argument."""
+    """A file to import. path: as its file system has it.  url: for messages.  name: relative to the argument, without a query."""
 
     filesystem: fsspec.AbstractFileSystem = field(repr=False)
     path: str
@@ -31,7 +32,7 @@ class SourceFile:
     @property
     def url(self) -> str:
         """Path, or URL with its protocol."""
-        return self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
+        return self.path if self.is_local else public_url(str(self.filesystem.unstrip_protocol(self.path)))
 
     @property
     def is_local(self) -> bool:
@@ -73,10 +74,10 @@ class Source:
         digest = hashlib.sha256()
         for file in found:
             digest.update(f"{file['name']}\0{file['bytes']}\0{file['checksum']}\n".encode())
-        local = isinstance(self.filesystem, LocalFileSystem)
+        local, shown = isinstance(self.filesystem, LocalFileSystem), public_url(self.argument)
         return {
-            "path": str(Path(self.argument).expanduser().absolute()) if local else self.argument,
-            "name": PurePosixPath(self.argument.rstrip("/")).name if local else self.argument,
+            "path": str(Path(shown).expanduser().absolute()) if local else shown,
+            "name": PurePosixPath(shown.rstrip("/")).name if local else shown,
             "num_files": len(found),
             "bytes": sum(file["bytes"] for file in found),
             "sha256": digest.hexdigest(),
@@ -95,7 +96,7 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
 
 def read_beside(source: Source, name: str) -> Mapping[str, bytes]:
     """Content, by URL, of every file `name` in the folders that hold files of a source, or else in its root."""
-    folders = sorted({str(PurePosixPath(file.path).parent) for file in source.files})
+    folders = sorted({_folder_of(file.path) for file in source.files})
     for group in (folders, [source.root]):
         found = {}
         for folder in group:
@@ -117,20 +118,28 @@ def _find(argument: str) -> Source:
     with _answering(argument):
         filesystem.invalidate_cache()
         if filesystem.isfile(path):
-            root, paths = str(PurePosixPath(path).parent), [path]
+            root, paths = _folder_of(path), [path]
         elif filesystem.isdir(path):
             root, paths = path, sorted(found for found in filesystem.find(path) if found.endswith(SUFFIXES))
+        elif "**" in path and "http" in filesystem.protocol:
+            raise UserError(f"{argument}: the listings of a web server may go in circles; write a pattern without **")
         elif has_magic(argument):
             paths = sorted(str(found) for found in filesystem.glob(path) if str(found).endswith(SUFFIXES))
-            root = str(PurePosixPath(paths[0]).parent) if paths else path
+            root = _folder_of(paths[0]) if paths else path
         else:
             raise UserError(f"{argument}: no such file or folder")
     if not paths:
         raise UserError(f"{argument}: no file of a kind that is read here ({', '.join(SUFFIXES)})")
-    if not paths[0].endswith(SUFFIXES):
+    if not split_query(paths[0])[0].endswith(SUFFIXES):
         raise UserError(f"{argument}: unknown kind of file, accepted are {', '.join(SUFFIXES)}")
-    files = [SourceFile(filesystem, found, found.removeprefix(f"{root.rstrip('/')}/")) for found in paths]
+    names = [split_query(found)[0].removeprefix(f"{root.rstrip('/')}/") for found in paths]
+    files = [SourceFile(filesystem, found, name) for found, name in zip(paths, names, strict=True)]
     return Source(argument, filesystem, root, files, is_folder=root == path)
+
+
+def _folder_of(path: str) -> str:
+    """Path of the folder that holds a file, as its file system has it: that of a web server is a URL."""
+    return split_query(path)[0].rpartition("/")[0]
 
 
 @contextmanager

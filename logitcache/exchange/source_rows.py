@@ -48,7 +48,7 @@ def read_rows(file: SourceFile, columns: Sequence[str], first: int = 0) -> Itera
 
     Raises UserError where the file is damaged.
     """
-    return (_read_parquet if file.path.endswith(".parquet") else _read_json_lines)(file, columns, first)
+    return (_read_parquet if file.name.endswith(".parquet") else _read_json_lines)(file, columns, first)
 
 
 def _read_parquet(file: SourceFile, columns: Sequence[str], first: int) -> Iterator[SourceRow]:
@@ -73,7 +73,7 @@ def _read_parquet(file: SourceFile, columns: Sequence[str], first: int) -> Itera
 def _read_json_lines(file: SourceFile, columns: Sequence[str], first: int) -> Iterator[SourceRow]:
     number = row = 0
     with file.opened() as source, _readable(file, lambda: f"line {number + 1}"):
-        for number, line in enumerate(_uncompressed(source, file.path), start=1):
+        for number, line in enumerate(_uncompressed(source, file.name), start=1):
             if not line.strip():
                 continue
             if row >= first:
@@ -81,10 +81,10 @@ def _read_json_lines(file: SourceFile, columns: Sequence[str], first: int) -> It
             row += 1
 
 
-def _uncompressed(source: BinaryIO, path: str) -> Iterator[bytes]:
-    if path.endswith(".gz"):
+def _uncompressed(source: BinaryIO, name: str) -> Iterator[bytes]:
+    if name.endswith(".gz"):
         return iter(gzip.GzipFile(fileobj=source))
-    if path.endswith(".zst"):
+    if name.endswith(".zst"):
         return iter(io.BufferedReader(pa.CompressedInputStream(source, "zstd")))  # notices a frame that was cut off
     return iter(source)
 

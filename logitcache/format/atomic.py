@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,34 @@ def space_needed(final: str | Path) -> Iterator[None]:
         raise
 
 
+_UNWRITABLE = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP, errno.EIO),
+)
+
+
+@contextmanager
+def writable(final: str | Path) -> Iterator[None]:
+    """Turns the failures of a place that takes no file, or not under this name, into a UserError that names `final`."""
+    try:
+        with space_needed(final):
+            yield
+    except OSError as error:
+        if error.errno in _UNWRITABLE:
+            raise UserError(f"{final} cannot be written ({os.strerror(error.errno)}): choose another place") from error
+        raise
+
+
 @contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yields a temporary path beside `final`; on success fsyncs and renames it, on any exception removes it.
 
     What a killed writer left there, or a link that somebody laid, is removed first: nothing is written through it. Raises
-    UserError when the disk is full, after removing the temporary file.
+    UserError when the disk is full or takes no such file, after removing the temporary file.
     """
     temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
     try:
-        with space_needed(final):
+        with writable(final):
             temporary.unlink(missing_ok=True)
             yield temporary
             with temporary.open("rb+") as file:
@@ -51,7 +69,8 @@ def atomic_path(final: Path) -> Iterator[Path]:
             temporary.replace(final)
             _sync_directory(final.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that has become read-only: the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise
 
 

@@ -1,15 +1,20 @@
-"""A folder, local or at any URL that fsspec reads and writes; what is written there appears when it is complete."""
+"""A folder, local or at any URL that fsspec reads and writes; what is written there appears when it is complete.
+
+Of a local folder only regular files are read, see `regular_files`. Of a web server no listing is read: it is a page that may name
+anything.
+"""
 
 from __future__ import annotations
 
 import base64
+import errno
 import glob
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -19,8 +24,10 @@ from fsspec.callbacks import NoOpCallback
 from fsspec.implementations.local import LocalFileSystem
 
 from logitcache.errors import UserError, one_line
-from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path, disk_is_full, space_needed
+from logitcache.format.atomic import TEMPORARY_SUFFIX, atomic_path, disk_is_full, space_needed, writable
 from logitcache.format.hub_errors import hub_refusal
+from logitcache.format.regular_files import regular_file
+from logitcache.urls import public_url, without_secrets
 
 _EXTRAS = {"hf": "hub", "s3": "s3", "gs": "gs"}
 _SHA256_NOTE = "logitcache-sha256"
@@ -54,7 +61,9 @@ class Stored:
 
 
 class Folder:
-    """Files by their names relative to one folder. path: as given.  local: the same as a Path, None at a URL.
+    """Files by their names relative to one folder. path: as given, to open it again.  local: the same as a Path, None at a URL.
+
+    As text it is the path without the secrets of a URL (`public_url`): messages, logs and records have that.
 
     Raises UserError where no installed file system reads such a URL, and from every method where a store does not answer.
     """
@@ -65,10 +74,10 @@ class Folder:
         self.local = Path(self._root) if isinstance(self._connected, LocalFileSystem) else None
 
     def __repr__(self) -> str:
-        return f"Folder({self.path!r})"
+        return f"Folder({str(self)!r})"
 
     def __str__(self) -> str:
-        return self.path
+        return public_url(self.path)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Folder) and self.path == other.path
@@ -77,13 +86,13 @@ class Folder:
         return hash(self.path)
 
     def where(self, name: str = "") -> str:
-        """Path or URL of a file, for messages and for other libraries."""
-        return f"{self.path.rstrip('/')}/{name}" if name else self.path
+        """Path or URL of a file, for messages."""
+        return f"{str(self).rstrip('/')}/{name}" if name else str(self)
 
     @property
     def location(self) -> str:
-        """The path, and the same for all ways to write that of a local folder."""
-        return str(self.local.resolve()) if self.local else self.path
+        """The path as records have it: the same for all ways to write that of a local folder."""
+        return str(self.local.resolve()) if self.local else str(self)
 
     def lies_in(self, other: Folder) -> bool:
         """Whether this folder is the other one or lies in it."""
@@ -111,12 +120,14 @@ class Folder:
             with self.answering():
                 self._filesystem.info(self._root)
         except FileNotFoundError as error:
-            if refusal := hub_refusal(error, self.path):
+            if refusal := hub_refusal(error, str(self)):
                 return refusal
         return f"{self} does not exist"
 
     def names(self, name: str = "") -> list[str]:
-        """Names of what a folder holds, sorted; empty where there is no such folder."""
+        """Names of what a folder holds, sorted; empty where there is no such folder, or a link."""
+        if self._on_web or self._is_link(name):
+            return []
         try:
             with self.answering():
                 self._filesystem.invalidate_cache()
@@ -127,14 +138,23 @@ class Folder:
         return sorted(PurePosixPath(path).name for path in found if path.rstrip("/") != self._full(name).rstrip("/"))
 
     def files(self, name: str) -> list[str]:
-        """Names, relative to this folder, of all files below the folder `name`, sorted."""
+        """Names, relative to this folder, of all files below the folder `name`, sorted; a link is one, wherever it leads."""
+        if self._on_web:
+            return []
+        if self._is_link(name):
+            return [name]
         with self.answering():
             self._filesystem.invalidate_cache()
             found = self._filesystem.find(self._full(name))
         return sorted(path.removeprefix(f"{self._root.rstrip('/')}/") for path in found)
 
     def stored(self) -> dict[str, Stored]:
-        """All files below this folder by their names, from one listing. Raises FileNotFoundError, for example of a bucket."""
+        """All files below this folder by their names, from one listing; none of a web server.
+
+        Raises FileNotFoundError, for example of a bucket.
+        """
+        if self._on_web:
+            return {}
         with self.answering():
             self._filesystem.invalidate_cache()
             found = self._filesystem.find(self._root, detail=True)
@@ -159,6 +179,7 @@ class Folder:
     def num_bytes(self, name: str) -> int:
         """Size of a file."""
         with self.answering():
+            self._check_regular(name)
             return int(self._filesystem.size(self._full(name)))
 
     def open(self, name: str, num_bytes: int | None = None) -> BinaryIO:
@@ -168,12 +189,13 @@ class Folder:
         """
         options = {} if num_bytes is None else {"size": num_bytes, "cache_type": "none"}
         with self.answering():
+            self._check_regular(name)
             return cast(BinaryIO, self._filesystem.open(self._full(name), "rb", **options))
 
     def read(self, name: str, at_most: int = MAX_READ_BYTES) -> bytes:
         """A whole file. Raises FileNotFoundError, and UserError for more bytes than `at_most`."""
         if self.local is not None:
-            with (self.local / name).open("rb") as file:
+            with self.answering(), regular_file(self.local, name).open("rb") as file:
                 content = file.read(at_most + 1)
             _check_bound(len(content), at_most, self.where(name))
             return content
@@ -191,7 +213,36 @@ class Folder:
 
     def _copy(self, name: str, path: Path, told: NoOpCallback) -> None:
         with self.answering():
+            self._check_regular(name)
             self._filesystem.get_file(self._full(name), str(path), callback=told)
+
+    def on_disk(self, name: str) -> Path:
+        """The path of a file of a local folder. Raises FileNotFoundError, and UserError for what is no regular file."""
+        assert self.local is not None
+        with self.answering():
+            return regular_file(self.local, name)
+
+    def check_writable(self, name: str = "") -> None:
+        """Raises UserError for a place that takes no files, or not under such a name, before any work is done for it."""
+        if self._on_web:
+            raise UserError(
+                f"{self}: a web server takes no files; choose hf://, s3://, gs://, another store or a folder"
+            )
+        if self.local is None:
+            return
+        try:
+            there = self.local
+            while not there.exists():
+                there = there.parent
+            if not there.is_dir():
+                raise OSError(errno.ENOTDIR, "")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise OSError(errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES, "")
+            with suppress(FileNotFoundError):
+                os.lstat(self.local / (name + TEMPORARY_SUFFIX))
+        except OSError as error:
+            why = os.strerror(error.errno or errno.EIO)
+            raise UserError(f"{self.where(name)}: a folder that can be written is wanted ({why})") from error
 
     def put(self, path: Path, name: str, sha256: str = "") -> None:
         """Copies a local file here; it appears under its name when it is whole.
@@ -205,10 +256,13 @@ class Folder:
                 shutil.copyfile(path, temporary)
             return
         try:
+            self.check_writable()
             notes = {"Metadata": {_SHA256_NOTE: sha256}} if sha256 and self._on_s3 else {}
             self._filesystem.put_file(str(path), self._full(name), **notes)
         except Exception as error:  # every store has its own kinds
-            raise self._refusal(error, f"{self.where(name)} cannot be written") from error
+            if isinstance(error, UserError):
+                raise
+            raise self._refusal(error, f"{self.where(name)} cannot be written") from _shown_cause(error)
 
     def sha256(self, name: str) -> str | None:
         """SHA-256 of a file's content as it was noted when it was put there; None where there is no such note."""
@@ -221,12 +275,14 @@ class Folder:
     def writing(self, name: str) -> Iterator[Path]:
         """Yields a local path to write; on success the file appears as `name`, on any exception nothing does.
 
-        Raises UserError when the disk is full, the URL does not take the file, or its folder is a link to another place.
+        Raises UserError when the disk is full or cannot be written, the URL does not take the file, or its folder is a link to
+        another place.
         """
         if self.local is not None:
             self._refuse_links(name)
             final = self.local / name
-            final.parent.mkdir(parents=True, exist_ok=True)
+            with writable(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(final) as path:
                 yield path
             return
@@ -246,8 +302,15 @@ class Folder:
         self._refuse_links(name)
         if self.exists(name):
             full = self._full(name)  # a store would take `[1]` in it for a pattern, and remove other folders
-            with self.answering():
+            with self.answering(), writable(full) if self.local else nullcontext():
                 self._filesystem.rm(full if self.local else glob.escape(full), recursive=True)
+
+    def _check_regular(self, name: str) -> None:
+        if self.local is not None:
+            regular_file(self.local, name)
+
+    def _is_link(self, name: str) -> bool:
+        return self.local is not None and name != "" and (self.local / name).is_symlink()
 
     def _refuse_links(self, name: str) -> None:
         for parent in PurePosixPath(name).parents:
@@ -264,7 +327,7 @@ class Folder:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Raises UserError for what a store raises in the block, of whatever kind, but for a file that is missing.
+        """Raises UserError for what a store or the disk raises in the block, of whatever kind, but for a file that is missing.
 
         What this machine lacks, memory or space on its disk, is raised as it is; Unreachable, where another try may help.
         """
@@ -272,12 +335,16 @@ class Folder:
             yield
         except Exception as error:
             ours = isinstance(error, (UserError, MemoryError)) or disk_is_full(error)
-            if self.local is not None or ours or isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            if ours or isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise
-            raise self._refusal(error, f"{self}: this URL does not answer") from error
+            if self.local is None:
+                raise self._refusal(error, f"{self}: this URL does not answer") from _shown_cause(error)
+            if isinstance(error, OSError) and error.errno:
+                raise UserError(f"{error.filename or self} cannot be read ({os.strerror(error.errno)})") from error
+            raise
 
     def _refusal(self, error: Exception, what: str) -> UserError:
-        if refusal := hub_refusal(error, self.path):
+        if refusal := hub_refusal(error, str(self)):
             return UserError(refusal)
         message = f"{what} ({one_line(error) or type(error).__name__})"
         if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
@@ -292,7 +359,7 @@ class Folder:
         except (ImportError, ValueError) as error:
             extra = _EXTRAS.get(self.path.partition("://")[0]) if isinstance(error, ImportError) else None
             what = f"pip install 'logitcache[{extra}]'" if extra else one_line(error)
-            raise UserError(f"{self.path}: no file system for such a URL ({what})") from error
+            raise UserError(f"{self}: no file system for such a URL ({what})") from _shown_cause(error)
         self._process = os.getpid()
 
     @property
@@ -301,6 +368,10 @@ class Folder:
         if self._process != os.getpid():
             self._connect()
         return self._connected
+
+    @property
+    def _on_web(self) -> bool:
+        return re.match(r"(.*::)?https?://", self.path) is not None
 
     @property
     def _on_s3(self) -> bool:
@@ -328,6 +399,11 @@ class _Bound(NoOpCallback):
 def _check_bound(num_bytes: int, most_bytes: int, where: str) -> None:
     if num_bytes > most_bytes:
         raise UserError(f"{where} is refused: it has more than the {most_bytes} bytes that it may have")
+
+
+def _shown_cause(error: Exception) -> Exception | None:
+    """What an error is raised from: nothing where a traceback would show the secrets of a URL."""
+    return error if without_secrets(str(error)) == str(error) else None
 
 
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:

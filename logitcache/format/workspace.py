@@ -41,8 +41,9 @@ def held(folder: Folder, *, shared: bool = False) -> Iterator[None]:
     """Holds a folder against other commands while the block runs; makes it, and leaves no empty one behind.
 
     shared: together with other processes of one build, each of which scores a range of its shards. A URL cannot be held.
-    Raises UserError for a file, a folder that cannot be made, and one that another command holds.
+    Raises UserError for a place that takes no files, and for a folder that another command holds.
     """
+    folder.check_writable()
     if folder.local is None:
         yield
         return

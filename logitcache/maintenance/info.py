@@ -33,7 +33,7 @@ def describe(cache: LogitCache | str | Path) -> str:
     """
     if not isinstance(cache, LogitCache):
         cache = open_cache(cache)
-    manifest, folder = cache.manifest, Folder(cache.path)
+    manifest, folder = cache.manifest, cache.folder
     chosen = spread(manifest.shards)
     paragraphs = [
         _labelled(

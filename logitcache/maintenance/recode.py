@@ -17,7 +17,6 @@ from logitcache.format.levels import PRESETS, check_precision
 from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.narrowing import narrow, nucleus
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets
 from logitcache.format.unfinished import SHARD_POSITIONS
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
@@ -157,7 +156,7 @@ class _Recoder:
     def __init__(self, entries: _Entries, layout: Layout, source: LogitCache) -> None:
         self._entries, self._layout = entries, layout
         self._tail_groups = source.tail_groups if layout.num_tail_groups else None
-        self._seed = int.from_bytes(hashlib.sha256(Folder(source.path).read(MANIFEST_NAME)).digest())
+        self._seed = int.from_bytes(hashlib.sha256(source.folder.read(MANIFEST_NAME)).digest())
 
     def __call__(self, sequence: CachedSequence) -> SparseTargets:
         entries, targets = self._entries, self._fewer_columns(sequence.targets)

@@ -31,7 +31,7 @@ from logitcache.format.manifest import (
     TOKENIZER_DIRECTORY,
     Manifest,
 )
-from logitcache.format.provenance import source_of
+from logitcache.format.provenance import source_of, without_secrets_of_sources
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shape import check_shape
 from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
@@ -62,6 +62,7 @@ _FINGERPRINT = {
 def open_source(path: str | Path, against: str | None = None) -> LogitCache:
     """Opens a cache to rewrite. Raises UserError as `open_cache` does, and for a fingerprint that no build wrote."""
     cache = open_cache(path, against)
+    without_secrets_of_sources(cache.manifest)  # as the new manifest will hold them, before any work is done
     try:
         check_shape(cache.manifest.fingerprint, _FINGERPRINT, "fingerprint")
     except (KeyError, TypeError) as error:
@@ -107,7 +108,7 @@ def rewrite(work: Rewrite, out: str | Path, shard_positions: int, overwrite: boo
         raise UserError(f"--shard-positions {shard_positions}: at least 1 is needed")
     folder = Folder(out)
     for source in work.sources:
-        _refuse_overlap(folder, Folder(source.path))
+        _refuse_overlap(folder, source.folder)
     origins = [_origin(source, work.merged) for source in work.sources]
     request = {"command": work.command, **work.settings, "shard_positions": shard_positions, "from": origins}
     with workspace(folder), space_needed(out):
@@ -228,10 +229,9 @@ def _copy_files(source: LogitCache, folder: Folder, layout: Layout) -> None:
     """Tokenizer and tail groups, checked against the source's manifest, in place of any others."""
     folder.remove(TOKENIZER_DIRECTORY)
     folder.remove(TAIL_GROUPS_NAME)
-    origin = Folder(source.path)
     for name in source.manifest.files:
         if name != TAIL_GROUPS_NAME or layout.num_tail_groups:
-            folder.write(name, read_trusted(origin, source.manifest, name))
+            folder.write(name, read_trusted(source.folder, source.manifest, name))
 
 
 def _finish(plan: _Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> None:
@@ -263,7 +263,7 @@ def _finish(plan: _Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> None:
         files=trusted_files(folder),
         history=(*former, step),
     )
-    seal(folder, manifest, common_licenses(Folder(source.path) for source in work.sources))
+    seal(folder, manifest, common_licenses(source.folder for source in work.sources))
     folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
     folder.remove(BUILD_DIRECTORY)
 
@@ -273,7 +273,7 @@ def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
     manifest = source.manifest
     own = {name: manifest.fingerprint[name] for name in ("corpus", "generation") if name in manifest.fingerprint}
     return {
-        **source_of(Folder(source.path).location, source.identity, manifest),
+        **source_of(source.folder, source.identity, manifest),
         **({**own, "history": list(manifest.history)} if merged else {}),
     }
 

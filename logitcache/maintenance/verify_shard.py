@@ -49,7 +49,11 @@ def shard_files(folder: Folder, names: Iterable[str], stored: Mapping[str, Store
     Raises UserError for a store that stops answering, and for a full disk.
     """
     if folder.local is not None:
-        yield from (folder.local / name for name in names)
+        for name in names:
+            try:
+                yield folder.on_disk(name)
+            except (UserError, OSError) as error:
+                yield error
         return
     ended = Event()
     try:
@@ -88,6 +92,9 @@ def check_shard(
     path: Path | Exception, name: str, info: ShardInfo | None, claimed: Claimed, seen: SeenRows
 ) -> Iterator[Finding]:
     """Findings about one of `shard_files` and its content; `info` is what the manifest says of it, if anything."""
+    if isinstance(path, UserError):
+        yield Finding("damaged", name, str(path))
+        return
     try:
         if isinstance(path, Exception):
             raise path

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from logitcache.format.manifest import Manifest, fingerprint_digest
+from logitcache.urls import public_url
 
 
 def origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -20,7 +21,10 @@ def origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
     identity = teacher.get("revision") or teacher.get("content_sha256")
     which = "revision" if teacher.get("revision") else "content"
     details = [teacher.get("architecture"), teacher.get("dtype"), identity and f"{which} {identity[:12]}"]
-    yield "teacher", f"{teacher.get('name', '?')} ({', '.join(detail for detail in details if detail)})"
+    yield (
+        "teacher",
+        f"{public_url(str(teacher.get('name', '?')))} ({', '.join(detail for detail in details if detail)})",
+    )
     yield (
         "engine",
         " ".join(str(teacher[part]) for part in ("engine", "engine_version", "route") if teacher.get(part)) or "?",
@@ -32,7 +36,7 @@ def origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
             f"{tokenizer['vocab_size']:,} tokens, vocabulary {tokenizer['vocabulary_sha256'][:12]}, "
             + (f"chat template {template[:12]}" if template else "no chat template"),
         )
-    sources = [source["name"] for source in corpus.get("sources", [])]
+    sources = [public_url(source["name"]) for source in corpus.get("sources", [])]
     yield "corpus", ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
     if "generation" in fingerprint:
         yield "generated with", _assignments(fingerprint["generation"])
@@ -73,7 +77,9 @@ def _step(step: Mapping[str, Any]) -> str:
     parts = [f"{name} {value}" for name, value in step.items() if name not in _NO_SETTING and _is_plain(value)]
     sources = step.get("from")
     if isinstance(sources, Sequence) and not isinstance(sources, str):
-        paths = [str(source.get("path", "?")) if isinstance(source, Mapping) else str(source) for source in sources]
+        paths = [
+            public_url(str(source.get("path", "?") if isinstance(source, Mapping) else source)) for source in sources
+        ]
         parts.append(f"from {', '.join(paths[:3])}" + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""))
     return f"{step.get('command', '?')}: {', '.join(parts)}"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from logitcache.cache import LogitCache, open_cache
 from logitcache.errors import UserError
-from logitcache.format.atomic import write_text
+from logitcache.format.atomic import disk_is_full, write_text
 from logitcache.format.manifest import CARD_NAME, Manifest
 from logitcache.format.storage import Folder
 from logitcache.report.description import amounts, history, origin
@@ -74,6 +74,7 @@ def view(
         cache = open_cache(cache)
     path = Path(f"{_name(cache)}.html" if out is None else out)
     _check_replaceable(path)
+    Folder(path.parent).check_writable(path.name)
     samples = read_samples(cache, chosen_rows(cache, rows, num_sequences))
     text = page_html(cache, samples)
     try:
@@ -81,7 +82,10 @@ def view(
         write_text(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place with --out") from error
-    except UserError as error:  # of a full disk: here is nothing to continue
+    except UserError as error:
+        if error.__cause__ is None or not disk_is_full(error.__cause__):
+            raise
+        # Here is nothing to continue.
         raise UserError(f"no space left for {path}: free some or choose another place with --out") from error
     return Page(path, path.stat().st_size, len(samples.rows), len(cache), samples.num_tokens)
 
@@ -113,7 +117,7 @@ def embedded(data: Any) -> str:
 
 def _data(cache: LogitCache, samples: Samples) -> dict[str, Any]:
     """All that the page shows, in plain JSON types."""
-    folder, manifest = Folder(cache.path), cache.manifest
+    folder, manifest = cache.folder, cache.manifest
     found = statistics(folder, manifest)
     texts, note = token_texts(folder, manifest, samples.ids.tolist())
     groups = cache.tail_groups
@@ -221,8 +225,8 @@ def _texts_data(texts: Sequence[Text]) -> list[str | list[int] | None]:
 
 def _name(cache: LogitCache) -> str:
     """Of the folder; not where it lies, which need not be known where the page goes."""
-    folder = Folder(cache.path)
-    name = folder.local.resolve().name if folder.local else PurePosixPath(cache.path.partition("?")[0]).name
+    folder = cache.folder
+    name = folder.local.resolve().name if folder.local else PurePosixPath(cache.path).name
     return legible(name) or "cache"
 
 

@@ -17,8 +17,10 @@ import zstandard
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from logitcache.format.regular_files import regular_file
 from logitcache.format.storage import Folder
 from logitcache.sharing.transfer import TravellingFile, check
+from logitcache.urls import split_query
 
 SUFFIX = ".tar.zst"
 CHUNK_BYTES = 1 << 20
@@ -28,14 +30,15 @@ _BLOCK_BYTES = tarfile.BLOCKSIZE
 
 
 def is_bundle(url: str) -> bool:
-    """Whether a path or URL names a bundle."""
-    return url.endswith(SUFFIX)
+    """Whether a path or URL names a bundle, whatever query it has."""
+    return split_query(url)[0].endswith(SUFFIX)
 
 
 def place(url: str) -> tuple[Folder, str]:
-    """The folder that a bundle lies in, and its name there."""
-    parent, slash, name = url.rpartition("/")
-    return Folder(parent or slash or "."), name
+    """The folder that a bundle lies in, and its name there, which begins before a query."""
+    path, query = split_query(url)
+    parent, slash, name = path.rpartition("/")
+    return Folder(parent or slash or "."), name + query
 
 
 def write_bundle(folder: Path, files: Sequence[TravellingFile], path: Path, advance: Callable[[int], None]) -> None:
@@ -48,14 +51,15 @@ def write_bundle(folder: Path, files: Sequence[TravellingFile], path: Path, adva
     compressor = zstandard.ZstdCompressor(_LEVEL, write_checksum=True, threads=1)
     with path.open("wb") as raw, compressor.stream_writer(raw, closefd=False) as bundle:
         for file in files:
-            num_bytes = (folder / file.name).stat().st_size
+            source = regular_file(folder, file.name)
+            num_bytes = source.stat().st_size
             bundle.write(_header(file.name, num_bytes))
             digest = hashlib.sha256()
-            with (folder / file.name).open("rb") as content:
+            with source.open("rb") as content:
                 while chunk := content.read(CHUNK_BYTES):
                     digest.update(chunk)
                     bundle.write(chunk)
-            check(file, digest.hexdigest(), str(folder / file.name))
+            check(file, digest.hexdigest(), str(source))
             bundle.write(bytes(-num_bytes % _BLOCK_BYTES))
             advance(num_bytes)
         bundle.write(bytes(2 * _BLOCK_BYTES))
@@ -87,6 +91,8 @@ def opened_bundle(url: str) -> Iterator[Iterator[Member]]:
     where the file ends too early or is none of ours; Unreachable where a store breaks off.
     """
     folder, name = place(url)
+    if folder.local is not None:  # whoever names a link means the file there
+        folder, name = place(str((folder.local / name).resolve()))
     with _understood(url, folder):
         raw = folder.open(name)
     with raw, zstandard.ZstdDecompressor().stream_reader(raw, read_size=CHUNK_BYTES) as stream:

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 from logitcache.errors import UserError
@@ -35,7 +34,7 @@ MAX_TEXT_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Source:
-    """A cache to read. identity: SHA-256 of its manifest."""
+    """A cache to read. url: to open it.  identity: SHA-256 of its manifest."""
 
     url: str
     identity: str
@@ -52,14 +51,9 @@ def fetch(source: Source, chosen: Collection[int], folder: Folder) -> dict[str, 
     files = vouched_files(source.manifest, source.where)
     kept = {source.manifest.shards[index].name for index in chosen} | set(source.manifest.files)
     wanted = [file for file in files if file.name in kept]
-    assert folder.local is not None
-    present = [file for file in wanted if _has_size(folder.local / file.name, file)]
-    right = at_once(
-        partial(_is_right, folder.local),
-        present,
-        "checking what is here",
-        [(folder.local / file.name).stat().st_size for file in present],
-    )
+    present = [file for file in wanted if _has_size(folder, file)]
+    sizes = [folder.num_bytes(file.name) for file in present]
+    right = at_once(partial(_is_right, folder), present, "checking what is here", sizes)
     here = {file.name for file, is_right in zip(present, right, strict=True) if is_right}
     missing = [file for file in wanted if file.name not in here]
     if here:
@@ -72,19 +66,22 @@ def fetch(source: Source, chosen: Collection[int], folder: Folder) -> dict[str, 
     return _texts(origin)
 
 
-def _has_size(path: Path, file: TravellingFile) -> bool:
-    return path.is_file() and file.num_bytes in (None, path.stat().st_size)
+def _has_size(folder: Folder, file: TravellingFile) -> bool:
+    with suppress(UserError, OSError):  # missing, or a link, which is replaced
+        return file.num_bytes in (None, folder.num_bytes(file.name))
+    return False
 
 
-def _is_right(folder: Path, file: TravellingFile) -> bool:
-    return digests(folder / file.name, {"sha256"})["sha256"] == file.sha256
+def _is_right(folder: Folder, file: TravellingFile) -> bool:
+    return digests(folder.on_disk(file.name), {"sha256"})["sha256"] == file.sha256
 
 
 def _sizes(origin: Folder, files: Iterable[TravellingFile]) -> list[int]:
-    """Bytes of files at their origin, from one listing where it gives one."""
+    """Bytes of files at their origin, from one listing where a store gives one."""
     listed: dict[str, int | None] = {}
-    with suppress(UserError, FileNotFoundError, NotImplementedError):
-        listed = {name: stored.num_bytes for name, stored in origin.stored().items()}
+    if origin.local is None:
+        with suppress(UserError, FileNotFoundError, NotImplementedError):
+            listed = {name: stored.num_bytes for name, stored in origin.stored().items()}
     sizes = []
     for file in files:
         found = listed.get(file.name)

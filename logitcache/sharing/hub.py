@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.hub_errors import LOG_IN, hub_refusal
+from logitcache.format.regular_files import regular_file
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -43,7 +44,7 @@ def push_to_hub(
     with _refusing(url):
         api = HfApi(library_name="logitcache")
         head = _head(api, repo_id, branch, private)
-        additions = [CommitOperationAdd(name, cache / name) for name in names]
+        additions = [CommitOperationAdd(name, regular_file(cache, name)) for name in names]
         for batch in _batches(additions):
             api.preupload_lfs_files(repo_id, batch, repo_type="dataset", revision=branch)
         deletions = [CommitOperationDelete(name) for name in remove]

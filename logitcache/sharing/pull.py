@@ -164,7 +164,7 @@ def _finish_part(folder: Folder, source: Source, chosen: range, texts: Mapping[s
     step = {
         "command": "pull",
         "shards": f"{chosen.start}:{chosen.stop}",
-        "from": [source_of(Folder(source.url).location, source.identity, whole)],
+        "from": [source_of(Folder(source.url), source.identity, whole)],
         "created_by": f"logitcache {__version__}",
         "sequences": sum(shard.num_sequences for shard in shards),
         "positions": sum(shard.num_positions for shard in shards),

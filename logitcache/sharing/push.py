@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from logitcache.format.manifest import (
     Manifest,
     parse_manifest,
 )
+from logitcache.format.provenance import without_secrets_of_sources
+from logitcache.format.regular_files import regular_file
 from logitcache.format.storage import Folder, Stored
 from logitcache.format.unfinished import differences, first_of
 from logitcache.format.workspace import held
@@ -86,18 +88,27 @@ def push(
     source = Folder(path)
     if source.local is None:
         raise UserError(f"{path} is a URL, a local cache is pushed: `logitcache pull` it first")
-    if url.startswith(("http://", "https://")):
-        raise UserError(f"{url}: a web server takes no files; choose hf://, s3://, gs://, another store or a folder")
+    (place(url)[0] if is_bundle(url) else Folder(url)).check_writable()
     if public and not url.startswith("hf://"):
         raise UserError(f"--public is of repositories on the Hub: who reads {url} is decided where that is kept")
     cache = open_cache(path)
     files = vouched_files(cache.manifest, source.where(MANIFEST_NAME))
     licenses = {"license": license, "teacher_license": teacher_license, "data_license": data_license}
+    _refuse_secrets(cache)
     ours = _Outgoing(source.local, cache, files, licenses)
     try:
         return _push_bundle(ours, url, overwrite) if is_bundle(url) else _push_files(ours, url, overwrite, public)
     except OSError as error:
         raise UserError(f"{path} cannot be pushed to {url} ({one_line(error)})") from error
+
+
+def _refuse_secrets(cache: LogitCache) -> None:
+    """Raises UserError for a manifest of an earlier version that holds what would be published with it."""
+    if without_secrets_of_sources(cache.manifest) != cache.manifest:
+        raise UserError(
+            f"{cache.path}: its manifest says where rows came from with a user name, a password or a query of the URL. Push "
+            f"what `logitcache slice {cache.path} --rows 0:{len(cache)} --out DIR` makes of it, which leaves them out"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,17 +128,22 @@ class _Outgoing:
     def with_card(self) -> list[TravellingFile]:
         """Brings the card up to date; gives it, and a signature."""
         update_card(Folder(self.folder), self.licenses)
-        return [TravellingFile(name, "") for name in (CARD_NAME, SIGNATURE_NAME) if (self.folder / name).exists()]
+        names = {path.name for path in self.folder.iterdir()}
+        return [TravellingFile(name, "") for name in (CARD_NAME, SIGNATURE_NAME) if name in names]
 
-    def num_bytes(self, file: TravellingFile) -> int:
-        """Size of a file here. Raises UserError where it is missing."""
-        path = self.folder / file.name
+    def path(self, file: TravellingFile) -> Path:
+        """Where a file lies here. Raises UserError where it is missing, or no regular file."""
         try:
-            return path.stat().st_size
+            return regular_file(self.folder, file.name)
         except OSError as error:
             raise UserError(
-                f"{path} cannot be read ({error.strerror}), though the manifest names it: fetch or build it again"
+                f"{self.folder / file.name} cannot be read ({error.strerror}), though the manifest names it: fetch or build "
+                "it again"
             ) from error
+
+    def num_bytes(self, file: TravellingFile) -> int:
+        """Size of a file here. Raises UserError as `path` does."""
+        return self.path(file).stat().st_size
 
 
 def _push_files(ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pushed:
@@ -149,7 +165,7 @@ def _push_to(target: Folder, ours: _Outgoing, url: str, overwrite: bool, public:
 
     def missing(files: Sequence[TravellingFile]) -> list[TravellingFile]:
         sizes = [ours.num_bytes(file) for file in files]
-        same = at_once(partial(_is_same, ours.folder, target, stored, words), files, "checking", sizes)
+        same = at_once(partial(_is_same, ours, target, stored, words), files, "checking", sizes)
         return [file for file, is_same in zip(files, same, strict=True) if not is_same]
 
     files = missing(ours.files)
@@ -176,7 +192,7 @@ def _push_to(target: Folder, ours: _Outgoing, url: str, overwrite: bool, public:
             persistently(partial(target.remove, name))
     sent_bytes = sum(ours.num_bytes(file) for file in [*files, *last])
     num_sent = len(files) + len(last)
-    return Pushed(url, ours.cache.identity, num_sent, sent_bytes, len(names) - num_sent, revision)
+    return Pushed(str(target), ours.cache.identity, num_sent, sent_bytes, len(names) - num_sent, revision)
 
 
 def _send(
@@ -189,10 +205,10 @@ def _send(
     """Sends files, then the manifest, if that is to go. away: the manifest there is removed before the files change."""
 
     def send(file: TravellingFile) -> None:
-        persistently(partial(target.put, ours.folder / file.name, file.name, file.sha256))
+        persistently(partial(target.put, ours.path(file), file.name, file.sha256))
 
     if last:
-        persistently(partial(target.put, ours.folder / MANIFEST_NAME, UNFINISHED_NAME))
+        persistently(partial(target.put, ours.path(ours.manifest), UNFINISHED_NAME))
         _refuse_another_push(target, ours)
     if away:
         persistently(partial(target.remove, MANIFEST_NAME))
@@ -262,14 +278,14 @@ def _refuse_other(there: Manifest, ours: Manifest, url: str) -> None:
 
 
 def _is_same(
-    source: Path, target: Folder, stored: Mapping[str, Stored], words: Mapping[str, str], file: TravellingFile
+    outgoing: _Outgoing, target: Folder, stored: Mapping[str, Stored], words: Mapping[str, str], file: TravellingFile
 ) -> bool:
     """Whether the target holds a file already, by whatever tells its content.
 
     words: SHA-256 by name, of a whole manifest there, for a store that has no checksums. Raises UserError for a file here whose
     SHA-256 is not that of its manifest.
     """
-    path, there = source / file.name, stored.get(file.name)
+    path, there = outgoing.path(file), stored.get(file.name)
     comparable = there is not None and there.num_bytes == path.stat().st_size
     theirs = there.algorithm if there is not None and comparable else None
     ours = digests(path, {"sha256", theirs or "sha256"})
@@ -283,7 +299,9 @@ def _is_same(
     if theirs is not None:
         return False
     if target.local is not None:
-        return digests(target.local / file.name, {"sha256"})["sha256"] == ours["sha256"]
+        with suppress(UserError):  # a link there is not the same, and is replaced
+            return digests(target.on_disk(file.name), {"sha256"})["sha256"] == ours["sha256"]
+        return False
     if file.name in words:
         return words[file.name] == ours["sha256"]
     if file.num_bytes is not None:
@@ -309,12 +327,12 @@ def _push_bundle(ours: _Outgoing, url: str, overwrite: bool) -> Pushed:
             write_bundle(ours.folder, members, path, progress.advance)
             num_bytes = path.stat().st_size
             if stored == Stored(num_bytes, "md5", digests(path, {"md5"})["md5"]):
-                return Pushed(url, ours.cache.identity, 0, 0, 1)
+                return Pushed(target.where(name), ours.cache.identity, 0, 0, 1)
             if target.local is None:
                 persistently(partial(target.put, path, name))
     finally:
         progress.close()
-    return Pushed(url, ours.cache.identity, 1, num_bytes, 0)
+    return Pushed(target.where(name), ours.cache.identity, 1, num_bytes, 0)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from logitcache.format.atomic import TEMPORARY_SUFFIX
 from logitcache.format.manifest import SIGNATURE_NAME, TOKENIZER_DIRECTORY, Manifest
+from logitcache.format.provenance import without_secrets_of_sources
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.sharing.card import write_card
@@ -28,5 +29,6 @@ def seal(folder: Folder, manifest: Manifest, licenses: Mapping[str, str] | None 
         if f"data/{name}" not in named and name.endswith((".parquet", TEMPORARY_SUFFIX)):
             folder.remove(f"data/{name}")  # of a cache that was overwritten, or of a killed writer
     folder.remove(SIGNATURE_NAME)
+    manifest = without_secrets_of_sources(manifest)
     write_card(folder, manifest, hashlib.sha256(manifest.to_bytes()).hexdigest(), licenses or {})
     manifest.write(folder)

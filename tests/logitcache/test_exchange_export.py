@@ -389,7 +389,10 @@ class TestCommandLine:
             (["--to", "axolotl", "--out", "a.jsonl", "--logprobs-field", "row_id"], "that no other column has"),
             (["--to", "axolotl-v2", "--out", "a.jsonl", "--logprobs-field", "target_token_ids"], "no other column has"),
             (["--to", "topk", "--out", "/proc/x.jsonl"], "--out /proc/x.jsonl: cannot be written (No such file"),
-            (["--to", "topk", "--out", "/dev/null/x.jsonl"], "--out /dev/null/x.jsonl: cannot be written ("),
+            (
+                ["--to", "topk", "--out", "/dev/null/x.jsonl"],
+                "/dev/null/x.jsonl: a folder that can be written is wanted (",
+            ),
             (["--to", "topk", "--out", "a.jsonl", "--rows", "1:2"], "unknown argument --rows"),
             (["--to", "topk", "--out", "nowhere://a/b.jsonl"], "no file system for such a URL"),
         ],

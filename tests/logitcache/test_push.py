@@ -502,7 +502,7 @@ class TestPlaces:
 
     def test_that_are_files_are_refused(self, cache: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("precious")
-        with pytest.raises(UserError, match=r"file: a folder that can be written is wanted \(File exists\)"):
+        with pytest.raises(UserError, match=r"file: a folder that can be written is wanted \(Not a directory\)"):
             push(cache, tmp_path / "file")
 
     def test_a_bundle_is_not_put_into_its_cache(self, cache: Path) -> None:

@@ -593,7 +593,7 @@ def test_a_place_that_cannot_be_written_is_bad_input(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert main(["view", cache.path, "--out", str(tmp_path / "file/page.html")]) == 2
-    assert "file/page.html cannot be written" in capsys.readouterr().err
+    assert "file/page.html: a folder that can be written is wanted" in capsys.readouterr().err
 
 
 def test_what_is_no_cache_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,8 +125,8 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     assert "cannot be held against other commands (Function not implemented)" in caplog.text
 
 
-def test_a_store_that_does_not_answer_is_named() -> None:
-    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/c: this URL does not answer"):
+def test_a_web_server_takes_no_files() -> None:
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/c: a web server takes no files; choose hf://"):
         workspace(Folder("http://127.0.0.1:9/c")).__enter__()
 
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
+from logitcache.urls import without_secrets
 from trainer.commands.shared import INTERRUPTED, metrics_table, quieten
 
 
@@ -34,7 +35,8 @@ def run(argv: Sequence[str]) -> int:
     if config.process_index != 0:
         return status
     if outcome.stopped_at:
-        again = shlex.join(["trainer", "fit", *_begun_anew(argv), "--resume_from_checkpoint", outcome.stopped_at])
+        arguments = map(without_secrets, _begun_anew(argv))
+        again = shlex.join(["trainer", "fit", *arguments, "--resume_from_checkpoint", outcome.stopped_at])
         ranks = f", on {config.world_size} ranks as before" if config.world_size > 1 else ""
         print(f"trainer: stopped after step {outcome.steps}. This continues{ranks}:\n  {again}", flush=True)
         return status

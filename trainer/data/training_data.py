@@ -64,7 +64,8 @@ class TrainingData:
     def __reduce__(self) -> Any:
         """For worker processes that are not forked: each opens the caches itself."""
         weights = [source.weight for source in self._sources]
-        return _reopened, ([cache.path for cache in self.caches], weights, [cache.path for cache in self.averaged_with])
+        caches, averaged_with = ([cache.folder.path for cache in some] for some in (self.caches, self.averaged_with))
+        return _reopened, (caches, weights, averaged_with)
 
     def __len__(self) -> int:
         """Rows of an epoch, over all ranks."""
