@@ -40,6 +40,12 @@ def read_arrow(table: pa.RecordBatch | pa.Table) -> Iterator[tuple[dict[str, Any
             yield values, None
 
 
+def read_scalar(value: pa.Scalar) -> Any:
+    """A value by the same rule. Raises ValueError or OverflowError for one that cannot be read."""
+    restore = _restore(value.type, depth=0) or _same
+    return restore(value.as_py())
+
+
 def _read_row(table: pa.RecordBatch | pa.Table, index: int) -> dict[str, Any]:
     values = {}
     for name, column in zip(table.schema.names, table.columns, strict=True):

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from logitcache.documents.arrow import read_scalar
+
 _KINDS = {"b": bool, "i": int, "f": float}
 _DTYPES = {"b": np.bool_, "i": np.int64, "f": np.float64}
 """Of JSON's numbers, by the letters that numpy has for kinds."""
@@ -64,8 +66,13 @@ def ragged(value: Any, name: str, kinds: str) -> Ragged:
 
 
 def plain(value: Any) -> Any:
-    """Plain Python types of a value of either kind of source."""
-    return value.as_py() if isinstance(value, pa.Scalar) else value
+    """Plain Python types of a value of either kind of source. Raises BadRow for text that is not UTF-8, and the like."""
+    if not isinstance(value, pa.Scalar):
+        return value
+    try:
+        return read_scalar(value)
+    except (ValueError, OverflowError) as error:
+        raise BadRow(f"a kept column is not readable ({error})") from error
 
 
 def _list_of(value: pa.Scalar, name: str) -> pa.Array:

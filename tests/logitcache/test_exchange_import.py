@@ -331,6 +331,26 @@ class TestTopK:
             with pytest.raises(UserError, match=rf"bad\.jsonl, line 1: {message}"):
                 import_topk(bad, tmp_path / "none", tokenizer)
 
+    def test_kept_columns_of_parquet_have_no_keys_that_arrow_made(self, tmp_path: Path, tokenizer: Path) -> None:
+        chats = [
+            [{"role": "user", "content": "Hi"}],
+            [{"role": "user", "content": None, "name": "n", "call": {"a": 1}}],
+        ]
+        chats.append([{"role": "user", "content": "Ho", "call": {"b": 2}}])
+        rows = [row | {"messages": chat} for row, chat in zip(random_rows(3), chats, strict=True)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        cache = import_topk(tmp_path / "rows.parquet", tmp_path / "out", tokenizer, keep=["messages"])
+        assert [json.loads(row.columns["messages"]) for row in cache] == chats
+
+    def test_a_kept_text_that_is_not_utf8_is_a_bad_row(self, tmp_path: Path, tokenizer: Path) -> None:
+        table = pa.Table.from_pylist(random_rows(2))
+        name = pa.array([b"fine", b"caf\xe9"]).view(pa.string())
+        pq.write_table(table.append_column("name", name), tmp_path / "rows.parquet")
+        with pytest.raises(UserError, match=r"rows\.parquet, row 1: a kept column is not readable"):
+            import_topk(tmp_path / "rows.parquet", tmp_path / "out", tokenizer, keep=["name"])
+        cache = import_topk(tmp_path / "rows.parquet", tmp_path / "out", tokenizer, keep=["name"], skip_bad=True)
+        assert [row.columns["name"] for row in cache] == ["fine"]
+
     def test_entries_of_no_probability_only_fill_lists_up(self, tmp_path: Path, tokenizer: Path) -> None:
         row = {
             "input_ids": [1, 2, 3],

@@ -29,8 +29,7 @@ class CorpusSettings:
     max_length: tokens of the longest sequence.  layout: a name of LAYOUTS, or None to find it from the first document's
     columns.  turns: which answers of a chat are trained, see `chat.tokenize_messages`.  columns: the layout's column name →
     the source's.  long: what happens to longer documents; None splits `text` and refuses any other layout.  keep: source
-    columns to store.  skip_bad: leave bad documents out, not stop (and a
-    build rows for which the teacher gives NaN).
+    columns to store.  skip_bad: leave bad documents out, and rows for which the teacher gives NaN, instead of stopping.
     """
 
     layouts: ClassVar[Layouts] = LAYOUTS
