@@ -32,7 +32,7 @@ from trainer.pace import Pace
 from trainer.packing import check_packing
 from trainer.ranks import check_ranks
 from trainer.schedules import Moment, moment
-from trainer.student import check_student
+from trainer.student import check_student, warn_of_rotation
 from trainer.tail_choice import approximates_tail, choose_tail
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,16 @@ class DistillTrainer(Trainer):
             self.objective: Objective = objective_of(model, self._on_every_rank, with_added_loss=True)
             self._flat = args.packing and "flash" in str(model.config._attn_implementation)
             if args.packing:
-                check_packing(model, self._flat)
+                row_length = batching_of(args, data).packed_length or 0
+                check_packing(
+                    model,
+                    self._flat,
+                    row_length=row_length * (self._train_batch_size if self._flat else 1),
+                    longest=data.longest,
+                    device=args.device,
+                )
+        if args.train_batch_size > 1 or args.tokens_per_batch:
+            warn_of_rotation(model, data.longest, "trained", "--per_device_train_batch_size 1")
         self._data = data
         groups = data.tail_groups if self.tail == "groups" else None
         self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from logitcache import LogitCache, UserError
 from logitcache.errors import one_line
 from trainer.adapters import base_model, load_adapter
 from trainer.data.collator import Batch
+
+logger = logging.getLogger(__name__)
 
 
 def student_config(name: str) -> PretrainedConfig:
@@ -52,6 +55,38 @@ def check_student(config: PretrainedConfig, cache: LogitCache, name: str) -> Non
         raise UserError(
             f"{name}: the longest sequence of {cache.path} has {cache.manifest.longest} tokens, the student takes "
             f"{max_length} (max_position_embeddings). Build the cache with `logitcache build --max-length {max_length}`"
+        )
+
+
+def lengths_of_one_rotation(config: PretrainedConfig) -> int | None:
+    """Tokens up to which a sequence's rotary embedding is the same in any batch; None where its length never matters.
+
+    Beyond, longrope and dynamic NTK choose their frequencies by the longest sequence of a batch, for all sequences of it.
+    """
+    text: Any = config.get_text_config()
+    rotations = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rotation in [rotations, *rotations.values()]:  # one for all layers, or one for each type of layer
+        kind = rotation.get("rope_type") if isinstance(rotation, dict) else None
+        if kind == "longrope":
+            limits.append(rotation["original_max_position_embeddings"])
+        elif kind == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def warn_of_rotation(model: PreTrainedModel, longest: int, what_is_done: str, remedy: str) -> None:
+    """Says where a batch rotates its shorter sequences as its longest one. what_is_done: with the sequences."""
+    rotated = lengths_of_one_rotation(model.config)
+    if rotated is not None and longest > rotated:
+        logger.warning(
+            "%s rotates all sequences of a batch otherwise where one of them has more than %d tokens (the longest has "
+            "%d): shorter ones are not %s as they are alone. %s avoids that",
+            type(model).__name__,
+            rotated,
+            longest,
+            what_is_done,
+            remedy,
         )
 
 

@@ -18,7 +18,7 @@ from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
 from trainer.objective import objective_of, teacher_targets
-from trainer.student import check_student, load_student, student_config
+from trainer.student import check_student, load_student, student_config, warn_of_rotation
 from trainer.tokenizers import check_tokenizer, student_tokenizer
 
 
@@ -28,6 +28,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`metrics.evaluation_metrics` of a model on a cache, on the model's device; holds one batch at a time."""
     check_student(model.config, cache, name)
+    if batch_size > 1:
+        warn_of_rotation(model, cache.manifest.longest, "measured", "--batch_size 1")
     model.eval()
     model.config.use_cache = False
     objective, sums = objective_of(model), Sums()
