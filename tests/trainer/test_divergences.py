@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import trainer
 from trainer.losses import registry
 from trainer.losses.coarse import Coarse
 from trainer.losses.divergences import AKL_SPLITS, DIVERGENCES
@@ -192,6 +193,43 @@ def test_todi_with_a_steep_weight_takes_fkl_where_the_teacher_is_above_and_rkl_w
     coarse = coarse_of([[0.6, 0.3, 0.1]], [[0.2, 0.3, 0.5]], num_entries=2)
     value, _ = divergence("todi", coarse, beta=1e4)
     assert value.item() == pytest.approx(0.6 * log(3) + 0.5 * log(5))
+
+
+def gradient_at_the_teacher(loss: str, tail: str, options: dict[str, Any], num_samples: int = 16) -> Tensor:
+    """Gradient [N, V] of a loss in the logits of a student that is its teacher."""
+    torch.manual_seed(0)
+    logits = (2 * torch.randn(64, 40, dtype=torch.float64)).requires_grad_()
+    log_p = logits.detach().log_softmax(1)
+    entries, token_ids = log_p.topk(8, dim=1)
+    rest = log_p.scatter(1, token_ids, -inf)
+    groups = torch.arange(40) % 3
+    captured: dict[str, Any] = {}
+    if tail == "groups":
+        by_group = [rest.masked_fill(groups != group, -inf).logsumexp(1) for group in range(3)]
+        captured = {"tail_groups": groups, "group_logprobs": torch.stack(by_group, 1)}
+    elif tail == "samples":
+        sample_ids = torch.multinomial(rest.exp(), num_samples, replacement=True)
+        captured = {"sample_ids": sample_ids, "sample_logprobs": rest.gather(1, sample_ids)}
+    value = trainer.sparse_divergence(
+        logits, token_ids, entries, rest.logsumexp(1), loss=loss, tail=tail, **captured, **options
+    )
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    return gradient
+
+
+@pytest.mark.parametrize("tail", ["bucket", "groups", "cap", "samples"])
+@every_setting
+def test_at_the_teacher_the_gradient_is_zero_but_of_tvd(loss: str, options: dict[str, Any], tail: str) -> None:
+    """Of forward KL with samples it is zero on average over them."""
+    largest = float(gradient_at_the_teacher(loss, tail, options).abs().max())
+    if loss == "tvd":
+        assert largest > 0.1
+    elif (loss, tail) == ("fkl", "samples"):
+        assert largest > 0.01
+        many = gradient_at_the_teacher(loss, tail, options, num_samples=20_000)
+        assert float(many.abs().max()) < largest / 10
+    else:
+        assert largest < 1e-14
 
 
 def test_todi_with_beta_zero_is_the_mean_of_fkl_and_rkl() -> None:
