@@ -1,0 +1,181 @@
+"""One input in a process of its own, forked from one in which everything is imported, and watched."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+from trial import Command, Trial
+
+import logitcache.capture.engine_options
+import logitcache.capture.inputs
+import logitcache.cli
+import trainer.cli
+import trainer.comparison.execute
+import trainer.fit
+from logitcache import UserError
+
+HANG_S = 20.0
+"""By the clock, without the time that a process waits for a processor on a busy machine."""
+MAX_BYTES = 2 << 30
+HANG, MEMORY = "hang: more than 20 s", "memory: more than 2 GiB"
+MAX_LINE = 6000
+OUTPUT_NAME, COMMANDS_NAME = "output", "commands.json"
+PROGRAMS = ("logitcache", "trainer")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """what: kind of fault, and its place where there is one: findings that share it are probably one fault."""
+
+    what: str
+    details: str
+
+
+class Running:
+    """An input at work in a process."""
+
+    def __init__(self, make: Callable[[Trial], list[Command]], trial: Trial) -> None:
+        self.trial = trial
+        self._began = time.monotonic()
+        self.reader, writer = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            _run(make, trial, writer)
+        os.setpgid(self.pid, self.pid)
+        os.close(writer)
+        os.set_blocking(self.reader, False)
+        self._killed = ""
+
+    def watch(self) -> None:
+        """Kills a process that hangs or takes too much."""
+        process = Path(f"/proc/{self.pid}")
+        try:
+            pages = int((process / "statm").read_text().split()[1])
+            waited_ns = sum(int(task.read_text().split()[1]) for task in process.glob("task/*/schedstat"))
+        except (OSError, IndexError):  # it has ended meanwhile
+            return
+        if pages * resource.getpagesize() > MAX_BYTES:
+            self._killed = MEMORY
+        elif time.monotonic() - self._began - waited_ns / 1e9 > HANG_S:
+            self._killed = HANG
+        if self._killed:
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def result(self) -> list[Finding]:
+        """What was found, once the process has closed its pipe."""
+        with os.fdopen(self.reader, "rb") as pipe:
+            said = pipe.read() or b"[]"
+        _, status, usage = os.wait4(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if usage.ru_maxrss * 1024 > MAX_BYTES:
+            self._killed = MEMORY
+        elif code and not self._killed:
+            self._killed = f"died: exit status {code}"
+        if self._killed:
+            commands = self.trial.folder / COMMANDS_NAME
+            return [Finding(self._killed, commands.read_text() if commands.exists() else "")]
+        return [Finding(**finding) for finding in json.loads(said)]
+
+
+def _run(make: Callable[[Trial], list[Command]], trial: Trial, writer: int) -> NoReturn:
+    findings: list[Mapping[str, str]] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.environ |= {"TMPDIR": str(trial.folder), "LOGITCACHE_HOME": str(trial.folder / "home")}
+        os.chdir(trial.folder)
+        commands = make(trial)
+        (trial.folder / COMMANDS_NAME).write_text(json.dumps(commands))
+        with _stopped_short(trial):
+            findings = [vars(finding) for command in commands for finding in _judged(command)]
+    except BaseException:
+        findings = [{"what": "this script: an error of its own", "details": traceback.format_exc()}]
+    finally:
+        os.write(writer, json.dumps(findings).encode())  # a pipe holds 64 KiB, and details are cut
+        os._exit(0)
+
+
+def _judged(command: Command) -> Iterator[Finding]:
+    """Runs a command in this process, and holds it against what every command promises."""
+    program, arguments = command[0], command[1:]
+    shown = f"$ {' '.join(command)[:3000]!r}"
+    with _output() as output:
+        try:
+            status = (logitcache.cli if program == "logitcache" else trainer.cli).main(arguments)
+        except SystemExit as error:  # of --help
+            status = error.code
+        except BaseException as error:
+            yield Finding(_place(error), f"{shown}\n{traceback.format_exc()[-6000:]}")
+            return
+        said = output()
+    accepted = (0, 1, 2) if arguments[:1] == ["verify"] else (0, 2)
+    if "Traceback (most recent call last)" in said:
+        yield Finding(f"traceback in the output: {said.strip().splitlines()[-1][:200]}", f"{shown}\n{said[-6000:]}")
+    elif status not in accepted:
+        yield Finding(f"exit status {status}", f"{shown}\n{said[-3000:]}")
+    elif status == 2:
+        _, mark, message = said.rpartition(f"{program}: error: ")
+        if not mark or len(message.strip().splitlines()) != 1 or len(message) > MAX_LINE:
+            yield Finding("exit status 2 without one line that says why", f"{shown}\n{said[:3000]}")
+
+
+@contextmanager
+def _output() -> Iterator[Callable[[], str]]:
+    """Everything that is printed meanwhile, by whatever part of the process."""
+    with Path(OUTPUT_NAME).open("w+", buffering=1, errors="replace") as file:
+        saved = os.dup(1), os.dup(2)
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        with redirect_stdout(file), redirect_stderr(file):
+            yield lambda: Path(OUTPUT_NAME).read_text(errors="replace")
+        for number, before in zip((1, 2), saved, strict=True):
+            os.dup2(before, number)
+
+
+def _place(error: BaseException) -> str:
+    """Kind of an error, and the last line of ours and of anybody's that it went through."""
+    frames = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    paths = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [
+        frame
+        for frame, path in zip(frames, paths, strict=True)
+        if {*PROGRAMS} & {*path} and "site-packages" not in path
+    ]
+    return f"{type(error).__name__} at {' → '.join(dict.fromkeys([*ours[-1:], *frames[-1:]]))}"
+
+
+@contextmanager
+def _stopped_short(trial: Trial) -> Iterator[None]:
+    """Without engines, runs of recipes and, mostly, training."""
+    choose_engine = logitcache.capture.inputs.choose_engine
+
+    def engine(backend: str, *arguments: Any) -> Any:
+        if backend in ("auto", "vllm"):
+            raise UserError("no engine of vLLM is started here")
+        return choose_engine(backend, *arguments)
+
+    def options(arguments: list[str]) -> dict[str, Any]:
+        if arguments:
+            raise UserError("vLLM's own options are not read here")
+        return {}
+
+    def fitted(run: Any, tell: Any) -> trainer.fit.Outcome:
+        return trainer.fit.Outcome(0, None)
+
+    with (
+        patch.object(logitcache.capture.inputs, "choose_engine", engine),
+        patch.object(logitcache.capture.engine_options, "parse_engine_options", options),
+        patch.object(trainer.comparison.execute, "execute", lambda recipe, jobs: []),
+        patch.object(trainer.fit, "fit", trainer.fit.fit if trial.trains else fitted),
+    ):
+        yield
