@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,17 @@ from trainer.settings.fields import redefault, setting
 
 UNBOUNDED = ("max_grad_norm",)
 """Settings that may be infinite: gradients of any norm are left as they are."""
-_SEVERAL_CACHES = ("cache", "average_with")
+
+
+def public_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The caches among the settings of a run, as records and reports have them: URLs without their secrets."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, list):
+            return [public(item) for item in value]
+        return public_url(value) if isinstance(value, str) else value
+
+    return {name: public(settings.get(name)) for name in ("cache", "average_with", "eval_cache")}
 
 
 @dataclass
@@ -73,15 +84,11 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as run.json records and trackers report them: URLs of caches without their secrets."""
-        return super().to_dict() | self._public_places()
+        return super().to_dict() | public_places(self.__dict__)
 
     def __getstate__(self) -> dict[str, Any]:
         """The same of what a checkpoint holds as training_args.bin."""
-        return self.__dict__ | self._public_places()
-
-    def _public_places(self) -> dict[str, Any]:
-        several = {name: getattr(self, name) and list(map(public_url, getattr(self, name))) for name in _SEVERAL_CACHES}
-        return several | {"eval_cache": self.eval_cache and public_url(self.eval_cache)}
+        return self.__dict__ | public_places(self.__dict__)
 
     def _check(self) -> None:
         for field in dataclasses.fields(self):

@@ -72,13 +72,19 @@ def test_a_comparison(site: Website, teacher: Path, tmp_path: Path, capfd: pytes
     recipe = {"output_dir": "students", "common": common, "runs": {"all": {"loss": "fkl"}}, "seeds": [1]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["compare", "recipe.yaml"]) == 0
+    left = written_to(tmp_path / "students")
+    assert site.host.encode() in left
+    assert SECRET.encode() not in left
     site.password = "another"
     recipe["common"] = {**common, "cache": site.url("train"), "eval_cache": site.url("heldout")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name in ("run.json", "eval.json"):  # as a former version wrote them
+        path = next((tmp_path / "students").glob(f"*/{name}"))
+        path.write_text(path.read_text().replace(f"http://{site.host}/", f"http://{USER}:{SECRET}@{site.host}/"))
     assert main(["compare", "recipe.yaml"]) == 0
     said = "".join(capfd.readouterr())
     assert "1 of 1 runs in students are finished" in said
-    held = written_to(tmp_path / "students") + said.encode()
+    held = (tmp_path / "students/compare.html").read_bytes() + said.encode()
     assert site.host.encode() in held
     assert SECRET.encode() not in held
     assert f"{USER}:".encode() not in held

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any
 
 from logitcache import UserError
+from logitcache.urls import public_url
 from trainer.comparison.answers import Answers, answers_of
 from trainer.comparison.metrics import CURVES, ROUGE_L
 from trainer.comparison.records import read_record
@@ -68,7 +69,7 @@ def read_run(path: Path) -> FinishedRun:
         path,
         filled_in(record["settings"]),
         record["tail"],
-        evaluation["cache"],
+        public_url(evaluation["cache"]),
         evaluation["cache_sha256"],
         evaluation["metrics"] | rouge | _pace(record["settings"], history),
         curves,

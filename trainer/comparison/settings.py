@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from trainer.config import DistillConfig
+from trainer.config import DistillConfig, public_places
 
 INCIDENTAL = {
     "output_dir",
@@ -50,7 +50,8 @@ def filled_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: value.value if isinstance(value, Enum) else value for name, value in known.items()}
     filled = {**plain, **settings}
     cache = filled["cache"]
-    return filled | {"cache": [cache] if isinstance(cache, str) else cache, "loss_args": filled["loss_args"] or {}}
+    several = filled | {"cache": [cache] if isinstance(cache, str) else cache, "loss_args": filled["loss_args"] or {}}
+    return several | public_places(several)
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
