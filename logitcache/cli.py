@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from logitcache.arguments import parser
 from logitcache.cache import LogitCache, open_cache
-from logitcache.errors import UserError, printable
+from logitcache.errors import UserError, one_line, printable
 
 if TYPE_CHECKING:
     from logitcache.capture.rescore import Rescoring
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"logitcache: error: {printable(str(error))}", file=sys.stderr)
+        print(f"logitcache: error: {printable(one_line(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # of `| head`: there is nobody left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

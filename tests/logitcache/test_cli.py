@@ -8,6 +8,7 @@ import pytest
 
 import logitcache
 from logitcache.cli import main
+from logitcache.errors import UserError
 
 
 def arguments(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
@@ -52,6 +53,19 @@ def test_bad_input_is_one_line_and_status_2(
     assert errors[0].startswith("logitcache: error: ")
     assert message in errors[0]
     assert not (tmp_path / "c").exists()
+
+
+def test_a_message_that_quotes_several_lines_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of pyarrow and of SQL do."""
+
+    def refuse(path: str) -> str:
+        raise UserError(f"{path} was altered: invalid\n  data\r\n")
+
+    monkeypatch.setattr("logitcache.maintenance.info.describe", refuse)
+    assert main(["info", "cache"]) == 2
+    assert capsys.readouterr().err == "logitcache: error: cache was altered: invalid data\n"
 
 
 def test_an_empty_corpus_is_refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

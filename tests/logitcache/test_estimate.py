@@ -64,6 +64,15 @@ def test_a_sample_of_everything_counts_what_the_corpus_holds(many: Path, teacher
     assert sample.longest == max(len(s.input_ids) for s in sequences)
 
 
+def test_what_is_said_of_documents_does_not_change_their_number(tmp_path: Path, teacher_tokenizer: Any) -> None:
+    path = tmp_path / "chats.jsonl"
+    chat = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    path.write_text((json.dumps({"messages": chat}) + "\n") * 3 + '{"messages": []}\n' * 4)
+    settings = CorpusSettings(max_length=100, skip_bad=True)
+    sample = sample_corpus(find_sources(str(path)), teacher_tokenizer, 512, settings)
+    assert (sample.num_documents, sample.num_sequences.value) == (7, 3)
+
+
 def test_only_the_sample_is_tokenised_and_its_totals_are_within_their_error(many: Path, teacher_tokenizer: Any) -> None:
     sources = find_sources(str(many))
     sequences = list(Corpus(sources, teacher_tokenizer, V, SETTINGS))

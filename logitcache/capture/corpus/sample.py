@@ -86,8 +86,8 @@ def sample_corpus(
     if not sequences:
         left_out = ", ".join(f"{number} {reason}" for reason, number in corpus.skipped.items()) or "none at all"
         raise UserError(f"nothing to train on in a sample of {len(sampled)} of {count} documents ({left_out})")
-    for note, count in corpus.notes.items():
-        logger.warning("%s %s (of the sample)", f"{count:,}", note)
+    for note, times in corpus.notes.items():
+        logger.warning("%s %s (of the sample)", f"{times:,}", note)
     if corpus.never_kept:
         logger.warning("--keep %s: no sampled document has this column", ", ".join(sorted(corpus.never_kept)))
     num_sequences, num_tokens, num_positions = (_total(values, count) for values in per_document.T)
