@@ -29,7 +29,7 @@ from logitcache.format.prefetch import begun_ahead, prefetched
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.shard_reader import ShardReader, TemporaryCopies
 from logitcache.format.storage import Folder
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
+from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES, TAIL_GROUPS_NAME, read_tail_groups
 from logitcache.format.tokenizer import read_tokenizer
 from logitcache.format.trusted import read_trusted
 
@@ -117,10 +117,14 @@ class LogitCache(Sequence[CachedSequence]):
         """Tail group of each token id, int32 [V], or None where the cache holds no tail groups."""
         if not self.manifest.layout.num_tail_groups:
             return None
-        content = read_trusted(self._folder, self.manifest, TAIL_GROUPS_NAME)
+        content = read_trusted(self._folder, self.manifest, TAIL_GROUPS_NAME, MAX_TAIL_GROUPS_BYTES)
+        layout = self.manifest.layout
         try:
-            return read_tail_groups(BytesIO(content))
-        except (OSError, ValueError) as error:
+            groups = read_tail_groups(BytesIO(content))
+            if len(groups) != layout.vocab_size or not 0 <= groups.min() <= groups.max() < layout.num_tail_groups:
+                raise ValueError(f"it is not of {layout.vocab_size:,} ids in {layout.num_tail_groups:,} groups")
+            return groups
+        except ValueError as error:
             raise UserError(
                 f"{self._folder.where(TAIL_GROUPS_NAME)} was altered ({error}): fetch it or build the cache again"
             ) from error

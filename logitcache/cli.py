@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"logitcache: error: {printable(one_line(error))}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"logitcache: error: out of memory ({one_line(error) or 'no more is given'})", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # of `| head`: there is nobody left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -106,7 +106,6 @@ class DistillTrainer(Trainer):
         self._window = Sums()
         self._pace = Pace()
         self.add_callback(self._pace)
-        self._values_checked = False
 
     def get_train_dataloader(self) -> BatchLoader:
         """This rank's batches. accelerate must not shard them again, so they do not pass through it."""
@@ -205,7 +204,7 @@ class DistillTrainer(Trainer):
         """
         factor = now.temperature**2 if self.args.t_squared else 1.0
         approximates = now.temperature in self._approximated
-        result = self.objective(
+        return self.objective(
             model,
             batch,
             teacher_targets(batch, now.temperature, self._tail_groups if tail == "groups" else None),
@@ -213,10 +212,8 @@ class DistillTrainer(Trainer):
             with_added_loss=with_added_loss,
             settings=LossSettings(now.loss, tail, now.temperature, approximates, now.loss_args),
             vocab_size=self._data.vocab_size,
-            validate=not self._values_checked,  # waits for the device; shards have checksums, so once is enough
+            validate=False,  # the cache's reader did; it would wait for the device
         )
-        self._values_checked = True
-        return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the means over the positions since the last one.

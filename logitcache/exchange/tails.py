@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from logitcache.exchange.values import BadRow
-from logitcache.format.levels import PRESETS, mass_tolerance
+from logitcache.format.levels import PRESETS, mass_tolerances
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 LEAST_TAIL = 1e-6
@@ -73,7 +73,8 @@ def finish_targets(
     if tail is None:
         scale = mass > 1 + UNSEEN_EXCESS
     else:
-        scale = (np.abs(mass - wanted) > _tolerance(logprobs, precision)) & (wanted > 0) & (mass > 0)
+        tolerance = mass_tolerances(logprobs, precision, PRESETS[precision])  # as `logitcache verify` has it
+        scale = (np.abs(mass - wanted) > tolerance) & (wanted > 0) & (mass > 0)
     if scale.any():
         logprobs[scale] += np.log(wanted[scale] / mass[scale])[:, None].astype(np.float32)
     logprobs = np.where(held, np.minimum(logprobs, 0), -np.inf).astype(np.float32)
@@ -89,12 +90,3 @@ def finish_targets(
         tail_logprob = np.where(rest > 0, tail_logprob, tail).astype(np.float32)
     targets = SparseTargets(ids[:, :top_k].astype(np.int32), kept, tail_logprob)
     return Finished(targets.narrowed(int(targets.num_entries.max(initial=0))), int(scale.sum()))
-
-
-def _tolerance(logprobs: np.ndarray, precision: str) -> np.ndarray:
-    """What entries that were rounded as this precision does may miss a sum of 1 by, [N]: as `logitcache verify` has it."""
-    least, rounding = mass_tolerance(precision), PRESETS[precision]
-    if rounding is None:
-        return np.full(len(logprobs), least)
-    relative = np.expm1(rounding.bound(logprobs))
-    return np.maximum(least, 1e-4 + (np.exp(logprobs, dtype=np.float64) * relative).sum(axis=1))

@@ -53,8 +53,18 @@ class Codebook:
         return ranks
 
     def ids_of_ranks(self, vocab_size: int) -> np.ndarray:
-        """Token id of each rank, int32 [F + V]."""
-        return np.concatenate([self.frequent_ids, np.arange(vocab_size, dtype=np.int32)])
+        """Token id of each rank, int32 [F + V]; `PAD_ID` at ranks that no token has: a frequent one has its first only.
+
+        Raises ValueError for frequent ids that are outside the vocabulary or come twice.
+        """
+        frequent = self.frequent_ids
+        if frequent.ndim != 1 or (frequent.size and not 0 <= frequent.min() <= frequent.max() < vocab_size):
+            raise ValueError(f"its codebook has ids outside the vocabulary of {vocab_size:,}")
+        others = np.arange(vocab_size, dtype=np.int32)
+        others[frequent] = PAD_ID
+        if np.count_nonzero(others == PAD_ID) != len(frequent):
+            raise ValueError("its codebook has an id twice")
+        return np.concatenate([frequent, others])
 
     def to_metadata(self) -> dict[bytes, bytes]:
         """Key and value in a Parquet file's metadata."""

@@ -89,7 +89,8 @@ class DecodedRows(Sequence[CachedSequence]):
 
     row_ids: one of each row.  input_ids, loss_mask: int32 and bool, of all tokens of all rows, one row after the other;
     token_offsets: the first token of each row and the number of all, int64 [rows + 1].  targets: SparseTargets of all
-    positions of all rows; offsets: the first position of each row and the number of all, int64 [rows + 1].
+    positions of all rows; offsets: the first position of each row and the number of all, int64 [rows + 1].  num_entries: of
+    each position, int32 [M].
     """
 
     def __init__(self, table: pa.Table, layout: Layout) -> None:
@@ -102,12 +103,12 @@ class DecodedRows(Sequence[CachedSequence]):
         self.input_ids, self.token_offsets = _whole(table, "input_ids")
         self.loss_mask, mask_offsets = _whole(table, "loss_mask")
         _check_offsets("loss_mask", mask_offsets, self.token_offsets)
-        self._num_entries, self.offsets = _whole(table, "num_entries")
-        _check_range("a number of entries that no position has", self._num_entries, 0, layout.vocab_size)
+        self.num_entries, self.offsets = _whole(table, "num_entries")
+        _check_range("a number of entries that no position has", self.num_entries, 0, layout.vocab_size)
         values: dict[str, np.ndarray] = {}
         for name in layout.values_per_entry():
             values[name], offsets = _whole(table, name)
-            _check_offsets(name, offsets, _offsets(self._num_entries)[self.offsets])
+            _check_offsets(name, offsets, _offsets(self.num_entries)[self.offsets])
         for name, (_, count) in layout.values_per_position().items():
             column, offsets = _whole(table, name)
             _check_offsets(name, offsets, self.offsets * count)
@@ -123,8 +124,8 @@ class DecodedRows(Sequence[CachedSequence]):
                 else None
             )
         else:
-            token_ids = _padded(values["token_ids"], self._num_entries, PAD_ID)
-            logprobs = _padded(values["logprobs"], self._num_entries, -np.inf)
+            token_ids = _padded(values["token_ids"], self.num_entries, PAD_ID)
+            logprobs = _padded(values["logprobs"], self.num_entries, -np.inf)
             group_logprobs = values.get("group_logprobs")
         self.targets = SparseTargets(
             token_ids=token_ids,
@@ -151,7 +152,7 @@ class DecodedRows(Sequence[CachedSequence]):
             input_ids=self.input_ids[tokens],
             loss_mask=mask,
             positions=trained_positions(mask),
-            targets=self.targets[stored].narrowed(int(self._num_entries[stored].max(initial=0))),
+            targets=self.targets[stored].narrowed(int(self.num_entries[stored].max(initial=0))),
             columns={name: values[row] for name, values in self._columns.items()},
         )
 
@@ -159,6 +160,8 @@ class DecodedRows(Sequence[CachedSequence]):
         return (self[row] for row in range(len(self)))
 
 
+MOST_PADDED, MOST_PADDING = 1 << 26, 4
+"""Places of a row group in [M, k] arrays, and, of more than that, places for each entry."""
 _MATRICES = {"group_logprobs", "group_levels", "sample_ids", "sample_logprobs"}
 
 
@@ -193,6 +196,7 @@ def _entries_of_levels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and log-probabilities [M, k], most probable first, padded."""
     num_entries, lowest = values["num_entries"], values["lowest_level"]
+    _check_range("entries that do not ascend", values["id_gaps"], 0, np.iinfo(np.int32).max)
     gaps = _padded(values["id_gaps"], num_entries, 0)
     above = _padded(values["levels_above_lowest"], num_entries, 0)
     ranks = np.cumsum(gaps, axis=1, dtype=np.int32)
@@ -209,7 +213,9 @@ def _entries_of_levels(
         levels = np.where(levels < 0, impossible, levels)
     if held is not None:
         levels = np.where(held, levels, impossible + 1)
-    levels, token_ids = _sorted_pairs(levels, ids_of_ranks[ranks])
+    token_ids = ids_of_ranks[ranks]
+    _check_range("an id that is in no vocabulary", token_ids, 0, len(ids_of_ranks))
+    levels, token_ids = _sorted_pairs(levels, token_ids)
     logprobs = np.append(rounding.logprobs(impossible), np.float32(-np.inf))[levels]
     if held is not None:
         token_ids[levels > impossible] = PAD_ID
@@ -252,6 +258,8 @@ def _groups_of_levels(
     levels: np.ndarray, tail_logprob: np.ndarray, rounding: Rounding, profile: np.ndarray
 ) -> np.ndarray:
     """Inverse of `_group_levels`: log masses, float32 [M, G]."""
+    if profile.shape != levels.shape[1:]:
+        raise ValueError(f"its codebook is of {profile.size} tail groups, its layout of {levels.shape[1]}")
     code = levels - 1
     steps = ((code >> 1) ^ -(code & 1)) + profile
     logprobs = tail_logprob[:, None] + steps.astype(np.float32) * np.float32(rounding.group_step)
@@ -290,6 +298,8 @@ def _check_offsets(name: str, offsets: np.ndarray, expected: np.ndarray) -> None
 def _padded(values: np.ndarray, num_entries: np.ndarray, fill: float) -> np.ndarray:
     """[Σ num_entries] → [M, max num_entries]; a view where all positions have equally many."""
     k = int(num_entries.max(initial=0))
+    if len(num_entries) * k > max(MOST_PADDED, MOST_PADDING * len(values)):
+        raise ValueError(f"{len(num_entries):,} positions of up to {k:,} entries hold only {len(values):,}")
     if len(values) == len(num_entries) * k:
         return values.reshape(len(num_entries), k)
     padded = np.full((len(num_entries), k), fill, dtype=values.dtype)

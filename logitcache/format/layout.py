@@ -136,7 +136,9 @@ def read_layout(metadata: Mapping[bytes, bytes] | None, where: str) -> Layout:
         data = json.loads(metadata[METADATA_KEY])
         check_version(data["format_version"], where)
         return Layout.from_json(data)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"{where} was altered: its schema metadata is unreadable ({error!r})") from error
 
 

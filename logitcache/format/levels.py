@@ -25,6 +25,10 @@ MOST_LEVELS = 1 << 16
 """Log-probabilities of less than some −16 000 nats, which are 0 in any arithmetic, take the last level."""
 
 
+MOST_STEP = 16.0
+"""Nats: what was rounded by more says nothing."""
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How numbers are rounded that a cache does not keep as captured; recorded in every shard.
@@ -74,8 +78,14 @@ class Rounding:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Rounding:
-        """Inverse of `to_json`."""
-        return cls(**data)
+        """Inverse of `to_json`. Raises TypeError and ValueError for what rounds nothing."""
+        rounding = cls(**data)
+        steps = (rounding.uniform_step, rounding.tail_step, rounding.group_step, rounding.sample_step)
+        if type(rounding.square_root_steps) is not int or not all(isinstance(step, float | int) for step in steps):
+            raise TypeError(f"{rounding} is not of numbers")
+        if not all(0 < step <= MOST_STEP for step in steps) or not 0 < rounding.uniform_from < MOST_LEVELS:
+            raise ValueError(f"{rounding} rounds nothing")
+        return rounding
 
 
 PRESETS: dict[str, Rounding | None] = {
@@ -96,6 +106,15 @@ def mass_tolerance(precision: str) -> float:
     """How far entries and tail of a position may miss a sum of 1 once their log-probabilities have been rounded."""
     rounding = PRESETS[precision]
     return 1e-4 if rounding is None else 1e-4 + float(rounding.bound(np.log([1e-3]))[0])
+
+
+def mass_tolerances(logprobs: np.ndarray, precision: str, rounding: Rounding | None) -> np.ndarray:
+    """`mass_tolerance` of each position [M], more where its entries [M, k] are so improbable that rounding moves them by more."""
+    least = mass_tolerance(precision)
+    if rounding is None:
+        return np.full(len(logprobs), least)
+    relative = np.expm1(rounding.bound(logprobs))
+    return np.maximum(least, 1e-4 + (np.exp(logprobs, dtype=np.float64) * relative).sum(axis=1))
 
 
 def rounded(values: np.ndarray, step: float | None) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Self
@@ -25,6 +25,8 @@ UNFINISHED_NAME = "logitcache.json.unfinished"
 """The manifest of a cache whose files are on their way to where this one lies; removed when logitcache.json is there."""
 BUILD_DIRECTORY = ".build"
 TOKENIZER_DIRECTORY = "tokenizer"
+CHECKSUM_NAME = "checksum"
+"""Part of the manifest that tells damage of it. Whoever alters a cache can take a new one: the identity tells that."""
 
 MAX_MANIFEST_BYTES = 1 << 26
 """A cache of 10 billion positions has a manifest of some 20 MB."""
@@ -122,7 +124,9 @@ class Manifest:
                 tuple(data.get("history", ())),
             )
             totals = {name: data[name] for name in ("num_sequences", "num_positions", "num_bytes")}
-            manifest.layout.schema()
+            names = manifest.layout.schema().names
+            if len(set(names)) < len(names):
+                raise ValueError("its layout has a column twice")
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -140,6 +144,10 @@ class Manifest:
             if not re.fullmatch("[0-9a-f]{64}", digest):
                 raise UserError(f"{where} was altered: {digest[:80]!r} of {name} is no SHA-256")
         for shard in shards:
+            if shard.num_sequences > shard.num_bytes:  # each has an id of 128 bits
+                raise UserError(
+                    f"{where} was altered: {shard.num_sequences} rows in {shard.num_bytes} bytes of {shard.name}"
+                )
             if sum(shard.row_group_sizes) != shard.num_sequences:
                 raise UserError(
                     f"{where} was altered: the row groups of {shard.name} have not {shard.num_sequences} rows"
@@ -150,12 +158,34 @@ class Manifest:
         return manifest
 
     def to_bytes(self) -> bytes:
-        """Content of logitcache.json."""
-        return (json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n").encode()
+        """Content of logitcache.json, its own checksum at the end."""
+        data = self.to_json() | {CHECKSUM_NAME: _NO_CHECKSUM}
+        content = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+        return content[:_CHECKSUM_AT] + _checksum(content).encode() + content[_CHECKSUM_AT + len(_NO_CHECKSUM) :]
 
     def write(self, folder: Folder) -> None:
         """Writes logitcache.json."""
         folder.write(MANIFEST_NAME, self.to_bytes())
+
+
+_NO_CHECKSUM = "0" * 64
+_CHECKSUM_AT = -len(f'{_NO_CHECKSUM}"\n}}\n')
+
+
+def _checksum(content: bytes) -> str:
+    """SHA-256 of a manifest's content with zeros for the digits of its own checksum."""
+    end = content[_CHECKSUM_AT + len(_NO_CHECKSUM) :]
+    return hashlib.sha256(content[:_CHECKSUM_AT] + _NO_CHECKSUM.encode() + end).hexdigest()
+
+
+def is_as_written(content: bytes, parts: Container[str]) -> bool:
+    """Whether a manifest is, byte for byte, what was written; True where it has no checksum of its own to tell by.
+
+    parts: the names of its parts. The checksum is known by its place too, should its name be what is damaged.
+    """
+    if CHECKSUM_NAME not in parts and not re.fullmatch(rb'[0-9a-f]{64}"\n}\n', content[_CHECKSUM_AT:]):
+        return True
+    return content[_CHECKSUM_AT:][: len(_NO_CHECKSUM)] == _checksum(content).encode()
 
 
 _OF_A_TEACHER = ("architecture", "dtype", "engine", "engine_version", "route", "revision", "content_sha256")

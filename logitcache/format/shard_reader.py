@@ -17,13 +17,15 @@ from typing import BinaryIO, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codec import DecodedRows
+from logitcache.format.footer import check_footer, open_parquet
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.local_copies import LocalCopies
 from logitcache.format.retries import RetriedFile
 from logitcache.format.shards import ShardInfo
+from logitcache.format.soundness import check_rows
 from logitcache.format.storage import Folder
 
 RECENT_FOOTERS = 64
@@ -94,6 +96,7 @@ class ShardReader:
         self._copies = copies
         self._whole = whole
         self._copy: Path | None = None
+        self._columns = layout.schema().names
 
     def check_size(self) -> None:
         """Raises UserError when the file is missing or has not the manifest's size."""
@@ -130,9 +133,11 @@ class ShardReader:
         """Decodes a row group. Raises UserError where the file is not the one that the manifest names."""
         table = self.read_columns(index)
         try:
-            return DecodedRows(table, self._layout)
+            rows = DecodedRows(table, self._layout)
+            check_rows(rows, self._layout)
         except (KeyError, ValueError) as error:
             self._refuse(f"altered: {error} (row group {index})")
+        return rows
 
     def read_columns(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The named columns of a row group, or all, as they are stored. Raises UserError as `read_row_group` does."""
@@ -146,11 +151,13 @@ class ShardReader:
             try:
                 # A footer that is kept keeps its reader, and so the temporary folder.
                 with self._opened(_footer(self) if self._whole is None else None) as file:
-                    table: pa.Table = file.read_row_group(index, columns, use_threads=False)
+                    table: pa.Table = file.read_row_group(index, columns or self._columns, use_threads=False)
+            except (UserError, MemoryError):
+                raise
             except FileNotFoundError:
                 self._missing()
-            except (OSError, IndexError, pa.ArrowException) as error:
-                self._refuse(f"altered: {error} (row group {index})")
+            except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+                self._refuse(f"altered: {one_line(error)} (row group {index})")
         if len(table) != self._info.row_group_sizes[index]:
             self._refuse(f"altered: {len(table)} rows in row group {index}")
         if read_layout(table.schema.metadata, self.path) != self._layout:
@@ -169,8 +176,10 @@ class ShardReader:
         name, path = self._info.name, self._path
         with (
             nullcontext(path) if path else RetriedFile(self._folder, name, self._info.num_bytes) as source,
-            pq.ParquetFile(source, metadata=footer, pre_buffer=not path, page_checksum_verification=True) as file,
+            open_parquet(source, footer, pre_buffer=not path) as file,
         ):
+            if footer is None:
+                check_footer(file.metadata, self._info, self._layout)
             yield file
 
     @property

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from logitcache.format.atomic import file_sha256
 from logitcache.format.codebook import Codebook
-from logitcache.format.codec import encode
+from logitcache.format.codec import MOST_PADDED, encode
 from logitcache.format.layout import Layout
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
@@ -68,7 +68,7 @@ class ShardWriter:
         self._name = name
         self._layout = layout
         self._buffer: list[tuple[TokenSequence, SparseTargets]] = []
-        self._buffered_bytes = 0
+        self._buffered_bytes = self._num_buffered = self._width = 0
         self._codebook: Codebook | None = None
         self._bytes_per_position = 4 * sum(count for _, count in layout.values_per_position().values())
         self._counts = {"num_sequences": 0, "num_tokens": 0, "num_positions": 0, "num_entries": 0}
@@ -103,6 +103,11 @@ class ShardWriter:
 
     def write(self, sequence: TokenSequence, targets: SparseTargets) -> None:
         """Adds a row. `targets` holds the sequence's stored positions, in order."""
+        width = targets.token_ids.shape[1]
+        if max(self._width, width) * (self._num_buffered + len(targets)) > MOST_PADDED // 4:
+            self._flush()  # one wide position would make all of them wide
+        self._width = max(self._width, width)
+        self._num_buffered += len(targets)
         self._buffer.append((sequence, targets))
         self._buffered_bytes += 5 * len(sequence.input_ids) + 8 * targets.token_ids.size
         self._buffered_bytes += self._bytes_per_position * len(targets)
@@ -126,7 +131,7 @@ class ShardWriter:
         self._row_group_sizes.append(len(table))
         self._longest = max(self._longest, *(len(s.input_ids) for s in sequences))
         self._buffer.clear()
-        self._buffered_bytes = 0
+        self._buffered_bytes = self._num_buffered = self._width = 0
 
     @property
     def info(self) -> ShardInfo:

@@ -6,16 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-
 from logitcache.cache import LogitCache, open_cache
-from logitcache.format.codec import flat
 from logitcache.format.manifest import Manifest
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
 from logitcache.report.description import amounts, history, origin
-from logitcache.report.footers import column_bytes, open_footer, spread
+from logitcache.report.footers import column_bytes, entry_counts, spread
 from logitcache.sharing.card import read_card
 from logitcache.table import aligned
 
@@ -72,12 +68,7 @@ def _entries(manifest: Manifest, folder: Folder, chosen: Sequence[ShardInfo]) ->
     most = manifest.fingerprint.get("capture", {}).get("top_k")
     if manifest.num_positions and manifest.num_entries == manifest.num_positions * (most or -1):
         return f"entries  {most} at every position"
-    counts: Counter[int] = Counter()
-    for shard in chosen:
-        with folder.open(shard.name, shard.num_bytes) as source:
-            for batch in open_footer(source, folder, shard).iter_batches(columns=["num_entries"], use_threads=False):
-                values, found = np.unique(flat(pa.chunked_array([batch["num_entries"]]))[0], return_counts=True)
-                counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+    counts = entry_counts(folder, chosen, manifest.layout)
     total = counts.total()
     if not total:
         return "entries  none"
@@ -99,7 +90,7 @@ def _entries(manifest: Manifest, folder: Folder, chosen: Sequence[ShardInfo]) ->
 
 def _bytes_by_column(manifest: Manifest, folder: Folder, chosen: Sequence[ShardInfo]) -> str:
     """Where the bytes go, by the compressed sizes in the footers."""
-    sizes = column_bytes(folder, chosen)
+    sizes = column_bytes(folder, chosen, manifest.layout)
     total = sum(shard.num_bytes for shard in chosen)
     positions = max(sum(shard.num_positions for shard in chosen), 1)
     shown = sizes.most_common(SHOWN_COLUMNS)

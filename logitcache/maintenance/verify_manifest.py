@@ -12,7 +12,7 @@ from typing import Any
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.layout import FORMAT_VERSION, Layout
-from logitcache.format.manifest import MANIFEST_NAME, Manifest, is_plain
+from logitcache.format.manifest import MANIFEST_NAME, Manifest, is_as_written, is_plain
 from logitcache.format.shards import ShardInfo
 from logitcache.maintenance.findings import Finding
 
@@ -48,6 +48,8 @@ def check_manifest(content: bytes, claims: Claims) -> Iterator[Finding]:
         what = f"cache format {version}, this logitcache reads up to format {FORMAT_VERSION}"
         yield Finding("newer", MANIFEST_NAME, what)  # whose parts may be others
         return
+    if not is_as_written(content, data):
+        yield _finding("its checksum is not that of its content")
     yield from found
     if not found:
         try:

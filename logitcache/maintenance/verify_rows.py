@@ -11,15 +11,9 @@ import pyarrow as pa
 from logitcache.errors import one_line
 from logitcache.format.codec import DecodedRows, flat
 from logitcache.format.layout import Layout
-from logitcache.format.levels import mass_tolerance
 from logitcache.format.sequences import CachedSequence, row_id
-from logitcache.format.targets import SparseTargets, find_defect
+from logitcache.format.soundness import find_wrong
 from logitcache.maintenance.findings import Finding
-
-GROUP_STEP_OF_FORMAT_1 = 2.0**-5
-GROUP_TOLERANCE_NATS = 0.01
-"""Beyond rounding, between the log of the tail and that of its groups' sum: float32 sums over a vocabulary."""
-
 
 SeenRows = Callable[[np.ndarray, int, int], None]
 """Told the row ids of a row group, S16 [n], the number of the first one in its file, and the stored positions of all."""
@@ -149,7 +143,7 @@ def _decoded(table: pa.Table, rows: np.ndarray, layout: Layout) -> Iterator[tupl
         table = table.take(rows)
     decoded = _decode(table, layout)
     if not isinstance(decoded, Exception):
-        if _wrong(decoded.targets, layout):
+        if find_wrong(decoded.targets, layout):
             yield from ((int(row), sequence) for row, sequence in zip(rows, decoded, strict=True))
         return
     for i, row in enumerate(rows.tolist()):
@@ -160,6 +154,8 @@ def _decoded(table: pa.Table, rows: np.ndarray, layout: Layout) -> Iterator[tupl
 def _decode(table: pa.Table, layout: Layout) -> DecodedRows | Exception:
     try:
         return DecodedRows(table, layout)
+    except MemoryError:
+        raise
     except Exception as error:  # numbers that were never meant to be decoded fail in any way
         return error
 
@@ -167,50 +163,7 @@ def _decode(table: pa.Table, layout: Layout) -> DecodedRows | Exception:
 def _defects(sequence: CachedSequence, layout: Layout) -> Iterator[tuple[int, str]]:
     """Every position of a row with something wrong: (row of its targets, what)."""
     targets = sequence.targets
-    if _wrong(targets, layout):
+    if find_wrong(targets, layout):
         for position in range(len(targets)):
-            if reason := _wrong(targets[position : position + 1], layout):
-                yield position, reason
-
-
-def _wrong(targets: SparseTargets, layout: Layout) -> str | None:
-    """What is wrong with the first wrong position, or None."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        defect = find_defect(targets, layout.vocab_size, mass_tolerance=_mass_tolerance(targets, layout))
-        return defect[1] if defect else _wrong_tail(targets, layout)
-
-
-def _mass_tolerance(targets: SparseTargets, layout: Layout) -> float | np.ndarray:
-    """What entries as improbable as these may miss a sum of 1 by, where it is more than what is tolerated of any, [M]."""
-    least = mass_tolerance(layout.precision)
-    if layout.rounding is None:
-        return least
-    relative = np.expm1(layout.rounding.bound(targets.logprobs))
-    return np.maximum(least, 1e-4 + (np.exp(targets.logprobs, dtype=np.float64) * relative).sum(axis=1))
-
-
-def _wrong_tail(targets: SparseTargets, layout: Layout) -> str | None:
-    """What is wrong with what else is stored of the tail, or None."""
-    tail = targets.tail_logprob.astype(np.float64)
-    if (tail > 1e-4).any():
-        return "a tail log-probability above 0"
-    if targets.group_logprobs is not None:
-        groups = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
-        step = layout.rounding.group_step if layout.rounding else GROUP_STEP_OF_FORMAT_1
-        factor = np.exp(step + GROUP_TOLERANCE_NATS)  # half a step as captured, and half for entries that joined later
-        # A comparison with what is not a number is false.
-        if not ((groups <= np.exp(tail) * factor + 1e-7) & (groups >= np.exp(tail) / factor - 1e-7)).all():
-            return "tail groups that do not add up to the tail"
-    if any(np.isnan(values).any() or np.isposinf(values).any() for values in targets.tempered_tail.values()):
-        return "a tempered tail that is not a number"
-    if targets.tail_entropy is not None and not (targets.tail_entropy <= 1e-6).all():
-        return "a tail entropy that is not ≤ 0"
-    if targets.sample_ids is not None and targets.sample_logprobs is not None:
-        if ((targets.sample_ids < -1) | (targets.sample_ids >= layout.vocab_size)).any():
-            return "a sampled id outside the vocabulary"
-        sampled = targets.sample_ids.T[:, :, None]  # [s, M, 1]
-        if any(((ids == targets.token_ids) & (ids >= 0)).any() for ids in sampled):
-            return "a sampled id that is an entry"
-        if not (targets.sample_logprobs <= 1e-6).all():
-            return "a sampled log-probability above 0"
-    return None
+            if found := find_wrong(targets[position : position + 1], layout):
+                yield position, found[1]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codebook import Codebook
+from logitcache.format.footer import check_expansion, open_parquet
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.prefetch import prefetched
 from logitcache.format.retries import RetriedFile
@@ -82,7 +83,7 @@ def _fetched(folder: Folder, name: str, stored: Stored | None, ended: Event) -> 
             copy.flush()
             on_failure.pop_all()
             return copy
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # every store has its own kinds
         return error
@@ -110,7 +111,7 @@ def check_shard(
             else:
                 yield Finding("altered", name, _how_altered(size, digest, info))
         yield from _check_content(path, name, info, claimed.layout, seen)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         yield Finding("missing", name, "the manifest names it, it is not there")
@@ -129,9 +130,9 @@ def _check_content(
     path: Path, name: str, info: ShardInfo | None, layout: Layout | None, seen: SeenRows
 ) -> Iterator[Finding]:
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-    except Exception as error:  # Arrow has its own kinds; damaged Thrift raises others
-        yield Finding("damaged", name, f"no footer of a Parquet file can be read ({_words(error)})")
+        file = open_parquet(path)
+    except ValueError as error:
+        yield Finding("damaged", name, _words(error))
         return
     with file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
@@ -157,6 +158,11 @@ def _check_content(
         ]
         yield from foreign
         if foreign:
+            return
+        try:
+            check_expansion(file.metadata, path.stat().st_size)
+        except ValueError as error:
+            yield Finding("damaged", name, _words(error))
             return
         counts = Counts()
         for index in range(len(sizes)):
@@ -204,6 +210,8 @@ def _check_row_group(
     table = None
     try:
         table = file.read_row_group(index, use_threads=False)
+    except MemoryError:
+        raise
     except Exception as error:
         damaged = _damaged_columns(file, index)
         columns = f"column {', '.join(damaged)}: " if damaged else ""
@@ -225,6 +233,8 @@ def _damaged_columns(file: pq.ParquetFile, index: int) -> list[str]:
     for column in file.schema_arrow.names:
         try:
             file.read_row_group(index, columns=[column], use_threads=False)
+        except MemoryError:
+            raise
         except Exception:
             damaged.append(column)
     return damaged

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from logitcache.errors import UserError
+from logitcache.errors import UserError, one_line
+from logitcache.format.codec import flat
+from logitcache.format.footer import check_footer, open_parquet
+from logitcache.format.layout import Layout
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
 
@@ -18,26 +21,42 @@ READ_SHARDS = 32
 """Footers that are read, evenly spread over the cache: a few requests, however large it is."""
 
 
-def column_bytes(folder: Folder, shards: Sequence[ShardInfo]) -> Counter[str]:
+def column_bytes(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) -> Counter[str]:
     """Compressed bytes of each column in these shards. What is missing to their sizes is in the footers."""
     sizes: Counter[str] = Counter()
     for shard in shards:
-        with folder.open(shard.name, shard.num_bytes) as source:
-            metadata = open_footer(source, folder, shard).metadata
-            for group in range(metadata.num_row_groups):
-                for index in range(metadata.num_columns):
-                    column = metadata.row_group(group).column(index)
+        with _opened(folder, shard, layout) as file:
+            for group in range(file.metadata.num_row_groups):
+                for index in range(file.metadata.num_columns):
+                    column = file.metadata.row_group(group).column(index)
                     sizes[column.path_in_schema.removesuffix(".list.element")] += column.total_compressed_size
     return sizes
 
 
-def open_footer(source: Any, folder: Folder, shard: ShardInfo) -> pq.ParquetFile:
-    """A shard of which only the footer is read yet. Raises UserError where that is damaged."""
+def entry_counts(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) -> Counter[int]:
+    """How many positions of these shards have each number of entries."""
+    counts: Counter[int] = Counter()
+    for shard in shards:
+        with _opened(folder, shard, layout) as file:
+            for group in range(file.metadata.num_row_groups):
+                column = file.read_row_group(group, ["num_entries"], use_threads=False)["num_entries"]
+                values, found = np.unique(flat(column)[0], return_counts=True)
+                counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+    return counts
+
+
+@contextmanager
+def _opened(folder: Folder, shard: ShardInfo, layout: Layout) -> Iterator[pq.ParquetFile]:
+    """A shard of which only the footer is read yet. Raises UserError where it is damaged, or not what the manifest says."""
     try:
-        return pq.ParquetFile(source)
-    except (OSError, pa.ArrowException) as error:
+        with folder.open(shard.name, shard.num_bytes) as source, open_parquet(source) as file:
+            check_footer(file.metadata, shard, layout)
+            yield file
+    except (UserError, MemoryError):
+        raise
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         raise UserError(
-            f"{folder.where(shard.name)} cannot be read ({error}): `logitcache verify` says what else is wrong"
+            f"{folder.where(shard.name)} cannot be read ({one_line(error)}): `logitcache verify` says what else is wrong"
         ) from error
 
 

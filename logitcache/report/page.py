@@ -177,7 +177,7 @@ def _statistics_data(found: Statistics) -> dict[str, Any]:
 
 def _column_bytes(cache: LogitCache, folder: Folder) -> dict[str, Any]:
     shards = spread(cache.manifest.shards)
-    sizes = column_bytes(folder, shards)
+    sizes = column_bytes(folder, shards, cache.manifest.layout)
     footers = sum(shard.num_bytes for shard in shards) - sizes.total()
     ordered = sizes.most_common()
     columns = [(legible(name), size) for name, size in ordered[:SHOWN_COLUMN_SIZES]]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
@@ -27,6 +28,9 @@ CHUNK_BYTES = 1 << 20
 _LEVEL = 1
 """Shards are Zstandard already: what a higher level would still find in a manifest and a tokenizer is not worth its time."""
 _BLOCK_BYTES = tarfile.BLOCKSIZE
+FREE_BYTES = 1 << 26
+MOST_EXPANSION = 64
+"""A bundle unpacks to at most so many bytes for each of its own, and `FREE_BYTES`, for manifests of many like shards."""
 
 
 def is_bundle(url: str) -> bool:
@@ -95,18 +99,40 @@ def opened_bundle(url: str) -> Iterator[Iterator[Member]]:
         folder, name = place(str((folder.local / name).resolve()))
     with _understood(url, folder):
         raw = folder.open(name)
-    with raw, zstandard.ZstdDecompressor().stream_reader(raw, read_size=CHUNK_BYTES) as stream:
+    counted = _Counted(raw)
+    with raw, zstandard.ZstdDecompressor().stream_reader(counted, read_size=CHUNK_BYTES) as stream:
+        unpacked = 0
 
         def read(num_bytes: int) -> bytes:
+            nonlocal unpacked
             content = b""
             with _understood(url, folder):
                 while len(content) < num_bytes:
                     if not (chunk := stream.read(num_bytes - len(content))):
                         raise UserError(f"{url} ends too early: fetch or make it again")
                     content += chunk
+            unpacked += num_bytes
+            if unpacked > FREE_BYTES + MOST_EXPANSION * counted.num_bytes:
+                raise UserError(
+                    f"{url} is refused: {counted.num_bytes:,} bytes of it unpack to {unpacked:,}, which no cache does: its "
+                    "shards are compressed already"
+                )
             return content
 
         yield _members(read, url)
+
+
+class _Counted:
+    """A file whose bytes are counted as they are read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_bytes = 0
+
+    def read(self, num_bytes: int) -> bytes:
+        content = self._file.read(num_bytes)
+        self.num_bytes += len(content)
+        return content
 
 
 def bundled_manifest(url: str) -> bytes:

@@ -22,8 +22,9 @@ from logitcache.format.manifest import (
     Manifest,
     is_plain,
 )
-from logitcache.format.storage import MAX_READ_BYTES, Unreachable
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.storage import Unreachable
+from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES, TAIL_GROUPS_NAME
+from logitcache.format.tokenizer import MAX_TOKENIZER_BYTES
 from logitcache.progress import Progress
 
 logger = logging.getLogger("logitcache")
@@ -36,7 +37,7 @@ IN_FLIGHT_BYTES = 1 << 29
 TRIES = 4
 FIRST_PAUSE_S = 1.0
 """Before the second try; doubled before each one after it."""
-MAX_FILE_BYTES = MAX_READ_BYTES
+MAX_FILE_BYTES = max(MAX_TOKENIZER_BYTES, MAX_TAIL_GROUPS_BYTES)
 """Of a file whose size the manifest does not say."""
 READ_BYTES = 1 << 22
 

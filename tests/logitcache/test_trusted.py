@@ -10,11 +10,11 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from smallcaches import EVERYTHING, random_rows, write_cache
 
 import logitcache
 from logitcache import LogitCache, UserError
 from logitcache.format.storage import Folder
-from tests.logitcache.smallcaches import EVERYTHING, random_rows, write_cache
 
 ROWS = random_rows(6, EVERYTHING, seed=1)
 FILES = {

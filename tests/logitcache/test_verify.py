@@ -63,7 +63,9 @@ def sha256(root: Path, name: str) -> str:
 
 
 def content(root: Path) -> dict[str, Any]:
+    """The manifest, without the checksum that tells any change of it."""
     data: dict[str, Any] = json.loads((root / MANIFEST_NAME).read_text())
+    data.pop("checksum", None)
     return data
 
 
@@ -167,6 +169,38 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(sound: Path, data: st.DataOb
         (sound / name).write_bytes(whole)
     assert ("altered", name) in kinds(findings)
     assert {finding.file for finding in findings} == {name}
+
+
+@small
+@given(st.data())
+def test_a_byte_of_the_manifest_that_is_another_is_found(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    root = tmp_path_factory.mktemp("cache")
+    write_cache(root, ROWS[:3], EXACT)
+    assert not found(root)
+    content = bytearray((root / MANIFEST_NAME).read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at] ^= data.draw(st.integers(1, 255))
+    (root / MANIFEST_NAME).write_bytes(content)
+    assert {"manifest", "newer"} & {finding.kind for finding in found(root)}
+
+
+@pytest.mark.parametrize(("old", "new"), [("tests", "tesls"), ("{\n", "{\r"), ('"random"', '"rando\u00fc"')])
+def test_an_edit_of_a_manifests_free_text_is_found(root: Path, old: str, new: str) -> None:
+    write_cache(root, ROWS[:3], EXACT)
+    text = (root / MANIFEST_NAME).read_text()
+    assert old in text
+    (root / MANIFEST_NAME).write_text(text.replace(old, new, 1), newline="")
+    assert [finding.what for finding in found(root) if finding.kind == "manifest"] == [
+        "its checksum is not that of its content"
+    ]
+
+
+def test_a_manifest_without_a_checksum_of_its_own_is_one_of_before(root: Path) -> None:
+    edit(root, lambda data: None)
+    assert "checksum" not in content(root)
+    assert not found(root)
 
 
 def test_a_flipped_bit_in_a_page_is_named_by_row_group_and_column(root: Path) -> None:

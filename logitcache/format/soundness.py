@@ -1,0 +1,147 @@
+"""Can a teacher have given these targets, and do the rows agree with themselves?
+
+`check_rows` looks at every row group that is decoded, for a few hundredths of the time that decoding takes: ids, lengths, masses,
+tails. `find_wrong` looks closely; the reader asks it where something seems wrong, `logitcache verify` always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from logitcache.format.codec import DecodedRows
+from logitcache.format.layout import Layout
+from logitcache.format.levels import mass_tolerance, mass_tolerances
+from logitcache.format.targets import PAD_ID, SparseTargets, find_defect
+
+BLOCK_ENTRIES = 1 << 15
+SORTED_ENTRIES = 1 << 16
+"""Of a row group; those of the writer have up to half a million."""
+GROUP_STEP_OF_FORMAT_1 = 2.0**-5
+GROUP_TOLERANCE_NATS = 0.01
+"""Beyond rounding, between the log of the tail and that of its groups' sum: float32 sums over a vocabulary."""
+
+
+def check_rows(rows: DecodedRows, layout: Layout) -> None:
+    """Raises ValueError naming the first row, counted from 0 in the row group, that no cache of this layout can hold."""
+    if _outside(rows.input_ids, layout.vocab_size):
+        wrong = (rows.input_ids < 0) | (rows.input_ids >= layout.vocab_size)
+        row = _row_of(int(np.argmax(wrong)), rows.token_offsets)
+        raise ValueError(f"row {row} has an input id outside the vocabulary of {layout.vocab_size:,}")
+    trained = _trained(rows.loss_mask, rows.token_offsets)
+    positions = np.diff(rows.offsets)
+    if not np.array_equal(trained, positions):
+        row = int(np.argmax(trained != positions))
+        raise ValueError(
+            f"the loss mask of row {row} trains {trained[row]} tokens, {positions[row]} positions are stored"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        if _is_doubtful(rows, layout) and (found := find_wrong(rows.targets, layout)):
+            position, what = found
+            row = _row_of(position, rows.offsets)
+            raise ValueError(f"{what} at stored position {position - int(rows.offsets[row])} of row {row}")
+
+
+def _row_of(place: int, offsets: np.ndarray) -> int:
+    return int(np.searchsorted(offsets, place, side="right")) - 1
+
+
+def _trained(loss_mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Trained tokens of each row but its first, which nothing predicts: int64 [rows]."""
+    running = np.concatenate([[0], np.cumsum(loss_mask)])
+    first = np.minimum(offsets[:-1] + 1, offsets[1:])
+    trained: np.ndarray = running[offsets[1:]] - running[first]
+    return trained
+
+
+def _outside(ids: np.ndarray, vocab_size: int, least: int = 0) -> bool:
+    return bool(ids.size) and not least <= ids.min() <= ids.max() < vocab_size
+
+
+def _is_doubtful(rows: DecodedRows, layout: Layout) -> bool:
+    """Whether something may be wrong. False only where nothing is that training relies on."""
+    targets = rows.targets
+    ids, samples = targets.token_ids, targets.sample_ids
+    # Of a rounded cache the decoder made the ids of ranks that ascend: they are in the vocabulary, none is there twice.
+    if layout.rounding is None:
+        num_pads = ids.size - int(rows.num_entries.sum(dtype=np.int64))
+        if _outside(ids, layout.vocab_size, PAD_ID if num_pads else 0):
+            return True
+        if num_pads and np.count_nonzero(ids == PAD_ID) != num_pads:
+            return True
+    if samples is not None and _outside(samples, layout.vocab_size, PAD_ID):
+        return True
+    if (layout.rounding is None or samples is not None) and _repeats(ids, samples):
+        return True
+    # Where a number is none, or a log-probability above 0, the sum is not near 1 either.
+    near = np.abs(_masses(targets.logprobs) + np.exp(targets.tail_logprob) - 1) <= mass_tolerance(layout.precision)
+    return not near.all() or any(wrong.any() for _, wrong in _tail_defects(targets, layout))
+
+
+def _masses(logprobs: np.ndarray) -> np.ndarray:
+    """Sum of the probabilities of each position, float32 [M], in blocks that stay in the processor's cache."""
+    masses = np.empty(len(logprobs), np.float32)
+    size = max(BLOCK_ENTRIES // max(logprobs.shape[1], 1), 1)
+    probs = np.empty((min(size, len(logprobs)), logprobs.shape[1]), np.float32)
+    for first in range(0, len(logprobs), size):
+        block = logprobs[first : first + size]
+        np.einsum("ij->i", np.exp(block, out=probs[: len(block)]), out=masses[first : first + size])
+    return masses
+
+
+def _repeats(ids: np.ndarray, samples: np.ndarray | None) -> bool:
+    """Whether a position has an entry twice, or a sample that is an entry. ids: [M, k].  samples: [M, s] or None.
+
+    Sorting takes longer than all else: of more than `SORTED_ENTRIES` it looks at positions that lie equally far apart.
+    """
+    step = 1 + ids.size // SORTED_ENTRIES
+    keys = ids[::step] << 1  # entries are even
+    if samples is not None:
+        keys = np.concatenate([keys, samples[::step] << 1 | 1], axis=1)
+    if not keys.size:
+        return False
+    keys.sort(axis=1)
+    flat = keys.reshape(-1)  # one row after the other: what meets across their borders is blanked
+    repeated = flat[1:] - flat[:-1] <= 1
+    repeated[keys.shape[1] - 1 :: keys.shape[1]] = False
+    former = flat[:-1][repeated]
+    return bool(((former >= 0) & (former % 2 == 0)).any())
+
+
+def find_wrong(targets: SparseTargets, layout: Layout) -> tuple[int, str] | None:
+    """The first position that no teacher can have given, with what is wrong with it, or None."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        tolerance = mass_tolerances(targets.logprobs, layout.precision, layout.rounding)
+        found = find_defect(targets, layout.vocab_size, mass_tolerance=tolerance)
+        if found is not None:
+            return found
+        defects = [*_tail_defects(targets, layout), *_sample_defects(targets, layout)]
+        places = [(int(np.argmax(wrong)), what) for what, wrong in defects if wrong.any()]
+        return min(places, key=lambda place: place[0], default=None)
+
+
+def _tail_defects(targets: SparseTargets, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
+    """What may be wrong with the tail, and with which positions it is, bool [M]. A comparison with no number is false."""
+    mass = np.exp(targets.tail_logprob, dtype=np.float64)
+    yield "a tail log-probability above 0", targets.tail_logprob > 1e-4
+    if targets.group_logprobs is not None:
+        groups = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
+        step = layout.rounding.group_step if layout.rounding else GROUP_STEP_OF_FORMAT_1
+        factor = np.exp(step + GROUP_TOLERANCE_NATS)  # half a step as captured, and half for entries that joined later
+        fits = (groups <= mass * factor + 1e-7) & (groups >= mass / factor - 1e-7)
+        yield "tail groups that do not add up to the tail", ~fits
+    for tempered in targets.tempered_tail.values():
+        yield "a tempered tail that is not a number", ~(tempered < np.inf)
+    if targets.tail_entropy is not None:
+        yield "a tail entropy that is not ≤ 0", ~(targets.tail_entropy <= 1e-6)
+    if targets.sample_logprobs is not None:
+        yield "a sampled log-probability above 0", ~(targets.sample_logprobs <= 1e-6).all(axis=1)
+
+
+def _sample_defects(targets: SparseTargets, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
+    ids = targets.sample_ids
+    if ids is not None:
+        yield "a sampled id outside the vocabulary", ((ids < PAD_ID) | (ids >= layout.vocab_size)).any(axis=1)
+        entries = [((column[:, None] == targets.token_ids) & (column >= 0)[:, None]).any(axis=1) for column in ids.T]
+        yield "a sampled id that is an entry", np.any(entries, axis=0)
