@@ -1,67 +1,136 @@
-"""A shard's footer, compared with the manifest before a page is decompressed: what it claims bounds the memory of its reader."""
+"""A Parquet file's footer, compared with the manifest before a page is decompressed: its claims bound its reader's memory."""
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from logitcache.errors import one_line
 from logitcache.format.layout import Layout
 from logitcache.format.shards import ShardInfo
+from logitcache.format.thrift import parse_struct
 
 FREE_BYTES = 1 << 28
 """What a row group may take uncompressed however small its shard is: those of the writer take 4 MiB, or hold one sequence."""
 MOST_EXPANSION = 64
-"""Beyond that, uncompressed bytes of a row group for each byte of its shard."""
+"""Beyond that, uncompressed bytes of a row group for each byte of its file."""
+TAIL_BYTES = 1 << 16
+"""Asked for in the first request for a footer, which is longer in shards of many row groups."""
+NO_FOOTER = "no footer of a Parquet file can be read"
+_MAGIC = b"PAR1"
 
 
-def open_parquet(source: Any, metadata: pq.FileMetaData | None = None, **options: Any) -> pq.ParquetFile:
-    """Opens a Parquet file. Raises ValueError where it is none, whatever Arrow raises of it."""
+@dataclass(frozen=True)
+class Chunk:
+    """A column of a row group. name: of a list of numbers, without what Parquet calls its parts."""
+
+    name: str
+    num_values: int
+    num_bytes: int
+    compressed_bytes: int
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """What a footer says of a row group."""
+
+    num_rows: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def claimed_bytes(self) -> int:
+        """What its pages, and its values, take uncompressed."""
+        return sum(max(chunk.num_bytes, 4 * chunk.num_values) for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class Footer:
+    """metadata: as Arrow has it; none of its row groups' columns are to be asked for, see `thrift`."""
+
+    row_groups: tuple[RowGroup, ...]
+    metadata: pq.FileMetaData
+
+    @property
+    def row_group_sizes(self) -> list[int]:
+        """Rows of each row group."""
+        return [group.num_rows for group in self.row_groups]
+
+
+def read_footer(file: BinaryIO, num_bytes: int) -> Footer:
+    """Reads the footer of a Parquet file of so many bytes. Raises ValueError where it has none, or claims too much memory."""
+    content = _content(file, num_bytes)
     try:
-        file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, **options)
-        _ = file.schema_arrow.names
-    except (MemoryError, FileNotFoundError):
+        footer = Footer(_row_groups(content), pq.read_metadata(pa.BufferReader(content)))
+        num_columns = len(footer.metadata.schema.to_arrow_schema().names)
+    except MemoryError:
         raise
-    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
-        raise ValueError(f"no footer of a Parquet file can be read ({' '.join(str(error).split())})") from error
-    return file
-
-
-def check_expansion(metadata: pq.FileMetaData, num_bytes: int) -> None:
-    """Raises ValueError where a row group claims to take far more memory than a file of `num_bytes` can be meant to."""
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"{NO_FOOTER} ({one_line(error)})") from error
     most = max(FREE_BYTES, MOST_EXPANSION * num_bytes)
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        chunks = [group.column(column) for column in range(metadata.num_columns)]
-        claimed = sum(max(chunk.total_uncompressed_size, 4 * chunk.num_values) for chunk in chunks)
-        if claimed > most:
-            raise ValueError(f"row group {index} takes {claimed:,} bytes uncompressed, at most {most:,} are read")
+    for index, group in enumerate(footer.row_groups):
+        if group.claimed_bytes > most:
+            raise ValueError(
+                f"row group {index} takes {group.claimed_bytes:,} bytes uncompressed, at most {most:,} are read"
+            )
+        if len(group.chunks) < num_columns:
+            raise ValueError(f"row group {index} has {len(group.chunks)} columns, the file {num_columns}")
+    return footer
 
 
-def check_footer(metadata: pq.FileMetaData, info: ShardInfo, layout: Layout) -> None:
-    """Raises ValueError where a shard claims other rows or more values than the manifest says, or as `check_expansion` does."""
-    sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+def _content(file: BinaryIO, num_bytes: int) -> bytes:
+    """The footer, its length and the four letters."""
+    file.seek(max(num_bytes - TAIL_BYTES, 0))
+    tail = file.read(TAIL_BYTES)
+    if len(tail) < 12 or tail[-4:] != _MAGIC:
+        raise ValueError(f"{NO_FOOTER} (it ends with {tail[-4:]!r}, not with {_MAGIC!r})")
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if length > num_bytes:
+        raise ValueError(f"{NO_FOOTER} (of {length:,} bytes in a file of {num_bytes:,})")
+    if length > len(tail):
+        file.seek(num_bytes - length)
+        tail = file.read(length - len(tail)) + tail
+    return tail[-length:]
+
+
+def _row_groups(content: bytes) -> tuple[RowGroup, ...]:
+    groups = []
+    for group in parse_struct(content)[0].get(4, []):
+        chunks = []
+        for column in group[1]:
+            data = column[3]
+            path = [part.decode() for part in data[3]]
+            name = ".".join(path[:-2] if path[-2:] in (["list", "element"], ["list", "item"]) else path)
+            chunks.append(Chunk(name, _count(data[5]), _count(data[6]), _count(data[7])))
+        groups.append(RowGroup(_count(group[3]), tuple(chunks)))
+    return tuple(groups)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} of something")
+    return value
+
+
+def open_parquet(source: Any, footer: Footer, **options: Any) -> pq.ParquetFile:
+    """A Parquet file whose footer was read."""
+    return pq.ParquetFile(source, metadata=footer.metadata, page_checksum_verification=True, **options)
+
+
+def check_footer(footer: Footer, info: ShardInfo, layout: Layout) -> None:
+    """Raises ValueError where a shard claims other rows, or more values, than the manifest says of it."""
+    sizes = footer.row_group_sizes
     if sizes != list(info.row_group_sizes):
         raise ValueError(f"it has {len(sizes)} row groups of {sum(sizes):,} rows, not those of the manifest")
-    check_expansion(metadata, info.num_bytes)
-    most_values = _most_values(info, layout)
-    seen = dict.fromkeys(most_values, 0)
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        for column in range(metadata.num_columns):
-            chunk = group.column(column)
-            if (name := _column(chunk.path_in_schema, seen)) is not None:
-                seen[name] += chunk.num_values
-    for name, most in most_values.items():
-        if seen[name] > most:
+    seen: dict[str, int] = {}
+    for group in footer.row_groups:
+        for chunk in group.chunks:
+            seen[chunk.name] = seen.get(chunk.name, 0) + chunk.num_values
+    for name, most in _most_values(info, layout).items():
+        if seen.get(name, 0) > most:
             raise ValueError(f"column {name} has {seen[name]:,} values, the manifest allows {most:,}")
-
-
-def _column(path: str, names: Container[str]) -> str | None:
-    """The column that a leaf belongs to, or None. Names of kept columns may hold points."""
-    return next((name for name in (path, path.rpartition(".list.")[0]) if name in names), None)
 
 
 def _most_values(info: ShardInfo, layout: Layout) -> dict[str, int]:

@@ -7,20 +7,18 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codec import DecodedRows
-from logitcache.format.footer import check_footer, open_parquet
+from logitcache.format.footer import Footer, check_footer, open_parquet, read_footer
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.local_copies import LocalCopies
 from logitcache.format.retries import RetriedFile
@@ -150,7 +148,8 @@ class ShardReader:
         with self._folder.answering():
             try:
                 # A footer that is kept keeps its reader, and so the temporary folder.
-                with self._opened(_footer(self) if self._whole is None else None) as file:
+                footer = _footer(self) if self._whole is None else self.read_footer()
+                with self._source() as source, open_parquet(source, footer, pre_buffer=not self._path) as file:
                     table: pa.Table = file.read_row_group(index, columns or self._columns, use_threads=False)
             except (UserError, MemoryError):
                 raise
@@ -170,17 +169,18 @@ class ShardReader:
             self._refuse("altered: its SHA-256 is not the manifest's")
         self._verified = True
 
-    @contextmanager
-    def _opened(self, footer: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-        """The file; given its footer, nothing is read yet. Of a remote one a row group is fetched in one request."""
-        name, path = self._info.name, self._path
-        with (
-            nullcontext(path) if path else RetriedFile(self._folder, name, self._info.num_bytes) as source,
-            open_parquet(source, footer, pre_buffer=not path) as file,
-        ):
-            if footer is None:
-                check_footer(file.metadata, self._info, self._layout)
-            yield file
+    def _source(self) -> BinaryIO:
+        """The file. Of a remote one a row group is fetched in one request."""
+        if path := self._path:
+            return path.open("rb")
+        return cast(BinaryIO, RetriedFile(self._folder, self._info.name, self._info.num_bytes))
+
+    def read_footer(self) -> Footer:
+        """Reads what the file claims. Raises ValueError where it is not what the manifest says."""
+        with self._source() as source:
+            footer = read_footer(source, self._info.num_bytes)
+        check_footer(footer, self._info, self._layout)
+        return footer
 
     @property
     def _path(self) -> Path | None:
@@ -208,6 +208,5 @@ def _verifying(process: int) -> Lock:
 
 
 @lru_cache(RECENT_FOOTERS)
-def _footer(shard: ShardReader) -> pq.FileMetaData:
-    with shard._opened() as file:
-        return file.metadata
+def _footer(shard: ShardReader) -> Footer:
+    return shard.read_footer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import BinaryIO
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache.errors import one_line
-from logitcache.format.footer import check_expansion, open_parquet
+from logitcache.format.footer import open_parquet, read_footer
 from logitcache.format.storage import Folder
 
 TAIL_GROUPS_NAME = "tail_groups.parquet"
@@ -26,12 +27,11 @@ def write_tail_groups(folder: Folder, groups: np.ndarray, name: str = TAIL_GROUP
 
 def read_tail_groups(file: BinaryIO) -> np.ndarray:
     """Group of each id, int32 [V]. Raises ValueError where the file holds anything else."""
-    with open_parquet(file) as parquet:
-        check_expansion(parquet.metadata, 0)
-        try:
-            groups = parquet.read(["group"], use_threads=False)["group"].combine_chunks()
-        except (OSError, LookupError, pa.ArrowException) as error:
-            raise ValueError(one_line(error)) from error
+    footer = read_footer(file, file.seek(0, os.SEEK_END))
+    try:
+        groups = open_parquet(file, footer).read(["group"], use_threads=False)["group"].combine_chunks()
+    except (OSError, LookupError, pa.ArrowException) as error:
+        raise ValueError(one_line(error)) from error
     if groups.type != pa.int32() or groups.null_count:
         raise ValueError(f"its groups are {groups.type}, int32 is wanted" + ", none missing" * bool(groups.null_count))
     return groups.to_numpy()

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codebook import Codebook
-from logitcache.format.footer import check_expansion, open_parquet
+from logitcache.format.footer import open_parquet, read_footer
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.prefetch import prefetched
 from logitcache.format.retries import RetriedFile
@@ -129,13 +129,15 @@ def _how_altered(size: int, digest: str, info: ShardInfo) -> str:
 def _check_content(
     path: Path, name: str, info: ShardInfo | None, layout: Layout | None, seen: SeenRows
 ) -> Iterator[Finding]:
-    try:
-        file = open_parquet(path)
-    except ValueError as error:
-        yield Finding("damaged", name, _words(error))
-        return
-    with file:
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    with ExitStack() as opened:
+        source = opened.enter_context(path.open("rb"))
+        try:
+            footer = read_footer(source, path.stat().st_size)
+            file = opened.enter_context(open_parquet(source, footer))
+        except ValueError as error:
+            yield Finding("damaged", name, _words(error))
+            return
+        sizes = footer.row_group_sizes
         if info is not None and sizes != list(info.row_group_sizes):
             what = f"{len(sizes)} row groups of {_list(sizes)} rows, the manifest says {_list(info.row_group_sizes)}"
             yield Finding("counts", name, what)
@@ -159,14 +161,9 @@ def _check_content(
         yield from foreign
         if foreign:
             return
-        try:
-            check_expansion(file.metadata, path.stat().st_size)
-        except ValueError as error:
-            yield Finding("damaged", name, _words(error))
-            return
         counts = Counts()
-        for index in range(len(sizes)):
-            yield from _check_row_group(file, index, name, own, counts, seen)
+        for index, rows in enumerate(sizes):
+            yield from _check_row_group(file, index, rows, name, own, counts, seen)
     if info is not None and counts.complete:
         yield from _check_counts(name, counts, info)
 
@@ -201,11 +198,10 @@ def _check_columns(schema: pa.Schema, expected: pa.Schema, name: str) -> Iterato
 
 
 def _check_row_group(
-    file: pq.ParquetFile, index: int, name: str, layout: Layout, counts: Counts, seen: SeenRows
+    file: pq.ParquetFile, index: int, rows: int, name: str, layout: Layout, counts: Counts, seen: SeenRows
 ) -> Iterator[Finding]:
     needed = replace(layout, columns={})
     first = counts.num_sequences
-    rows = file.metadata.row_group(index).num_rows
     counts.num_sequences += rows
     table = None
     try:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.codec import flat
-from logitcache.format.footer import check_footer, open_parquet
+from logitcache.format.footer import Footer, check_footer, open_parquet, read_footer
 from logitcache.format.layout import Layout
 from logitcache.format.shards import ShardInfo
 from logitcache.format.storage import Folder
@@ -25,11 +25,10 @@ def column_bytes(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) ->
     """Compressed bytes of each column in these shards. What is missing to their sizes is in the footers."""
     sizes: Counter[str] = Counter()
     for shard in shards:
-        with _opened(folder, shard, layout) as file:
-            for group in range(file.metadata.num_row_groups):
-                for index in range(file.metadata.num_columns):
-                    column = file.metadata.row_group(group).column(index)
-                    sizes[column.path_in_schema.removesuffix(".list.element")] += column.total_compressed_size
+        with _opened(folder, shard, layout) as (_, footer):
+            for group in footer.row_groups:
+                for chunk in group.chunks:
+                    sizes[chunk.name] += chunk.compressed_bytes
     return sizes
 
 
@@ -37,8 +36,8 @@ def entry_counts(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) ->
     """How many positions of these shards have each number of entries."""
     counts: Counter[int] = Counter()
     for shard in shards:
-        with _opened(folder, shard, layout) as file:
-            for group in range(file.metadata.num_row_groups):
+        with _opened(folder, shard, layout) as (source, footer), open_parquet(source, footer) as file:
+            for group in range(len(footer.row_groups)):
                 column = file.read_row_group(group, ["num_entries"], use_threads=False)["num_entries"]
                 values, found = np.unique(flat(column)[0], return_counts=True)
                 counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
@@ -46,12 +45,13 @@ def entry_counts(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) ->
 
 
 @contextmanager
-def _opened(folder: Folder, shard: ShardInfo, layout: Layout) -> Iterator[pq.ParquetFile]:
+def _opened(folder: Folder, shard: ShardInfo, layout: Layout) -> Iterator[tuple[BinaryIO, Footer]]:
     """A shard of which only the footer is read yet. Raises UserError where it is damaged, or not what the manifest says."""
     try:
-        with folder.open(shard.name, shard.num_bytes) as source, open_parquet(source) as file:
-            check_footer(file.metadata, shard, layout)
-            yield file
+        with folder.open(shard.name, shard.num_bytes) as source:
+            footer = read_footer(source, shard.num_bytes)
+            check_footer(footer, shard, layout)
+            yield source, footer
     except (UserError, MemoryError):
         raise
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
