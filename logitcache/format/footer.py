@@ -19,15 +19,20 @@ MOST_EXPANSION = 64
 """Beyond that, uncompressed bytes of a row group for each byte of its file."""
 TAIL_BYTES = 1 << 16
 """Asked for in the first request for a footer, which is longer in shards of many row groups."""
+PAGE_HEADER_BYTES = 1 << 12
+_DICTIONARY = 2
+_PAGE_KINDS = {0: 5, _DICTIONARY: 7, 3: 8}
+"""Kind of a page → the field of its header that tells of its values."""
 NO_FOOTER = "no footer of a Parquet file can be read"
 _MAGIC = b"PAR1"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A column of a row group. name: of a list of numbers, without what Parquet calls its parts."""
+    """A column of a row group. name: of a list of numbers, without what Parquet calls its parts.  begin: of its pages."""
 
     name: str
+    begin: int
     num_values: int
     num_bytes: int
     compressed_bytes: int
@@ -103,7 +108,8 @@ def _row_groups(content: bytes) -> tuple[RowGroup, ...]:
             data = column[3]
             path = [part.decode() for part in data[3]]
             name = ".".join(path[:-2] if path[-2:] in (["list", "element"], ["list", "item"]) else path)
-            chunks.append(Chunk(name, _count(data[5]), _count(data[6]), _count(data[7])))
+            begin = min(_count(data[9]), _count(data.get(11) or data[9]))
+            chunks.append(Chunk(name, begin, _count(data[5]), _count(data[6]), _count(data[7])))
         groups.append(RowGroup(_count(group[3]), tuple(chunks)))
     return tuple(groups)
 
@@ -114,9 +120,14 @@ def _count(value: Any) -> int:
     return value
 
 
-def open_parquet(source: Any, footer: Footer, **options: Any) -> pq.ParquetFile:
+def read_metadata(file: BinaryIO, num_bytes: int) -> pq.FileMetaData:
+    """A footer as Arrow has it, of a file that was checked before."""
+    return pq.read_metadata(pa.BufferReader(_content(file, num_bytes)))
+
+
+def open_parquet(source: Any, metadata: pq.FileMetaData, **options: Any) -> pq.ParquetFile:
     """A Parquet file whose footer was read."""
-    return pq.ParquetFile(source, metadata=footer.metadata, page_checksum_verification=True, **options)
+    return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, **options)
 
 
 def check_footer(footer: Footer, info: ShardInfo, layout: Layout) -> None:
@@ -131,6 +142,38 @@ def check_footer(footer: Footer, info: ShardInfo, layout: Layout) -> None:
     for name, most in _most_values(info, layout).items():
         if seen.get(name, 0) > most:
             raise ValueError(f"column {name} has {seen[name]:,} values, the manifest allows {most:,}")
+
+
+def check_pages(file: BinaryIO, group: RowGroup) -> None:
+    """Raises ValueError where pages claim more values, or more bytes uncompressed, than the footer says of their column."""
+    for chunk in group.chunks:
+        try:
+            num_values, num_bytes = _claims_of_pages(file, chunk)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"column {chunk.name}: a page that is none ({one_line(error)})") from error
+        if num_values > chunk.num_values or num_bytes > chunk.num_bytes:
+            raise ValueError(
+                f"column {chunk.name}: pages of {num_values:,} values in {num_bytes:,} bytes uncompressed, the footer says "
+                f"{chunk.num_values:,} in {chunk.num_bytes:,}"
+            )
+
+
+def _claims_of_pages(file: BinaryIO, chunk: Chunk) -> tuple[int, int]:
+    """Values and uncompressed bytes, a dictionary's included, by the headers of a column's pages."""
+    at, end = chunk.begin, chunk.begin + chunk.compressed_bytes
+    num_values = num_bytes = 0
+    while at < end:
+        file.seek(at)
+        header, size = parse_struct(file.read(min(PAGE_HEADER_BYTES, end - at)))
+        values = _count(header[_PAGE_KINDS[header[1]]][1])
+        num_bytes += _count(header[2])
+        if header[1] == _DICTIONARY:
+            if values > header[2]:
+                raise ValueError(f"a dictionary of {values:,} values in {header[2]:,} bytes")
+        else:
+            num_values += values
+        at += size + _count(header[3])
+    return num_values, num_bytes
 
 
 def _most_values(info: ShardInfo, layout: Layout) -> dict[str, int]:

@@ -14,11 +14,12 @@ from threading import Lock
 from typing import BinaryIO, NoReturn, cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codec import DecodedRows
-from logitcache.format.footer import Footer, check_footer, open_parquet, read_footer
+from logitcache.format.footer import check_footer, check_pages, open_parquet, read_footer, read_metadata
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.local_copies import LocalCopies
 from logitcache.format.retries import RetriedFile
@@ -95,6 +96,7 @@ class ShardReader:
         self._whole = whole
         self._copy: Path | None = None
         self._columns = layout.schema().names
+        self._claims_checked = False
 
     def check_size(self) -> None:
         """Raises UserError when the file is missing or has not the manifest's size."""
@@ -148,7 +150,7 @@ class ShardReader:
         with self._folder.answering():
             try:
                 # A footer that is kept keeps its reader, and so the temporary folder.
-                footer = _footer(self) if self._whole is None else self.read_footer()
+                footer = _footer(self) if self._whole is None else self.metadata()
                 with self._source() as source, open_parquet(source, footer, pre_buffer=not self._path) as file:
                     table: pa.Table = file.read_row_group(index, columns or self._columns, use_threads=False)
             except (UserError, MemoryError):
@@ -175,12 +177,17 @@ class ShardReader:
             return path.open("rb")
         return cast(BinaryIO, RetriedFile(self._folder, self._info.name, self._info.num_bytes))
 
-    def read_footer(self) -> Footer:
-        """Reads what the file claims. Raises ValueError where it is not what the manifest says."""
+    def metadata(self) -> pq.FileMetaData:
+        """Reads the footer. Raises ValueError where the file claims what the manifest does not say, or more memory."""
         with self._source() as source:
+            if self._claims_checked and self._path:
+                return read_metadata(source, self._info.num_bytes)
             footer = read_footer(source, self._info.num_bytes)
-        check_footer(footer, self._info, self._layout)
-        return footer
+            check_footer(footer, self._info, self._layout)
+            for group in footer.row_groups if self._path else ():  # of a store every page would be a request
+                check_pages(source, group)
+        self._claims_checked = True
+        return footer.metadata
 
     @property
     def _path(self) -> Path | None:
@@ -208,5 +215,5 @@ def _verifying(process: int) -> Lock:
 
 
 @lru_cache(RECENT_FOOTERS)
-def _footer(shard: ShardReader) -> Footer:
-    return shard.read_footer()
+def _footer(shard: ShardReader) -> pq.FileMetaData:
+    return shard.metadata()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache.errors import one_line
-from logitcache.format.footer import open_parquet, read_footer
+from logitcache.format.footer import check_pages, open_parquet, read_footer
 from logitcache.format.storage import Folder
 
 TAIL_GROUPS_NAME = "tail_groups.parquet"
@@ -28,8 +28,10 @@ def write_tail_groups(folder: Folder, groups: np.ndarray, name: str = TAIL_GROUP
 def read_tail_groups(file: BinaryIO) -> np.ndarray:
     """Group of each id, int32 [V]. Raises ValueError where the file holds anything else."""
     footer = read_footer(file, file.seek(0, os.SEEK_END))
+    for group in footer.row_groups:
+        check_pages(file, group)
     try:
-        groups = open_parquet(file, footer).read(["group"], use_threads=False)["group"].combine_chunks()
+        groups = open_parquet(file, footer.metadata).read(["group"], use_threads=False)["group"].combine_chunks()
     except (OSError, LookupError, pa.ArrowException) as error:
         raise ValueError(one_line(error)) from error
     if groups.type != pa.int32() or groups.null_count:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
 from logitcache.format.codebook import Codebook
-from logitcache.format.footer import open_parquet, read_footer
+from logitcache.format.footer import check_pages, open_parquet, read_footer
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.prefetch import prefetched
 from logitcache.format.retries import RetriedFile
@@ -133,7 +133,7 @@ def _check_content(
         source = opened.enter_context(path.open("rb"))
         try:
             footer = read_footer(source, path.stat().st_size)
-            file = opened.enter_context(open_parquet(source, footer))
+            file = opened.enter_context(open_parquet(source, footer.metadata))
         except ValueError as error:
             yield Finding("damaged", name, _words(error))
             return
@@ -162,8 +162,15 @@ def _check_content(
         if foreign:
             return
         counts = Counts()
-        for index, rows in enumerate(sizes):
-            yield from _check_row_group(file, index, rows, name, own, counts, seen)
+        for index, group in enumerate(footer.row_groups):
+            try:
+                check_pages(source, group)
+            except ValueError as error:
+                yield Finding("damaged", name, _words(error), row_group=index)
+                counts.num_sequences += group.num_rows
+                counts.complete = False
+                continue
+            yield from _check_row_group(file, index, group.num_rows, name, own, counts, seen)
     if info is not None and counts.complete:
         yield from _check_counts(name, counts, info)
 

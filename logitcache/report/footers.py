@@ -36,7 +36,7 @@ def entry_counts(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) ->
     """How many positions of these shards have each number of entries."""
     counts: Counter[int] = Counter()
     for shard in shards:
-        with _opened(folder, shard, layout) as (source, footer), open_parquet(source, footer) as file:
+        with _opened(folder, shard, layout) as (source, footer), open_parquet(source, footer.metadata) as file:
             for group in range(len(footer.row_groups)):
                 column = file.read_row_group(group, ["num_entries"], use_threads=False)["num_entries"]
                 values, found = np.unique(flat(column)[0], return_counts=True)

@@ -24,7 +24,7 @@ from logitcache import SparseTargets, UserError
 from logitcache.cli import main
 from logitcache.format import codec, footer, shards
 from logitcache.format.codec import DecodedRows
-from logitcache.format.footer import check_footer, read_footer
+from logitcache.format.footer import check_footer, check_pages, read_footer
 from logitcache.format.layout import Layout
 from logitcache.format.levels import PRESETS
 from logitcache.format.manifest import MANIFEST_NAME
@@ -60,12 +60,14 @@ def declare(root: Path, **counts: Any) -> None:
     (root / MANIFEST_NAME).write_text(json.dumps(data))
 
 
-def with_column(root: Path, name: str, values: Any) -> None:
+def with_column(root: Path, name: str, values: Any, **options: Any) -> None:
     """The shard with another column, in one row group."""
     with pq.ParquetFile(root / SHARD) as file:
         table, metadata = file.read(), file.metadata.metadata
     table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)
-    with pq.ParquetWriter(root / SHARD, table.schema, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(
+        root / SHARD, table.schema, compression="zstd", write_page_checksum=True, **options
+    ) as writer:
         writer.add_key_value_metadata({b"logitcache.codebook": metadata[b"logitcache.codebook"]})
         writer.write_table(table, row_group_size=len(table))
 
@@ -122,6 +124,8 @@ def test_a_footer_says_what_arrow_reads_in_it(tmp_path: Path) -> None:
         theirs = pq.read_metadata(path)
         assert len(read.row_groups) == theirs.num_row_groups > 3
         for index, group in enumerate(read.row_groups):
+            with path.open("rb") as file:
+                check_pages(file, group)
             assert group.num_rows == theirs.row_group(index).num_rows
             for chunk, column in zip(
                 group.chunks, map(theirs.row_group(index).column, range(theirs.num_columns)), strict=True
@@ -254,3 +258,20 @@ def test_a_machine_without_memory_is_no_damaged_shard(
     written = capsys.readouterr()
     assert "logitcache: error: out of memory (malloc of size 34359738368 failed)" in written.err
     assert "damaged" not in written.out + written.err
+
+
+@pytest.mark.parametrize("part", ["bytes", "values"])
+def test_a_page_that_claims_more_than_its_footer_is_not_decompressed(root: Path, part: str) -> None:
+    """A footer in which four million values, or their bytes, are called a thousand."""
+    values = [[7] * (4 * MIB), *[[7, 8]] * (len(ROWS) - 1)]
+    with_column(root, "id_gaps", pa.array(values, pa.list_(pa.int32())), use_dictionary=part != "bytes")
+    with (root / SHARD).open("rb") as file:
+        group = read_footer(file, (root / SHARD).stat().st_size).row_groups[0]
+        chunk = next(chunk for chunk in group.chunks if chunk.name == "id_gaps")
+        lies = {
+            "bytes": replace(chunk, num_bytes=1000),
+            "values": replace(chunk, num_values=1000),
+        }
+        with pytest.raises(ValueError, match=r"column id_gaps: pages of [\d,]+ values in [\d,]+ bytes uncompressed"):
+            check_pages(file, replace(group, chunks=(lies[part],)))
+        check_pages(file, group)

@@ -22,6 +22,7 @@ from logitcache.format.manifest import fingerprint_digest
 from logitcache.format.storage import Folder
 from logitcache.maintenance import info
 from logitcache.maintenance.info import describe
+from logitcache.report import footers
 from logitcache.report.footers import READ_SHARDS
 
 
@@ -107,7 +108,7 @@ def test_a_fixed_number_of_entries_is_one_line_and_no_column_is_read(tmp_path: P
     for count, reads in [(8, False), (1, True)]:
         with patch.dict(FINGERPRINT["capture"], {"top_k": 1 if count == 8 else 8}):
             write_cache(tmp_path, rows, layout)
-        with patch.object(info, "flat", side_effect=AssertionError if not reads else info.flat):
+        with patch.object(footers, "flat", side_effect=AssertionError if not reads else footers.flat):
             assert "\nentries  1 at every position\n" in describe(tmp_path)
 
 

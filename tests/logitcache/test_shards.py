@@ -176,7 +176,10 @@ def test_a_shard_with_other_row_groups_than_the_manifest_says_is_refused(tmp_pat
     assert data["shards"][0]["row_group_sizes"] == [6]
     data["shards"][0]["row_group_sizes"] = [2, 4]
     manifest.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet was altered: 6 rows in row group 0"):
+    with pytest.raises(
+        UserError,
+        match=r"train-00000-of-00001\.parquet was altered: it has 1 row groups of 6 rows, not those",
+    ):
         read_everything(tmp_path)
 
 

@@ -513,11 +513,13 @@ def test_a_full_page_of_a_large_vocabulary_is_less_than_5_mb(tmp_path: Path) -> 
 def wide(random: np.random.Generator, positions: int, layout: Layout) -> logitcache.SparseTargets:
     """20 entries of random ids and 32 groups at each position."""
     step = layout.vocab_size // 20
+    shares = random.dirichlet(np.ones(21), positions)
+    tail = shares[:, 20]
     return logitcache.SparseTargets(
         token_ids=(random.integers(0, step, (positions, 20)) + np.arange(20) * step).astype(np.int32),
-        logprobs=np.sort(np.log(random.dirichlet(np.ones(21), positions)[:, :20]), axis=1)[:, ::-1].astype(np.float32),
-        tail_logprob=np.full(positions, -2, np.float32),
-        group_logprobs=np.log(random.dirichlet(np.ones(32), positions) * np.exp(-2)).astype(np.float32),
+        logprobs=np.sort(np.log(shares[:, :20]), axis=1)[:, ::-1].astype(np.float32),
+        tail_logprob=np.log(tail).astype(np.float32),
+        group_logprobs=np.log(random.dirichlet(np.ones(32), positions) * tail[:, None]).astype(np.float32),
     )
 
 
