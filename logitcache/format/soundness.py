@@ -136,12 +136,12 @@ def _tail_defects(targets: SparseTargets, layout: Layout) -> Iterator[tuple[str,
     if targets.tail_entropy is not None:
         yield "a tail entropy that is not ≤ 0", ~(targets.tail_entropy <= 1e-6)
     if targets.sample_logprobs is not None:
-        yield "a sampled log-probability above 0", ~(targets.sample_logprobs <= 1e-6).all(axis=1)
+        yield "a sampled log-probability above 0", np.any(~(targets.sample_logprobs <= 1e-6), axis=1)
 
 
 def _sample_defects(targets: SparseTargets, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
     ids = targets.sample_ids
     if ids is not None:
-        yield "a sampled id outside the vocabulary", ((ids < PAD_ID) | (ids >= layout.vocab_size)).any(axis=1)
+        yield "a sampled id outside the vocabulary", np.any((ids < PAD_ID) | (ids >= layout.vocab_size), axis=1)
         entries = [((column[:, None] == targets.token_ids) & (column >= 0)[:, None]).any(axis=1) for column in ids.T]
         yield "a sampled id that is an entry", np.any(entries, axis=0)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import zstandard
 
@@ -100,7 +100,7 @@ def opened_bundle(url: str) -> Iterator[Iterator[Member]]:
     with _understood(url, folder):
         raw = folder.open(name)
     counted = _Counted(raw)
-    with raw, zstandard.ZstdDecompressor().stream_reader(counted, read_size=CHUNK_BYTES) as stream:
+    with raw, zstandard.ZstdDecompressor().stream_reader(cast(BinaryIO, counted), read_size=CHUNK_BYTES) as stream:
         unpacked = 0
 
         def read(num_bytes: int) -> bytes:

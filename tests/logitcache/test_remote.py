@@ -456,12 +456,12 @@ def test_commands_make_the_same_of_a_url_as_of_the_folder(local: LogitCache, url
 
 
 def forge(local: LogitCache, url: str, index: int) -> None:
-    """Other numbers in a shard of the same size whose pages have the checksums of these numbers."""
+    """Other numbers, such as a teacher may give, in a shard of the same size whose pages have the checksums of these numbers."""
     name = local.manifest.shards[index].name
     original = (Path(local.path) / name).read_bytes()
     with pq.ParquetFile(Path(local.path) / name) as file:
         table, metadata = file.read(), file.metadata.metadata
-    for column in ("tail_logprob", "sample_logprobs"):
+    for column in ("tail_entropy", "sample_logprobs"):
         lists = table[column].combine_chunks()
         values = pa.ListArray.from_arrays(lists.offsets, pa.array(np.full(len(lists.values), -0.5, np.float32)))
         table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), values)
@@ -481,7 +481,9 @@ def test_a_forged_shard_is_refused_against_an_identity_and_by_ranges_it_is_not(
 ) -> None:
     monkeypatch.setenv("LOGITCACHE_LOCAL_GB", room)
     forge(local, url, 2)
-    assert LogitCache(url)[14].targets.tail_logprob[0] == -0.5
+    entropy = LogitCache(url)[14].targets.tail_entropy
+    assert entropy is not None
+    assert entropy[0] == -0.5
     trusted = logitcache.open(url, against=local.identity)
     message = rf"^{url}/data/train-00002-of-00004\.parquet was altered: its SHA-256 is not the manifest's"
     for read in (lambda: trusted[14], lambda: list(trusted.iter_columns(["row_id"], 14, 15)), lambda: list(trusted)):
