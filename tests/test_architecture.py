@@ -53,6 +53,7 @@ TRAINER_FLOORS = [
         "trainer.progress",
         "trainer.interrupt",
         "trainer.early_stopping",
+        "trainer.output_folder",
     ),
     ("trainer.distill",),
     ("trainer.evaluation",),
@@ -71,7 +72,7 @@ TRAINER_FLOORS = [
     ("trainer.data",),
     ("trainer.config",),
     ("trainer.settings",),
-    ("trainer.losses", "trainer.files", "trainer.marked_yaml"),
+    ("trainer.losses", "trainer.files", "trainer.marked_yaml", "trainer.memory", "trainer.records", "trainer.terminal"),
 ]
 
 

@@ -91,10 +91,6 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
         return self.__dict__ | public_places(self.__dict__)
 
     def _check(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name, None)
-            if isinstance(value, float) and not math.isfinite(value) and field.name not in UNBOUNDED:
-                raise UserError(f"--{field.name} {value:g}: a finite number is expected")
         self.check_batching(self.train_sampling_strategy)
         self.check_distillation()
         self.check_adapters()
@@ -108,3 +104,7 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
                 f"--label_smoothing_factor {self.label_smoothing_factor:g} has no place in this loss: the teacher is "
                 "what smooths the labels. Leave it at 0 and raise --kd_weight"
             )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name, None)
+            if isinstance(value, float) and not math.isfinite(value) and field.name not in UNBOUNDED:
+                raise UserError(f"--{field.name} {value:g}: a finite number is expected")

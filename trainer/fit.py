@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import logitcache
+from logitcache import UserError
+from logitcache.errors import one_line
 from logitcache.format.atomic import write_json
 from trainer.adapters import add_adapters, describe_adapters, weights_dtype
 from trainer.distill import DistillTrainer
 from trainer.early_stopping import EarlyStopping
 from trainer.evaluation.evaluate import write_evaluation
-from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.files import EVALUATION_NAME, MODEL_FILES, RUN_NAME, STATE_NAME
 from trainer.interrupt import StopOnInterrupt
+from trainer.memory import is_out_of_memory
+from trainer.output_folder import whole_or_removed
 from trainer.prepare import Run
 from trainer.progress import use_short_lines
 from trainer.ranks import check_ranks, end_ranks
-from trainer.resume import RunMark, data_record, run_id, step_of
+from trainer.resume import RunMark, check_scheduler, checkpoint_read, checkpoint_state, data_record, run_id, step_of
 from trainer.student import load_student, num_parameters
+
+CONTINUE = "make room, then `--resume_from_checkpoint true` continues from the last checkpoint, if there is one"
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,70 @@ class Outcome:
     trained: bool = True
 
 
+@contextmanager
+def settings_taken() -> Iterator[None]:
+    """Around what transformers and PEFT make of settings. Raises UserError for values that they refuse only then."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"the settings cannot be used: {one_line(error)}") from error
+
+
 class _Trainer(DistillTrainer):
-    """Makes no step where a checkpoint was the last of its run; transformers looks after a step only."""
+    """Continues from files that may hold anything, and leaves no checkpoint that a full disk cut off.
+
+    It makes no step where a checkpoint was the last of its run; transformers looks after a step only.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with checkpoint_read(resume_from_checkpoint, "its weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        numbers = max_steps, num_update_steps_per_epoch, num_train_epochs
+        with checkpoint_read(resume_from_checkpoint, f"its {STATE_NAME}"):
+            return super()._init_training_state(*numbers, resume_from_checkpoint, trial)
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        with settings_taken():
+            return super()._prepare_for_training(*args)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoint_read(checkpoint, "its optimizer or scheduler"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            check_scheduler(self.lr_scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with checkpoint_read(checkpoint, "its gradient scaler"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoint_read(checkpoint, "its random numbers"):
+            super()._load_rng_state(checkpoint)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        output, name = Path(str(self.args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (output / name / STATE_NAME).unlink(missing_ok=True)  # written last: what is overwritten is whole no more
+        with whole_or_removed(output, [name], CONTINUE, lambda: checkpoint_state(output / name) is not None):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            raise UserError(f"--push_to_hub: {one_line(error)}; the model is in {self.args.output_dir}") from error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -65,20 +136,22 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
         config.student, run.student_config, from_scratch=config.from_scratch, dtype=weights_dtype(config)
     )
     if config.lora_r:
-        model = add_adapters(model, config)
+        with settings_taken():
+            model = add_adapters(model, config)
     interrupt = StopOnInterrupt()
     identity = run_id(run.checkpoint)
     callbacks: list[TrainerCallback] = [RunMark(identity), interrupt]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
-    trainer = _Trainer(
-        model,
-        run.data,
-        config,
-        eval_cache=run.eval_cache,
-        processing_class=run.tokenizer,
-        callbacks=callbacks,
-    )
+    with settings_taken():
+        trainer = _Trainer(
+            model,
+            run.data,
+            config,
+            eval_cache=run.eval_cache,
+            processing_class=run.tokenizer,
+            callbacks=callbacks,
+        )
     use_short_lines(trainer)
     computed = {"computed": trainer.objective.description}
     if hasattr(model, "peft_config"):
@@ -100,7 +173,8 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
     if config.should_save and not hasattr(model, "peft_config"):
         for stale in output.glob("adapter_*"):  # of a former run: the folder would pass for that adapter
             stale.unlink()
-    trainer.save_model()
+    with whole_or_removed(output, MODEL_FILES, CONTINUE):
+        trainer.save_model()
     metrics = None
     if run.eval_cache is not None:
         prefixed = {name: value for name, value in trainer.evaluate().items() if name.startswith("eval_")}

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from logitcache import UserError
+from logitcache.errors import one_line
+from logitcache.format.shape import check_shape
 from trainer.config import DistillConfig
 from trainer.data.training_data import TrainingData
 from trainer.files import RUN_NAME, STATE_NAME
+from trainer.memory import is_out_of_memory
+from trainer.records import read_record
 
 SETTINGS = (
     "loss",
@@ -42,6 +48,27 @@ SETTINGS = (
 )
 PLANNED = ("packing", "tokens_per_batch")  # and grouping by length: how many batches an epoch has depends on all epochs
 LENGTH = ("num_train_epochs", "max_steps")
+NUMBER = int | float | None
+STATE_SHAPE = {
+    "global_step": int,
+    "log_history": [{...: object}],
+    "stateful_callbacks": ({...: dict | list},),
+    "best_metric": (NUMBER,),
+    "best_global_step": (int | None,),
+    "best_model_checkpoint": (str | None,),
+    "train_batch_size": (int | None,),
+    "epoch": (NUMBER,),
+    "num_input_tokens_seen": (int,),
+    "total_flos": (NUMBER,),
+}
+SCHEDULE_SHAPE = {"last_epoch": int, "rates": [float]}
+RECORD_SHAPE = {
+    "settings": dict,
+    "tail": str,
+    "run_id": (str,),
+    "world_size": (int,),
+    "cache": {"path": str, "num_positions": int, "caches": ([{"path": str, "fingerprint": dict}],)},
+}
 JUDGED = ("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model", "eval_strategy", "eval_steps")
 
 
@@ -69,8 +96,8 @@ def run_id(checkpoint: str | None) -> str:
 def checkpoint_state(checkpoint: str | Path) -> dict[str, Any] | None:
     """transformers' state of the run; None without a whole one, which is written last, as after a kill."""
     try:
-        return json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return read_record(Path(checkpoint) / STATE_NAME)
+    except UserError:
         return None
 
 
@@ -101,10 +128,32 @@ def find_checkpoint(config: DistillConfig) -> str | None:
                 f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint to continue from (those of "
                 f"former runs do not count, only of the one in its {RUN_NAME}). Leave it out to begin"
             )
-        return last
-    if checkpoint_state(wanted) is None:
+        wanted = last
+    if (state := checkpoint_state(wanted)) is None:
         raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint of a run (it has no whole {STATE_NAME})")
+    with checkpoint_read(wanted, f"its {STATE_NAME}"):
+        check_shape(state, STATE_SHAPE, STATE_NAME)
+        TrainerState(**state)
     return wanted
+
+
+@contextmanager
+def checkpoint_read(checkpoint: str | None, what: str) -> Iterator[None]:
+    """Around what reads a file of a checkpoint. Raises UserError that names `what` for whatever such a file leads to."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {what} cannot be read ({type(error).__name__}: {one_line(error)}). Continue "
+            "from another checkpoint, or leave it out to begin anew"
+        ) from error
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises TypeError where a learning rate's schedule was loaded from something else."""
+    check_shape({"last_epoch": scheduler.last_epoch, "rates": scheduler.get_last_lr()}, SCHEDULE_SHAPE, "scheduler.pt")
 
 
 def data_record(data: TrainingData) -> dict[str, Any]:
@@ -185,16 +234,20 @@ def _of_former_run(checkpoint: str) -> bool:
 
 
 def _mark(checkpoint: str) -> str | None:
-    state = checkpoint_state(checkpoint) or {}
-    return state.get("stateful_callbacks", {}).get(RunMark.__name__, {}).get("args", {}).get("run_id")
+    found: Any = checkpoint_state(checkpoint)
+    for name in ("stateful_callbacks", RunMark.__name__, "args", "run_id"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _former(checkpoint: str) -> dict[str, Any]:
     """The run.json beside a checkpoint, empty where there is none."""
     path = Path(checkpoint).parent / RUN_NAME
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    record = read_record(path)
+    if record is None:
         return {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    try:
+        check_shape(record, RECORD_SHAPE, RUN_NAME)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} was not written by `trainer` ({one_line(error)})") from error
+    return record

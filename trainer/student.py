@@ -24,6 +24,16 @@ from trainer.data.collator import Batch
 
 logger = logging.getLogger(__name__)
 
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""For every `from_pretrained`: code that lies beside a model never runs, and nobody is asked whether it may."""
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What an error of `from_pretrained` says, without advice that does not help here."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is never run here: take one of a kind that transformers knows"
+    return one_line(error) or type(error).__name__
+
 
 def student_config(name: str) -> PretrainedConfig:
     """Configuration of a model folder or name, of an adapter that of the model it is of.
@@ -32,11 +42,11 @@ def student_config(name: str) -> PretrainedConfig:
     """
     base = base_model(name)
     try:
-        config = AutoConfig.from_pretrained(base or name)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(base or name, **NO_CODE)
+    except Exception as error:  # of whatever kind the file leads to
         hint = "" if Path(base or name).exists() else " (no such folder here)"
         of = f" is an adapter of {base}, and" if base else ":"
-        raise UserError(f"{name}{of} no model can be loaded from this{hint}: {one_line(error)}") from error
+        raise UserError(f"{name}{of} no model can be loaded from this{hint}: {why_not_loaded(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{name}: a {config.model_type} is no causal language model that transformers knows")
     return config
@@ -100,9 +110,9 @@ def load_student(
     base = base_model(name)
     try:
         if from_scratch:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(base or name, config=config, dtype=dtype)
-    except (ImportError, OSError, ValueError) as error:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+        model = AutoModelForCausalLM.from_pretrained(base or name, config=config, dtype=dtype, **NO_CODE)
+    except Exception as error:  # of whatever kind the files lead to
         attention = getattr(config, "_attn_implementation", None)
         if attention and ("attn_implementation" in str(error) or "flash" in str(error).lower()):
             raise UserError(

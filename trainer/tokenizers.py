@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from logitcache import LogitCache, UserError
-from logitcache.errors import one_line
 from logitcache.format.tokenizer import tokenizer_fingerprint
+from trainer.student import NO_CODE, why_not_loaded
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 NAMED_DIFFERENCES = 3
@@ -26,23 +25,39 @@ def student_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """Tokenizer of a model folder or name, or None where it has none."""
     if not any(_has_file(name, file) for file in TOKENIZER_FILES):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: its tokenizer does not load: {one_line(error)}") from error
+    return _loaded(name, f"{name}: its tokenizer")
 
 
 def cache_tokenizer(cache: LogitCache) -> PreTrainedTokenizerBase | None:
-    """The teacher's tokenizer as it lies in the cache, or None where the cache has none."""
-    filesystem, root = fsspec.url_to_fs(cache.tokenizer_path)
-    if not filesystem.exists(root):
+    """Loads the teacher's tokenizer from the files that the cache's manifest vouches for.
+
+    Returns:
+        The tokenizer, or None where the cache has none.
+
+    Raises:
+        UserError: For files that are not what the manifest says, and for a tokenizer that cannot be loaded or saved again.
+    """
+    files = cache.tokenizer_files()
+    if files is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        filesystem.get(f"{root}/", folder, recursive=True)
-        try:
-            return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{root}: the tokenizer does not load: {one_line(error)}") from error
+        for name, content in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return _loaded(folder, f"{cache.tokenizer_path}: the tokenizer", saved_to=f"{folder}/saved")
+
+
+def _loaded(folder: str, what: str, saved_to: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer without code of its own, which it does not hand on either. saved_to: proves that it can be saved."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        tokenizer.init_kwargs.pop("auto_map", None)
+        if saved_to is not None:
+            tokenizer.save_pretrained(saved_to)
+    except Exception as error:  # of whatever kind the files lead to, those in Rust raise Exception itself
+        raise UserError(f"{what} does not load: {why_not_loaded(error)}") from error
+    return tokenizer
 
 
 def check_tokenizer(student: PreTrainedTokenizerBase, cache: LogitCache, name: str) -> list[str]:
@@ -78,13 +93,16 @@ def check_tokenizer(student: PreTrainedTokenizerBase, cache: LogitCache, name: s
 def _check_vocabulary(
     student: PreTrainedTokenizerBase, expected: Mapping[str, Any], name: str, cache: LogitCache
 ) -> None:
-    """Names the ids that differ. The cache's own files count only where they are what the manifest records."""
-    teacher = cache_tokenizer(cache)
+    """Names the ids that differ, where the cache holds the tokenizer whose fingerprint it records."""
+    why_not = ""
+    try:
+        teacher = cache_tokenizer(cache)
+    except UserError as error:
+        teacher, why_not = None, f"; which ids differ is unknown, as {error}"
     if teacher is None or tokenizer_fingerprint(teacher)["vocabulary_sha256"] != expected["vocabulary_sha256"]:
-        altered = f" ({cache.tokenizer_path} was altered and does not show which ids differ)" if teacher else ""
         raise UserError(
             f"{name}: its tokenizer has another vocabulary ({len(student.get_vocab())} tokens) than that of the cache "
-            f"{cache.path} ({expected['vocab_size']} tokens){altered}: {REMEDY}"
+            f"{cache.path} ({expected['vocab_size']} tokens){why_not}: {REMEDY}"
         )
     tokens = {number: token for token, number in student.get_vocab().items()}
     pairs = ((number, token, tokens.get(number)) for token, number in teacher.get_vocab().items())

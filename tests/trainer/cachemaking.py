@@ -17,7 +17,7 @@ from logitcache.format.shards import ShardWriter, shard_name
 from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
 from logitcache.format.targets import SparseTargets
-from logitcache.format.tokenizer import tokenizer_fingerprint
+from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
 
 VOCAB = 64
 
@@ -118,7 +118,9 @@ def write_cache(
         write_tail_groups(Folder(path), groups)
         files[TAIL_GROUPS_NAME] = file_sha256(path / TAIL_GROUPS_NAME)
     teacher_tokenizer = teacher_tokenizer or tokenizer()
-    teacher_tokenizer.save_pretrained(path / TOKENIZER_DIRECTORY)
+    save_tokenizer(Folder(path), teacher_tokenizer)
+    saved = sorted((path / TOKENIZER_DIRECTORY).iterdir())
+    files |= {f"{TOKENIZER_DIRECTORY}/{file.name}": file_sha256(file) for file in saved}
     fingerprint = {"teacher": {"name": "random"}, "tokenizer": tokenizer_fingerprint(teacher_tokenizer)}
     Manifest(layout, fingerprint, (writer.info,), {}, "tests", files).write(Folder(path))
     return logitcache.open(path)

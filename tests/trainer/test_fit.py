@@ -515,7 +515,9 @@ def test_what_a_yaml_list_means_depends_on_the_setting(tmp_path: Path) -> None:
     assert config.losses == ("fkl", "rkl")
     assert config.save_strategy == "no"
     path.write_text("cache: [{a: 0.7}]\n")
-    with pytest.raises(UserError, match=r"run\.yaml: cache: a list of plain values .* PATH:WEIGHT is written without"):
+    with pytest.raises(
+        UserError, match=r"run\.yaml, line 1: cache: a list of plain values .* PATH:WEIGHT is written without"
+    ):
         parse(["--config", str(path)])
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from logitcache import LogitCache
 from trainer.cli import main
+from trainer.output_folder import folder_held
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2")
@@ -137,3 +138,23 @@ def relative_difference(
         return float(sum((left[name] - right[name]).double().square().sum() for name in left).sqrt())
 
     return distance(found, expected) / distance(expected, start)
+
+
+def test_every_rank_is_refused_where_another_command_holds_the_folder(
+    cache: LogitCache, heldout: LogitCache, student_folder: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", *TORCHRUN, "-m", "trainer", "fit"]
+    with folder_held(tmp_path, "--output_dir"):
+        done = subprocess.run(
+            [*command, *settings(cache, heldout, student_folder, tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("trainer: error: ")]
+    assert told
+    assert set(told) == {f"trainer: error: --output_dir {tmp_path}: another command is writing there"}
+    assert "trainer/cli.py" not in done.stderr  # of a traceback

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 import logitcache
 from logitcache import LogitCache, UserError
+from logitcache.format.atomic import file_sha256
 from logitcache.format.storage import Folder
 from logitcache.format.tokenizer import tokenizer_fingerprint
+from trainer.cli import main
 from trainer.tokenizers import cache_tokenizer, check_tokenizer, student_tokenizer
 
+CLASSES = "class Slow: pass\nclass Fast: pass\n"
 WORDS = ["<eos>", *(f"word{i}" for i in range(1, VOCAB))]
 
 
@@ -76,8 +81,8 @@ def test_special_tokens_and_chat_template_only_warn(heldout: LogitCache) -> None
 
 
 def test_a_cache_without_its_tokenizer_is_compared_by_hash(tmp_path: Path) -> None:
-    cache = write_cache(tmp_path, random_sequences(2, seed=0))
-    shutil.rmtree(tmp_path / "tokenizer")
+    replace(write_cache(tmp_path, random_sequences(2, seed=0)).manifest, files={}).write(Folder(tmp_path))
+    cache = logitcache.open(tmp_path)
     assert cache_tokenizer(cache) is None
     assert check_tokenizer(tokenizer(), cache, "student") == []
     with pytest.raises(UserError, match=r"another vocabulary \(60 tokens\)"):
@@ -88,7 +93,7 @@ def test_an_altered_tokenizer_folder_does_not_pass_for_the_teachers(tmp_path: Pa
     cache = write_cache(tmp_path, random_sequences(2, seed=0))
     other = tokenizer(["<eos>", *(f"other{i}" for i in range(1, VOCAB))])
     other.save_pretrained(cache.tokenizer_path)
-    with pytest.raises(UserError, match=r"another vocabulary .*tokenizer was altered"):
+    with pytest.raises(UserError, match=r"another vocabulary .*tokenizer\.json was altered"):
         check_tokenizer(other, cache, "student")
     assert check_tokenizer(tokenizer(), cache, "student") == []
 
@@ -98,6 +103,101 @@ def test_a_cache_that_does_not_name_its_tokenizer_gives_a_warning(tmp_path: Path
     replace(cache.manifest, fingerprint={"teacher": {"name": "random"}}).write(Folder(tmp_path))
     [warning] = check_tokenizer(tokenizer(WORDS[:60]), logitcache.open(tmp_path), "student")
     assert "could not be checked" in warning
+
+
+def with_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> LogitCache:
+    """A cache whose manifest vouches for a tokenizer_config.json that somebody changed, and for code beside it."""
+    cache = write_cache(folder, random_sequences(8, seed=0))
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+    code = folder / "tokenizer" / "code.py"
+    code.write_text(f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\n{CLASSES}")
+    files = {f"tokenizer/{file.name}": file_sha256(file) for file in (path, code)}
+    replace(cache.manifest, files={**cache.manifest.files, **files}).write(Folder(folder))
+    return logitcache.open(folder)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of a known class", "of no known class"])
+def test_code_beside_the_tokenizer_of_a_cache_never_runs_and_nobody_is_asked(
+    tmp_path: Path,
+    student_folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    known: bool,
+) -> None:
+    def change(settings: dict[str, Any]) -> None:
+        settings["auto_map"] = {"AutoTokenizer": ["code.Slow", "code.Fast"]}
+        settings["tokenizer_class"] = settings["tokenizer_class"] if known else "Fast"
+
+    cache = with_tokenizer(tmp_path / "cache", change)
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
+    monkeypatch.setattr("sys.stdin", StringIO("y\n"))
+    out = tmp_path / "out"
+    options = ["--cache", cache.path, "--student", student_folder, "--output_dir", str(out), "--max_steps", "1"]
+    assert main(["fit", *options, "--use_cpu"]) == (0 if known else 2)
+    assert not (tmp_path / "cache" / "ran").exists()
+    if known:
+        assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
+    else:
+        assert (
+            "the tokenizer does not load: it needs code of its own, which is never run here" in capsys.readouterr().err
+        )
+
+
+def test_code_beside_a_student_never_runs_and_nobody_is_asked(
+    tmp_path: Path, cache: LogitCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
+    (tmp_path / "code.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n{CLASSES}")
+    settings = {"model_type": "own", "auto_map": {"AutoConfig": "code.Slow", "AutoModelForCausalLM": "code.Fast"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for command in (
+        ["fit", "--student", str(tmp_path), "--output_dir", str(tmp_path / "out")],
+        ["eval", str(tmp_path)],
+    ):
+        assert main([*command, "--cache", cache.path]) == 2
+        assert "it needs code of its own, which is never run here" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_from_pretrained_of_the_trainer_says_that_no_code_runs() -> None:
+    for path in sorted((Path(__file__).parents[2] / "trainer").rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            function = ast.unparse(call.func)
+            if function.startswith("Auto") and function.endswith((".from_pretrained", ".from_config")):
+                assert "NO_CODE" in {ast.unparse(option.value) for option in call.keywords}, f"{path}: {function}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_max_length": "x", "padding_side": -1},
+        {"added_tokens_decoder": 7},
+        {"tokenizer_class": 7},
+        {"eos_token": {"a": {}}},
+        {"name": "\ud800"},  # loads, and could not be saved at the end of a run
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_tokenizer_of_another_kind_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    cache = with_tokenizer(tmp_path, lambda settings: settings.update(change))
+    with pytest.raises(UserError, match="tokenizer: the tokenizer does not load: "):
+        cache_tokenizer(cache)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "x", '{"model": {"type": "BPE"}}', '{"added_tokens": 7}'])
+def test_a_tokenizer_json_of_another_kind_is_one_line(tmp_path: Path, content: str) -> None:
+    cache = write_cache(tmp_path, random_sequences(2, seed=0))
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json was altered"):
+        cache_tokenizer(cache)
+    files = {**cache.manifest.files, "tokenizer/tokenizer.json": file_sha256(path)}
+    replace(cache.manifest, files=files).write(Folder(tmp_path))
+    with pytest.raises(UserError, match="the tokenizer does not load: "):
+        cache_tokenizer(logitcache.open(tmp_path))
 
 
 def test_a_folder_without_tokenizer_files_has_no_tokenizer(student_folder: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from logitcache import UserError
 from logitcache.errors import Parser
 from trainer.commands.shared import INTERRUPTED, check_writable, positive
 from trainer.comparison.metrics import CURVES
+from trainer.terminal import say
 
 if TYPE_CHECKING:
     from trainer.comparison.execute import Failure
@@ -103,14 +103,11 @@ def _recipe(args: Namespace, argv: Sequence[str]) -> int:
     check_outputs(args, out)
     jobs = 1 if recipe.launch else min(args.jobs or default_jobs(), len(recipe.runs))
     done = sum(state.done for state in states.values())
-    print(
-        f"{recipe.path}: {done} of {len(recipe.runs)} runs in {recipe.output_dir} are finished; {jobs} at a time",
-        flush=True,
-    )
+    say(f"{recipe.path}: {done} of {len(recipe.runs)} runs in {recipe.output_dir} are finished; {jobs} at a time")
     try:
         failures = execute(recipe, jobs=jobs)
     except KeyboardInterrupt:
-        print(f"trainer: stopped. The same command continues:\n  {shlex.join(['trainer', 'compare', *argv])}")
+        say(f"trainer: stopped. The same command continues:\n  {shlex.join(['trainer', 'compare', *argv])}")
         return INTERRUPTED
     failed = {failure.folder for failure in failures}
     planned = [run for run in recipe.runs if run.folder not in failed]
@@ -118,10 +115,10 @@ def _recipe(args: Namespace, argv: Sequence[str]) -> int:
         finished = list(zip(planned, read_runs([run.folder for run in planned]), strict=True))
         names = dict.fromkeys(run.row for run in planned)
         rows = [Row(name, [one for run, one in finished if run.row == name]) for name in names]
-        print()
+        say("")
         show(rows, args, out, title=recipe.path.stem)
     for failure in failures:
-        print(_report(failure), file=sys.stderr)
+        say(_report(failure), error=True)
     return FAILED if failures else 0
 
 
@@ -146,12 +143,12 @@ def show(rows: Sequence[Row], args: Namespace, out: Path, *, title: str) -> None
     from trainer.comparison.picture import draw
     from trainer.comparison.table import table
 
-    print(table(rows))
+    say(table(rows))
     for note in dict.fromkeys(note for row in rows for run in row.runs for note in run.notes):
-        print(f"note: {note}")
+        say(f"note: {note}")
     draw(rows, args.curves, out)
     write_page(rows, page_of(args, out), title)
-    print(f"\ncurves: {out}\npage: {page_of(args, out)}")
+    say(f"\ncurves: {out}\npage: {page_of(args, out)}")
 
 
 def _report(failure: Failure) -> str:

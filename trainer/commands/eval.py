@@ -13,6 +13,7 @@ from logitcache import UserError
 from logitcache.errors import Parser
 from trainer.commands.shared import check_writable, metrics_table, positive, quieten
 from trainer.files import ANSWERS_NAME, EVALUATION_NAME
+from trainer.terminal import say
 
 if TYPE_CHECKING:
     from trainer.evaluation.generation_settings import GenerationSettings
@@ -52,11 +53,13 @@ def run(argv: Sequence[str]) -> int:
         _evaluate(args)
     if answers is not None:
         from trainer.evaluation.protocol import generate_scores, scores_table
+        from trainer.output_folder import folder_held
 
         folder, settings = answers
-        scores = generate_scores(args.model, folder, settings)
-        print(scores_table(scores), flush=True)
-        print(f"written to {folder}: {', '.join(f'{stem}.json' for stem in scores)} and the answers")
+        with folder_held(folder, "--answers"):
+            scores = generate_scores(args.model, folder, settings, say)
+        say(scores_table(scores))
+        say(f"written to {folder}: {', '.join(f'{stem}.json' for stem in scores)} and the answers")
     return 0
 
 
@@ -129,9 +132,9 @@ def _evaluate(args: Namespace) -> None:
     if args.out is None:
         check_overwrites_same_cache(out, cache)
     metrics = evaluate_folder(args.model, cache, batch_size=args.batch_size or 8)
-    print(metrics_table(metrics), flush=True)
+    say(metrics_table(metrics))
     write_evaluation(out, args.model, cache, metrics)
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def _evaluation_path(args: Namespace) -> Path:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from logitcache.urls import without_secrets
 from trainer.commands.shared import INTERRUPTED, metrics_table, quieten
+from trainer.terminal import say
+
+if TYPE_CHECKING:
+    from trainer.config import DistillConfig
 
 
 def run(argv: Sequence[str]) -> int:
@@ -16,6 +20,13 @@ def run(argv: Sequence[str]) -> int:
 
     config = parse(argv)
     quieten()
+    from trainer.output_folder import output_held
+
+    with output_held(config):
+        return _fit(config, argv)
+
+
+def _fit(config: DistillConfig, argv: Sequence[str]) -> int:
     from trainer.fit import fit
     from trainer.prepare import prepare
 
@@ -24,12 +35,12 @@ def run(argv: Sequence[str]) -> int:
 
     def tell(choices: Mapping[str, str]) -> None:
         if config.process_index == 0:
-            print(_lines(choices, width), flush=True)
+            say(_lines(choices, width))
 
     tell(prepared.choices)
     if config.process_index == 0:
         for warning in prepared.warnings:
-            print(f"trainer: warning: {warning}", file=sys.stderr)
+            say(f"trainer: warning: {warning}", error=True)
     outcome = fit(prepared, tell)
     status = INTERRUPTED if outcome.stopped_at else 0
     if config.process_index != 0:
@@ -38,15 +49,13 @@ def run(argv: Sequence[str]) -> int:
         arguments = map(without_secrets, _begun_anew(argv))
         again = shlex.join(["trainer", "fit", *arguments, "--resume_from_checkpoint", outcome.stopped_at])
         ranks = f", on {config.world_size} ranks as before" if config.world_size > 1 else ""
-        print(f"trainer: stopped after step {outcome.steps}. This continues{ranks}:\n  {again}", flush=True)
+        say(f"trainer: stopped after step {outcome.steps}. This continues{ranks}:\n  {again}")
         return status
-    if not outcome.trained:
-        print(f"\nnothing was left to train: {prepared.checkpoint} is where the run had ended", end="")
-    if outcome.early:
-        print(f"\n{outcome.early}", end="")
-    print(f"\n{outcome.steps} steps done; model, tokenizer and run.json are in {config.output_dir}")
+    already = f"nothing was left to train: {prepared.checkpoint} is where the run had ended"
+    done = f"{outcome.steps} steps done; model, tokenizer and run.json are in {config.output_dir}"
+    say("\n" + "\n".join(filter(None, [already * (not outcome.trained), outcome.early, done])))
     if outcome.metrics:
-        print(metrics_table(outcome.metrics))
+        say(metrics_table(outcome.metrics))
     return 0
 
 

@@ -26,6 +26,7 @@ from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.comparison.status_line import StatusLine
 from trainer.evaluation.protocol import scores_are_current
 from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.output_folder import folder_held
 from trainer.ranks import RANKS_VARIABLE
 
 LOG_NAME = "log.txt"
@@ -172,7 +173,8 @@ class _Pool:
                     f"{run.folder}: `trainer fit` ended well and left no finished run; see {active.log_path}"
                 )
             if state.checkpoint is None:
-                _clear(run.folder)
+                with folder_held(run.folder, "output_dir"):
+                    _clear(run.folder)
                 active.log.truncate(0)
             active.doing = ""
             return fit_command(run, state.checkpoint, self._launch)
@@ -181,7 +183,9 @@ class _Pool:
             return None
         if active.doing == "generating":
             raise UserError(f"{run.folder}: `trainer eval --generate` left no scores; see {active.log_path}")
-        if other := remove_other_answers(run.folder, wanted):
+        with folder_held(run.folder / ANSWERS_NAME, "answers"):
+            other = remove_other_answers(run.folder, wanted)
+        if other:
             self._status.say(
                 f"{run.folder}: its answers were made with another {', '.join(other)}: they are made again"
             )

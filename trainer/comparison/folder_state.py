@@ -11,14 +11,12 @@ from typing import Any
 
 import logitcache
 from trainer.comparison.recipe import PlannedRun
-from trainer.comparison.records import NotARecord, read_record
 from trainer.comparison.settings import filled_in, matters
 from trainer.data.training_data import open_training_data
 from trainer.evaluation.evaluate import cache_sha256
-from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.files import ANSWERS_NAME, EVALUATION_NAME, MODEL_FILES, RUN_NAME, STATE_NAME
+from trainer.records import NotARecord, read_record
 from trainer.resume import data_record, last_checkpoint
-
-MODEL_FILES = ("model*.safetensors*", "pytorch_model*", "adapter_config.json", "adapter_model.*")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Mapping
 
+from logitcache.errors import printable
 from trainer.comparison.finished import read_run
 from trainer.comparison.metrics import metric
 from trainer.comparison.recipe import PlannedRun
+from trainer.terminal import say
 
 INTERVAL_S = 60.0
 SHOWN = ("ce", "fkl", "rkl", "agreement")
@@ -40,7 +42,7 @@ class StatusLine:
         )
         if self._terminal and line != self._shown:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{line[:width]}", end="", flush=True)
+            print(f"\r\x1b[K{printable(line)[:width]}", end="", flush=True)
             self._shown = line
         elif not self._terminal and time.monotonic() - self._last_line >= INTERVAL_S:
             self.say(line)
@@ -48,7 +50,7 @@ class StatusLine:
     def say(self, line: str) -> None:
         """Prints a line above the line of what is running."""
         self.close()
-        print(line, flush=True)
+        say(line)
         self._last_line = time.monotonic()
 
     def close(self) -> None:

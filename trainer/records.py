@@ -22,13 +22,15 @@ def read_record(path: Path, **kinds: type | UnionType) -> dict[str, Any] | None:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise NotARecord(f"{path} is not JSON ({one_line(error)})") from error
+    if not isinstance(record, dict):
+        raise NotARecord(f"{path} was not written by `trainer`: it holds no names and values")
     for name, kind in kinds.items():
-        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+        if not isinstance(record.get(name), kind):
             raise NotARecord(f"{path} was not written by `trainer`: it has no {name}")
-    return dict(record)
+    return record
