@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from logitcache import LogitCache, UserError
 from logitcache.capture.teachers.vllm_plugin import BUILD_PID
 from trainer.cli import main
 from trainer.evaluation import protocol, vllm_generation
-from trainer.evaluation.generation import Draws, TransformersGenerator, answer_of, end_ids
+from trainer.evaluation.generation import Draws, TransformersGenerator, answer_of, end_ids, keeps_prompts_apart
 from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.identity import model_identity
 from trainer.evaluation.prompts import Prompt, read_prompts
@@ -104,6 +105,39 @@ def test_a_sampled_answer_depends_on_seed_and_row_and_not_on_its_batch(
     assert answers(prompts, 10, 1) == answers(prompts, 10, 2) == together
     assert answers(prompts[2:4], 10, 32) == together[2:4]
     assert all(a != b for a, b in zip(answers(prompts, 20, 32), together, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "apart", "settings"),
+    [
+        ("Llama", True, {"num_attention_heads": 2, "intermediate_size": 48}),
+        ("Mamba", True, {"state_size": 8}),
+        ("Rwkv", False, {"intermediate_size": 48}),
+        (
+            "RecurrentGemma",
+            False,
+            {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
+            | {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 64},
+        ),
+    ],
+)
+def test_a_model_that_mixes_the_prompts_of_a_batch_answers_one_at_a_time(
+    name: str, apart: bool, settings: dict[str, Any], teacher_tokenizer: Any
+) -> None:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.5}
+    config = getattr(transformers, f"{name}Config")(**(sizes | settings), bos_token_id=None, eos_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    asked = [
+        Prompt(row, str(row), "", [(7 * i + row) % 500 + 1 for i in range(length)], [])
+        for row, length in enumerate((3, 9, 3, 17, 9))
+    ]
+    written = [
+        TransformersGenerator(model, teacher_tokenizer, [0], max_new_tokens=8, batch_size=size).answers(asked, seed=1)
+        for size in (1, 5)
+    ]
+    assert keeps_prompts_apart(model, 0) == apart
+    assert written[0] == written[1]
 
 
 def test_a_token_is_the_first_whose_cumulative_probability_exceeds_its_random_number() -> None:

@@ -7,6 +7,7 @@ precision, where a batch's shape can change a logit enough to draw another token
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from transformers import (
 
 from logitcache import UserError
 from trainer.evaluation.prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ class TransformersGenerator:
             eos_token_id=list(ends) or None,
             pad_token_id=self._pad,
         )
+        if batch_size > 1 and not keeps_prompts_apart(model, self._pad):
+            logger.warning(
+                "%s answers one prompt at a time: in a batch, other prompts or padding change its logits",
+                type(model).__name__,
+            )
+            self._batch_size = 1
 
     def answers(self, prompts: Sequence[Prompt], seed: int, label: str = "generating") -> list[Answer]:
         """An answer to each prompt. label: of the progress bar. Raises UserError for logits that are not finite."""
@@ -116,6 +125,35 @@ class TransformersGenerator:
         whole = generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_processor=processors)
         draws.check()
         return whole[:, longest:].cpu()
+
+
+@torch.no_grad()
+def keeps_prompts_apart(model: PreTrainedModel, pad: int) -> bool:
+    """Whether a prompt has the logits of its first two tokens beside a longer one, behind padding, that it has alone.
+
+    The recurrent layers of some models see padding, and the states of others the wrong row.
+    """
+    short, long = torch.arange(1, 5, device=model.device), torch.arange(2, 10, device=model.device)
+    padding = torch.full_like(short, pad)
+    together = torch.stack([torch.cat([padding, short]), long])
+    mask = torch.ones_like(together)
+    mask[0, : len(padding)] = 0
+    generate: Any = model.generate
+    alone, batched = (
+        torch.stack(
+            generate(
+                input_ids=ids,
+                attention_mask=seen,
+                max_new_tokens=2,
+                min_new_tokens=2,
+                return_dict_in_generate=True,
+                output_logits=True,
+            ).logits
+        )[:, 0]
+        for ids, seen in ((short[None], torch.ones_like(short)[None]), (together, mask))
+    )
+    tolerance = 0.1 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return bool((batched - alone).abs().max() <= tolerance * alone.abs().max())
 
 
 class Draws(LogitsProcessor):
