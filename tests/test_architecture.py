@@ -33,13 +33,13 @@ FLOORS = [
     ("logitcache.report",),
     ("logitcache.cache",),
     ("logitcache.format",),
-    ("logitcache.documents",),
+    ("logitcache.attention", "logitcache.documents"),
     ("logitcache.errors", "logitcache.progress", "logitcache.spans", "logitcache.table", "logitcache.version"),
     ("logitcache.urls",),
 ]
 READER_SIDE = tuple(
     f"logitcache.{room}"
-    for room in ("cache", "format", "documents", "errors", "progress", "spans", "table", "urls", "version")
+    for room in ("attention", "cache", "format", "documents", "errors", "progress", "spans", "table", "urls", "version")
 )
 TRAINER_FLOORS = [
     ("trainer.cli",),

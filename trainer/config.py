@@ -46,7 +46,9 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
     student: str | None = setting(None, "The student: a model folder or a name on the Hub.")
     from_scratch: bool = setting(False, "Draw the student's weights at random instead of loading them.")
     attn_implementation: str | None = setting(
-        None, "The student's attention: sdpa, eager, flash_attention_2, … Default: what transformers chooses."
+        None,
+        "The student's attention: sdpa, eager, flash_attention_2, … Default: sdpa, or eager where sdpa leaves out a part of "
+        "the model's configuration.",
     )
 
     logging_steps: float = redefault("logging_steps", 10)

@@ -9,6 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 import logitcache
 from logitcache import LogitCache, UserError
+from logitcache.attention import choose_attention, left_out
 from trainer.adapters import check_adapter_student
 from trainer.batching import num_batches
 from trainer.config import DistillConfig
@@ -60,7 +61,12 @@ def prepare(config: DistillConfig) -> Run:
     model_config = student_config(config.student)
     check_adapter_student(config)
     if config.attn_implementation:
-        model_config._attn_implementation = config.attn_implementation
+        model_config._attn_implementation = choose_attention(
+            model_config, config.attn_implementation, "--attn_implementation"
+        )
+    elif lost := left_out(model_config, None):
+        attention = model_config._attn_implementation
+        warnings.append(f"--student {config.student}: its attention is {attention}, since sdpa leaves out {lost}")
     for opened in caches:
         check_student(model_config, opened, config.student)
     tokenizer, whose_tokenizer, where = student_tokenizer(config.student), "the student's", config.student

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from logitcache import LogitCache, UserError
+from logitcache.attention import choose_attention
 from logitcache.errors import one_line
 from trainer.adapters import base_model, load_adapter
 from trainer.data.collator import Batch
@@ -38,7 +39,8 @@ def why_not_loaded(error: Exception) -> str:
 def student_config(name: str) -> PretrainedConfig:
     """Configuration of a model folder or name, of an adapter that of the model it is of.
 
-    Raises UserError where it is none, or of no causal language model.
+    It names an attention implementation where the one that transformers chooses would leave out a part of it. Raises UserError
+    where it is none, or of no causal language model.
     """
     base = base_model(name)
     try:
@@ -49,11 +51,18 @@ def student_config(name: str) -> PretrainedConfig:
         raise UserError(f"{name}{of} no model can be loaded from this{hint}: {why_not_loaded(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{name}: a {config.model_type} is no causal language model that transformers knows")
+    if attention := choose_attention(config, None, "--attn_implementation"):
+        config._attn_implementation = attention
     return config
 
 
 def check_student(config: PretrainedConfig, cache: LogitCache, name: str) -> None:
-    """Raises UserError for fewer columns of logits than the teacher has tokens, and sequences the student can't take."""
+    """Raises UserError for a student that cannot learn from a cache.
+
+    It has fewer columns of logits than the teacher has tokens, cannot take its longest sequence, or has an attention that
+    leaves out a part of its configuration.
+    """
+    choose_attention(config, getattr(config, "_attn_implementation", None), "--attn_implementation")
     text_config = config.get_text_config()
     columns, max_length = text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
     if columns < cache.vocab_size:

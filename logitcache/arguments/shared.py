@@ -21,6 +21,12 @@ def teacher_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", metavar="NAME", help="the name that the server serves the teacher by")
     group.add_argument("--revision", help="branch, tag or commit of the model")
     group.add_argument("--dtype", help="float32, bfloat16, float16; auto (default): the checkpoint's own")
+    group.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="of transformers: eager, sdpa, flash_attention_2, … (default: sdpa, or eager where sdpa leaves out a part of the "
+        "model's configuration)",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from logitcache.attention import choose_attention, left_out
 from logitcache.capture.engine_options import check_engine_options, decisive_options
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm_engine import set_environment
@@ -26,7 +27,8 @@ class Engine:
 
     backend: vllm, transformers or openai.  route: of vLLM, "pooling" sees the logits on the device, "flat" asks for
     prompt log-probabilities.  options: vLLM's, under their own names.  base_url, served_model: of a running server.
-    server: what that server reported about itself.
+    server: what that server reported about itself.  attention: of transformers, its `attn_implementation`; None where it
+    chooses itself.
     """
 
     backend: str
@@ -35,6 +37,7 @@ class Engine:
     base_url: str = ""
     served_model: str = ""
     server: Mapping[str, Any] = field(default_factory=dict)
+    attention: str | None = None
 
     @property
     def sees_logits(self) -> bool:
@@ -47,7 +50,12 @@ class Engine:
     def identity(self) -> dict[str, Any]:
         """Engine, version, route and the options that can change a number, for the fingerprint."""
         if self.backend == "transformers":
-            return {"engine": "transformers", "engine_version": importlib.metadata.version("transformers")}
+            attention = {"attn_implementation": self.attention} if self.attention else {}
+            return {
+                "engine": "transformers",
+                "engine_version": importlib.metadata.version("transformers"),
+                **attention,
+            }
         if self.backend == "openai":
             return {
                 "engine": "openai",
@@ -64,11 +72,17 @@ class Engine:
 
 
 def choose_engine(
-    backend: str, route: str, model: TeacherModel, beyond: list[str], options: Mapping[str, Any]
+    backend: str,
+    route: str,
+    model: TeacherModel,
+    beyond: list[str],
+    options: Mapping[str, Any],
+    attention: str | None = None,
 ) -> Engine:
     """Resolves "auto" of a local engine.
 
-    beyond: options asked for that need the logits. Refuses, with a UserError, a backend that does not import and a route
+    beyond: options asked for that need the logits.  attention: of transformers, None for one that computes all that the
+    configuration says. Refuses, with a UserError, a backend that does not import or does not know the teacher, and a route
     that cannot give what is asked for; where the pooling route is impossible and nobody asked for it, warns and takes the
     flat one.
     """
@@ -89,12 +103,22 @@ def choose_engine(
             raise UserError(f"{flag} is an option of vLLM, and the backend is transformers")
         if route != "auto":
             raise UserError(f"--capture-route {route} is a route of vLLM, and the backend is transformers")
-        return Engine(backend)
+        return Engine(backend, attention=_attention(model, attention))
+    if attention:
+        raise UserError(
+            f"--attn-implementation {attention} is an option of transformers, and the backend is vLLM: it has "
+            "--attention-backend"
+        )
     return Engine(backend, _choose_route(route, model, beyond, options), options)
 
 
 def choose_server(
-    backend: str, base_url: str | None, served_model: str | None, route: str, options: Mapping[str, Any]
+    backend: str,
+    base_url: str | None,
+    served_model: str | None,
+    route: str,
+    options: Mapping[str, Any],
+    attention: str | None = None,
 ) -> Engine | None:
     """A running server as engine, None for other backends.
 
@@ -111,19 +135,39 @@ def choose_server(
     if options:
         flag = "--" + next(iter(options)).replace("_", "-")
         raise UserError(f"{flag} is an option of vLLM: give it to the server")
+    if attention:
+        raise UserError(f"--attn-implementation {attention} is an option of transformers, and the backend is openai")
     from logitcache.capture.teachers.server import describe_server
 
     server = describe_server(base_url, served_model)
     return Engine("openai", base_url=base_url, served_model=server["name"], server=server)
 
 
+def _attention(model: TeacherModel, asked: str | None) -> str | None:
+    """The attention that transformers is to load the teacher with. Raises UserError where it does not know the teacher."""
+    from logitcache.capture.teachers.hf import why_not_transformers
+
+    attention = choose_attention(model.config, asked, "--attn-implementation")
+    if reason := why_not_transformers(model, attention):
+        option = f"--attn-implementation {asked}" if asked else f"--teacher {model.name}"
+        raise UserError(f"{option}: transformers does not load this teacher ({reason})")
+    if attention != asked:
+        logger.info("attention: %s, since sdpa leaves out %s", attention, left_out(model.config, asked))
+    return attention
+
+
 def _choose_route(route: str, model: TeacherModel, beyond: list[str], options: Mapping[str, Any]) -> str:
-    if route == "flat":
-        if beyond:
-            raise UserError(f"{beyond[0]} needs the teacher's logits, --capture-route flat gives its top-k only")
-        return route
+    from logitcache.capture.teachers.vllm_engine import why_not_engine
     from logitcache.capture.teachers.vllm_pooling import why_not_pooling
 
+    if route == "flat" and beyond:
+        raise UserError(f"{beyond[0]} needs the teacher's logits, --capture-route flat gives its top-k only")
+    if unknown := why_not_engine(model, options):
+        raise UserError(
+            f"--teacher {model.name}: vLLM does not take this teacher ({unknown}); --backend transformers does without vLLM"
+        )
+    if route == "flat":
+        return route
     reason = why_not_pooling(model, options)
     if reason is None:
         return "pooling"

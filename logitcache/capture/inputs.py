@@ -60,6 +60,7 @@ def settle(
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     layout: str | None = None,
     chat_template: str | None = None,
     turns: str = CorpusSettings.turns,
@@ -77,6 +78,7 @@ def settle(
     """Inputs from the options of `logitcache build`.
 
     teacher, revision, dtype, trust_remote_code: as in transformers and vLLM; dtype "auto" is the checkpoint's own.
+    attn_implementation: of transformers, by default one that computes all that the model's configuration says.
     chat_template: a file with the Jinja template that is used, and stored in the cache, in place of the tokenizer's own.
     data, data_split, data_config: see `find_sources`.  layout … skip_bad: see `CorpusSettings`; max_length defaults to what
     the teacher can score, at most 4096.
@@ -97,7 +99,7 @@ def settle(
         raise UserError(f"--turns {turns} is for answers that documents hold, and with --generate the teacher answers")
     if generate and backend in ("transformers", "openai"):
         raise UserError(f"--generate needs vLLM's own engine, and the backend is {backend}")
-    server = choose_server(backend, base_url, model, capture_route, engine_options)
+    server = choose_server(backend, base_url, model, capture_route, engine_options, attn_implementation)
     if server:
         teacher = teacher or server.server["root"]
     if teacher is None:
@@ -117,7 +119,9 @@ def settle(
         precision=precision,
     )
     settings.check(loaded.vocab_size)
-    engine = server or choose_engine(backend, capture_route, loaded, settings.beyond_top_k, engine_options)
+    engine = server or choose_engine(
+        backend, capture_route, loaded, settings.beyond_top_k, engine_options, attn_implementation
+    )
     if server and settings.beyond_top_k:
         raise UserError(f"{settings.beyond_top_k[0]} needs the teacher's logits, a server gives its top-k only")
     if generate and engine.backend != "vllm":

@@ -52,6 +52,7 @@ def settle_rescoring(
     revision: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     **engine_options: Any,
 ) -> Rescoring:
     """Rescoring of `num_rows` random rows of a cache, or of the one at a path or a URL. Loads no weights.
@@ -64,7 +65,7 @@ def settle_rescoring(
     if not isinstance(cache, LogitCache):
         cache = open_cache(cache)
     recorded = cache.manifest.fingerprint.get("teacher", {})
-    server = choose_server(backend, base_url, model, capture_route, engine_options)
+    server = choose_server(backend, base_url, model, capture_route, engine_options, attn_implementation)
     if server:
         teacher = teacher or server.server["root"]
     if teacher is None:
@@ -74,7 +75,7 @@ def settle_rescoring(
         teacher, revision = recorded["name"], revision or recorded.get("revision")
     loaded = TeacherModel.load(teacher, revision, dtype or recorded.get("dtype") or "auto", trust_remote_code)
     _refuse_other_vocabulary(cache.manifest, loaded)
-    engine = server or choose_engine(backend, capture_route, loaded, [], engine_options)
+    engine = server or choose_engine(backend, capture_route, loaded, [], engine_options, attn_implementation)
     return Rescoring(cache, loaded, engine, min(num_rows, len(cache)), seed)
 
 

@@ -10,7 +10,7 @@ import pytest
 from logitcache import UserError
 from logitcache.capture import engine as engine_module
 from logitcache.capture.engine import Engine, choose_engine
-from logitcache.capture.teachers import vllm_pooling
+from logitcache.capture.teachers import vllm_engine, vllm_pooling
 from logitcache.capture.teachers.base import TeacherModel
 
 
@@ -21,8 +21,9 @@ def model(teacher: Path) -> TeacherModel:
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM is there and wraps every architecture."""
+    """vLLM is there, takes every architecture and wraps it."""
     monkeypatch.setattr(engine_module, "_why_not_vllm", lambda: None)
+    monkeypatch.setattr(vllm_engine, "why_not_engine", lambda *_: None)
     monkeypatch.setattr(vllm_pooling, "why_not_pooling", lambda *_: None)
 
 
@@ -62,6 +63,24 @@ def test_what_the_flat_route_would_lose_is_refused_where_it_was_asked_for(
         choose(model, beyond=["--tail-groups"])
     with pytest.raises(UserError, match=r"--capture-route pooling: XLM has no logits; use --capture-route flat"):
         choose(model, route="pooling")
+
+
+@pytest.mark.parametrize("backend", ["auto", "vllm"])
+@pytest.mark.parametrize("route", ["auto", "pooling", "flat"])
+def test_a_teacher_that_vllm_does_not_know_is_told_of_transformers(
+    model: TeacherModel, unwrappable: None, monkeypatch: pytest.MonkeyPatch, backend: str, route: str
+) -> None:
+    monkeypatch.setattr(vllm_engine, "why_not_engine", lambda *_: "XLM is unknown")
+    with pytest.raises(UserError, match=r"does not take this teacher \(XLM is unknown\); --backend transformers does"):
+        choose(model, backend, route)
+
+
+def test_the_attention_is_an_option_of_transformers_only(model: TeacherModel, vllm: None) -> None:
+    with pytest.raises(
+        UserError, match=r"--attn-implementation eager is an option of transformers.*--attention-backend"
+    ):
+        choose_engine("auto", "auto", model, [], {}, "eager")
+    assert choose_engine("transformers", "auto", model, [], {}, "eager").attention == "eager"
 
 
 def test_without_vllm_auto_takes_transformers_and_says_why(

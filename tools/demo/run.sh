@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole way on real parts, as `make demo` runs it: documents → vLLM teacher → two caches → students → one table.
+# The whole way on real parts, as `make demo` runs it: documents → teacher → two caches → students → one table. vLLM runs the
+# teacher where it is installed, transformers elsewhere; `logitcache build` says which.
 # Every command is printed before it runs and can be typed by hand. A second run continues where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,7 +17,7 @@ run() {
 step "1. Instruction pairs from the Python standard library: signature → docstring, split by module"
 run python tools/demo/extract_pairs.py --out "$OUT/pairs"
 
-step "2. The teacher's log-probabilities, from vLLM, for both splits"
+step "2. The teacher's log-probabilities for both splits, from vLLM where it is installed"
 for split in train heldout; do
   run logitcache build --teacher tools/demo/teacher --data "$OUT/pairs/$split.jsonl" --out "$OUT/cache-$split" --keep id
 done

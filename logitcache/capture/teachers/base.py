@@ -91,7 +91,7 @@ class TeacherModel:
         if dtype not in DTYPES:
             raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
         if dtype == "auto":
-            dtype = str(getattr(text, "dtype", None) or "float32").removeprefix("torch.")
+            dtype = str(getattr(text, "dtype", None) or config.dtype or "float32").removeprefix("torch.")
         return cls(
             name,
             getattr(config, "_commit_hash", None) or revision,

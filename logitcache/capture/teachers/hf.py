@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+)
 
 from logitcache.capture.packing import row_width, unpack
 from logitcache.capture.selection import TailGroups, draw_uniforms, select
@@ -24,17 +31,31 @@ ROWS_PER_SELECTION = 1024
 
 
 class TransformersTeacher:
-    """A causal language model of transformers. Batches are of similar lengths, at most `LOGITS_PER_BATCH` logits each."""
+    """A language model of transformers. Batches are of similar lengths, at most `LOGITS_PER_BATCH` logits each.
 
-    def __init__(self, model: TeacherModel) -> None:
+    attention: transformers' `attn_implementation`, None for its own choice.  Raises UserError where the weights do not load,
+    and where they are not all there: transformers would draw the others at random.
+    """
+
+    def __init__(self, model: TeacherModel, attention: str | None = None) -> None:
         self._vocab_size = model.vocab_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(
-                model.name, revision=model.revision, dtype=model.dtype, trust_remote_code=model.trust_remote_code
+            self._model, loading = auto_class(model.config).from_pretrained(
+                model.name,
+                revision=model.revision,
+                dtype=model.dtype,
+                trust_remote_code=model.trust_remote_code,
+                attn_implementation=attention,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             raise UserError(f"--teacher {model.name}: its weights do not load ({one_line(error)})") from error
+        if missing := sorted(loading["missing_keys"]):
+            raise UserError(
+                f"--teacher {model.name}: {len(missing)} of its weights are not in its files, {missing[0]} for one, and "
+                "would be drawn at random. Is the checkpoint whole, and of the architecture that its config.json names?"
+            )
         self._model.eval().to(self._device)
         self._batch_tokens = max(LOGITS_PER_BATCH // model.num_logits, 1)
         self._tail_groups: TailGroups | None = None
@@ -104,6 +125,32 @@ class TransformersTeacher:
     def close(self) -> None:
         """Frees the weights."""
         del self._model
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that gives the architecture which the checkpoint names.
+
+    A multimodal one is no "causal language model" to transformers, or it is one of which the vision tower is left out.
+    """
+    for auto, mapping in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+    ):
+        found = mapping.get(type(config), None)
+        if getattr(found, "__name__", None) in (config.architectures or ()):
+            return auto
+    return AutoModelForCausalLM
+
+
+def why_not_transformers(model: TeacherModel, attention: str | None) -> str | None:
+    """Why transformers cannot load this teacher, or None. Loads no weights."""
+    options = {"trust_remote_code": model.trust_remote_code, "attn_implementation": attention}
+    try:
+        with torch.device("meta"):
+            auto_class(model.config).from_config(deepcopy(model.config), **options)
+    except (ImportError, OSError, ValueError) as error:
+        return one_line(error)
+    return None
 
 
 def _windows(sequences: Iterable[TokenSequence]) -> Iterator[list[TokenSequence]]:

@@ -28,7 +28,7 @@ def _start(model: TeacherModel, engine: Engine, longest: int, most_entries: int)
     if engine.backend == "transformers":
         from logitcache.capture.teachers.hf import TransformersTeacher
 
-        return TransformersTeacher(model)
+        return TransformersTeacher(model, engine.attention)
     if engine.backend == "openai":
         from logitcache.capture.teachers.server import ServerTeacher
 

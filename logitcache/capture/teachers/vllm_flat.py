@@ -15,12 +15,10 @@ from logitcache.capture.selection import select_from_top_k
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm_engine import (
+    EngineProcesses,
     check_prompt,
     engine_arguments,
-    engine_errors,
-    notice_its_end,
     set_environment,
-    starting_engine,
 )
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
@@ -48,9 +46,10 @@ class VllmFlatTeacher:
             "max_logprobs": most_entries,
             "max_num_batched_tokens": min(8192, max(512, SCHEDULED_LOGITS // model.num_logits)),
         }
-        with starting_engine():
+        self._processes = EngineProcesses()
+        with self._processes.starting():
             self._engine = LLM(**engine_arguments(model, longest, route_options, engine_options))
-        notice_its_end(self._engine.llm_engine)
+        self._processes.watch(self._engine.llm_engine)
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
         """SparseTargets of the stored positions of each sequence, in order. Raises UserError where vLLM's rows are wrong."""
@@ -63,7 +62,7 @@ class VllmFlatTeacher:
             for sequence in window:
                 check_prompt(sequence, self._longest, self._model.num_logits)
             prompts: list[Any] = [{"prompt_token_ids": sequence.input_ids.tolist()} for sequence in window]
-            with engine_errors():
+            with self._processes.running():
                 outputs = self._engine.generate(prompts, sampling, use_tqdm=False)
             for sequence, output in zip(window, outputs, strict=True):
                 yield self._targets(sequence, output.prompt_logprobs, settings)

@@ -11,12 +11,10 @@ import numpy as np
 from logitcache.capture.generation import GenerationSettings, sampling_params
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm_engine import (
+    EngineProcesses,
     check_prompt,
     engine_arguments,
-    engine_errors,
-    notice_its_end,
     set_environment,
-    starting_engine,
 )
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
@@ -48,9 +46,10 @@ class VllmGenerator:
         from vllm import LLMEngine
 
         self._model, self._longest = model, longest
-        with starting_engine():
+        self._processes = EngineProcesses()
+        with self._processes.starting():
             self._engine = LLMEngine.from_engine_args(_arguments(model, longest, engine_options))
-        notice_its_end(self._engine)
+        self._processes.watch(self._engine)
 
     def answer(
         self, prompts: Iterable[TokenSequence], settings: GenerationSettings
@@ -80,12 +79,12 @@ class VllmGenerator:
         params = template.clone()
         params.seed, params.max_tokens = seed, min(template.max_tokens or room, room)
         tokens: Any = {"type": "token", "prompt_token_ids": prompt.input_ids.tolist()}
-        with engine_errors():
+        with self._processes.running():
             self._engine.add_request(request_id, tokens, params)
 
     def _step(self, arriving: dict[int, list[Answer | None]]) -> Iterator[tuple[int, list[Answer]]]:
         """What became complete in one step of the engine, taken out of `arriving`."""
-        with engine_errors():
+        with self._processes.running():
             outputs = self._engine.step()
         for output in outputs:
             number, sample = map(int, output.request_id.split())

@@ -17,14 +17,13 @@ from logitcache.capture.packing import unpack
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm_engine import (
+    EngineProcesses,
     brief,
     check_prompt,
     engine_arguments,
-    engine_errors,
     environment,
-    notice_its_end,
     set_environment,
-    starting_engine,
+    unsaid,
 )
 from logitcache.capture.teachers.vllm_plugin import SCORE_LOGITS, TASK, prepare_engine
 from logitcache.errors import UserError
@@ -47,9 +46,10 @@ class VllmPoolingTeacher:
         from vllm import LLMEngine
 
         self._model, self._longest = model, longest
-        with starting_engine(), _scoring():
+        self._processes = EngineProcesses()
+        with self._processes.starting(), _scoring():
             self._engine = LLMEngine.from_engine_args(_arguments(model, longest, engine_options))
-        notice_its_end(self._engine)
+        self._processes.watch(self._engine)
         self._request_ids = map(str, itertools.count())
         self._arrived: dict[str, np.ndarray] = {}
         self._has_tail_groups = False
@@ -106,7 +106,7 @@ class VllmPoolingTeacher:
         finally:
             left = [request_id for request_id, _ in waiting]
             if left and hasattr(self, "_engine"):  # left early, and not closed meanwhile
-                with suppress(UserError), engine_errors():
+                with suppress(UserError), self._processes.running():
                     self._engine.abort_request(left)
             for request_id in left:
                 self._arrived.pop(request_id, None)
@@ -126,14 +126,14 @@ class VllmPoolingTeacher:
 
         request_id = next(self._request_ids)
         prompt: Any = {"type": "token", "prompt_token_ids": token_ids}
-        with engine_errors():
+        with self._processes.running():
             self._engine.add_request(request_id, prompt, PoolingParams(task=TASK, extra_kwargs=wanted))
         return request_id
 
     def _wait_for(self, request_id: str) -> np.ndarray:
         """The result of a request; those of others that come meanwhile are kept until they are waited for."""
         while request_id not in self._arrived:
-            with engine_errors():
+            with self._processes.running():
                 outputs: list[Any] = self._engine.step()
             for output in outputs:
                 self._arrived[output.request_id] = output.outputs.data.numpy()
@@ -147,14 +147,15 @@ def why_not_pooling(model: TeacherModel, engine_options: Mapping[str, Any]) -> s
     if engine_options.get("speculative_config"):
         return "speculative decoding, which a pooling model does not do"
     set_environment()
-    try:
-        with _scoring():
-            config = _arguments(model, 1, engine_options).create_model_config()
-            is_language_model = config.registry.is_text_generation_model(config.architectures, config)
-    except (ImportError, AttributeError, TypeError) as error:
-        return f"this vLLM lacks an interface that the pooling route builds on ({brief(error)})"
-    except Exception as error:
-        return f"vLLM does not take this architecture as a pooling model ({brief(error)})"
+    with unsaid():
+        try:
+            with _scoring():
+                config = _arguments(model, 1, engine_options).create_model_config()
+                is_language_model = config.registry.is_text_generation_model(config.architectures, config)
+        except (ImportError, AttributeError, TypeError) as error:
+            return f"this vLLM lacks an interface that the pooling route builds on ({brief(error)})"
+        except Exception as error:
+            return f"vLLM does not take this architecture as a pooling model ({brief(error)})"
     if not is_language_model:
         return f"{', '.join(config.architectures)} has no logits"
     if config.is_encoder_decoder or config.attn_type == "encoder_only":
