@@ -19,7 +19,7 @@ def say(text: str, *, error: bool = False) -> None:
 
 class _Record(logging.LogRecord):
     def getMessage(self) -> str:
-        return printable(super().getMessage())
+        return printable(super().getMessage().expandtabs())
 
 
 @contextmanager
