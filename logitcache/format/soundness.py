@@ -48,11 +48,9 @@ def _row_of(place: int, offsets: np.ndarray) -> int:
 
 
 def _trained(loss_mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Trained tokens of each row but its first, which nothing predicts: int64 [rows]."""
+    """Trained tokens of each row: int64 [rows]. Its first, which nothing predicts, is none of them."""
     running = np.concatenate([[0], np.cumsum(loss_mask)])
-    first = np.minimum(offsets[:-1] + 1, offsets[1:])
-    trained: np.ndarray = running[offsets[1:]] - running[first]
-    return trained
+    return np.diff(running[offsets])
 
 
 def _outside(ids: np.ndarray, vocab_size: int, least: int = 0) -> bool:

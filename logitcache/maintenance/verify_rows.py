@@ -104,8 +104,6 @@ class _Lists:
         tokens, mask = self.lengths["input_ids"], self.lengths["loss_mask"]
         yield mask != tokens, lambda row: f"{tokens[row]} input ids, a loss mask of {mask[row]}"
         trained = self._sums(self.values["loss_mask"], "loss_mask")
-        begins = self._offsets["loss_mask"][:-1][mask > 0]
-        trained[mask > 0] -= self.values["loss_mask"][begins]
         positions = self.lengths["num_entries"]
         yield (
             trained != positions,

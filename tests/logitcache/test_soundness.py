@@ -70,6 +70,7 @@ OF_ALL: dict[str, tuple[str, Change, str]] = {
         lambda mask: mask.__setitem__(slice(None), [True] * len(mask)),
         "the loss mask of row . trains",
     ),
+    "first token": ("loss_mask", at(0, True), "the loss mask of row 0 trains"),
     "tail": ("tail_logprob", at(3, 5.0), "(not sum to 1|above 0) at stored position . of row ."),
     "tail that is none": ("tail_logprob", at(3, float("nan")), "not a number|not sum to 1"),
     "tempered": ("tail_log_norm_T2", at(0, float("inf")), "a tempered tail that is not a number at stored position 0"),
