@@ -37,7 +37,7 @@ Encoding what was decoded gives the same numbers again: copying rows between cac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,22 +95,20 @@ class DecodedRows(Sequence[CachedSequence]):
 
     def __init__(self, table: pa.Table, layout: Layout) -> None:
         """`table` carries the file's metadata. Raises KeyError and ValueError where that or a number means nothing."""
-        for field in layout.schema():
-            if table.schema.field(field.name).type != field.type:
-                raise ValueError(f"column {field.name} is of another type than the layout says")
+        check_columns(table, layout.schema(), layout.columns)
         self.row_ids = table["row_id"].to_pylist()
         self._columns = {name: table[name].to_pylist() for name in layout.columns}
-        self.input_ids, self.token_offsets = _whole(table, "input_ids")
-        self.loss_mask, mask_offsets = _whole(table, "loss_mask")
+        self.input_ids, self.token_offsets = flat(table["input_ids"])
+        self.loss_mask, mask_offsets = flat(table["loss_mask"])
         _check_offsets("loss_mask", mask_offsets, self.token_offsets)
-        self.num_entries, self.offsets = _whole(table, "num_entries")
+        self.num_entries, self.offsets = flat(table["num_entries"])
         _check_range("a number of entries that no position has", self.num_entries, 0, layout.vocab_size)
         values: dict[str, np.ndarray] = {}
         for name in layout.values_per_entry():
-            values[name], offsets = _whole(table, name)
+            values[name], offsets = flat(table[name])
             _check_offsets(name, offsets, _offsets(self.num_entries)[self.offsets])
         for name, (_, count) in layout.values_per_position().items():
-            column, offsets = _whole(table, name)
+            column, offsets = flat(table[name])
             _check_offsets(name, offsets, self.offsets * count)
             values[name] = column.reshape(-1, count) if name in _MATRICES else column
         tail_logprob = values["tail_logprob"]
@@ -283,11 +281,18 @@ def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
-def _whole(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """`flat` of a column. Raises ValueError where a value is missing."""
-    if any(lists.null_count or lists.values.null_count for lists in table[name].chunks):
-        raise ValueError(f"values of column {name} are missing")
-    return flat(table[name])
+def check_columns(table: pa.Table, wanted: Iterable[pa.Field], kept: Container[str]) -> None:
+    """Raises ValueError where a column is missing, is of another type or, but for those of `kept`, lacks a value."""
+    for field in wanted:
+        index = table.schema.get_field_index(field.name)
+        if index < 0:
+            raise ValueError(f"column {field.name} is missing")
+        if table.schema.field(index).type != field.type:
+            raise ValueError(f"column {field.name} is of another type than the layout says")
+        if field.name not in kept:
+            lists = pa.types.is_list(field.type)
+            if any(part.null_count or (lists and part.values.null_count) for part in table.column(index).chunks):
+                raise ValueError(f"values of column {field.name} are missing")
 
 
 def _check_offsets(name: str, offsets: np.ndarray, expected: np.ndarray) -> None:

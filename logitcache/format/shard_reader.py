@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.atomic import file_sha256, space_needed
-from logitcache.format.codec import DecodedRows
+from logitcache.format.codec import DecodedRows, check_columns
 from logitcache.format.footer import check_footer, check_pages, open_parquet, read_footer, read_metadata
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.local_copies import LocalCopies
@@ -95,7 +95,7 @@ class ShardReader:
         self._copies = copies
         self._whole = whole
         self._copy: Path | None = None
-        self._columns = layout.schema().names
+        self._schema = layout.schema()
         self._claims_checked = False
 
     def check_size(self) -> None:
@@ -152,7 +152,7 @@ class ShardReader:
                 # A footer that is kept keeps its reader, and so the temporary folder.
                 footer = _footer(self) if self._whole is None else self.metadata()
                 with self._source() as source, open_parquet(source, footer, pre_buffer=not self._path) as file:
-                    table: pa.Table = file.read_row_group(index, columns or self._columns, use_threads=False)
+                    table: pa.Table = file.read_row_group(index, columns or self._schema.names, use_threads=False)
             except (UserError, MemoryError):
                 raise
             except FileNotFoundError:
@@ -161,6 +161,10 @@ class ShardReader:
                 self._refuse(f"altered: {one_line(error)} (row group {index})")
         if len(table) != self._info.row_group_sizes[index]:
             self._refuse(f"altered: {len(table)} rows in row group {index}")
+        try:
+            check_columns(table, map(self._schema.field, columns or self._schema.names), self._layout.columns)
+        except ValueError as error:
+            self._refuse(f"altered: {error} (row group {index})")
         if read_layout(table.schema.metadata, self.path) != self._layout:
             self._refuse("made with another layout than the manifest says: it is of another cache")
         return table

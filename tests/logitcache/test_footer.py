@@ -34,6 +34,7 @@ from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.thrift import parse_struct
 from logitcache.maintenance.info import describe
+from logitcache.maintenance.rows import scan
 from logitcache.maintenance.verify import verify
 from logitcache.report.page import view
 from logitcache.sharing import bundle
@@ -231,6 +232,35 @@ def test_a_bundle_unpacks_to_no_more_than_a_cache_takes(tmp_path: Path, monkeypa
             for chunk in member.chunks:
                 taken += len(chunk)
     assert taken < 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "what"),
+    [
+        ("loss_mask", pa.array([[None]] * len(ROWS), pa.list_(pa.bool_())), "values of column loss_mask are missing"),
+        ("loss_mask", pa.array([None] * len(ROWS), pa.list_(pa.bool_())), "values of column loss_mask are missing"),
+        ("row_id", pa.array([None] * len(ROWS), pa.string()), "values of column row_id are missing"),
+        ("row_id", pa.array([1] * len(ROWS)), "column row_id is of another type than the layout says"),
+        ("loss_mask", None, "column loss_mask is missing"),
+    ],
+)
+def test_columns_that_are_not_the_layouts_are_refused_whoever_reads_them(
+    root: Path, column: str, values: pa.Array | None, what: str
+) -> None:
+    with pq.ParquetFile(root / SHARD) as file:
+        table, metadata = file.read(), file.metadata.metadata
+    index = table.schema.get_field_index(column)
+    table = table.remove_column(index)
+    if values is not None:
+        table = table.add_column(index, column, values)
+    with pq.ParquetWriter(root / SHARD, table.schema) as writer:
+        writer.add_key_value_metadata({b"logitcache.codebook": metadata[b"logitcache.codebook"]})
+        writer.write_table(table, row_group_size=len(table))
+    declare(root)
+    cache = logitcache.open(root)
+    for read in (lambda: list(cache), lambda: list(cache.iter_columns([column])), lambda: list(scan([cache]))):
+        with pytest.raises(UserError, match=rf"was altered: {what} \(row group 0\)"):
+            read()
 
 
 def test_a_name_that_is_not_utf8_is_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
