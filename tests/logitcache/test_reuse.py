@@ -552,7 +552,7 @@ def test_a_copied_row_that_no_teacher_can_have_given_is_refused(
         manifest.created_by,
         manifest.files,
     ).write(Folder(tmp_path / "old"))
-    with pytest.raises(UserError, match="the cache of --reuse gave entries and tail that do not sum to 1 at position"):
+    with pytest.raises(UserError, match="was altered: entries and tail that do not sum to 1 at stored position"):
         build(teacher, corpus, tmp_path / "c", reuse=tmp_path / "old", **EVERYTHING)
 
 
