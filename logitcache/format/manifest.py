@@ -203,7 +203,8 @@ _SHAPE: dict[str, Any] = {
         "teacher": ({"name": (str,), **dict.fromkeys(_OF_A_TEACHER, (str | None,))},),
         "tokenizer": ({"vocab_size": int, "vocabulary_sha256": str, "chat_template_sha256": (str | None,)},),
         "corpus": ({"sources": ([{"name": str}],)},),
-        **dict.fromkeys(["capture", "generation", "format"], (dict,)),
+        "capture": ({"top_k": (int | None,)},),
+        **dict.fromkeys(["generation", "format"], (dict,)),
     },
     "layout": {
         **dict.fromkeys(["vocab_size", "num_tail_groups", "num_tail_samples"], int),

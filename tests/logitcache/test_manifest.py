@@ -129,6 +129,12 @@ def test_json_of_another_kind_is_refused(root: Path, data: Any) -> None:
         ("skipped", {"empty": None}),
         ("history", ["slice"]),
         ("fingerprint", []),
+        ("fingerprint.capture.top_k", {}),
+        ("layout.columns", {"input_ids": "int64"}),
+        (
+            "layout.rounding",
+            {"square_root_steps": 0, "uniform_step": 0, "tail_step": 1, "group_step": 1, "sample_step": 1},
+        ),
         ("files", {"tail_groups.parquet": 1}),
         ("layout.precision", "perfect"),
         ("layout.columns", {"id": "no type"}),
