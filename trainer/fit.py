@@ -20,6 +20,7 @@ from logitcache import UserError
 from logitcache.errors import one_line
 from logitcache.format.atomic import write_json
 from trainer.adapters import add_adapters, describe_adapters, weights_dtype
+from trainer.data.loader import BatchLoader
 from trainer.distill import DistillTrainer
 from trainer.early_stopping import EarlyStopping
 from trainer.evaluation.evaluate import write_evaluation
@@ -85,6 +86,11 @@ class _Trainer(DistillTrainer):
         numbers = max_steps, num_update_steps_per_epoch, num_train_epochs
         with checkpoint_read(resume_from_checkpoint, f"its {STATE_NAME}"):
             return super()._init_training_state(*numbers, resume_from_checkpoint, trial)
+
+    def get_train_dataloader(self) -> BatchLoader:
+        """This rank's batches."""
+        with settings_taken():
+            return super().get_train_dataloader()
 
     def _prepare_for_training(self, *args: Any) -> Any:
         with settings_taken():

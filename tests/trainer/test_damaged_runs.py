@@ -274,6 +274,7 @@ def test_a_fault_of_ours_is_no_users_error(options: list[str], tmp_path: Path, m
         (["--lr_scheduler_kwargs", '{"x": 1}'], "unexpected keyword argument 'x'"),
         (["--torch_compile_backend", "x"], "'X' is not a valid DynamoBackend"),
         (["--use_liger_kernel"], "liger-kernel"),
+        (["--dataloader_num_workers", "-1"], "num_workers option should be non-negative"),
         (["--lora_r", str(10**20)], "the settings cannot be used"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

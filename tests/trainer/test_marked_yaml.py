@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from logitcache import UserError
 from trainer.arguments import parse
 from trainer.comparison.recipe import read_recipe
 from trainer.config import DistillConfig
+from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.marked_yaml import MAX_BYTES, MAX_LEVELS, MAX_VALUES, read_yaml
 
 PLAIN = st.recursive(
@@ -147,6 +149,21 @@ def test_a_setting_of_another_kind_is_refused_whichever_it_is(tmp_path: Path, mo
 def test_a_refusal_of_transformers_names_the_setting(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(["--use_cpu", "--output_dir", str(tmp_path), "--config", str(written(tmp_path, text))])
+
+
+def test_an_option_of_answers_of_another_kind_is_refused_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").touch()
+    recipe = {
+        "output_dir": "runs",
+        "seeds": [1],
+        "common": {"cache": "a", "eval_cache": "b", "student": "s", "use_cpu": True},
+        "runs": {"KD": {"kd_weight": 0.5}},
+    }
+    for field in dataclasses.fields(GenerationSettings):
+        for value in ([[1]], {"a": {}}, -1, 0.5, "x", "", [], {}, [[]], True, float("nan"), [float("inf")]):
+            options = {"data": [str(tmp_path / "data.jsonl")]} | {field.name: value}
+            with suppress(UserError):
+                read_recipe(written(tmp_path, yaml.safe_dump(recipe | {"generate": options})))
 
 
 def test_gradients_may_be_left_as_long_as_they_are(tmp_path: Path) -> None:

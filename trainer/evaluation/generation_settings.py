@@ -53,6 +53,8 @@ class GenerationSettings:
         object.__setattr__(self, "prompt_template", tuple(text.replace(r"\n", "\n") for text in self.prompt_template))
         if not isinstance(self.columns, Mapping) or not all(isinstance(name, str) for name in self.columns.values()):
             raise UserError(f"--columns {self.columns}: names of columns are expected, for example prompt=question")
+        if not isinstance(self.chat_template, str | None):
+            raise UserError(f"--chat-template {self.chat_template}: the name of a file is expected")
         self._check_numbers()
         if self.backend not in BACKENDS:
             raise UserError(f"--backend {self.backend}: choose {', '.join(BACKENDS)}")
