@@ -80,9 +80,9 @@ def test_whatever_a_command_does_not_promise_is_found(
     monkeypatch.setattr("logitcache.cli.main", main)
     trial = Trial(tmp_path, Random(0), tmp_path)
     running = isolation.Running(lambda trial: [["logitcache", "info", "x"]], trial)
-    while not select.select([running.reader], [], [], 0.05)[0]:
+    while not select.select([running.end], [], [], 0.05)[0]:
         running.watch()
-    findings = running.result()
+    findings = running.result().findings
     assert [finding.what[: len(what)] for finding, what in zip(findings, found, strict=True)] == found
     assert all("info" in finding.details for finding in findings)
 

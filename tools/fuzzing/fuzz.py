@@ -36,12 +36,13 @@ import transformers  # noqa: E402
 from caches import manifests, shards, tokenizers  # noqa: E402
 from command_lines import command_lines  # noqa: E402
 from corpora import corpora, messages  # noqa: E402
-from isolation import Finding, Running  # noqa: E402
+from isolation import Ended, Running  # noqa: E402
 from settings import checkpoints, configs, recipes, runs  # noqa: E402
 from trial import Kind, Trial, make_material  # noqa: E402
 
 import logitcache  # noqa: E402
 import trainer  # noqa: E402
+from logitcache.table import aligned  # noqa: E402
 
 KINDS: dict[str, tuple[Kind, int]] = {
     "corpora": (corpora, 20),
@@ -67,9 +68,9 @@ def main() -> int:
     if args.only:
         folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         print(f"files: {folder}")
-        return _report(_found(numbers, args.seed, 1, folder, keep=True), args.seed)
+        return _report(_ended(numbers, args.seed, 1, folder, keep=True), args.seed)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
-        return _report(_found(numbers, args.seed, args.jobs, Path(name)), args.seed)
+        return _report(_ended(numbers, args.seed, args.jobs, Path(name)), args.seed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,10 +99,10 @@ def _only(text: str) -> list[tuple[str, int]]:
     return [(kind, int(number))]
 
 
-def _found(
+def _ended(
     numbers: list[tuple[str, int]], seed: int, jobs: int, root: Path, *, keep: bool = False
-) -> Iterator[tuple[str, Finding]]:
-    """Findings, by KIND:NUMBER, as they come."""
+) -> Iterator[tuple[str, Ended]]:
+    """What became of each input, by KIND:NUMBER, as they end."""
     material = root / "material"
     material.mkdir()
     _prepare(material)
@@ -112,13 +113,13 @@ def _found(
             folder = root / f"{kind}-{number}"
             folder.mkdir()
             new = Running(KINDS[kind][0], Trial(folder, Random(f"{seed}:{kind}:{number}"), material))
-            running[new.reader] = f"{kind}:{number}", new
+            running[new.end] = f"{kind}:{number}", new
         ended, _, _ = select.select(list(running), [], [], 0.05)
         for _, one in running.values():
             one.watch()
-        for reader in ended:
-            label, one = running.pop(reader)
-            yield from ((label, finding) for finding in one.result())
+        for end in ended:
+            label, one = running.pop(end)
+            yield label, one.result()
             done += 1
             if not keep:
                 shutil.rmtree(one.trial.folder, ignore_errors=True)
@@ -157,19 +158,27 @@ def _prepare(material: Path) -> None:
     gc.freeze()
 
 
-def _report(found: Iterator[tuple[str, Finding]], seed: int) -> int:
-    counted: Counter[str] = Counter()
-    for label, finding in found:
-        counted[finding.what] += 1
-        if counted[finding.what] <= SHOWN:
-            again = f"python tools/fuzzing/fuzz.py --seed {seed} --only {label}"
-            print(f"\n{finding.what}\n  again: {again}\n{finding.details}", flush=True)
+def _report(inputs: Iterator[tuple[str, Ended]], seed: int) -> int:
+    """Prints the findings, and how the inputs of each kind ended."""
+    found: Counter[str] = Counter()
+    kinds: dict[str, Counter[str]] = {}
+    for label, ended in inputs:
+        counts = kinds.setdefault(label.partition(":")[0], Counter())
+        counts.update({"inputs": 1, "findings": len(ended.findings), "ms": round(ended.seconds * 1000)})
+        counts.update({"commands": len(ended.statuses), "ended with 0": ended.statuses.count(0)})
+        for finding in ended.findings:
+            found[finding.what] += 1
+            if found[finding.what] <= SHOWN:
+                again = f"python tools/fuzzing/fuzz.py --seed {seed} --only {label}"
+                print(f"\n{finding.what}\n  again: {again}\n{finding.details}", flush=True)
+    names = ("inputs", "commands", "ended with 0", "findings", "ms")
+    print("\n" + aligned([["", *names], *([kind, *(f"{of[name]:,}" for name in names)] for kind, of in kinds.items())]))
     print(
-        f"\n{sum(counted.values()):,} findings",
-        *(f"  {number:5}  {what}" for what, number in counted.most_common()),
+        f"\n{sum(found.values()):,} findings",
+        *(f"  {number:5}  {what}" for what, number in found.most_common()),
         sep="\n",
     )
-    return 1 if counted else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

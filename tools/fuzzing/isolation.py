@@ -30,7 +30,7 @@ HANG_S = 20.0
 MAX_BYTES = 2 << 30
 HANG, MEMORY = "hang: more than 20 s", "memory: more than 2 GiB"
 MAX_LINE = 6000
-OUTPUT_NAME, COMMANDS_NAME = "output", "commands.json"
+OUTPUT_NAME, COMMANDS_NAME, RESULT_NAME = "output.txt", "commands.json", "result.json"
 PROGRAMS = ("logitcache", "trainer")
 
 
@@ -42,19 +42,26 @@ class Finding:
     details: str
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What became of an input. statuses: of its commands, those that ended as they should.  seconds: of the processor."""
+
+    findings: list[Finding]
+    statuses: list[int]
+    seconds: float
+
+
 class Running:
     """An input at work in a process."""
 
     def __init__(self, make: Callable[[Trial], list[Command]], trial: Trial) -> None:
         self.trial = trial
         self._began = time.monotonic()
-        self.reader, writer = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            _run(make, trial, writer)
+            _run(make, trial)
         os.setpgid(self.pid, self.pid)
-        os.close(writer)
-        os.set_blocking(self.reader, False)
+        self.end = os.pidfd_open(self.pid)  # readable when it has ended
         self._killed = ""
 
     def watch(self) -> None:
@@ -72,24 +79,26 @@ class Running:
         if self._killed:
             os.killpg(self.pid, signal.SIGKILL)
 
-    def result(self) -> list[Finding]:
-        """What was found, once the process has closed its pipe."""
-        with os.fdopen(self.reader, "rb") as pipe:
-            said = pipe.read() or b"[]"
+    def result(self) -> Ended:
+        """What became of it, once the process has ended."""
+        os.close(self.end)
         _, status, usage = os.wait4(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if usage.ru_maxrss * 1024 > MAX_BYTES:
             self._killed = MEMORY
         elif code and not self._killed:
             self._killed = f"died: exit status {code}"
+        seconds = usage.ru_utime + usage.ru_stime
         if self._killed:
             commands = self.trial.folder / COMMANDS_NAME
-            return [Finding(self._killed, commands.read_text() if commands.exists() else "")]
-        return [Finding(**finding) for finding in json.loads(said)]
+            return Ended([Finding(self._killed, commands.read_text() if commands.exists() else "")], [], seconds)
+        said = json.loads((self.trial.folder / RESULT_NAME).read_text())
+        return Ended([Finding(**finding) for finding in said["findings"]], said["statuses"], seconds)
 
 
-def _run(make: Callable[[Trial], list[Command]], trial: Trial, writer: int) -> NoReturn:
+def _run(make: Callable[[Trial], list[Command]], trial: Trial) -> NoReturn:
     findings: list[Mapping[str, str]] = []
+    statuses: list[int] = []
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.environ |= {"TMPDIR": str(trial.folder), "LOGITCACHE_HOME": str(trial.folder / "home")}
@@ -97,36 +106,41 @@ def _run(make: Callable[[Trial], list[Command]], trial: Trial, writer: int) -> N
         commands = make(trial)
         (trial.folder / COMMANDS_NAME).write_text(json.dumps(commands))
         with _stopped_short(trial):
-            findings = [vars(finding) for command in commands for finding in _judged(command)]
+            for command in commands:
+                judged = _judged(command)
+                if isinstance(judged, Finding):
+                    findings.append(vars(judged))
+                else:
+                    statuses.append(judged)
     except BaseException:
         findings = [{"what": "this script: an error of its own", "details": traceback.format_exc()}]
     finally:
-        os.write(writer, json.dumps(findings).encode())  # a pipe holds 64 KiB, and details are cut
+        os.write(
+            writer, json.dumps({"findings": findings, "statuses": statuses}).encode()
+        )  # a pipe holds 64 KiB, and details are cut
         os._exit(0)
 
 
-def _judged(command: Command) -> Iterator[Finding]:
-    """Runs a command in this process, and holds it against what every command promises."""
+def _judged(command: Command) -> Finding | int:
+    """Runs a command in this process. Returns its exit status, or in which way it did not end as every command promises."""
     program, arguments = command[0], command[1:]
     shown = f"$ {' '.join(command)[:3000]!r}"
     with _output() as output:
         try:
             status = (logitcache.cli if program == "logitcache" else trainer.cli).main(arguments)
         except SystemExit as error:  # of --help
-            status = error.code
+            status = error.code if isinstance(error.code, int) else 0
         except BaseException as error:
-            yield Finding(_place(error), f"{shown}\n{traceback.format_exc()[-6000:]}")
-            return
+            return Finding(_place(error), f"{shown}\n{traceback.format_exc()[-6000:]}")
         said = output()
-    accepted = (0, 1, 2) if arguments[:1] == ["verify"] else (0, 2)
     if "Traceback (most recent call last)" in said:
-        yield Finding(f"traceback in the output: {said.strip().splitlines()[-1][:200]}", f"{shown}\n{said[-6000:]}")
-    elif status not in accepted:
-        yield Finding(f"exit status {status}", f"{shown}\n{said[-3000:]}")
-    elif status == 2:
-        _, mark, message = said.rpartition(f"{program}: error: ")
-        if not mark or len(message.strip().splitlines()) != 1 or len(message) > MAX_LINE:
-            yield Finding("exit status 2 without one line that says why", f"{shown}\n{said[:3000]}")
+        return Finding(f"traceback in the output: {said.strip().splitlines()[-1][:200]}", f"{shown}\n{said[-6000:]}")
+    if status not in ((0, 1, 2) if arguments[:1] == ["verify"] else (0, 2)):
+        return Finding(f"exit status {status}", f"{shown}\n{said[-3000:]}")
+    _, mark, message = said.rpartition(f"{program}: error: ")
+    if status == 2 and (not mark or len(message.strip().splitlines()) != 1 or len(message) > MAX_LINE):
+        return Finding("exit status 2 without one line that says why", f"{shown}\n{said[:3000]}")
+    return status
 
 
 @contextmanager
