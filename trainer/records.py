@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 from logitcache import UserError
 from logitcache.errors import one_line
+from logitcache.format.shape import check_shape
 
 
 class NotARecord(UserError):
     """A file of that name which `trainer` did not write."""
 
 
-def read_record(path: Path, **kinds: type | UnionType) -> dict[str, Any] | None:
-    """The content of a file, None where it does not exist. kinds: of the values that it must have.
+def read_record(path: Path, **shapes: Any) -> dict[str, Any] | None:
+    """The content of a file, None where it does not exist. shapes: of the values that it must have, see `check_shape`.
 
     Raises NotARecord for other content, UserError for what cannot be read.
     """
@@ -30,7 +30,10 @@ def read_record(path: Path, **kinds: type | UnionType) -> dict[str, Any] | None:
         raise NotARecord(f"{path} is not JSON ({one_line(error)})") from error
     if not isinstance(record, dict):
         raise NotARecord(f"{path} was not written by `trainer`: it holds no names and values")
-    for name, kind in kinds.items():
-        if not isinstance(record.get(name), kind):
-            raise NotARecord(f"{path} was not written by `trainer`: it has no {name}")
+    try:
+        check_shape(record, shapes, path.name)
+    except KeyError as error:
+        raise NotARecord(f"{path} was not written by `trainer`: it has no {error.args[0]}") from error
+    except TypeError as error:
+        raise NotARecord(f"{path} was not written by `trainer`: {error}") from error
     return record

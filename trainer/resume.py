@@ -176,13 +176,9 @@ def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, t
     Raises UserError that names what differs, and for a checkpoint that a former run left in the folder.
     """
     path = Path(checkpoint).parent / RUN_NAME
-    former = read_record(path)
+    former = read_record(path, **RECORD_SHAPE)
     if former is None:
         return [f"{path.parent} has no {RUN_NAME}: nothing checks that {checkpoint} is of a run with these settings"]
-    try:
-        check_shape(former, RECORD_SHAPE, RUN_NAME)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path} was not written by `trainer` ({one_line(error)})") from error
     if _of_former_run(checkpoint):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: a former run left it, and {path} is of the one that began in this "

@@ -53,6 +53,7 @@ def _loaded(folder: str, what: str, saved_to: str | None = None) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
         tokenizer.init_kwargs.pop("auto_map", None)
+        tokenizer("")  # a setting of the wrong kind is found here, or when prompts are read
         if saved_to is not None:
             tokenizer.save_pretrained(saved_to)
     except Exception as error:  # of whatever kind the files lead to, those in Rust raise Exception itself

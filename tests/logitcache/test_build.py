@@ -241,6 +241,27 @@ def test_contradictions_are_refused_before_the_weights_load(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", {"added_tokens": 7}),  # which the library in Rust refuses by an Exception
+        ("tokenizer.json", {"model": 7}),
+        ("tokenizer_config.json", {"tokenizer_class": 7}),
+        ("tokenizer_config.json", {"model_max_length": [1]}),  # loads, and fails at the first text
+        ("config.json", {"model_type": 7}),
+    ],
+)
+def test_a_teacher_whose_files_are_of_another_kind_is_one_line(
+    teacher: Path, corpus: Path, tmp_path: Path, name: str, change: dict[str, Any]
+) -> None:
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher, copy)
+    (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | change))
+    with pytest.raises(UserError, match="teacher: its configuration or tokenizer does not load"):
+        build(copy, corpus, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
 def test_kept_columns_and_counts_of_what_was_left_out(teacher: Path, tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     lines = [{"text": "A first one.", "id": 1}, {"text": ""}, "{broken", {"text": "A last one.", "id": 4, "url": "u"}]

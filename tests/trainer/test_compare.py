@@ -226,6 +226,30 @@ def test_a_record_that_is_none_is_refused(
     assert f"trainer: error: {run / name} " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", {"log_history": ["x"]}),
+        ("trainer_state.json", {"log_history": [{"eval_fkl": 1.0}]}),
+        ("trainer_state.json", {"log_history": [{"step": [], "eval_fkl": 1.0}]}),
+        ("trainer_state.json", {"log_history": [{"step": 1, "eval_fkl": []}]}),
+        ("trainer_state.json", {"log_history": [{"step": 1, "tokens_per_second": "x"}]}),
+        ("eval.json", {"cache": "c", "cache_sha256": "s", "metrics": {"fkl": [1]}}),
+        ("run.json", {"tail": "bucket", "settings": {"seed": "x"}}),
+        ("run.json", {"tail": "bucket", "settings": {"loss": []}}),
+        ("run.json", {"tail": "bucket", "settings": {"kd_weight": {}}}),
+        ("run.json", {"tail": "bucket", "settings": {"kd_weight_schedule": 7}}),
+    ],
+)
+def test_values_of_another_kind_in_a_record_are_refused(
+    tmp_path: Path, name: str, content: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "a")
+    (run / name).write_text(json.dumps(content))
+    assert main(["compare", str(run), "--out", str(tmp_path / "x.png")]) == 2
+    assert f"trainer: error: {run / name} was not written by `trainer`: " in capsys.readouterr().err
+
+
 def test_what_diverged_is_never_best_and_has_no_difference(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, loss, loss=loss, fkl=fkl) for loss, fkl in (("rkl", math.nan), ("fkl", 0.5))]
     runs += [finished_run(tmp_path, "akl", loss="akl", fkl=math.inf)]

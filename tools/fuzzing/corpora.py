@@ -86,7 +86,7 @@ def messages(trial: Trial) -> list[Command]:
     if trial.maybe(0.3):
         rows = damaged_tree(trial.random, rows)
     data = _write(trial, rows, damage=0.03)
-    template = trial.choose(TEMPLATES).read_text() if trial.maybe(0.6) else trial.choose(HOSTILE)
+    template = trial.choose(TEMPLATES).read_text() if trial.maybe(0.7) else trial.choose(HOSTILE)
     if trial.maybe(0.1):
         template = damaged_bytes(trial.random, template.encode()).decode(errors="replace")
     options = ["--chat-template", trial.write(template, ".jinja")] * trial.maybe(0.9)
@@ -100,13 +100,13 @@ def messages(trial: Trial) -> list[Command]:
 def _build(trial: Trial, data: str, *options: str) -> Command:
     more = list(options)
     for share, option in [
-        (0.4, ["--skip-bad"]),
+        (0.5, ["--skip-bad"]),
         (0.3, ["--long", trial.choose(["split", "truncate", "skip"])]),
-        (0.3, ["--max-length", trial.choose(["2", "3", "50"])]),
-        (0.3, ["--keep", trial.choose(["id", "id,meta", "text", "nobody"])]),
-        (0.2, ["--columns", trial.choose(["prompt=text", "text=id", "loss_mask=labels", "messages=conversations"])]),
-        (0.2, ["--layout", trial.choose(["text", "messages", "input_ids", "prompt-completion"])]),
-        (0.2, ["--shard-positions", trial.choose(["1", "20"])]),
+        (0.2, ["--max-length", trial.choose(["2", "50", "100"])]),
+        (0.15, ["--keep", trial.choose(["id", "id,meta", "text", "nobody"])]),
+        (0.1, ["--columns", trial.choose(["prompt=text", "text=id", "loss_mask=labels", "messages=conversations"])]),
+        (0.1, ["--layout", trial.choose(["text", "messages", "input_ids", "prompt-completion"])]),
+        (0.2, ["--shard-positions", trial.choose(["50", "500"])]),
         (0.1, ["--tail-groups", "2", "--temperatures", "2", "--tail-entropy", "--tail-samples", "1"]),
     ]:
         more += option * trial.maybe(share)
@@ -150,14 +150,14 @@ def _chat(trial: Trial) -> dict[str, Any]:
 
 
 def _turn(trial: Trial, number: int) -> dict[str, Any]:
-    role = trial.choose(["user", "assistant"][number % 2 :][:1] * 12 + ROLES)
-    turn: dict[str, Any] = {"role": role, "content": trial.choose([*TEXTS, None])}
+    role = trial.choose(ROLES) if trial.maybe(0.05) else ("user", "assistant")[number % 2]
+    turn: dict[str, Any] = {"role": role, "content": trial.choose(TEXTS)}
     if trial.maybe(0.1):
-        turn["content"] = [{"type": "text", "text": trial.choose(TEXTS)}]
-    if trial.maybe(0.15):
+        turn["content"] = trial.choose([None, [{"type": "text", "text": trial.choose(TEXTS)}]])
+    if trial.maybe(0.08):
         arguments = trial.choose([{"city": "Rome"}, {"a": None, "b": [1, {"c": None}]}, '{"x": 1}', None])
         turn["tool_calls"] = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
-    if trial.maybe(0.15):
+    if trial.maybe(0.08):
         turn[trial.choose(["weight", "train", "thinking", "reasoning_content", "name"])] = trial.choose(
             [0, 1, "x", *ODD_VALUES]
         )

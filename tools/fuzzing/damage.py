@@ -102,7 +102,7 @@ def damaged_tree(random: Random, value: Any, times: int = 2) -> Any:
         elif what == "rename" and isinstance(holder, dict):
             holder[random.choice(ODD_TEXTS)] = holder.pop(key)
         elif what == "nest":
-            for _ in range(random.choice([1, 1, 40, 400])):
+            for _ in range(random.choice([1, 1, 40, 100])):
                 holder[key] = random.choice([[holder[key]], {"a": holder[key]}])
         elif what == "exchange":
             other, place = random.choice(places)

@@ -8,11 +8,11 @@ import resource
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from unittest.mock import patch
 
 from trial import Command, Trial
@@ -24,6 +24,8 @@ import trainer.cli
 import trainer.comparison.execute
 import trainer.fit
 from logitcache import UserError
+from trainer.comparison.execute import Failure
+from trainer.comparison.recipe import Recipe
 
 HANG_S = 20.0
 """By the clock, without the time that a process waits for a processor on a busy machine."""
@@ -59,7 +61,11 @@ class Running:
         self._began = time.monotonic()
         self.pid = os.fork()
         if not self.pid:
-            _run(make, trial)
+            try:
+                _run(make, trial)
+                os._exit(0)
+            finally:
+                os._exit(1)
         os.setpgid(self.pid, self.pid)
         self.end = os.pidfd_open(self.pid)  # readable when it has ended
         self._killed = ""
@@ -96,29 +102,21 @@ class Running:
         return Ended([Finding(**finding) for finding in said["findings"]], said["statuses"], seconds)
 
 
-def _run(make: Callable[[Trial], list[Command]], trial: Trial) -> NoReturn:
-    findings: list[Mapping[str, str]] = []
-    statuses: list[int] = []
+def _run(make: Callable[[Trial], list[Command]], trial: Trial) -> None:
+    """Runs the commands of an input and writes down what came of them."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.environ |= {"TMPDIR": str(trial.folder), "LOGITCACHE_HOME": str(trial.folder / "home")}
+    os.chdir(trial.folder)
     try:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.environ |= {"TMPDIR": str(trial.folder), "LOGITCACHE_HOME": str(trial.folder / "home")}
-        os.chdir(trial.folder)
         commands = make(trial)
         (trial.folder / COMMANDS_NAME).write_text(json.dumps(commands))
         with _stopped_short(trial):
-            for command in commands:
-                judged = _judged(command)
-                if isinstance(judged, Finding):
-                    findings.append(vars(judged))
-                else:
-                    statuses.append(judged)
+            judged = [_judged(command) for command in commands]
     except BaseException:
-        findings = [{"what": "this script: an error of its own", "details": traceback.format_exc()}]
-    finally:
-        os.write(
-            writer, json.dumps({"findings": findings, "statuses": statuses}).encode()
-        )  # a pipe holds 64 KiB, and details are cut
-        os._exit(0)
+        judged = [Finding("this script: an error of its own", traceback.format_exc())]
+    findings = [vars(one) for one in judged if isinstance(one, Finding)]
+    statuses = [one for one in judged if not isinstance(one, Finding)]
+    (trial.folder / RESULT_NAME).write_text(json.dumps({"findings": findings, "statuses": statuses}))
 
 
 def _judged(command: Command) -> Finding | int:
@@ -135,7 +133,7 @@ def _judged(command: Command) -> Finding | int:
         said = output()
     if "Traceback (most recent call last)" in said:
         return Finding(f"traceback in the output: {said.strip().splitlines()[-1][:200]}", f"{shown}\n{said[-6000:]}")
-    if status not in ((0, 1, 2) if arguments[:1] == ["verify"] else (0, 2)):
+    if status not in ((0, 1, 2) if arguments[0] in ("verify", "compare") else (0, 2)):
         return Finding(f"exit status {status}", f"{shown}\n{said[-3000:]}")
     _, mark, message = said.rpartition(f"{program}: error: ")
     if status == 2 and (not mark or len(message.strip().splitlines()) != 1 or len(message) > MAX_LINE):
@@ -183,13 +181,16 @@ def _stopped_short(trial: Trial) -> Iterator[None]:
             raise UserError("vLLM's own options are not read here")
         return {}
 
+    def not_done(recipe: Recipe, jobs: int) -> list[Failure]:
+        return [Failure(run.folder, ["no run is done here"]) for run in recipe.runs]
+
     def fitted(run: Any, tell: Any) -> trainer.fit.Outcome:
         return trainer.fit.Outcome(0, None)
 
     with (
         patch.object(logitcache.capture.inputs, "choose_engine", engine),
         patch.object(logitcache.capture.engine_options, "parse_engine_options", options),
-        patch.object(trainer.comparison.execute, "execute", lambda recipe, jobs: []),
+        patch.object(trainer.comparison.execute, "execute", not_done),
         patch.object(trainer.fit, "fit", trainer.fit.fit if trial.trains else fitted),
     ):
         yield

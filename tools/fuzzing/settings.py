@@ -33,6 +33,7 @@ SNIPPETS = [
     "temperature_schedule: [1@0, 2@0.5]\n",
     "student: ''\n",
     "\t- x\n",
+    "a: " + "[" * 3000 + "\n",
 ]
 SETTINGS: dict[str, Any] = {
     "loss": "fkl",

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import UnionType
 from typing import Any
 
 from logitcache import UserError
@@ -19,6 +18,21 @@ from trainer.comparison.settings import filled_in
 from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
 from trainer.records import read_record
 from trainer.settings.schedules import parse_points
+
+NUMBER = int | float
+SETTINGS_SHAPE = {
+    "seed": (int,),
+    "data_seed": (int | None,),
+    "loss": (str,),
+    "kd_weight": (NUMBER,),
+    "kd_weight_schedule": (str | None,),
+}
+ENTRY_SHAPE = {
+    "step": int,
+    **{f"eval_{name}": (NUMBER,) for name in CURVES},
+    **dict.fromkeys(["tokens_per_second", "data_wait", "train_runtime"], (NUMBER,)),
+}
+"""What is read of run.json and of the log in trainer_state.json."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +70,9 @@ class FinishedRun:
 
 def read_run(path: Path) -> FinishedRun:
     """Raises UserError for a folder that holds no finished run with a held-out evaluation."""
-    record = _record(path, RUN_NAME, settings=dict, tail=str)
-    evaluation = _record(path, EVALUATION_NAME, cache=str, cache_sha256=str, metrics=dict)
-    history = _record(path, STATE_NAME, log_history=list)["log_history"]
+    record = _record(path, RUN_NAME, settings=SETTINGS_SHAPE, tail=str)
+    evaluation = _record(path, EVALUATION_NAME, cache=str, cache_sha256=str, metrics={...: NUMBER})
+    history = _record(path, STATE_NAME, log_history=[ENTRY_SHAPE])["log_history"]
     curves = {
         name: {int(entry["step"]): float(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry}
         for name in CURVES
@@ -127,8 +141,8 @@ def _pace(settings: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -
     return pace
 
 
-def _record(folder: Path, name: str, **kinds: type | UnionType) -> dict[str, Any]:
-    record = read_record(folder / name, **kinds)
+def _record(folder: Path, name: str, **shapes: Any) -> dict[str, Any]:
+    record = read_record(folder / name, **shapes)
     if record is None:
         raise UserError(
             f"{folder} is no finished run with a held-out evaluation: it has no {name}. "

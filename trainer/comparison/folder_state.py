@@ -34,7 +34,7 @@ class FolderState:
 def folder_state(run: PlannedRun) -> FolderState:
     """By the content of the folder, whenever it was written. Raises UserError for a cache or folder that does not open."""
     try:
-        record = read_record(run.folder / RUN_NAME, settings=dict, cache=dict)
+        record = read_record(run.folder / RUN_NAME, settings=dict, cache={"caches": ([dict],)})
         evaluation = read_record(run.folder / EVALUATION_NAME, cache_sha256=str)
     except NotARecord as error:
         return FolderState([str(error)], False, None)

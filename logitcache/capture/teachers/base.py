@@ -78,12 +78,14 @@ class TeacherModel:
         try:
             config = AutoConfig.from_pretrained(name, **options)
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
+            tokenizer("")  # a setting of the wrong kind is found here, or in the middle of the corpus
+            known = max(tokenizer.get_vocab().values()) + 1
+        except Exception as error:  # of whatever kind the files lead to, those in Rust raise Exception itself
             raise UserError(
-                f"--teacher {name}: its configuration or tokenizer does not load ({one_line(error)})"
+                f"--teacher {name}: its configuration or tokenizer does not load "
+                f"({one_line(error) or type(error).__name__})"
             ) from error
         text = config.get_text_config()
-        known = max(tokenizer.get_vocab().values()) + 1
         if known > text.vocab_size:
             raise UserError(
                 f"--teacher {name}: its tokenizer has {known} tokens, the model only {text.vocab_size} logits"
