@@ -7,9 +7,10 @@ has one, regular files, so a link, a device or an extension header has nothing h
 from __future__ import annotations
 
 import hashlib
+import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -17,7 +18,7 @@ from typing import BinaryIO, cast
 import zstandard
 
 from logitcache.errors import UserError, one_line
-from logitcache.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from logitcache.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_as_written
 from logitcache.format.regular_files import regular_file
 from logitcache.format.storage import Folder
 from logitcache.sharing.transfer import TravellingFile, check
@@ -138,7 +139,13 @@ class _Counted:
 def bundled_manifest(url: str) -> bytes:
     """The manifest of a bundle; no more than that is read. Raises UserError as `opened_bundle` does."""
     with opened_bundle(url) as members:
-        return b"".join(next(members).chunks)
+        content = b"".join(next(members).chunks)
+    parts = None
+    with suppress(ValueError, RecursionError):  # what is no JSON is refused by who parses it
+        parts = json.loads(content)
+    if isinstance(parts, dict) and not is_as_written(content, parts):
+        raise UserError(f"{url} was damaged: the checksum of its manifest is not that of its content")
+    return content
 
 
 @contextmanager

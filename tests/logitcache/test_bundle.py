@@ -305,6 +305,17 @@ def test_one_altered_byte_is_found_or_changes_nothing(place: int, change: int) -
             assert {**read, "README.md": b""} == {**contents(root / "cache"), "README.md": b""}
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [(b'"tests"', b'"tesls"'), (b'"checksum": "', b'"checksum": "x'), (b'"checksum"', b'"checksun"')]
+)
+def test_a_manifest_that_was_damaged_on_its_way_is_refused(cache: Path, tmp_path: Path, old: bytes, new: bytes) -> None:
+    content = (cache / MANIFEST_NAME).read_bytes()
+    assert old in content
+    content = content.replace(old, new, 1)
+    with pytest.raises(UserError, match="the checksum of its manifest is not that of its content"):
+        pull_cache(packed([regular(MANIFEST_NAME, content)], tmp_path / "b.tar.zst"), tmp_path / "out")
+
+
 class TestBombs:
     def test_a_manifest_without_bounds_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bundle, "MAX_MANIFEST_BYTES", 10_000)
