@@ -6,6 +6,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -99,3 +100,11 @@ def test_an_input_follows_from_its_seed(kind: Callable[[Trial], list[Command]], 
     first = [made("folder-1", seed) for seed in range(20)]
     assert first == [made("folder-2", seed) for seed in range(20)]
     assert len({repr(one) for one in first}) > 15
+
+
+@pytest.mark.programs
+def test_some_inputs_of_every_kind_pass() -> None:
+    command = [sys.executable, str(TOOL / "fuzz.py"), "--seed", "1", "--count", "150", "--jobs", "2"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.strip().endswith("0 findings")

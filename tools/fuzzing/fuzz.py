@@ -1,11 +1,12 @@
 """Runs both programs on thousands of damaged, odd and hostile inputs.
 
-python tools/fuzzing/fuzz.py [--seed 0] [--count 10000] [--kinds corpora,yaml] [--jobs 2]
+python tools/fuzzing/fuzz.py [--seed 0] [--count 10000] [--kinds corpora,recipes] [--jobs 2]
 python tools/fuzzing/fuzz.py --seed 0 --only shards:17
 
-Each input must end with exit status 0, or with 2 (`verify` also: 1) and one line that says why. Findings are everything else: a
-traceback, 20 s of the processor, 2 GiB of memory. They are printed with the command that runs their input again, which keeps its
-files; exit status 1 where there are any. An input follows from seed, kind and number alone.
+An input is some files, and one or two command lines that read them. Each must end with exit status 0 (`verify` and `compare`
+also: 1), or with 2 and one line that says why. Findings are everything else: a traceback, 20 s, 2 GiB of memory. They are printed
+with the command that runs their input again and keeps its files; exit status 1 where there are any. An input follows from seed,
+kind and number alone. Linux only.
 """
 
 from __future__ import annotations
@@ -124,11 +125,8 @@ def _ended(
             if not keep:
                 shutil.rmtree(one.trial.folder, ignore_errors=True)
             if done % 500 == 0:
-                print(
-                    f"{done:,} of {len(numbers):,} inputs, {time.monotonic() - began:,.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                seconds = time.monotonic() - began
+                print(f"{done:,} of {len(numbers):,} inputs, {seconds:,.0f} s", file=sys.stderr, flush=True)
 
 
 def _prepare(material: Path) -> None:
@@ -149,7 +147,7 @@ def _prepare(material: Path) -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if "vllm" not in module.name and not module.name.endswith(("__main__", "kernels")):
                 importlib.import_module(module.name)
-    for name in ("duckdb", "matplotlib.pyplot", "peft", "tqdm"):
+    for name in ("duckdb", "matplotlib.backends.backend_agg", "peft", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
     tqdm.tqdm.monitor_interval = 0  # no thread where others are forked from
     torch.set_num_threads(1)
@@ -164,7 +162,7 @@ def _report(inputs: Iterator[tuple[str, Ended]], seed: int) -> int:
     kinds: dict[str, Counter[str]] = {}
     for label, ended in inputs:
         counts = kinds.setdefault(label.partition(":")[0], Counter())
-        counts.update({"inputs": 1, "findings": len(ended.findings), "ms": round(ended.seconds * 1000)})
+        counts.update({"inputs": 1, "findings": len(ended.findings), "ms": round(1000 * ended.seconds)})
         counts.update({"commands": len(ended.statuses), "ended with 0": ended.statuses.count(0)})
         for finding in ended.findings:
             found[finding.what] += 1
@@ -173,11 +171,9 @@ def _report(inputs: Iterator[tuple[str, Ended]], seed: int) -> int:
                 print(f"\n{finding.what}\n  again: {again}\n{finding.details}", flush=True)
     names = ("inputs", "commands", "ended with 0", "findings", "ms")
     print("\n" + aligned([["", *names], *([kind, *(f"{of[name]:,}" for name in names)] for kind, of in kinds.items())]))
-    print(
-        f"\n{sum(found.values()):,} findings",
-        *(f"  {number:5}  {what}" for what, number in found.most_common()),
-        sep="\n",
-    )
+    print(f"\n{sum(found.values()):,} findings")
+    for what, number in found.most_common():
+        print(f"  {number:5}  {what}")
     return 1 if found else 0
 
 
