@@ -7,6 +7,7 @@ largest k that is priced, and then as the build will do it, for the rate and the
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
@@ -33,7 +34,7 @@ from logitcache.capture.worker import find_nan
 from logitcache.errors import UserError
 from logitcache.format.codebook import Codebook
 from logitcache.format.codec import encode
-from logitcache.format.kept_columns import ColumnTypes
+from logitcache.format.kept_columns import ColumnTypes, columns_text, stored_columns
 from logitcache.format.layout import Layout
 from logitcache.format.narrowing import narrow, nucleus
 from logitcache.format.sequences import TokenSequence
@@ -69,6 +70,7 @@ def plan_build(teacher: str | None, data: str | Sequence[str], **settings: Any) 
     for sequence in sample.sequences:
         types.see(sequence.columns)
     layout = cache_layout(inputs.settings, inputs.model.vocab_size, types.names())
+    sample = replace(sample, sequences=[_as_built(sequence, layout) for sequence in sample.sequences])
     loaded = start_teacher(inputs.model, inputs.engine, sample.longest, inputs.settings.top_k)
     try:
         skip_bad = inputs.corpus_settings.skip_bad
@@ -77,6 +79,12 @@ def plan_build(teacher: str | None, data: str | Sequence[str], **settings: Any) 
         )
     finally:
         loaded.close()
+
+
+def _as_built(sequence: TokenSequence, layout: Layout) -> TokenSequence:
+    """A sequence with its kept columns as a build stores them."""
+    columns = json.loads(columns_text(sequence.columns))
+    return replace(sequence, columns=stored_columns(layout.columns, columns))
 
 
 @dataclass(frozen=True)

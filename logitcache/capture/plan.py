@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.errors import UserError
-from logitcache.format.kept_columns import ColumnTypes, stored_value
+from logitcache.format.kept_columns import ColumnTypes, stored_columns
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import TokenSequence
@@ -97,8 +97,7 @@ class Plan:
         """The token sequences of a shard, in order."""
         with self.folder.open(_tokens_name(index)) as source:
             for sequence in read_tokens(source):
-                kept = {name: stored_value(self.column_types[name], value) for name, value in sequence.columns.items()}
-                yield replace(sequence, columns=kept)
+                yield replace(sequence, columns=stored_columns(self.column_types, sequence.columns))
 
     def finished(self, index: int) -> ShardInfo | None:
         """What was recorded of a shard, if it is complete."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache.format.codec import flat
+from logitcache.format.kept_columns import columns_text
 from logitcache.format.sequences import TokenSequence
 
 TOKENS_SCHEMA = pa.schema(
@@ -28,12 +29,11 @@ class TokensWriter:
 
     def write(self, sequence: TokenSequence) -> None:
         """Appends a sequence."""
-        columns = json.dumps(dict(sequence.columns), ensure_ascii=False, default=str)
         self._rows.append(
             {
                 "input_ids": sequence.input_ids,
                 "loss_mask": sequence.loss_mask,
-                "columns": columns,
+                "columns": columns_text(sequence.columns),
                 "where": sequence.where,
             }
         )

@@ -24,7 +24,7 @@ from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.tails import APPROXIMATE, finish_targets
 from logitcache.exchange.values import BadRow
 from logitcache.format.atomic import space_needed
-from logitcache.format.kept_columns import stored_value
+from logitcache.format.kept_columns import stored_columns
 from logitcache.format.layout import FORMAT_VERSION, Layout
 from logitcache.format.levels import DEFAULT_PRECISION, check_precision
 from logitcache.format.manifest import BUILD_DIRECTORY, MAX_VOCAB_SIZE, Manifest
@@ -174,7 +174,7 @@ class _Job:
                 precision=self.precision,
                 most_mass=self.kind.most_mass,
             )
-            columns = {name: stored_value(types[name], value) for name, value in tokens.columns.items()}
+            columns = stored_columns(types, tokens.columns)
         except (BadRow, TypeError) as error:
             if not self.skip_bad:
                 raise bad_row(row, error) from error

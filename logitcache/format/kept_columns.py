@@ -32,3 +32,13 @@ def stored_value(column_type: str, value: Any) -> Any:
     if column_type != "string" or value is None or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False)
+
+
+def stored_columns(types: Mapping[str, str], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The kept columns of a row as the cache stores them. types: of `ColumnTypes.names`. Raises TypeError as `stored_value`."""
+    return {name: stored_value(types[name], value) for name, value in columns.items()}
+
+
+def columns_text(columns: Mapping[str, Any]) -> str:
+    """The kept columns of a row as JSON text. What JSON has not becomes a string."""
+    return json.dumps(dict(columns), ensure_ascii=False, default=str)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from references import full_logprobs
 
+import logitcache
 from logitcache.capture.clusters import tail_groups_of
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.sample import sample_corpus
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
-from logitcache.capture.estimate import Estimate, estimate, narrowed, stored_bytes, thinned
+from logitcache.capture.estimate import Estimate, estimate, narrowed, plan_build, stored_bytes, thinned
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
@@ -263,6 +267,17 @@ def test_what_is_left_out_is_told_for_the_whole_corpus(estimated: Estimate) -> N
     )
     text = replace(estimated, sample=sample).table()
     assert "left out   30 empty, 10 bad; first bad: train.jsonl, line 2: no text" in text
+
+
+def test_a_plan_prices_kept_columns_of_any_kind_as_the_build_stores_them(teacher: Path, tmp_path: Path) -> None:
+    table = pa.table({"text": ["one", "two"], "at": [datetime(2026, 1, 1), None], "raw": [b"x", b"y"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text('{"text": "three", "at": 7, "raw": {"a": 1}}\n')
+    settings: dict[str, Any] = {"keep": ["at", "raw"], "backend": "transformers", "top_k": 4}
+    data = [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl")]
+    cache = logitcache.build(str(teacher), data, tmp_path / "cache", **settings)
+    assert [sequence.columns["at"] for sequence in cache] == ["2026-01-01 00:00:00", None, "7"]
+    assert plan_build(str(teacher), data, **settings).sample.num_documents == 3
 
 
 def test_a_teacher_without_logits_gives_mass_only_and_up_to_its_own_k(
