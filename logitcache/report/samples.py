@@ -155,7 +155,6 @@ def _arrays(sequence: CachedSequence, length: int) -> dict[str, np.ndarray]:
     heaviest groups [M, 4] with group_logprobs.
     """
     trained = sequence.loss_mask[:length].astype(np.uint8)
-    trained[:1] = 0  # whatever the mask says: nothing predicts the first token
     num_positions = int(trained.sum())
     targets = sequence.targets[:num_positions]
     actual = sequence.input_ids[sequence.positions[:num_positions] + 1]

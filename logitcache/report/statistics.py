@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from logitcache.errors import UserError
 from logitcache.format.manifest import Manifest
 from logitcache.format.shard_reader import ShardReader
 from logitcache.format.storage import Folder
@@ -72,11 +71,6 @@ def statistics(folder: Folder, manifest: Manifest) -> Statistics:
         targets = ShardReader(folder, info, manifest.layout).read_row_group(index).targets
         entropy.append(entropies(targets))
         tail_mass.append(np.exp(targets.tail_logprob, dtype=np.float64))
-        if not (np.isfinite(entropy[-1]) & np.isfinite(tail_mass[-1])).all():
-            raise UserError(
-                f"{folder.where(info.name)}, row group {index}: log-probabilities that are not numbers; `logitcache verify` "
-                "names the rows"
-            )
         covered.append(np.cumsum(_probabilities(targets).sum(axis=0)))
         values, found = np.unique(targets.num_entries, return_counts=True)
         counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))

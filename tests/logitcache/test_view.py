@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 from readable import HOSTILE, Elements, page_data, readable_cache, write_tokenizer, write_tokenizer_json
-from smallcaches import EVERYTHING, VOCAB, full_distributions, random_rows, sparse_targets, write_cache
+from smallcaches import EVERYTHING, VOCAB, random_rows, write_cache
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import logitcache
@@ -26,7 +26,6 @@ from logitcache import LogitCache, UserError
 from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
-from logitcache.format.sequences import TokenSequence
 from logitcache.format.storage import Folder
 from logitcache.report.page import view
 from logitcache.report.samples import MOST_ROWS, PAGE_TOKENS, SHOWN_CHARACTERS, chosen_rows, fair_lengths, read_samples
@@ -299,16 +298,6 @@ def test_numbers_of_a_page_are_those_of_the_targets_that_predicted_each_token(tm
     assert position == len(arrays["entropy"])
 
 
-def test_a_first_token_that_is_masked_as_trained_takes_no_others_distribution(tmp_path: Path) -> None:
-    mask = np.array([True, False, True, True, False, True])
-    sequence = TokenSequence(np.arange(6, dtype=np.int32), mask)
-    targets = sparse_targets(full_distributions(np.random.default_rng(0), 3), [3, 3, 3], Layout(VOCAB))
-    cache = write_cache(tmp_path / "c", [(sequence, targets)], Layout(VOCAB))
-    samples = read_samples(cache, [0])
-    assert samples.arrays["trained"].tolist() == [0, 0, 1, 1, 0, 1]
-    assert samples.rows[0]["trained"] == samples.rows[0]["positions"] == 3
-
-
 def test_a_cut_row_has_the_positions_of_the_tokens_that_are_shown(tmp_path: Path) -> None:
     texts = [f"w{i}" for i in range(40)]
     cache = readable_cache(tmp_path / "c", texts, num_rows=2, length=PAGE_TOKENS // 2 + 100, entries=2)
@@ -334,7 +323,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     fingerprint = {
         "teacher": {"name": HOSTILE[1], "architecture": HOSTILE[0]},
         "corpus": {"sources": [{"name": HOSTILE[2]}]},
-        "capture": {"top_k": HOSTILE[4]},
+        "capture": {"top_k": 3},
     }
     history = ({"command": HOSTILE[1], "rows": HOSTILE[0], "from": []},)
     replace(manifest, fingerprint=fingerprint, history=history).write(Folder(root))
@@ -374,7 +363,7 @@ def long_cache(root: Path) -> LogitCache:
     columns = {f"c{i:03}" + "y" * 300: "string" for i in range(100)}
     readable_cache(root, ["a", "b"], layout=Layout(2, columns=columns), num_rows=2, entries=1)
     manifest = LogitCache(str(root)).manifest
-    fingerprint = {"teacher": {"name": name}, "corpus": {"sources": [{"name": name}]}, "capture": {"top_k": name}}
+    fingerprint = {"teacher": {"name": name}, "corpus": {"sources": [{"name": name}]}, "capture": {"top_k": 1}}
     history = ({"command": name[:2000]},) * 1000
     replace(manifest, fingerprint=fingerprint, history=history).write(Folder(root))
     (root / "README.md").write_text(f"---\nlicense: {name}\n---\n")
