@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import uuid
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.register_at_fork(before=gc.collect)  # what other tests left dies with its threads, and not in a child without them
 
 VOCAB_SIZE = 512
 CHAT_TEMPLATE = (
