@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from logitcache import UserError
+from logitcache.documents.json_text import parse_json
 from logitcache.errors import one_line
 from logitcache.format.shape import check_shape
 
@@ -21,13 +21,15 @@ def read_record(path: Path, **shapes: Any) -> dict[str, Any] | None:
     Raises NotARecord for other content, UserError for what cannot be read.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise NotARecord(f"{path} is not JSON ({one_line(error)})") from error
+    except ValueError as error:
+        raise NotARecord(f"{path} is {one_line(error)}") from error
     if not isinstance(record, dict):
         raise NotARecord(f"{path} was not written by `trainer`: it holds no names and values")
     try:

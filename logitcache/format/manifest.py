@@ -201,7 +201,12 @@ _SHAPE: dict[str, Any] = {
     "history": ([{"command": str}],),
     "fingerprint": {
         "teacher": ({"name": (str,), **dict.fromkeys(_OF_A_TEACHER, (str | None,))},),
-        "tokenizer": ({"vocab_size": int, "vocabulary_sha256": str, "chat_template_sha256": (str | None,)},),
+        "tokenizer": (
+            {
+                **{"vocab_size": int, "vocabulary_sha256": str, "special_tokens": (dict,)},
+                **dict.fromkeys(["merges_sha256", "chat_template_sha256"], (str | None,)),
+            },
+        ),
         "corpus": ({"sources": ([{"name": str}],)},),
         "capture": ({"top_k": (int | None,)},),
         **dict.fromkeys(["generation", "format"], (dict,)),

@@ -250,6 +250,13 @@ def test_values_of_another_kind_in_a_record_are_refused(
     assert f"trainer: error: {run / name} was not written by `trainer`: " in capsys.readouterr().err
 
 
+def test_half_a_surrogate_pair_in_a_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be the name of a row, which no picture and no page can show."""
+    runs = [finished_run(tmp_path, name, optim=optim) for name, optim in (("a", "sgd"), ("b", "\ud800"))]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "x.png")]) == 2
+    assert f"trainer: error: {runs[1] / 'run.json'} is not JSON (" in capsys.readouterr().err
+
+
 def test_what_diverged_is_never_best_and_has_no_difference(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, loss, loss=loss, fkl=fkl) for loss, fkl in (("rkl", math.nan), ("fkl", 0.5))]
     runs += [finished_run(tmp_path, "akl", loss="akl", fkl=math.inf)]

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from damage import ODD_NUMBERS, damaged_bytes, damaged_json, damaged_tree
 from trial import FIT, Command, Trial
 
-MANIFEST = "logitcache.json"
+from logitcache.format.manifest import CHECKSUM_NAME, MANIFEST_NAME
+
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 ODD_IDS = [0, 1, -1, 260, 2**20, 2**30, 2**31 - 1, -(2**31)]
 
@@ -21,7 +22,9 @@ ODD_IDS = [0, 1, -1, 260, 2**20, 2**30, 2**31 - 1, -(2**31)]
 def manifests(trial: Trial) -> list[Command]:
     """logitcache.json as a damaged tree, or as damaged bytes."""
     cache = _copy(trial)
-    manifest = cache / MANIFEST
+    manifest = cache / MANIFEST_NAME
+    if trial.maybe(0.85):
+        _write_manifest(cache, json.loads(manifest.read_text()))
     manifest.write_bytes(damaged_json(trial.random, manifest.read_bytes()))
     return readers(trial, cache)
 
@@ -115,7 +118,7 @@ def _damage_tokenizer(trial: Trial, folder: Path) -> Path:
 
 def _vouch(cache: Path, file: Path) -> None:
     """Puts the SHA-256 and the bytes of a file into the manifest."""
-    manifest, name = json.loads((cache / MANIFEST).read_text()), file.relative_to(cache).as_posix()
+    manifest, name = json.loads((cache / MANIFEST_NAME).read_text()), file.relative_to(cache).as_posix()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if name in manifest["files"]:
         manifest["files"][name] = digest
@@ -123,7 +126,13 @@ def _vouch(cache: Path, file: Path) -> None:
         if shard["name"] == name:
             shard |= {"sha256": digest, "num_bytes": file.stat().st_size}
     manifest["num_bytes"] = sum(shard["num_bytes"] for shard in manifest["shards"])
-    (cache / MANIFEST).write_text(json.dumps(manifest))
+    _write_manifest(cache, manifest)
+
+
+def _write_manifest(cache: Path, manifest: dict[str, Any]) -> None:
+    """Without a checksum of its own, as earlier versions wrote it, so that its content is looked at."""
+    manifest.pop(CHECKSUM_NAME, None)
+    (cache / MANIFEST_NAME).write_text(json.dumps(manifest))
 
 
 def _rewrite(trial: Trial, shard: Path) -> None:
