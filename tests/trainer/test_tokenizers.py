@@ -80,6 +80,24 @@ def test_special_tokens_and_chat_template_only_warn(heldout: LogitCache) -> None
     assert "chat template" in warnings[1]
 
 
+@pytest.mark.parametrize("missing", ["merges_sha256", "special_tokens", "chat_template_sha256"])
+def test_what_a_fingerprint_does_not_say_of_the_tokenizer_is_no_error(tmp_path: Path, missing: str) -> None:
+    cache = write_cache(tmp_path, random_sequences(2, seed=0))
+    recorded = {name: value for name, value in cache.manifest.fingerprint["tokenizer"].items() if name != missing}
+    replace(cache.manifest, fingerprint={"tokenizer": recorded}).write(Folder(tmp_path))
+    warnings = check_tokenizer(tokenizer(), logitcache.open(tmp_path), "student")
+    assert [warning for warning in warnings if "cache's None" not in warning] == []
+
+
+@pytest.mark.parametrize("change", [{"merges_sha256": 7}, {"special_tokens": []}])
+def test_a_fingerprint_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    cache = write_cache(tmp_path, random_sequences(2, seed=0))
+    recorded = {**cache.manifest.fingerprint["tokenizer"], **change}
+    replace(cache.manifest, fingerprint={"tokenizer": recorded}).write(Folder(tmp_path))
+    with pytest.raises(UserError, match="is not a cache manifest"):
+        logitcache.open(tmp_path)
+
+
 def test_a_cache_without_its_tokenizer_is_compared_by_hash(tmp_path: Path) -> None:
     replace(write_cache(tmp_path, random_sequences(2, seed=0)).manifest, files={}).write(Folder(tmp_path))
     cache = logitcache.open(tmp_path)
