@@ -116,9 +116,12 @@ class Rendering:
         def enclosed(caller: Callable[[], str]) -> str:
             return opening + caller() + closing
 
-        marked = self._render(
-            self.messages[:count], chat_template=_MARK.sub(_as_call, template), logitcache_enclosed=enclosed
-        )
+        try:
+            marked = self._render(
+                self.messages[:count], chat_template=_MARK.sub(_as_call, template), logitcache_enclosed=enclosed
+            )
+        except BadDocument:  # what the template does with the marked text cannot be done with more signs in it
+            return None
         spans: list[tuple[int, int]] = []
         begun: list[int] = []
         length = 0
