@@ -51,6 +51,10 @@ def test_engines_of_other_programs_are_left_alone(asked: list[bool], monkeypatch
 
 def end_by(number: int) -> None:
     faulthandler.disable()  # pytest's, which would show it
+    if number != signal.SIGKILL:
+        signal.signal(
+            number, signal.SIG_DFL
+        )  # Ray's handler, where an earlier test started it, ends a process otherwise
     os.kill(os.getpid(), number)
 
 
