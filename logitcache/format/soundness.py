@@ -15,7 +15,7 @@ from logitcache.format.layout import Layout
 from logitcache.format.levels import mass_tolerance, mass_tolerances
 from logitcache.format.targets import PAD_ID, SparseTargets, find_defect
 
-BLOCK_ENTRIES = 1 << 15
+BLOCK_ENTRIES = 1 << 16
 SORTED_ENTRIES = 1 << 16
 """Of a row group; those of the writer have up to half a million."""
 GROUP_STEP_OF_FORMAT_1 = 2.0**-5
@@ -82,9 +82,10 @@ def _masses(logprobs: np.ndarray) -> np.ndarray:
     masses = np.empty(len(logprobs), np.float32)
     size = max(BLOCK_ENTRIES // max(logprobs.shape[1], 1), 1)
     probs = np.empty((min(size, len(logprobs)), logprobs.shape[1]), np.float32)
+    ones = np.ones(logprobs.shape[1], np.float32)
     for first in range(0, len(logprobs), size):
         block = logprobs[first : first + size]
-        np.einsum("ij->i", np.exp(block, out=probs[: len(block)]), out=masses[first : first + size])
+        np.dot(np.exp(block, out=probs[: len(block)]), ones, out=masses[first : first + size])
     return masses
 
 
