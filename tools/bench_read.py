@@ -5,8 +5,9 @@
 Encoding ends with a shard on disk, checksum included; decoding with numpy arrays of every row: token ids and
 log-probabilities [M, k] and the tail [M], all rows of a row group at once under "row groups". `datasets` and polars read
 the same files at precision exact: of the other precisions they give the columns, from which the values are still to be
-computed. Each measurement runs in a process of its own with one thread beside ours that read ahead, all on one core; median of
-three passes; the cache is in the page cache.
+computed. "checks" is the time that the checks of a decoded row group take (ids, masks, masses), by that of reading and decoding
+it, best of 30. Each other measurement runs in a process of its own with one thread beside ours that read ahead, all on one
+core; median of three passes; the cache is in the page cache.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ K = 64
 VOCAB = 128_000
 POSITIONS_PER_SHARD = 1 << 17
 PASSES = 3
+CHECKED = 30
 
 
 def write(root: Path) -> Iterator[int]:
@@ -127,6 +129,25 @@ def measured(name: str, root: Path) -> tuple[float, float]:
     return rate, peak
 
 
+def share_of_checks(root: Path) -> float:
+    """Time of the checks of the first row group by the time that reading and decoding it takes."""
+    import logitcache
+    from logitcache.format.codec import DecodedRows
+    from logitcache.format.soundness import check_rows
+
+    cache = logitcache.open(root)
+    layout, [shard, *_] = cache.manifest.layout, cache._shards
+    seconds: dict[str, list[float]] = {"decode": [], "check": []}
+    for _ in range(CHECKED):
+        began = time.process_time()
+        rows = DecodedRows(shard.read_columns(0), layout)
+        decoded = time.process_time()
+        check_rows(rows, layout)
+        seconds["decode"].append(decoded - began)
+        seconds["check"].append(time.process_time() - decoded)
+    return min(seconds["check"]) / min(seconds["decode"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=4, help=f"of {POSITIONS_PER_SHARD:,} positions each (default 4)")
@@ -136,7 +157,7 @@ def main() -> None:
         measure(options.measure[0], Path(options.measure[1]))
         return
     rows = synthetic_rows(POSITIONS_PER_SHARD, K, VOCAB)
-    by_precision = [["precision", "bytes per position", *WAYS, "peak MiB, shuffled"]]
+    by_precision = [["precision", "bytes per position", *WAYS, "peak MiB, shuffled", "checks"]]
     by_reader = [["reader, precision exact", "positions/s", "ratio", "peak MiB"]]
     with tempfile.TemporaryDirectory() as folder:
         for precision in PRESETS:
@@ -146,7 +167,8 @@ def main() -> None:
             figures = {name: measured(name, root) for name in WAYS}
             rates = [f"{rate:,.0f}" for rate, _ in figures.values()]
             peak = figures["shuffled"][1]
-            by_precision.append([precision, f"{num_bytes / POSITIONS_PER_SHARD:.1f}", *rates, f"{peak:,.0f}"])
+            checks = f"{share_of_checks(root):.1%}"
+            by_precision.append([precision, f"{num_bytes / POSITIONS_PER_SHARD:.1f}", *rates, f"{peak:,.0f}", checks])
         root = Path(folder) / "exact"
         readers = {"logitcache": measured("decode", root)} | {name: measured(name, root) for name in OTHERS}
         ours = readers["logitcache"][0]
