@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cachemaking import VOCAB, llama
+from cachemaking import TINY, VOCAB, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from logitcache import LogitCache, UserError
@@ -136,20 +136,10 @@ def test_what_suits_no_adapter_is_refused(tmp_path: Path, student_folder: str) -
         add_adapters(llama(seed=7), config(tmp_path, lora_r=2, lora_target_modules=["missing_proj"]))
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+SIZES: dict[str, Any] = TINY | {
     "head_dim": 16,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
     "use_cache": False,
 }
 MIXER: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cachemaking import VOCAB
+from cachemaking import TINY, VOCAB
 from test_distill import CatchGradient, config, relative_difference
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,24 +23,14 @@ from trainer.data.collator import Batch
 from trainer.distill import DistillTrainer
 from trainer.objective import FusedObjective, LogitsObjective
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+SIZES: dict[str, Any] = TINY | {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
     "head_dim": 16,
     "num_experts": 4,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
     "use_cache": False,
     "output_router_logits": True,
     "router_aux_loss_coef": 0.5,

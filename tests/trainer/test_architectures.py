@@ -9,26 +9,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cachemaking import VOCAB
+from cachemaking import TINY, VOCAB
 from test_added_loss import labelled
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from logitcache import LogitCache
 from trainer.cli import main
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+SIZES: dict[str, Any] = TINY | {
     "head_dim": 16,
     "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
 }
 MIXER: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
-from cachemaking import VOCAB, llama
+from cachemaking import TINY, VOCAB, llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -28,18 +28,8 @@ from trainer.losses.settings import LossSettings
 from trainer.losses.terms import DistillationTerms
 from trainer.objective import FusedObjective, LogitsObjective, Objective, objective_of, teacher_targets
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+SIZES = TINY | {
     "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": SIZES,

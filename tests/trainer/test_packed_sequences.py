@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from accelerate import skip_first_batches
-from cachemaking import VOCAB, random_sequences, write_cache
+from cachemaking import TINY, VOCAB, random_sequences, write_cache
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,19 +29,9 @@ from trainer.losses.settings import LossSettings
 from trainer.objective import objective_of, teacher_targets
 from trainer.packing import check_packing
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+SIZES: dict[str, Any] = TINY | {
     "head_dim": 16,
     "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
     "use_cache": False,
 }
 GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
