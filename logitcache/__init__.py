@@ -8,10 +8,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from logitcache.cache import LogitCache, open_cache
 from logitcache.errors import UserError
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.targets import SparseTargets
+from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.version import __version__
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from logitcache.arguments import parser
-from logitcache.cache import LogitCache, open_cache
 from logitcache.errors import UserError, one_line, printable
+from logitcache.reading.cache import LogitCache, open_cache
 
 if TYPE_CHECKING:
     from logitcache.capture.rescore import Rescoring
@@ -80,7 +80,7 @@ def _build(options: argparse.Namespace, rest: list[str]) -> None:
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     with _engines_needed():
         from logitcache.capture.engine_options import parse_engine_options
-        from logitcache.capture.estimate import plan_build
+        from logitcache.capture.estimate.estimate import plan_build
 
     print(plan_build(**_settings(options), **parse_engine_options(rest)).table())
 
@@ -177,8 +177,8 @@ def _view(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
-    from logitcache.maintenance.findings import Report
-    from logitcache.maintenance.verify import verify
+    from logitcache.maintenance.verify.findings import Report
+    from logitcache.maintenance.verify.verify import verify
 
     settings = _settings(options)
     path, num_rows = settings.pop("path"), settings.pop("rescore", None)

@@ -10,17 +10,11 @@ import pytest
 
 from logitcache.cli import main as logitcache_main
 from logitcache.format.layout import FORMAT_VERSION, Layout
-from logitcache.format.levels import PRESETS
+from logitcache.format.quantization import PRESETS
 from trainer.cli import main as trainer_main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = sorted(
-    path.relative_to(ROOT)
-    for package in ("logitcache", "trainer")
-    for path in (ROOT / package).rglob("*.py")
-    if not path.stem.startswith("__")
-)
 COMMANDS = ("build", "view", "verify", "recode", "slice", "merge", "push", "pull", "import", "export")
 # Ground floor last: a room imports from rooms below it only.
 FLOORS = [
@@ -30,109 +24,91 @@ FLOORS = [
     ("logitcache.exchange",),
     ("logitcache.maintenance",),
     ("logitcache.sharing",),
+    ("logitcache.assembly",),
     ("logitcache.report",),
-    ("logitcache.cache",),
+    ("logitcache.reading",),
     ("logitcache.format",),
+    ("logitcache.storage",),
     ("logitcache.attention", "logitcache.documents"),
-    ("logitcache.errors", "logitcache.progress", "logitcache.spans", "logitcache.table", "logitcache.version"),
-    ("logitcache.urls",),
+    ("logitcache.progress", "logitcache.ranges", "logitcache.table"),
+    ("logitcache.errors",),
+    ("logitcache.urls", "logitcache.version"),
 ]
-READER_SIDE = tuple(
-    f"logitcache.{room}"
-    for room in ("attention", "cache", "format", "documents", "errors", "progress", "spans", "table", "urls", "version")
-)
+READER_SIDE = tuple(room for floor in FLOORS[FLOORS.index(("logitcache.reading",)) :] for room in floor)
 TRAINER_FLOORS = [
     ("trainer.cli",),
     ("trainer.commands",),
     ("trainer.comparison",),
-    ("trainer.fit", "trainer.arguments"),
-    (
-        "trainer.prepare",
-        "trainer.description",
-        "trainer.resume",
-        "trainer.progress",
-        "trainer.interrupt",
-        "trainer.early_stopping",
-        "trainer.output_folder",
-    ),
-    ("trainer.distill",),
+    ("trainer.run",),
     ("trainer.evaluation",),
-    (
-        "trainer.objective",
-        "trainer.batching",
-        "trainer.packing",
-        "trainer.pace",
-        "trainer.ranks",
-        "trainer.schedules",
-        "trainer.tail_choice",
-    ),
-    ("trainer.added_loss",),
-    ("trainer.head", "trainer.tokenizers"),
-    ("trainer.student", "trainer.adapters"),
+    ("trainer.model",),
     ("trainer.data",),
     ("trainer.config",),
-    ("trainer.settings",),
-    ("trainer.losses", "trainer.files", "trainer.marked_yaml", "trainer.memory", "trainer.records", "trainer.terminal"),
+    ("trainer.losses",),
+    ("trainer.memory", "trainer.terminal"),
 ]
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of the two packages that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-        elif isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-    return {name for name in found if name.split(".")[0] in ("logitcache", "trainer")}
+def parsed_modules() -> dict[str, set[str]]:
+    """Modules of the two packages, and what each imports of them, wherever in it."""
+    paths = [path for package in ("logitcache", "trainer") for path in (ROOT / package).rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                imported |= {f"{node.module}.{name.name}" for name in node.names} | {str(node.module)}
+            elif isinstance(node, ast.Import):
+                imported |= {name.name for name in node.names}
+        if not path.stem.startswith("__"):
+            found[module] = imported & modules.keys()
+    return found
 
 
-def floor(module: str, floors: list[tuple[str, ...]] = FLOORS) -> int | None:
+MODULES = parsed_modules()
+
+
+def floor(module: str) -> int | None:
+    floors = FLOORS if module.startswith("logitcache") else TRAINER_FLOORS
     for number, rooms in enumerate(floors):
         if any(module == room or module.startswith(room + ".") for room in rooms):
             return number
     return None
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_every_module_stands_in_the_readmes_architecture(path: Path) -> None:
+def test_every_module_stands_in_the_readmes_architecture() -> None:
     tree = README.split("## Architecture")[1].split("```")[1]
-    assert re.search(rf"(?<![\w]){re.escape(path.name)}(?![\w])", tree), f"{path} is missing"
+    names = {module.split(".")[-1] + ".py" for module in MODULES}
+    assert not {name for name in names if not re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", tree)}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "logitcache"], ids=str)
-def test_logitcache_imports_downward_only_and_never_the_trainer(path: Path) -> None:
-    module = ".".join(path.with_suffix("").parts)
-    own = floor(module)
-    assert own is not None, f"{module} is on no floor"
-    for imported in imports(path):
-        assert not imported.startswith("trainer")
-        below = floor(imported)
-        assert below is not None and below >= own, f"{module} imports {imported}"
+def test_every_module_has_a_floor_and_imports_downward_only() -> None:
+    assert not [module for module in MODULES if floor(module) is None]
+    upward = [
+        f"{module} imports {below}"
+        for module, imported in MODULES.items()
+        for below in imported
+        if module.split(".")[0] == below.split(".")[0] and (floor(below) or 0) < (floor(module) or 0)
+    ]
+    assert not upward
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "trainer"], ids=str)
-def test_the_trainer_imports_the_reader_side_of_logitcache_only(path: Path) -> None:
-    for imported in imports(path):
-        if imported.startswith("logitcache."):
-            assert imported.startswith(READER_SIDE), f"{path} imports {imported}"
-
-
-@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "trainer"], ids=str)
-def test_the_trainer_imports_downward_only(path: Path) -> None:
-    module = ".".join(path.with_suffix("").parts)
-    own = floor(module, TRAINER_FLOORS)
-    assert own is not None, f"{module} is on no floor"
-    for imported in imports(path):
-        if imported.startswith("trainer."):
-            below = floor(imported, TRAINER_FLOORS)
-            assert below is not None and below >= own, f"{module} imports {imported}"
+def test_logitcache_never_imports_the_trainer_which_imports_its_reader_side_only() -> None:
+    walls = [
+        f"{module} imports {other}"
+        for module, imported in MODULES.items()
+        for other in imported
+        if module.split(".")[0] != other.split(".")[0]
+        and (module.startswith("logitcache") or not other.startswith(READER_SIDE))
+    ]
+    assert not walls
 
 
 def test_losses_import_nothing_but_each_other_and_torch() -> None:
-    for path in MODULES:
-        if path.parts[:2] == ("trainer", "losses"):
-            assert all(imported.startswith("trainer.losses") for imported in imports(path)), path
+    for module, imported in MODULES.items():
+        if module.startswith("trainer.losses."):
+            assert all(other.startswith("trainer.losses.") for other in imported), module
 
 
 def test_the_readmes_format_section_names_every_column() -> None:

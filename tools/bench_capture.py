@@ -38,12 +38,12 @@ from logitcache.capture.request import make_request
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.capture.teachers.start import start_teacher
-from logitcache.capture.teachers.vllm_engine import set_environment
+from logitcache.capture.teachers.vllm.engine import set_environment
 from logitcache.capture.worker import Job, ShardWorker
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.storage import Folder
 from logitcache.format.tokenizer import save_tokenizer
 from logitcache.progress import Progress
+from logitcache.storage.folder import Folder
 from logitcache.table import aligned
 
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher"

@@ -36,15 +36,15 @@ import zstandard
 from entry_codecs import CANDIDATES, Codec, frequent_ids, rank_tables
 from measure import machine
 
-from logitcache.capture.fidelity import SLOPES, STUDENTS, Outcomes, stand_in
+from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, stand_in
 from logitcache.format.codebook import Codebook
 from logitcache.format.codec import DecodedRows, encode
 from logitcache.format.layout import Layout
-from logitcache.format.levels import PRESETS, rounded
+from logitcache.format.quantization import PRESETS, rounded
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
-from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets, concatenate
+from logitcache.storage.folder import Folder
 from logitcache.table import aligned
 
 CONTEXT = 128

@@ -29,7 +29,7 @@ from logitcache.exchange.importing import import_logits
 from logitcache.format.tokenizer import tokenizer_fingerprint
 from logitcache.table import aligned
 
-SAMPLE = Path(__file__).parent.parent / "tests/logitcache/exchange/recommended"
+SAMPLE = Path(__file__).parent.parent / "tests/data/exchange/recommended"
 REPEATS = 3
 
 

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from logitcache.capture.clusters import profile_clusters
-from logitcache.capture.estimate import stored_bytes
-from logitcache.capture.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, group_sums
+from logitcache.capture.calibration import profile_clusters
+from logitcache.capture.estimate.estimate import stored_bytes
+from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, group_sums
 from logitcache.format.layout import Layout
-from logitcache.format.levels import DEFAULT_PRECISION, PRESETS
 from logitcache.format.narrowing import narrow
+from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
 from logitcache.table import aligned

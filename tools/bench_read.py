@@ -27,7 +27,7 @@ import numpy as np
 from measure import machine, peak_mib, synthetic_rows, write_synthetic_cache
 
 from logitcache.format.layout import Layout
-from logitcache.format.levels import PRESETS
+from logitcache.format.quantization import PRESETS
 from logitcache.table import aligned
 
 K = 64

@@ -32,7 +32,7 @@ from measure import machine, peak_mib, synthetic_rows
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.shards import ShardWriter, shard_name
-from logitcache.format.storage import Folder
+from logitcache.storage.folder import Folder
 from logitcache.table import aligned
 
 K = 64

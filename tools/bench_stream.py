@@ -21,7 +21,7 @@ from typing import Any
 from measure import machine, peak_mib, resident_mib, synthetic_rows, write_synthetic_cache
 
 from logitcache.format.layout import Layout
-from logitcache.format.levels import DEFAULT_PRECISION, PRESETS
+from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS
 from logitcache.table import aligned
 
 K = 64

@@ -27,11 +27,11 @@ from pathlib import Path
 from measure import machine, synthetic_rows, write_synthetic_cache
 
 from logitcache.format.layout import Layout
-from logitcache.format.levels import DEFAULT_PRECISION, PRESETS
 from logitcache.format.manifest import read_manifest
-from logitcache.format.storage import Folder
+from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS
 from logitcache.sharing.pull import pull
 from logitcache.sharing.push import push
+from logitcache.storage.folder import Folder
 from logitcache.table import aligned
 
 K = 64

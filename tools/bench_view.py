@@ -23,10 +23,10 @@ from pathlib import Path
 
 from measure import machine, synthetic_rows, write_synthetic_cache
 
-from logitcache.cache import open_cache
 from logitcache.format.layout import Layout
-from logitcache.format.storage import Folder
+from logitcache.reading.cache import open_cache
 from logitcache.report.token_text import TOKENIZER_NAME
+from logitcache.storage.folder import Folder
 from logitcache.table import aligned
 
 K, VOCAB = 64, 151_936

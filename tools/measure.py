@@ -23,8 +23,8 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
-from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets
+from logitcache.storage.folder import Folder
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from typing import Any
 
 # Public name → the module that defines it, imported on first use: `trainer --help` needs no torch.
 _EXPORTS = {
-    "DistillConfig": "trainer.config",
-    "DistillTrainer": "trainer.distill",
+    "DistillConfig": "trainer.config.config",
+    "DistillTrainer": "trainer.run.distill_trainer",
     "fused_linear_divergence": "trainer.losses.fused",
     "register_divergence": "trainer.losses.registry",
     "sparse_divergence": "trainer.losses.sparse",

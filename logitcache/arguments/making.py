@@ -7,7 +7,7 @@ import argparse
 from logitcache.arguments.shared import teacher_options
 from logitcache.arguments.values import assignments, mapping, names, numbers, part_of
 from logitcache.errors import Parser
-from logitcache.format.levels import PRESETS
+from logitcache.format.quantization import PRESETS
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:

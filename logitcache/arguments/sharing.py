@@ -7,7 +7,7 @@ import argparse
 from logitcache.arguments.shared import output_options
 from logitcache.arguments.values import names
 from logitcache.errors import Parser
-from logitcache.format.levels import PRESETS
+from logitcache.format.quantization import PRESETS
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from logitcache.cache import LogitCache, open_cache
-from logitcache.capture.answers import PROMPTS_NAME, answer_prompts
+from logitcache.assembly.unfinished import PLAN_NAME, SHARD_POSITIONS, differences, read_request, refuse_changes
+from logitcache.assembly.workspace import ANSWERS_NAME, range_held, remove_former, workspace
 from logitcache.capture.executors import capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
+from logitcache.capture.generation.completions import PROMPTS_NAME, answer_prompts
 from logitcache.capture.inputs import settle
 from logitcache.capture.placement import Placement
 from logitcache.capture.plan import PARTITION_NAME, Plan, cache_layout, make_plan, read_plan
@@ -19,13 +20,12 @@ from logitcache.capture.request import make_request
 from logitcache.capture.reuse import ReusedCaches, refuse_itself
 from logitcache.capture.worker import Job, write_shard
 from logitcache.errors import UserError
-from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
-from logitcache.format.storage import Folder
 from logitcache.format.tokenizer import save_tokenizer
-from logitcache.format.unfinished import PLAN_NAME, SHARD_POSITIONS, differences, read_request, refuse_changes
-from logitcache.format.workspace import ANSWERS_NAME, range_held, remove_former, workspace
 from logitcache.progress import Progress
+from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.storage.atomic import space_needed
+from logitcache.storage.folder import Folder
 
 logger = logging.getLogger("logitcache")
 

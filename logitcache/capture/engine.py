@@ -12,7 +12,7 @@ from typing import Any
 from logitcache.attention import choose_attention, left_out
 from logitcache.capture.engine_options import check_engine_options, decisive_options
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.teachers.vllm_engine import set_environment
+from logitcache.capture.teachers.vllm.engine import set_environment
 from logitcache.errors import UserError, one_line
 
 logger = logging.getLogger("logitcache")
@@ -157,8 +157,8 @@ def _attention(model: TeacherModel, asked: str | None) -> str | None:
 
 
 def _choose_route(route: str, model: TeacherModel, beyond: list[str], options: Mapping[str, Any]) -> str:
-    from logitcache.capture.teachers.vllm_engine import why_not_engine
-    from logitcache.capture.teachers.vllm_pooling import why_not_pooling
+    from logitcache.capture.teachers.vllm.engine import why_not_engine
+    from logitcache.capture.teachers.vllm.pooling import why_not_pooling
 
     if route == "flat" and beyond:
         raise UserError(f"{beyond[0]} needs the teacher's logits, --capture-route flat gives its top-k only")

@@ -7,16 +7,16 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.assembly.finalize import seal, trusted_files
+from logitcache.assembly.unfinished import PLAN_NAME, read_request
+from logitcache.assembly.workspace import workspace
 from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
 from logitcache.capture.reuse import copied_history
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, Manifest
-from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
-from logitcache.format.unfinished import PLAN_NAME, read_request
-from logitcache.format.workspace import workspace
-from logitcache.sharing.seal import seal, trusted_files
+from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.storage.folder import Folder
 from logitcache.version import __version__
 
 NOT_SCORED = "not scored"

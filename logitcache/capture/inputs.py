@@ -10,7 +10,7 @@ from logitcache.capture.corpus.documents import Source, find_sources
 from logitcache.capture.corpus.prompts import Prompts, PromptSettings
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.engine import Engine, choose_engine, choose_server
-from logitcache.capture.generation import GenerationSettings
+from logitcache.capture.generation.sampling import GenerationSettings
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.documents.chat_template import read_chat_template

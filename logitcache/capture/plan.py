@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from logitcache.assembly.unfinished import PLAN_NAME, finished_shard, record_shard
+from logitcache.assembly.workspace import ANSWERS_NAME, abandon, begin
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.errors import UserError
@@ -31,11 +33,9 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardInfo, shard_name
-from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
-from logitcache.format.unfinished import PLAN_NAME, finished_shard, record_shard
-from logitcache.format.workspace import ANSWERS_NAME, abandon, begin
 from logitcache.progress import Progress
+from logitcache.storage.folder import Folder
 
 LEFT_OUT_NAME = f"{BUILD_DIRECTORY}/left_out"
 PARTITION_NAME = f"{BUILD_DIRECTORY}/{TAIL_GROUPS_NAME}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from logitcache.capture.inputs import Inputs
 from logitcache.format.layout import FORMAT_VERSION
-from logitcache.format.levels import PRESETS
+from logitcache.format.quantization import PRESETS
 
 
 def make_request(inputs: Inputs, shard_positions: int) -> dict[str, Any]:

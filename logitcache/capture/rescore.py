@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.assembly.unfinished import compared, first_of
 from logitcache.capture.engine import Engine, choose_engine, choose_server
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
@@ -26,8 +26,8 @@ from logitcache.errors import UserError
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.targets import PAD_ID, SparseTargets
-from logitcache.format.unfinished import compared, first_of
-from logitcache.maintenance.findings import Finding
+from logitcache.maintenance.verify.findings import Finding
+from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.table import aligned
 
 logger = logging.getLogger("logitcache")

@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.assembly.unfinished import compared, first_of
 from logitcache.capture.plan import PARTITION_NAME, Plan
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.provenance import source_of
-from logitcache.format.row_index import RowIndex, id_bytes
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
-from logitcache.format.unfinished import compared, first_of
+from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.row_index import RowIndex, id_bytes
+from logitcache.storage.folder import Folder
 from logitcache.urls import public_url
 from logitcache.version import __version__
 

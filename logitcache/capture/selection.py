@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.capture.packing import columns
 from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.wire_format import columns
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 CPU_BLOCK_LOGITS = 1 << 20
@@ -70,7 +70,7 @@ def select(
     tail_groups: TailGroups | None = None,
     uniforms: Tensor | None = None,
 ) -> Tensor:
-    """The stored part of softmax(logits), int32 [N, W] as `logitcache.capture.packing` lays it out.
+    """The stored part of softmax(logits), int32 [N, W] as `logitcache.capture.wire_format` lays it out.
 
     logits: [N, V], any float dtype, padding columns already cut off; OVERWRITTEN. Sums run in float32 or better.
     tail_groups: when `settings.tail_groups`.

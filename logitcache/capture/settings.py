@@ -9,7 +9,7 @@ from typing import Any
 
 from logitcache.errors import UserError
 from logitcache.format.layout import tempered_column
-from logitcache.format.levels import DEFAULT_PRECISION, check_precision
+from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CaptureSettings:
     mass (1.0: always `top_k`).  min_k: floor under `top_p`, by default 32 or `top_k`; mass alone chooses badly for RKL and
     ToDi early in training.  tail_groups: G, number of tail groups (0: none).  temperatures: the T ≠ 1 that training may
     use; the tempered tail log Σ p^(1/T) is stored for each.  tail_entropy: store it.  tail_samples: ids drawn from the
-    tail per position.  precision: how finely all that is stored, exact, balanced or compact (`logitcache.format.levels`).
+    tail per position.  precision: how finely all that is stored, exact, balanced or compact (`logitcache.format.quantization`).
     """
 
     top_k: int = 64

@@ -12,7 +12,7 @@ from typing import Self, cast
 
 import numpy as np
 
-from logitcache.capture.clusters import tail_groups_of
+from logitcache.capture.calibration import tail_groups_of
 from logitcache.capture.engine import Engine
 from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
 from logitcache.capture.reuse import ReusedCaches, read_places, record_copied
@@ -21,12 +21,12 @@ from logitcache.capture.teachers.base import LogitTeacher, Teacher, TeacherModel
 from logitcache.capture.teachers.start import start_teacher
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
-from logitcache.format.levels import mass_tolerance
+from logitcache.format.quantization import mass_tolerance
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shards import ShardWriter
-from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import read_tail_groups, write_tail_groups
 from logitcache.format.targets import SparseTargets, find_defect
+from logitcache.storage.folder import Folder
 
 CALIBRATION_SEQUENCES = 256
 """Of the first shard, whose positions the tail groups are made from."""

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from logitcache.cache import LogitCache, open_cache
 from logitcache.errors import UserError, one_line
 from logitcache.exchange import axolotl, topk
 from logitcache.format.codec import DecodedRows
-from logitcache.format.storage import Folder
 from logitcache.progress import Progress
+from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.storage.folder import Folder
 
 logger = logging.getLogger("logitcache")
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.assembly.unfinished import PLAN_NAME
+from logitcache.assembly.workspace import abandon, begin
 from logitcache.errors import UserError
 from logitcache.exchange.sequences import SequenceReader
 from logitcache.exchange.source_files import SourceFile
@@ -24,10 +26,8 @@ from logitcache.exchange.values import BadRow
 from logitcache.format.kept_columns import ColumnTypes
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.storage import Folder
-from logitcache.format.unfinished import PLAN_NAME
-from logitcache.format.workspace import abandon, begin
 from logitcache.progress import Progress
+from logitcache.storage.folder import Folder
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.assembly.finalize import seal, trusted_files
+from logitcache.assembly.resume import begun_plan, finished_cache
+from logitcache.assembly.unfinished import PLAN_NAME, SHARD_POSITIONS, finished_shard, record_shard
+from logitcache.assembly.workspace import remove_former, workspace
 from logitcache.errors import UserError, one_line
 from logitcache.exchange.formats import FORMATS, SourceFormat
 from logitcache.exchange.import_plan import Plan, PlannedShard, Written, bad_row, make_plan, no_positions, rows_from
@@ -23,22 +26,19 @@ from logitcache.exchange.source_files import SourceFile, find_sources
 from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.tails import APPROXIMATE, finish_targets
 from logitcache.exchange.values import BadRow
-from logitcache.format.atomic import space_needed
 from logitcache.format.kept_columns import stored_columns
 from logitcache.format.layout import FORMAT_VERSION, Layout
-from logitcache.format.levels import DEFAULT_PRECISION, check_precision
 from logitcache.format.manifest import BUILD_DIRECTORY, MAX_VOCAB_SIZE, Manifest
+from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
-from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
-from logitcache.format.unfinished import PLAN_NAME, SHARD_POSITIONS, finished_shard, record_shard
-from logitcache.format.workspace import remove_former, workspace
-from logitcache.maintenance.resume import begun_plan, finished_cache
 from logitcache.progress import Progress
-from logitcache.sharing.seal import seal, trusted_files
+from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.storage.atomic import space_needed
+from logitcache.storage.folder import Folder
 from logitcache.urls import public_url
 from logitcache.version import __version__
 
@@ -71,7 +71,7 @@ def import_logits(
     vocab_size: tokens that the log-probabilities are normalised over; by default what the format says, or the tokenizer.
     loss_mask: column of 0 and 1 for each token, or of labels; by default every mask of a known name, which must agree. Without
     one all tokens but a row's first are trained.
-    top_k: the most probable entries that are kept, by default all.  precision: see `logitcache.format.levels`.
+    top_k: the most probable entries that are kept, by default all.  precision: see `logitcache.format.quantization`.
     keep: columns that travel along.  data_name: what the cache calls its corpus.  skip_bad: bad rows are left out and counted.
     shard_positions: stored positions of a shard.  overwrite: replace what `out` holds.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from logitcache.exchange.values import BadRow
-from logitcache.format.levels import PRESETS, mass_tolerances
+from logitcache.format.quantization import PRESETS, mass_tolerances
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 LEAST_TAIL = 1e-6

@@ -45,7 +45,7 @@ import pyarrow as pa
 
 from logitcache.format.codebook import Codebook
 from logitcache.format.layout import Layout, tempered_column
-from logitcache.format.levels import MOST_LEVELS, Rounding, rounded
+from logitcache.format.quantization import MOST_LEVELS, Rounding, rounded
 from logitcache.format.sequences import CachedSequence, TokenSequence, trained_positions
 from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from logitcache.errors import UserError
-from logitcache.format.levels import DEFAULT_PRECISION, PRESETS, Rounding, check_precision
+from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS, Rounding, check_precision
 
 FORMAT_VERSION = 2
 METADATA_KEY = b"logitcache"

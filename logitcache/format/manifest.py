@@ -12,10 +12,10 @@ from typing import Any, Self
 
 from logitcache.errors import UserError
 from logitcache.format.layout import FORMAT_VERSION, Layout, check_version
-from logitcache.format.levels import PRESETS
+from logitcache.format.quantization import PRESETS
 from logitcache.format.shape import check_shape
 from logitcache.format.shards import ShardInfo
-from logitcache.format.storage import Folder
+from logitcache.storage.folder import Folder
 
 MANIFEST_NAME = "logitcache.json"
 CARD_NAME = "README.md"

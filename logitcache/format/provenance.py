@@ -8,7 +8,7 @@ from typing import Any
 
 from logitcache.errors import UserError
 from logitcache.format.manifest import Manifest, fingerprint_digest
-from logitcache.format.storage import Folder
+from logitcache.storage.folder import Folder
 from logitcache.urls import public_url
 
 _PLACES = ("path", "name")

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from logitcache.format.atomic import file_sha256
 from logitcache.format.codebook import Codebook
 from logitcache.format.codec import MOST_PADDED, encode
 from logitcache.format.layout import Layout
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.storage import Folder
 from logitcache.format.targets import SparseTargets, concatenate
+from logitcache.storage.atomic import file_sha256
+from logitcache.storage.folder import Folder
 
 ROW_GROUP_BYTES = 4 << 20
 """Uncompressed; 8 000 positions at k = 64, on disk some 0.7 MiB, and 2 MiB where exact."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from logitcache.format.codec import DecodedRows
 from logitcache.format.layout import Layout
-from logitcache.format.levels import mass_tolerance, mass_tolerances
+from logitcache.format.quantization import mass_tolerance, mass_tolerances
 from logitcache.format.targets import PAD_ID, SparseTargets, find_defect
 
 BLOCK_ENTRIES = 1 << 16

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from logitcache.errors import one_line
 from logitcache.format.footer import check_pages, open_parquet, read_footer
-from logitcache.format.storage import Folder
+from logitcache.storage.folder import Folder
 
 TAIL_GROUPS_NAME = "tail_groups.parquet"
 MAX_TAIL_GROUPS_BYTES = 1 << 27

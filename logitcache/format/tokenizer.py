@@ -10,8 +10,8 @@ from typing import Any
 
 from logitcache.errors import UserError
 from logitcache.format.manifest import MANIFEST_NAME, TOKENIZER_DIRECTORY, Manifest
-from logitcache.format.storage import Folder
 from logitcache.format.trusted import read_trusted
+from logitcache.storage.folder import Folder
 
 MAX_TOKENIZER_BYTES = 1 << 27
 """Of all its files; the largest that are published have 40 MB."""

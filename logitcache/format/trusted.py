@@ -6,7 +6,7 @@ import hashlib
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.manifest import Manifest
-from logitcache.format.storage import MAX_READ_BYTES, Folder
+from logitcache.storage.folder import MAX_READ_BYTES, Folder
 
 
 def read_trusted(folder: Folder, manifest: Manifest, name: str, at_most: int = MAX_READ_BYTES) -> bytes:

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.assembly.card import read_card
 from logitcache.format.manifest import Manifest
 from logitcache.format.shards import ShardInfo
-from logitcache.format.storage import Folder
+from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.report.description import amounts, history, origin
 from logitcache.report.footers import column_bytes, entry_counts, spread
-from logitcache.sharing.card import read_card
+from logitcache.storage.folder import Folder
 from logitcache.table import aligned
 
 SHOWN_COLUMNS = 10

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from logitcache.cache import LogitCache
+from logitcache.assembly.unfinished import SHARD_POSITIONS, compared, first_of
 from logitcache.errors import UserError
-from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import BUILD_DIRECTORY
-from logitcache.format.row_index import RowIndex
-from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
-from logitcache.format.unfinished import SHARD_POSITIONS, compared, first_of
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
-from logitcache.maintenance.rows import Rows, scan
+from logitcache.maintenance.row_scan import Rows, scan
+from logitcache.reading.cache import LogitCache
+from logitcache.reading.row_index import RowIndex
+from logitcache.storage.atomic import space_needed
+from logitcache.storage.folder import Folder
 
 
 def merge(

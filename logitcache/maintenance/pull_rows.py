@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from logitcache.cache import LogitCache
 from logitcache.errors import UserError
 from logitcache.maintenance.slice import slice_cache
+from logitcache.reading.cache import LogitCache
 from logitcache.sharing.bundle import is_bundle
 
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache import LogitCache
+from logitcache.assembly.unfinished import SHARD_POSITIONS
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
-from logitcache.format.levels import PRESETS, check_precision
 from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.narrowing import narrow, nucleus
+from logitcache.format.quantization import PRESETS, check_precision
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.targets import SparseTargets
-from logitcache.format.unfinished import SHARD_POSITIONS
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
-from logitcache.maintenance.rows import scan
+from logitcache.maintenance.row_scan import scan
+from logitcache.reading.cache import LogitCache
 
 DEFAULT_MIN_K = 32
 """Floor under a new --top-p, as when capturing."""

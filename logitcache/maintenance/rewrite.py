@@ -21,9 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.assembly.card import common_licenses
+from logitcache.assembly.finalize import seal, trusted_files
+from logitcache.assembly.resume import begun_plan, finished_cache
+from logitcache.assembly.unfinished import PLAN_NAME, finished_shard, record_shard
+from logitcache.assembly.workspace import abandon, begin, remove_former, workspace
 from logitcache.errors import UserError
-from logitcache.format.atomic import space_needed
 from logitcache.format.layout import FORMAT_VERSION, Layout
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,
@@ -35,17 +38,14 @@ from logitcache.format.provenance import source_of, without_secrets_of_sources
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shape import check_shape
 from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
-from logitcache.format.storage import Folder
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.targets import SparseTargets
 from logitcache.format.trusted import read_trusted
-from logitcache.format.unfinished import PLAN_NAME, finished_shard, record_shard
-from logitcache.format.workspace import abandon, begin, remove_former, workspace
-from logitcache.maintenance.resume import begun_plan, finished_cache
-from logitcache.maintenance.rows import Rows
+from logitcache.maintenance.row_scan import Rows
 from logitcache.progress import Progress
-from logitcache.sharing.card import common_licenses
-from logitcache.sharing.seal import seal, trusted_files
+from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.storage.atomic import space_needed
+from logitcache.storage.folder import Folder
 from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")

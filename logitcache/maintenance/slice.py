@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitcache.cache import LogitCache
+from logitcache.assembly.unfinished import SHARD_POSITIONS
 from logitcache.errors import UserError, one_line
-from logitcache.format.unfinished import SHARD_POSITIONS
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
-from logitcache.maintenance.rows import Rows, scan
-from logitcache.spans import span_of
+from logitcache.maintenance.row_scan import Rows, scan
+from logitcache.ranges import span_of
+from logitcache.reading.cache import LogitCache
 
 COUNTS = ("row_id", "num_tokens", "num_positions")
 """What an expression may speak of beside the kept columns."""

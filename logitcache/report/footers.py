@@ -15,7 +15,7 @@ from logitcache.format.codec import flat
 from logitcache.format.footer import Footer, check_footer, open_parquet, read_footer
 from logitcache.format.layout import Layout
 from logitcache.format.shards import ShardInfo
-from logitcache.format.storage import Folder
+from logitcache.storage.folder import Folder
 
 READ_SHARDS = 32
 """Footers that are read, evenly spread over the cache: a few requests, however large it is."""

@@ -13,11 +13,9 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from logitcache.cache import LogitCache, open_cache
 from logitcache.errors import UserError
-from logitcache.format.atomic import disk_is_full, write_text
 from logitcache.format.manifest import CARD_NAME, Manifest
-from logitcache.format.storage import Folder
+from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.report.description import amounts, history, origin
 from logitcache.report.footers import column_bytes, spread
 from logitcache.report.samples import (
@@ -33,6 +31,8 @@ from logitcache.report.samples import (
 )
 from logitcache.report.statistics import Histogram, Statistics, statistics
 from logitcache.report.token_text import Text, token_texts
+from logitcache.storage.atomic import disk_is_full, write_text
+from logitcache.storage.folder import Folder
 
 NUM_SEQUENCES = 24
 FACT_CHARACTERS = 1024

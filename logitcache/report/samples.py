@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache import LogitCache
 from logitcache.errors import UserError
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.targets import SparseTargets
+from logitcache.reading.cache import LogitCache
 from logitcache.report.statistics import entropies
 
 PAGE_TOKENS = 16_384

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from logitcache.format.manifest import Manifest
-from logitcache.format.shard_reader import ShardReader
-from logitcache.format.storage import Folder
 from logitcache.format.targets import PAD_ID, SparseTargets
+from logitcache.reading.shard_reader import ShardReader
+from logitcache.storage.folder import Folder
 
 READ_ROW_GROUPS = 16
 """Row groups that are read, evenly spread over the cache: some 130 000 positions at k = 64, however large it is."""

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
-from logitcache.format.storage import Folder
 from logitcache.format.tokenizer import MAX_TOKENIZER_BYTES
 from logitcache.format.trusted import read_trusted
 from logitcache.report.samples import SHOWN_CHARACTERS
+from logitcache.storage.folder import Folder
 
 TOKENIZER_NAME = f"{TOKENIZER_DIRECTORY}/tokenizer.json"
 MOST_STEPS = 32

@@ -19,9 +19,9 @@ import zstandard
 
 from logitcache.errors import UserError, one_line
 from logitcache.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_as_written
-from logitcache.format.regular_files import regular_file
-from logitcache.format.storage import Folder
 from logitcache.sharing.transfer import TravellingFile, check
+from logitcache.storage.folder import Folder
+from logitcache.storage.regular_files import regular_file
 from logitcache.urls import split_query
 
 SUFFIX = ".tar.zst"

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 from logitcache.errors import UserError
 from logitcache.format.manifest import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, Manifest
-from logitcache.format.storage import Folder, Unreachable
 from logitcache.progress import Progress
 from logitcache.sharing.bundle import Member, is_bundle, opened_bundle
 from logitcache.sharing.transfer import (
@@ -24,6 +23,7 @@ from logitcache.sharing.transfer import (
     persistently,
     vouched_files,
 )
+from logitcache.storage.folder import Folder, Unreachable
 
 logger = logging.getLogger("logitcache")
 

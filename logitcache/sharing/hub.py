@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from logitcache.errors import UserError, one_line
-from logitcache.format.hub_errors import LOG_IN, hub_refusal
-from logitcache.format.regular_files import regular_file
+from logitcache.storage.hub_errors import LOG_IN, hub_refusal
+from logitcache.storage.regular_files import regular_file
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.assembly.card import read_card
+from logitcache.assembly.finalize import seal
+from logitcache.assembly.unfinished import PLAN_NAME, read_request, refuse_changes
+from logitcache.assembly.workspace import ANSWERS_NAME, begin, workspace
 from logitcache.errors import UserError, one_line
-from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,
     CARD_NAME,
@@ -32,20 +34,18 @@ from logitcache.format.manifest import (
     parse_manifest,
 )
 from logitcache.format.provenance import source_of
-from logitcache.format.shard_reader import ShardReader
-from logitcache.format.storage import Folder
-from logitcache.format.unfinished import PLAN_NAME, read_request, refuse_changes
-from logitcache.format.workspace import ANSWERS_NAME, begin, workspace
+from logitcache.ranges import span_of
+from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.shard_reader import ShardReader
 from logitcache.sharing.bundle import bundled_manifest, is_bundle
-from logitcache.sharing.card import read_card
 from logitcache.sharing.fetch import Source, fetch
-from logitcache.sharing.seal import seal
 from logitcache.sharing.transfer import (
     left_behind,
     persistently,
     vouched_files,
 )
-from logitcache.spans import span_of
+from logitcache.storage.atomic import space_needed
+from logitcache.storage.folder import Folder
 from logitcache.version import __version__
 
 logger = logging.getLogger("logitcache")

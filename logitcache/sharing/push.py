@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from logitcache.cache import LogitCache, open_cache
+from logitcache.assembly.card import update_card
+from logitcache.assembly.unfinished import differences, first_of
 from logitcache.errors import UserError, one_line
-from logitcache.format.atomic import space_needed
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,
     CARD_NAME,
@@ -29,13 +29,9 @@ from logitcache.format.manifest import (
     parse_manifest,
 )
 from logitcache.format.provenance import without_secrets_of_sources
-from logitcache.format.regular_files import regular_file
-from logitcache.format.storage import Folder, Stored
-from logitcache.format.unfinished import differences, first_of
-from logitcache.format.workspace import held
 from logitcache.progress import Progress
+from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.sharing.bundle import bundled_manifest, is_bundle, place, write_bundle
-from logitcache.sharing.card import update_card
 from logitcache.sharing.transfer import (
     LEFTOVERS,
     TravellingFile,
@@ -46,6 +42,10 @@ from logitcache.sharing.transfer import (
     persistently,
     vouched_files,
 )
+from logitcache.storage.atomic import space_needed
+from logitcache.storage.folder import Folder, Stored
+from logitcache.storage.lock import held
+from logitcache.storage.regular_files import regular_file
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from logitcache.errors import UserError
-from logitcache.format.atomic import TEMPORARY_SUFFIX
 from logitcache.format.manifest import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -22,10 +21,11 @@ from logitcache.format.manifest import (
     Manifest,
     is_plain,
 )
-from logitcache.format.storage import Unreachable
 from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES, TAIL_GROUPS_NAME
 from logitcache.format.tokenizer import MAX_TOKENIZER_BYTES
 from logitcache.progress import Progress
+from logitcache.storage.atomic import TEMPORARY_SUFFIX
+from logitcache.storage.folder import Unreachable
 
 logger = logging.getLogger("logitcache")
 T = TypeVar("T")

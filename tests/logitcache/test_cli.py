@@ -93,7 +93,7 @@ def test_ctrl_c_promises_nothing_where_nothing_continues(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("logitcache.maintenance.verify.verify", interrupted)
+    monkeypatch.setattr("logitcache.maintenance.verify.verify.verify", interrupted)
     monkeypatch.setattr("logitcache.maintenance.info.describe", interrupted)
     assert main([command, str(tmp_path)]) == 130
     assert capsys.readouterr().err == "logitcache: stopped\n"

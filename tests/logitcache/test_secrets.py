@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exchanging import random_rows as topk_rows
-from exchanging import write_rows, write_tokenizer
-from maintained import make_cache
-from smallcaches import EVERYTHING, random_rows
-from webserver import SECRET, USER, Website, website
 
 import logitcache
 from logitcache import LogitCache, UserError
+from logitcache.assembly.finalize import seal
+from logitcache.assembly.workspace import BUILD_DIRECTORY
 from logitcache.cli import main
 from logitcache.format.manifest import Manifest
-from logitcache.format.storage import Folder
-from logitcache.format.workspace import BUILD_DIRECTORY
 from logitcache.maintenance import rewrite
 from logitcache.maintenance.slice import slice_cache
-from logitcache.sharing.seal import seal
+from logitcache.storage.folder import Folder
+from tests.helpers.exchanging import random_rows as topk_rows
+from tests.helpers.exchanging import write_rows, write_tokenizer
+from tests.helpers.maintained import make_cache
+from tests.helpers.smallcaches import EVERYTHING, random_rows
+from tests.helpers.webserver import SECRET, USER, Website, website
+from tests.helpers.written import written_to
 
 NUM_ROWS = 12
 
@@ -50,12 +51,6 @@ def site(served: Website, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> We
     monkeypatch.chdir(tmp_path)
     served.password = SECRET
     return served
-
-
-def written_to(folder: Path) -> bytes:
-    """All that is below a folder, the names included."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return b"".join(str(path).encode() + path.read_bytes() for path in paths)
 
 
 COMMANDS = {

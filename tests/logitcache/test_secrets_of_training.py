@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_remote_training import make_cache
-from test_secrets import written_to
-from webserver import SECRET, USER, Website, website
 
+from tests.helpers.remote_training import make_cache
+from tests.helpers.webserver import SECRET, USER, Website, website
+from tests.helpers.written import written_to
 from trainer.cli import main
-from trainer.config import DistillConfig
+from trainer.config.config import DistillConfig
 from trainer.data.training_data import open_training_data
 
 pytestmark = pytest.mark.programs

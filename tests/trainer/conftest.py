@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cachemaking import VOCAB, llama, random_sequences, write_cache
 
 from logitcache import LogitCache
+from tests.helpers.cachemaking import VOCAB, llama, random_sequences, write_cache
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cachemaking import random_sequences, write_cache
 
 from logitcache import LogitCache
-from logitcache.format.storage import Folder
+from logitcache.storage.folder import Folder
+from tests.helpers.cachemaking import random_sequences, write_cache
 from trainer.cli import main
 from trainer.terminal import printable_logs, say
 
@@ -86,14 +86,14 @@ def test_logs_and_warnings_of_any_library_are_printable(capfd: pytest.CaptureFix
     shown = StringIO()
     handler = logging.StreamHandler(shown)
     with printable_logs():
-        for name in ("transformers", "trainer.distill", "peft"):
+        for name in ("transformers", "trainer.run.distill_trainer", "peft"):
             logger = logging.getLogger(name)
             logger.addHandler(handler)
             logger.warning("of %s: %s", name, ESCAPES)
             logger.removeHandler(handler)
         assert SPELT in warnings.formatwarning(ESCAPES, UserWarning, "file.py", 1)
     assert shown.getvalue().splitlines() == [
-        f"of {name}: {SPELT}" for name in ("transformers", "trainer.distill", "peft")
+        f"of {name}: {SPELT}" for name in ("transformers", "trainer.run.distill_trainer", "peft")
     ]
     say(ESCAPES, error=True)
     assert clean(capfd).endswith(f"{SPELT}\n")

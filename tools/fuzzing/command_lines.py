@@ -126,7 +126,7 @@ def _options(parser: argparse.ArgumentParser) -> list[tuple[str, bool]]:
 
 def _of_the_trainer() -> dict[str, list[tuple[str, bool]]]:
     from trainer.commands import compare, eval
-    from trainer.config import DistillConfig
+    from trainer.config.config import DistillConfig
 
     fields: list[Any] = [field for field in dataclasses.fields(DistillConfig) if field.init]
     return {

@@ -13,7 +13,7 @@ import zstandard
 from damage import ODD_VALUES, damaged_bytes, damaged_tree
 from trial import Command, Trial
 
-TEMPLATES = sorted(Path(__file__).parents[2].glob("tests/logitcache/templates/*.jinja"))
+TEMPLATES = sorted(Path(__file__).parents[2].glob("tests/data/templates/*.jinja"))
 HOSTILE = [
     "{{ raise_exception('no') }}",
     "{{ 1 / 0 }}",

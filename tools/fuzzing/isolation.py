@@ -22,7 +22,7 @@ import logitcache.capture.inputs
 import logitcache.cli
 import trainer.cli
 import trainer.comparison.execute
-import trainer.fit
+import trainer.run.fit
 from logitcache import UserError
 from trainer.comparison.execute import Failure
 from trainer.comparison.recipe import Recipe

@@ -16,7 +16,7 @@ from trainer.terminal import say
 
 if TYPE_CHECKING:
     from trainer.comparison.execute import Failure
-    from trainer.comparison.rows import Row
+    from trainer.comparison.run_groups import Row
 
 PICTURES = (".png", ".pdf", ".svg")
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -74,7 +74,7 @@ def _finished(args: Namespace) -> int:
         if getattr(args, name):
             raise UserError(f"--{name} belongs to a recipe: {args.runs[0]} is taken for a finished run")
     from trainer.comparison.finished import read_runs
-    from trainer.comparison.rows import rows_of
+    from trainer.comparison.run_groups import rows_of
 
     out = args.out or Path("compare.png")
     check_outputs(args, out)
@@ -87,7 +87,7 @@ def _recipe(args: Namespace, argv: Sequence[str]) -> int:
     from trainer.comparison.execute import default_jobs, execute
     from trainer.comparison.finished import read_runs
     from trainer.comparison.recipe import read_recipe
-    from trainer.comparison.rows import Row
+    from trainer.comparison.run_groups import Row
 
     recipe = read_recipe(args.runs[0])
     if recipe.launch and args.jobs not in (None, 1):

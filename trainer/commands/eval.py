@@ -12,7 +12,7 @@ import logitcache
 from logitcache import UserError
 from logitcache.errors import Parser
 from trainer.commands.shared import check_writable, metrics_table, positive, quieten
-from trainer.files import ANSWERS_NAME, EVALUATION_NAME
+from trainer.run.files import ANSWERS_NAME, EVALUATION_NAME
 from trainer.terminal import say
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
         _evaluate(args)
     if answers is not None:
         from trainer.evaluation.protocol import generate_scores, scores_table
-        from trainer.output_folder import folder_held
+        from trainer.run.output_folder import folder_held
 
         folder, settings = answers
         with folder_held(folder, "--answers"):

@@ -11,24 +11,24 @@ from trainer.commands.shared import INTERRUPTED, metrics_table, quieten
 from trainer.terminal import say
 
 if TYPE_CHECKING:
-    from trainer.config import DistillConfig
+    from trainer.config.config import DistillConfig
 
 
 def run(argv: Sequence[str]) -> int:
     """Trains; returns the exit status."""
-    from trainer.arguments import parse
+    from trainer.config.arguments import parse
 
     config = parse(argv)
     quieten()
-    from trainer.output_folder import output_held
+    from trainer.run.output_folder import output_held
 
     with output_held(config):
         return _fit(config, argv)
 
 
 def _fit(config: DistillConfig, argv: Sequence[str]) -> int:
-    from trainer.fit import fit
-    from trainer.prepare import prepare
+    from trainer.run.fit import fit
+    from trainer.run.prepare import prepare
 
     prepared = prepare(config)
     width = max(map(len, prepared.choices))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from logitcache import UserError
-from trainer.comparison.answers import check_answers_folder
 from trainer.comparison.folder_state import FolderState, folder_state, held_out_sha256
+from trainer.comparison.generation import check_answers_folder
 from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.prompts import read_prompts
 from trainer.evaluation.protocol import choose_backend, prompts_that_fit
-from trainer.prepare import Run, prepare
+from trainer.run.prepare import Run, prepare
 
 
 def check(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:

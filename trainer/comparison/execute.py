@@ -18,16 +18,16 @@ import torch
 from logitcache import UserError
 from logitcache.errors import one_line
 from logitcache.progress import duration
-from trainer.comparison.answers import remove_other_answers
 from trainer.comparison.child import Child, last_step, locked_log
 from trainer.comparison.commands import fit_command, generate_command
 from trainer.comparison.folder_state import folder_state, model_files
+from trainer.comparison.generation import remove_other_answers
 from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.comparison.status_line import StatusLine
 from trainer.evaluation.protocol import scores_are_current
-from trainer.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
-from trainer.output_folder import folder_held
-from trainer.ranks import RANKS_VARIABLE
+from trainer.run.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.run.output_folder import folder_held
+from trainer.run.ranks import RANKS_VARIABLE
 
 LOG_NAME = "log.txt"
 POLL_S = 0.2

@@ -12,12 +12,12 @@ from typing import Any
 
 from logitcache import UserError
 from logitcache.urls import public_url
-from trainer.comparison.answers import Answers, answers_of
+from trainer.comparison.generation import Answers, answers_of
 from trainer.comparison.metrics import CURVES, ROUGE_L
 from trainer.comparison.settings import filled_in
-from trainer.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
-from trainer.records import read_record
-from trainer.settings.schedules import parse_points
+from trainer.config.schedules import parse_points
+from trainer.run.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
+from trainer.run.records import read_record
 
 NUMBER = int | float
 SETTINGS_SHAPE = {

@@ -15,10 +15,10 @@ from statistics import fmean
 from typing import Any
 
 from logitcache import UserError
-from logitcache.format.atomic import write_text
+from logitcache.storage.atomic import write_text
 from trainer.comparison.metrics import CURVES, LOWER, PACE, metric
 from trainer.comparison.picture import common_steps
-from trainer.comparison.rows import Row, metrics_of, reference_of, row_settings
+from trainer.comparison.run_groups import Row, metrics_of, reference_of, row_settings
 from trainer.comparison.settings import differing
 from trainer.comparison.statistics import Estimate
 from trainer.comparison.table import ABSENT, numbers

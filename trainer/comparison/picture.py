@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from logitcache import UserError
-from logitcache.format.atomic import atomic_path
+from logitcache.storage.atomic import atomic_path
 from trainer.comparison.metrics import metric
-from trainer.comparison.rows import Row
+from trainer.comparison.run_groups import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from logitcache import UserError
-from trainer.arguments import as_arguments, parse
 from trainer.comparison.launch import Launcher, launcher
-from trainer.comparison.rows import displayed
-from trainer.config import DistillConfig
+from trainer.comparison.run_groups import displayed
+from trainer.config.arguments import as_arguments, parse
+from trainer.config.config import DistillConfig
+from trainer.config.marked_yaml import MarkedYaml, read_yaml, suggestion
 from trainer.evaluation.generation_settings import GenerationSettings
-from trainer.marked_yaml import MarkedYaml, read_yaml, suggestion
 
 KEYS = ["output_dir", "seeds", "losses", "common", "runs", "generate", "launch"]
 SETTINGS = [field.name for field in dataclasses.fields(DistillConfig) if field.init]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from trainer.config import DistillConfig, public_places
+from trainer.config.config import DistillConfig, public_places
 
 INCIDENTAL = {
     "output_dir",

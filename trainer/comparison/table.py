@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from logitcache.table import aligned
 from trainer.comparison.metrics import PACE, metric
-from trainer.comparison.rows import Row, metrics_of, reference_of
+from trainer.comparison.run_groups import Row, metrics_of, reference_of
 from trainer.comparison.statistics import Estimate
 
 ABSENT = "–"

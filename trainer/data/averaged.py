@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 from logitcache import CachedSequence, LogitCache, SparseTargets, UserError
-from logitcache.cache import SHUFFLE_ROW_GROUPS
-from logitcache.format.row_index import id_bytes
+from logitcache.reading.cache import SHUFFLE_ROW_GROUPS
+from logitcache.reading.row_index import id_bytes
 from trainer.data.averaging import mean_targets
 from trainer.data.row_ids import RowNumbers, row_ids
 

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from logitcache import LogitCache, UserError
 from trainer.data.collator import Batch, Collator
-from trainer.data.planning import Batching, EpochBatches
 from trainer.data.rows import EpochRows
+from trainer.data.sampler import Batching, EpochBatches
 from trainer.data.training_data import TrainingData
 
 

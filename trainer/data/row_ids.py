@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from logitcache import LogitCache, UserError
-from logitcache.format.row_index import RowIndex, id_bytes
+from logitcache.reading.row_index import RowIndex, id_bytes
 
 
 def row_ids(cache: LogitCache) -> Iterator[np.ndarray]:

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, get_worker_info
 from logitcache import CachedSequence
 from trainer.data.ahead import made_ahead
 from trainer.data.collator import Batch, Collator
-from trainer.data.planning import EpochBatches, Key
 from trainer.data.plans import Plan
+from trainer.data.sampler import EpochBatches, Key
 from trainer.data.training_data import TrainingData
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
-from logitcache.cache import SequenceStream
+from logitcache.reading.cache import SequenceStream
 from trainer.data.averaged import OtherTeacher, averaged
 from trainer.data.compatibility import check_belong_together
 from trainer.data.held import Held, held_by_all

@@ -11,15 +11,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from logitcache import LogitCache, UserError
-from logitcache.format.atomic import write_json
+from logitcache.storage.atomic import write_json
 from trainer.data.collator import Collator
 from trainer.data.loader import BatchLoader
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
-from trainer.objective import objective_of, teacher_targets
-from trainer.student import check_student, load_student, student_config, warn_of_rotation
-from trainer.tokenizers import check_tokenizer, student_tokenizer
+from trainer.model.objective import objective_of, teacher_targets
+from trainer.model.student import check_student, load_student, student_config, warn_of_rotation
+from trainer.model.tokenizers import check_tokenizer, student_tokenizer
 
 
 @torch.no_grad()

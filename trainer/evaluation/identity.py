@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from logitcache.format.atomic import file_sha256
-from trainer.adapters import base_model
-from trainer.student import student_config
+from logitcache.storage.atomic import file_sha256
+from trainer.model.adapters import base_model
+from trainer.model.student import student_config
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")

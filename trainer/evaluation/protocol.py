@@ -12,10 +12,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from logitcache import UserError
-from logitcache.format.atomic import file_sha256
+from logitcache.storage.atomic import file_sha256
 from logitcache.table import aligned
-from trainer.adapters import base_model
-from trainer.evaluation.answer_files import (
+from trainer.evaluation.completion_files import (
     Scores,
     answers_name,
     means_of_runs,
@@ -32,8 +31,9 @@ from trainer.evaluation.identity import model_identity
 from trainer.evaluation.prompts import Prompt, data_stem, read_prompts
 from trainer.evaluation.rouge import has_words
 from trainer.evaluation.vllm_generation import VllmGenerator, why_not_vllm
-from trainer.student import load_student, student_config
-from trainer.tokenizers import student_tokenizer
+from trainer.model.adapters import base_model
+from trainer.model.student import load_student, student_config
+from trainer.model.tokenizers import student_tokenizer
 
 
 def generate_scores(

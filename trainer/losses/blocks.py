@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.losses.masses import TorchTail
 from trainer.losses.tail import DENSE_TAILS
+from trainer.losses.tail_torch import TorchTail
 from trainer.losses.targets import hide_
 from trainer.losses.transform import LogitTransform
 
@@ -41,10 +41,10 @@ def row_blocks(logits: Tensor, tail: str) -> list[slice]:
 def tail_implementation(device_type: str) -> Any:
     """The class that works on the tail of blocks on a kind of device: the kernels on CUDA, else plain torch."""
     if device_type == "cuda" and find_spec("triton"):
-        from trainer.losses import kernels
+        from trainer.losses import tail_triton
 
-        if kernels.SUPPORTED:
-            return kernels.TritonTail
+        if tail_triton.SUPPORTED:
+            return tail_triton.TritonTail
     return TorchTail
 
 

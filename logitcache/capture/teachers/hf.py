@@ -15,10 +15,10 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
-from logitcache.capture.packing import row_width, unpack
 from logitcache.capture.selection import TailGroups, draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.wire_format import row_width, unpack
 from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets

@@ -35,9 +35,9 @@ def _start(model: TeacherModel, engine: Engine, longest: int, most_entries: int)
         return ServerTeacher(engine.base_url, engine.served_model, model.vocab_size, most_entries)
     logger.info("starting vLLM (tens of seconds)")
     if engine.route == "flat":
-        from logitcache.capture.teachers.vllm_flat import VllmFlatTeacher
+        from logitcache.capture.teachers.vllm.flat import VllmFlatTeacher
 
         return VllmFlatTeacher(model, longest, most_entries, engine.options)
-    from logitcache.capture.teachers.vllm_pooling import VllmPoolingTeacher
+    from logitcache.capture.teachers.vllm.pooling import VllmPoolingTeacher
 
     return VllmPoolingTeacher(model, longest, engine.options)

@@ -1,0 +1,1 @@
+"""How any command makes a cache: workspace, resume, card, manifest."""

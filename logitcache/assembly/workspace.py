@@ -1,0 +1,89 @@
+"""The folder that a cache is written to: whose it is, and that nobody else writes there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from logitcache.errors import UserError
+from logitcache.format.manifest import (
+    BUILD_DIRECTORY,
+    CARD_NAME,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    TOKENIZER_DIRECTORY,
+)
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.storage.atomic import TEMPORARY_SUFFIX
+from logitcache.storage.folder import Folder
+from logitcache.storage.lock import held, lock
+
+MARK_NAME = f"{BUILD_DIRECTORY}/logitcache"
+"""File by which a later command knows that the folder is one of ours."""
+ANSWERS_NAME = f"{BUILD_DIRECTORY}/answers"
+"""What the teacher answered, hours of work: not to be removed with a plan that was cut off."""
+
+
+@contextmanager
+def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
+    """Holds `folder`, see `held`; a URL is looked at. Raises UserError where it holds anything but a cache, finished or not."""
+    with held(folder, shared=shared):
+        _refuse_what_is_not_ours(folder)
+        yield
+
+
+@contextmanager
+def range_held(folder: Folder, shard_range: tuple[int, int] | None) -> Iterator[None]:
+    """Holds a shard range of a build against another process of the same range while the block runs.
+
+    The first range holds the build directory, which it makes; the others hold one of their own in it and need a plan.
+    A URL cannot be held. Raises UserError where another process holds the range.
+    """
+    if folder.local is None or shard_range is None:
+        yield
+        return
+    index, count = shard_range
+    path = folder.local / BUILD_DIRECTORY / (f"ranges/{index}-of-{count}" if index else "")
+    path.mkdir(parents=True, exist_ok=True)
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        lock(directory, fcntl.LOCK_EX, folder, f"another process is at work on --shard-range {index}/{count}")
+        yield
+    finally:
+        os.close(directory)
+
+
+def _refuse_what_is_not_ours(folder: Folder) -> None:
+    if folder.names() and not is_ours(folder):
+        raise UserError(f"--out {folder}: the folder is not empty and holds no cache; choose another")
+
+
+def is_ours(folder: Folder) -> bool:
+    """Whether a folder holds a finished cache or one that was begun here."""
+    if folder.exists(MANIFEST_NAME) or folder.exists(MARK_NAME):
+        return True
+    killed_before_its_mark = all(name.endswith(TEMPORARY_SUFFIX) for name in folder.names(BUILD_DIRECTORY))
+    return BUILD_DIRECTORY in folder.names() and killed_before_its_mark
+
+
+def begin(folder: Folder, keep: str | None = None) -> None:
+    """Empties the build directory but for `keep` and our mark, which is written first; a cache beside it stays as it is."""
+    folder.write(MARK_NAME, "Work in progress of `logitcache`: the same command continues it.\n")
+    for name in folder.names(BUILD_DIRECTORY):
+        if f"{BUILD_DIRECTORY}/{name}" not in (MARK_NAME, keep):
+            folder.remove(f"{BUILD_DIRECTORY}/{name}")
+
+
+def abandon(folder: Folder, keep: str | None = None) -> None:
+    """Removes the build directory but for `keep`; its mark stays where what is left would be nobody's without it."""
+    begin(folder, keep)
+    if keep is None and (folder.exists(MANIFEST_NAME) or not folder.exists("data")):
+        folder.remove(BUILD_DIRECTORY)
+
+
+def remove_former(folder: Folder) -> None:
+    """Removes a cache but for its build directory. The manifest goes first: without it the rest is no cache."""
+    for name in (MANIFEST_NAME, SIGNATURE_NAME, CARD_NAME, TAIL_GROUPS_NAME, TOKENIZER_DIRECTORY, "data"):
+        folder.remove(name)

@@ -1,0 +1,325 @@
+"""logitcache plan: what a build will take and what it will keep, from a random sample of the corpus.
+
+The corpus is read and its documents counted; only a sample is tokenised, and of that only some thousand positions are
+scored: once with many entries, from which the gradient's error at every smaller k follows, once with the entries of the
+largest k that is priced, and then as the build will do it, for the rate and the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitcache.capture.calibration import tail_groups_of
+from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
+from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
+from logitcache.capture.inputs import settle
+from logitcache.capture.plan import cache_layout
+from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.teachers.base import LogitTeacher, Teacher
+from logitcache.capture.teachers.start import start_teacher
+from logitcache.capture.worker import find_nan
+from logitcache.errors import UserError
+from logitcache.format.codebook import Codebook
+from logitcache.format.codec import encode
+from logitcache.format.kept_columns import ColumnTypes, columns_text, stored_columns
+from logitcache.format.layout import Layout
+from logitcache.format.narrowing import narrow, nucleus
+from logitcache.format.sequences import TokenSequence
+from logitcache.format.targets import SparseTargets, concatenate
+from logitcache.progress import duration
+from logitcache.table import aligned
+
+PRICED_POSITIONS = 4096
+"""Stored positions, at least, whose encoded bytes are measured and whose mean probability orders the vocabulary."""
+JUDGED_POSITIONS = 512
+"""Of those, the most that are scored with `JUDGED_ENTRIES` entries each, 32 KiB."""
+JUDGED_ENTRIES = 4096
+CANDIDATE_KS = (8, 16, 32, 64, 128, 256)
+SHOWN_TAIL_GROUPS = 32
+"""Beside every k, unless the build asks for another number."""
+TIMED_S = 10.0
+"""Of scoring as the build does it, more where the priced positions take longer."""
+
+logger = logging.getLogger("logitcache")
+
+
+def plan_build(teacher: str | None, data: str | Sequence[str], **settings: Any) -> Estimate:
+    """What `logitcache.build` with the same arguments would take and give. Loads the teacher, writes nothing.
+
+    Raises UserError for whatever the build would refuse before it scores.
+    """
+    if settings.get("generate"):
+        raise UserError("--generate: a plan cannot know how long the teacher's answers will be")
+    inputs = settle(teacher, data, **settings)
+    logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
+    sample = sample_corpus(inputs.sources, inputs.model.tokenizer, inputs.model.vocab_size, inputs.corpus_settings)
+    types = ColumnTypes()
+    for sequence in sample.sequences:
+        types.see(sequence.columns)
+    layout = cache_layout(inputs.settings, inputs.model.vocab_size, types.names())
+    sample = replace(sample, sequences=[_as_built(sequence, layout) for sequence in sample.sequences])
+    loaded = start_teacher(inputs.model, inputs.engine, sample.longest, inputs.settings.top_k)
+    try:
+        skip_bad = inputs.corpus_settings.skip_bad
+        return estimate(
+            loaded, sample, layout, inputs.settings, sees_logits=inputs.engine.sees_logits, skip_bad=skip_bad
+        )
+    finally:
+        loaded.close()
+
+
+def _as_built(sequence: TokenSequence, layout: Layout) -> TokenSequence:
+    """A sequence with its kept columns as a build stores them."""
+    columns = json.loads(columns_text(sequence.columns))
+    return replace(sequence, columns=stored_columns(layout.columns, columns))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What storing `top_k` entries and the masses of `tail_groups` (0: of the whole tail) takes and keeps.
+
+    mass_covered: mean probability of the entries.  gradient_error: (loss, stage) → relative error of the summed gradient
+    for a student that stands in for a real one of that stage; empty where the teacher gives only its top-k.
+    """
+
+    top_k: int
+    tail_groups: int
+    bytes_per_position: float
+    mass_covered: float
+    gradient_error: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A build's cost, and what other choices of k and of tail groups would cost and keep.
+
+    bytes_per_position: encoded with `settings`, input ids and kept columns included.  tokens_per_s: scored with them, by
+    one engine.  not_told_apart: mean probability beyond the entries that stand for the full vocabulary in gradient errors.
+    """
+
+    sample: CorpusSample
+    settings: CaptureSettings
+    bytes_per_position: float
+    tokens_per_s: float
+    choices: tuple[Choice, ...]
+    not_told_apart: float | None
+
+    @property
+    def num_bytes(self) -> float:
+        """Of the cache."""
+        return self.bytes_per_position * self.sample.num_positions.value
+
+    @property
+    def scoring_s(self) -> float:
+        """Seconds that one engine needs for the corpus."""
+        return self.sample.num_tokens.value / self.tokens_per_s
+
+    def table(self) -> str:
+        """Everything, as aligned text."""
+        sample, settings = self.sample, self.settings
+        scale = sample.num_documents / sample.num_sampled
+        left_out = [f"{count * scale:,.0f} {reason}" for reason, count in sample.skipped.items()]
+        tail = f" + {settings.tail_groups} groups" if settings.tail_groups else ""
+        lines = [
+            f"documents  {sample.num_documents:,}, {sample.num_sampled:,} of them tokenised (layout {sample.layout})",
+            f"sequences  {sample.num_sequences}, the longest seen has {sample.longest:,} tokens",
+            f"positions  {sample.num_positions} of {sample.num_tokens} tokens",
+            f"left out   {', '.join(left_out) or 'nothing'}"
+            + (f"; first bad: {sample.first_bad}" if sample.first_bad else ""),
+            f"bytes      {_size(self.num_bytes)}, {self.bytes_per_position:,.0f} per position "
+            f"(k = {settings.top_k}{tail}, {settings.precision})",
+            f"time       {duration(self.scoring_s)} at {self.tokens_per_s:,.0f} tokens/s of one engine",
+            "",
+            aligned([self._heading(), *(self._cells(choice) for choice in self.choices)]),
+        ]
+        if self.not_told_apart is None:
+            lines.append("This teacher gives its top-k only: gradient errors and tail groups need its logits.")
+        else:
+            lines.append(
+                "Relative error of the gradient summed over positions, for stand-ins of an early and a late student; "
+                f"{self.not_told_apart:.2%} of the probability is known by group only."
+            )
+        return "\n".join(lines)
+
+    def _heading(self) -> list[str]:
+        errors = [f"{loss} {stage}" for loss, stage in self.choices[0].gradient_error]
+        return ["stored", "bytes/position", "cache", "mass covered", *errors]
+
+    def _cells(self, choice: Choice) -> list[str]:
+        tail = f" + {choice.tail_groups} groups" if choice.tail_groups else ""
+        return [
+            f"k = {choice.top_k}{tail}",
+            f"{choice.bytes_per_position:,.0f}",
+            _size(choice.bytes_per_position * self.sample.num_positions.value),
+            f"{choice.mass_covered:.2%}",
+            *(f"{error:.3f}" for error in choice.gradient_error.values()),
+        ]
+
+
+def estimate(
+    teacher: Teacher,
+    sample: CorpusSample,
+    layout: Layout,
+    settings: CaptureSettings,
+    *,
+    sees_logits: bool,
+    skip_bad: bool = False,
+) -> Estimate:
+    """Scores some thousand positions of the sample, a few times over.
+
+    layout: of the build's shards, with kept columns.  settings: of the build.  sees_logits: it is a `LogitTeacher`; the
+    tail groups that it has are replaced.  skip_bad: rows for which it gives NaN are left out, otherwise refused.
+    """
+    sequences = random.Random(0).sample(sample.sequences, len(sample.sequences))
+    priced = _first(sequences, [len(sequence.positions) for sequence in sequences], PRICED_POSITIONS)
+    ks = _candidate_ks(settings.top_k, most=layout.vocab_size if sees_logits else settings.top_k)
+    logger.info("scoring %d sequences of the sample", len(priced))
+    priced = _with_numbers(teacher, priced, skip_bad)
+    judgement, num_groups = None, 0
+    if sees_logits:
+        num_groups = settings.tail_groups or min(SHOWN_TAIL_GROUPS, layout.vocab_size)
+        judgement = _judge(cast(LogitTeacher, teacher), priced, num_groups, layout.vocab_size, ks)
+    began = time.monotonic()
+    scored = list(teacher.score(priced, CaptureSettings(top_k=ks[-1], tail_groups=num_groups)))
+    tokens_per_s = _num_tokens(priced) / (time.monotonic() - began)
+    choices = []
+    for k in ks:
+        choices.append(_choice(priced, scored, k, layout, None, judgement))
+        if judgement:
+            choices.append(_choice(priced, scored, k, layout, judgement.tail_groups, judgement))
+
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    timed = _first(sequences, lengths, max(tokens_per_s * TIMED_S, _num_tokens(priced)))
+    began = time.monotonic()
+    results = teacher.score(timed, settings)
+    kept = list(islice(results, len(priced)))
+    deque(results, maxlen=0)
+    seconds = time.monotonic() - began
+    return Estimate(
+        sample=sample,
+        settings=settings,
+        bytes_per_position=stored_bytes(priced, kept, layout) / _num_positions(priced),
+        tokens_per_s=_num_tokens(timed) / seconds,
+        choices=tuple(choices),
+        not_told_apart=judgement.not_told_apart if judgement else None,
+    )
+
+
+def _with_numbers(teacher: Teacher, sequences: Sequence[TokenSequence], skip_bad: bool) -> Sequence[TokenSequence]:
+    """The sequences without those for which the teacher gives NaN. Raises UserError for one unless `skip_bad`."""
+    scored = teacher.score(sequences, CaptureSettings(top_k=1))
+    wrong = [find_nan(sequence, targets) for sequence, targets in zip(sequences, scored, strict=True)]
+    reasons = [reason for reason in wrong if reason]
+    if reasons and (not skip_bad or len(reasons) == len(sequences)):
+        raise UserError(reasons[0])
+    if reasons:
+        logger.warning("%d of them cannot be scored; the first: %s", len(reasons), reasons[0])
+    return [sequence for sequence, reason in zip(sequences, wrong, strict=True) if not reason]
+
+
+class _Judgement(NamedTuple):
+    tail_groups: np.ndarray  # int [V]
+    gradient_error: Mapping[tuple[int, bool], Mapping[tuple[str, str], float]]  # (k, grouped) → Choice.gradient_error
+    not_told_apart: float
+
+
+def _judge(
+    teacher: LogitTeacher, priced: Sequence[TokenSequence], num_groups: int, vocab_size: int, ks: Sequence[int]
+) -> _Judgement:
+    """Gradient errors, on some of the positions, of every k with one bucket and with groups."""
+    mean_probability = teacher.mean_probability(priced)
+    tail_groups = tail_groups_of(teacher, priced, num_groups)
+    teacher.set_tail_groups(tail_groups)
+    wide = CaptureSettings(top_k=max(min(vocab_size, JUDGED_ENTRIES), ks[-1]), tail_groups=num_groups)
+    targets = concatenate(list(teacher.score(thinned(priced, JUDGED_POSITIONS), wide)))
+    outcomes = Outcomes.of_targets(targets, mean_probability, tail_groups)
+    students = {stage: stand_in(outcomes, stage) for stage in STUDENTS}
+    found: dict[tuple[int, bool], Mapping[tuple[str, str], float]] = {}
+    for grouped in (False, True):
+        errors = {stage: gradient_errors(outcomes, students[stage], ks, grouped=grouped) for stage in STUDENTS}
+        for i, k in enumerate(ks):
+            found[k, grouped] = {(loss, stage): errors[stage][i][loss] for loss in SLOPES for stage in STUDENTS}
+    return _Judgement(tail_groups, found, float(np.exp(targets.tail_logprob, dtype=np.float64).mean()))
+
+
+def _choice(
+    sequences: Sequence[TokenSequence],
+    scored: Sequence[SparseTargets],
+    k: int,
+    layout: Layout,
+    tail_groups: np.ndarray | None,
+    judgement: _Judgement | None,
+) -> Choice:
+    num_groups = 0 if tail_groups is None else int(tail_groups.max()) + 1
+    stored = [narrowed(targets, k, tail_groups) for targets in scored]
+    num_bytes = stored_bytes(
+        sequences, stored, Layout(layout.vocab_size, num_groups, columns=layout.columns, precision=layout.precision)
+    )
+    tail_mass = np.concatenate([np.exp(targets.tail_logprob, dtype=np.float64) for targets in stored]).mean()
+    errors = judgement.gradient_error[k, tail_groups is not None] if judgement else {}
+    return Choice(k, num_groups, num_bytes / _num_positions(sequences), 1 - float(tail_mass), errors)
+
+
+def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets], layout: Layout) -> int:
+    """Bytes of the rows' columns in a shard, encoded and compressed, without the file's footer."""
+    table = encode(sequences, targets, layout, Codebook.of(concatenate(targets), layout))
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema, **layout.parquet_options()) as writer:
+        writer.write_table(table, row_group_size=len(table))
+    group = pq.ParquetFile(pa.BufferReader(buffer.getvalue())).metadata.row_group(0)
+    return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+
+
+def narrowed(targets: SparseTargets, k: int, tail_groups: np.ndarray | None) -> SparseTargets:
+    """The first k entries; the others go to the tail, and with `tail_groups`, int [V], to the groups' masses."""
+    known = targets if tail_groups is not None else replace(targets, group_logprobs=None)
+    return narrow(known, nucleus(targets.logprobs, top_k=k, top_p=1.0, min_k=k), tail_groups)
+
+
+def thinned(sequences: Sequence[TokenSequence], num_positions: int) -> list[TokenSequence]:
+    """The same sequences with at most so many stored positions in all, drawn at random; those without any are left out."""
+    owners = np.repeat(np.arange(len(sequences)), [len(sequence.positions) for sequence in sequences])
+    positions = np.concatenate([sequence.positions for sequence in sequences])
+    drawn = np.random.default_rng(0).permutation(len(owners))[:num_positions]
+    result = []
+    for index in np.unique(owners[drawn]):
+        mask = np.zeros_like(sequences[index].loss_mask)
+        mask[positions[drawn[owners[drawn] == index]] + 1] = True
+        result.append(TokenSequence(sequences[index].input_ids, mask))
+    return result
+
+
+def _candidate_ks(own: int, most: int) -> list[int]:
+    return sorted({k for k in CANDIDATE_KS if k <= most} | {own})
+
+
+def _first(sequences: Sequence[TokenSequence], sizes: Sequence[int], enough: float) -> Sequence[TokenSequence]:
+    """The fewest sequences from the front whose sizes reach `enough`, or all."""
+    return sequences[: int(np.searchsorted(np.cumsum(sizes), enough)) + 1]
+
+
+def _num_positions(sequences: Sequence[TokenSequence]) -> int:
+    return sum(len(sequence.positions) for sequence in sequences)
+
+
+def _num_tokens(sequences: Sequence[TokenSequence]) -> int:
+    return sum(len(sequence.input_ids) for sequence in sequences)
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes as people write them: 640 B, 1.2 GB."""
+    power = min(int(math.log10(max(num_bytes, 1)) // 3), 4)
+    return f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

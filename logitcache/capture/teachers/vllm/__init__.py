@@ -1,0 +1,1 @@
+"""Teachers that run on vLLM."""

@@ -1,0 +1,250 @@
+"""Runs inside vLLM's engine: any language model as a pooling model that "embeds" a token as its packed row.
+
+A pooling request names its stored positions and what is wanted of them. In each step the logits of all stored positions
+scheduled are computed in chunks of rows and selected from on the device; only packed rows leave it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import UserDict
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.interfaces_base import is_text_generation_model
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from logitcache.capture.selection import TailGroups, draw_uniforms, select
+from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.teachers.vllm.plugin import TASK
+from logitcache.capture.wire_format import row_width
+
+ROWS_PER_CHUNK = 1024
+"""Rows of logits that exist at a time."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a sequence. Travels as `PoolingParams.extra_kwargs`, so its fields are of msgpack's types.
+
+    settings: JSON of CaptureSettings; None asks for the sum of the full distributions over the stored positions.
+    stored: bit mask of the stored positions, as `np.packbits` makes it.  vocab_size: columns beyond are padding.
+    """
+
+    settings: str | None
+    vocab_size: int
+    stored: bytes
+    row_id: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A sequence's share of one step.
+
+    rows: its stored positions among the step's hidden states, int64 [n].  first, total: those rows are number first … of
+    total stored positions.  held: results of its earlier pieces, and then of this one.
+    """
+
+    wanted: Wanted
+    rows: np.ndarray
+    first: int
+    total: int
+    held: list[torch.Tensor]
+
+    def uniforms(self, num_samples: int) -> np.ndarray:
+        """The numbers that decide this piece's tail samples, float64 [n, s]: the same however the sequence is cut up."""
+        return draw_uniforms(self.wanted.row_id, self.total, num_samples)[self.first : self.first + len(self.rows)]
+
+
+class RowPooler(Pooler):
+    """Hidden states → per finished sequence its packed rows, int32 [M, W], or its sum of distributions, float64 [V].
+
+    compute_logits: hidden states [n, D] → logits [n, num_logits], or None on all ranks but the first.
+    """
+
+    def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], num_logits: int) -> None:
+        super().__init__()
+        self._compute_logits = compute_logits
+        self._num_logits = num_logits
+        self._is_first_rank = get_tensor_model_parallel_rank() == 0
+        self._tail_groups: TailGroups | None = None
+
+    def get_supported_tasks(self) -> Set[Any]:
+        """The one task under which requests come."""
+        return {TASK}
+
+    def forward(self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata) -> list[torch.Tensor | None]:
+        """hidden_states: [scheduled tokens, D], all sequences of the step one after another."""
+        cursor = pooling_metadata.get_pooling_cursor()
+        scheduled = cursor.num_scheduled_tokens_cpu.tolist()
+        ends = cursor.seq_lens_cpu.tolist()
+        if pooling_metadata.pooling_params[0].extra_kwargs is None:
+            return self._warm_up(hidden_states, scheduled)
+        pieces: list[Piece | None] = []
+        offset = 0
+        for params, state, count, end in zip(
+            pooling_metadata.pooling_params, pooling_metadata.pooling_states, scheduled, ends, strict=True
+        ):
+            asked = params.extra_kwargs or {}
+            if "tail_groups" in asked:
+                groups = np.frombuffer(asked["tail_groups"], dtype=np.int32)
+                self._tail_groups = TailGroups(groups, hidden_states.device)
+                pieces.append(None)
+            else:
+                pieces.append(_piece(Wanted(**asked), end - count, end, offset, state.hidden_states_cache))
+            offset += count
+        alike: dict[tuple[str | None, int], list[Piece]] = {}
+        for piece in filter(None, pieces):
+            alike.setdefault((piece.wanted.settings, piece.wanted.vocab_size), []).append(piece)
+        for (settings, vocab_size), group in alike.items():
+            if settings is None:
+                self._sum(hidden_states, group, vocab_size)
+            else:
+                parsed = CaptureSettings.from_json(json.loads(settings))
+                self._select(hidden_states, group, vocab_size, parsed, self._tail_groups)
+        finished = [end == length for end, length in zip(ends, pooling_metadata.prompt_lens.tolist(), strict=True)]
+        return [self._result(piece) if done else None for piece, done in zip(pieces, finished, strict=True)]
+
+    def _select(
+        self,
+        hidden_states: torch.Tensor,
+        pieces: list[Piece],
+        vocab_size: int,
+        settings: CaptureSettings,
+        tail_groups: TailGroups | None,
+    ) -> None:
+        uniforms: list[torch.Tensor] | None = None
+        if settings.tail_samples:
+            drawn = np.concatenate([piece.uniforms(settings.tail_samples) for piece in pieces])
+            uniforms = list(torch.from_numpy(drawn).to(hidden_states.device).split(ROWS_PER_CHUNK))
+        rows = np.concatenate([piece.rows for piece in pieces])
+        packed = [
+            select(logits, settings, tail_groups, None if uniforms is None else uniforms[chunk])
+            for chunk, logits in enumerate(self._logits(hidden_states, rows, vocab_size))
+        ]
+        if not self._is_first_rank:
+            return
+        packed.append(torch.empty(0, row_width(settings), dtype=torch.int32, device=hidden_states.device))
+        for piece, part in zip(pieces, torch.cat(packed).split([len(piece.rows) for piece in pieces]), strict=True):
+            # Owned, since a view would be sent to another process with all that it is a view of.
+            piece.held.append(part.clone())
+
+    def _sum(self, hidden_states: torch.Tensor, pieces: list[Piece], vocab_size: int) -> None:
+        for piece in pieces:
+            total = torch.zeros(vocab_size, dtype=torch.float64, device=hidden_states.device)
+            for logits in self._logits(hidden_states, piece.rows, vocab_size):
+                total += logits.float().softmax(dim=-1).sum(dim=0).double()
+            piece.held[:] = [total + piece.held[0] if piece.held else total]
+
+    def _logits(self, hidden_states: torch.Tensor, rows: np.ndarray, vocab_size: int) -> Iterator[torch.Tensor]:
+        """Logits [≤ ROWS_PER_CHUNK, vocab_size] of `rows`, chunk by chunk; every rank computes, the first alone gets any."""
+        index = torch.from_numpy(rows).to(hidden_states.device)
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
+            logits = self._compute_logits(hidden_states[index[start : start + ROWS_PER_CHUNK]])
+            if self._is_first_rank:
+                assert logits is not None
+                yield logits[:, :vocab_size]
+
+    def _result(self, piece: Piece | None) -> torch.Tensor | None:
+        if not self._is_first_rank:
+            return None
+        if piece is None:
+            return torch.zeros(0)
+        result = piece.held[0] if len(piece.held) == 1 else torch.cat(piece.held)
+        piece.held.clear()
+        return result
+
+    def _warm_up(self, hidden_states: torch.Tensor, scheduled: list[int]) -> list[torch.Tensor | None]:
+        """vLLM's own trial step, by which it learns how much memory to leave: all that can be asked for, on every row."""
+        settings = CaptureSettings(
+            top_k=min(256, self._num_logits),
+            tail_groups=min(32, self._num_logits),
+            temperatures=(2.0,),
+            tail_entropy=True,
+            tail_samples=8,
+        )
+        tail_groups = TailGroups(
+            np.arange(self._num_logits, dtype=np.int32) % settings.tail_groups, hidden_states.device
+        )
+        wanted = Wanted(None, self._num_logits, b"", "")
+        piece = Piece(wanted, np.arange(len(hidden_states)), 0, len(hidden_states), [])
+        self._select(hidden_states, [piece], self._num_logits, settings, tail_groups)
+        return list(piece.held[0].split(scheduled)) if self._is_first_rank else [None] * len(scheduled)
+
+
+def _piece(wanted: Wanted, start: int, end: int, offset: int, held: list[torch.Tensor]) -> Piece:
+    """The piece of positions start … end − 1, which are the step's hidden states from `offset` on."""
+    if start == 0:
+        held.clear()  # a sequence that was preempted begins anew
+    positions = np.flatnonzero(np.unpackbits(np.frombuffer(wanted.stored, dtype=np.uint8)))
+    first, last = np.searchsorted(positions, (start, end))
+    return Piece(wanted, positions[first:last] - start + offset, int(first), len(positions), held)
+
+
+@cache
+def scoring_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A language model's class with a pooler of packed rows; everything else, its name included, stays."""
+
+    class Scoring(base):  # type: ignore[valid-type, misc]
+        is_pooling_model = True
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
+            self.pooler = RowPooler(self.compute_logits, vllm_config.model_config.get_vocab_size())
+
+    Scoring.__name__, Scoring.__qualname__, Scoring.__module__ = base.__name__, base.__qualname__, base.__module__
+    return Scoring
+
+
+@dataclass(frozen=True)
+class ScoringEntry:
+    """An entry of vLLM's model registry whose class scores, where it is a language model."""
+
+    entry: Any
+
+    def inspect_model_cls(self) -> Any:
+        """What vLLM knows of the class before it is loaded."""
+        info = self.entry.inspect_model_cls()
+        return dataclasses.replace(info, is_pooling_model=True) if info.is_text_generation_model else info
+
+    def load_model_cls(self) -> type[nn.Module]:
+        """The class."""
+        base = self.entry.load_model_cls()
+        return scoring_class(base) if is_text_generation_model(base) else base
+
+
+class ScoringModels(UserDict[str, Any]):
+    """The models of vLLM's registry under their own names, so that all that vLLM does by name is still done."""
+
+    def __init__(self, models: dict[str, Any]) -> None:
+        self.data = models
+
+    def __getitem__(self, architecture: str) -> ScoringEntry:
+        return ScoringEntry(self.data[architecture])
+
+
+def register_scoring_models() -> None:
+    """Makes every language model that this process loads from now on a scoring one."""
+    if not isinstance(ModelRegistry.models, ScoringModels):
+        ModelRegistry.models = ScoringModels(ModelRegistry.models)  # type: ignore[assignment]
+
+
+@contextmanager
+def scoring_models() -> Iterator[None]:
+    """Makes the language models that this process loads inside scoring ones."""
+    plain = ModelRegistry.models
+    register_scoring_models()
+    try:
+        yield
+    finally:
+        ModelRegistry.models = plain

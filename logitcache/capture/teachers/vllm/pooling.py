@@ -1,0 +1,207 @@
+"""vLLM as teacher, through a pooling model of our own: the engine sees the logits and sends packed rows of stored positions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import entry_points
+from typing import Any
+
+import numpy as np
+
+from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.teachers.vllm.engine import (
+    EngineProcesses,
+    brief,
+    check_prompt,
+    engine_arguments,
+    environment,
+    set_environment,
+    unsaid,
+)
+from logitcache.capture.teachers.vllm.plugin import SCORE_LOGITS, TASK, prepare_engine
+from logitcache.capture.wire_format import unpack
+from logitcache.errors import UserError
+from logitcache.format.sequences import TokenSequence
+from logitcache.format.targets import SparseTargets
+
+COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+TOKENS_IN_FLIGHT = 1 << 16
+"""Tokens submitted and not yet yielded: several steps of the engine, so that it never waits for the build."""
+
+
+class VllmPoolingTeacher:
+    """A vLLM engine in a process of its own.
+
+    longest: tokens of the longest sequence.  engine_options: fields of vLLM's EngineArgs under their own names.
+    """
+
+    def __init__(self, model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> None:
+        set_environment()
+        from vllm import LLMEngine
+
+        self._model, self._longest = model, longest
+        self._processes = EngineProcesses()
+        with self._processes.starting(), _scoring():
+            self._engine = LLMEngine.from_engine_args(_arguments(model, longest, engine_options))
+        self._processes.watch(self._engine)
+        self._request_ids = map(str, itertools.count())
+        self._arrived: dict[str, np.ndarray] = {}
+        self._has_tail_groups = False
+
+    def set_tail_groups(self, tail_groups: np.ndarray) -> None:
+        """Group of each id, int [V]; needed before scoring with `settings.tail_groups`."""
+        request_id = self._submit([0], {"tail_groups": tail_groups.astype(np.int32).tobytes()})
+        self._wait_for(request_id)
+        self._has_tail_groups = True
+
+    def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
+        """SparseTargets of the stored positions of each sequence, in order. Raises UserError where rows are missing."""
+        assert self._has_tail_groups or not settings.tail_groups, "set_tail_groups comes first"
+        for sequence, rows in self._results(sequences, json.dumps(settings.to_json())):
+            if len(rows) != len(sequence.positions):
+                raise UserError(
+                    f"row {sequence.row_id}: vLLM gave {len(rows)} of {len(sequence.positions)} positions; nothing of this "
+                    "shard is kept. Run with --capture-route flat, and report this with your version of vLLM and settings"
+                )
+            yield unpack(rows, settings)
+
+    def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
+        """Mean over the stored positions of the full next-token distribution, float64 [V]."""
+        total, count = np.zeros(self._model.vocab_size), 0
+        for sequence, summed in self._results(sequences, None):
+            total += summed
+            count += len(sequence.positions)
+        return total / count
+
+    def close(self) -> None:
+        """Ends the engine's process."""
+        del self._engine
+
+    def _results(
+        self, sequences: Iterable[TokenSequence], settings: str | None
+    ) -> Iterator[tuple[TokenSequence, np.ndarray]]:
+        """Each sequence with what the engine gave for it, in order, while later ones are being computed."""
+        waiting: deque[tuple[str, TokenSequence]] = deque()
+        tokens = 0
+        try:
+            for sequence in itertools.chain(sequences, [None]):
+                if sequence is not None:
+                    check_prompt(sequence, self._longest, self._model.num_logits)
+                    waiting.append(
+                        (self._submit(sequence.input_ids.tolist(), self._wanted(sequence, settings)), sequence)
+                    )
+                    tokens += len(sequence.input_ids)
+                while waiting and (sequence is None or tokens > TOKENS_IN_FLIGHT):
+                    request_id, first = waiting[0]
+                    result = self._wait_for(request_id)
+                    waiting.popleft()
+                    tokens -= len(first.input_ids)
+                    yield first, result
+        finally:
+            left = [request_id for request_id, _ in waiting]
+            if left and hasattr(self, "_engine"):  # left early, and not closed meanwhile
+                with suppress(UserError), self._processes.running():
+                    self._engine.abort_request(left)
+            for request_id in left:
+                self._arrived.pop(request_id, None)
+
+    def _wanted(self, sequence: TokenSequence, settings: str | None) -> dict[str, Any]:
+        """The fields of `vllm_model.Wanted`."""
+        return {
+            "settings": settings,
+            "vocab_size": self._model.vocab_size,
+            # Row i predicts token i + 1.
+            "stored": np.packbits(sequence.loss_mask[1:]).tobytes(),
+            "row_id": sequence.row_id,
+        }
+
+    def _submit(self, token_ids: list[int], wanted: dict[str, Any]) -> str:
+        from vllm import PoolingParams
+
+        request_id = next(self._request_ids)
+        prompt: Any = {"type": "token", "prompt_token_ids": token_ids}
+        with self._processes.running():
+            self._engine.add_request(request_id, prompt, PoolingParams(task=TASK, extra_kwargs=wanted))
+        return request_id
+
+    def _wait_for(self, request_id: str) -> np.ndarray:
+        """The result of a request; those of others that come meanwhile are kept until they are waited for."""
+        while request_id not in self._arrived:
+            with self._processes.running():
+                outputs: list[Any] = self._engine.step()
+            for output in outputs:
+                self._arrived[output.request_id] = output.outputs.data.numpy()
+        return self._arrived.pop(request_id)
+
+
+def why_not_pooling(model: TeacherModel, engine_options: Mapping[str, Any]) -> str | None:
+    """Why this teacher cannot be loaded as a pooling model, or None. Loads no weights."""
+    if entry_point := _missing_entry_point():
+        return entry_point
+    if engine_options.get("speculative_config"):
+        return "speculative decoding, which a pooling model does not do"
+    set_environment()
+    with unsaid():
+        try:
+            with _scoring():
+                config = _arguments(model, 1, engine_options).create_model_config()
+                is_language_model = config.registry.is_text_generation_model(config.architectures, config)
+        except (ImportError, AttributeError, TypeError) as error:
+            return f"this vLLM lacks an interface that the pooling route builds on ({brief(error)})"
+        except Exception as error:
+            return f"vLLM does not take this architecture as a pooling model ({brief(error)})"
+    if not is_language_model:
+        return f"{', '.join(config.architectures)} has no logits"
+    if config.is_encoder_decoder or config.attn_type == "encoder_only":
+        return f"{', '.join(config.architectures)} is not a decoder"
+    return None
+
+
+def _missing_entry_point() -> str | None:
+    """The engine's processes find our models through an entry point of the installed package only."""
+    wanted = f"{prepare_engine.__module__}:{prepare_engine.__name__}"
+    installed = {point.name for point in entry_points(group="vllm.general_plugins") if point.value == wanted}
+    if not installed:
+        return "logitcache's plugin for vLLM is not installed: install logitcache anew, with pip"
+    if "VLLM_PLUGINS" in os.environ and not installed & set(os.environ["VLLM_PLUGINS"].split(",")):
+        return "VLLM_PLUGINS keeps logitcache's plugin out: add logitcache to it"
+    return None
+
+
+@contextmanager
+def _scoring() -> Iterator[None]:
+    """Models that this process, and processes that it starts inside, load are scoring ones."""
+    from logitcache.capture.teachers.vllm.model import scoring_models
+
+    copied_by_ray = filter(None, [os.environ.get(COPIED_BY_RAY), SCORE_LOGITS])
+    with environment({SCORE_LOGITS: "1", COPIED_BY_RAY: ",".join(copied_by_ray)}), scoring_models():
+        yield
+
+
+def _arguments(model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> Any:
+    """vLLM's EngineArgs for this route."""
+    from vllm import EngineArgs
+    from vllm.config import PoolerConfig
+    from vllm.platforms import current_platform
+
+    route_options = {
+        "runner": "pooling",
+        "convert": "none",
+        "pooler_config": PoolerConfig(task=TASK, seq_pooling_type="LAST", tok_pooling_type="ALL"),
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 8192,
+    }
+    overrides = engine_options.get("hf_overrides") or {}
+    quantised = engine_options.get("quantization") or getattr(model.config, "quantization_config", None)
+    if isinstance(overrides, Mapping) and (current_platform.is_cpu() or quantised):
+        # A pooling model's head runs in float32. On a GPU that is free, and spares the logits their rounding; elsewhere it
+        # takes a copy of the head for each chunk of rows, and a quantised head cannot.
+        overrides = {"head_dtype": "model"} | dict(overrides)
+    engine_options = {**engine_options, "hf_overrides": overrides}
+    return EngineArgs(**engine_arguments(model, longest, route_options, engine_options))

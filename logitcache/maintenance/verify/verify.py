@@ -1,0 +1,253 @@
+"""Verification of a cache: everything that is wrong with it, found in one pass over its files."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from logitcache.errors import one_line
+from logitcache.format.manifest import (
+    BUILD_DIRECTORY,
+    MANIFEST_NAME,
+    TOKENIZER_DIRECTORY,
+    read_identity,
+    read_manifest,
+)
+from logitcache.format.shards import ShardInfo
+from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
+from logitcache.maintenance.verify.buckets import Buckets
+from logitcache.maintenance.verify.findings import Finding
+from logitcache.maintenance.verify.manifest import Claims, check_manifest
+from logitcache.maintenance.verify.shard import Claimed, check_shard, fetched_sha256, shard_files
+from logitcache.progress import Progress
+from logitcache.storage.atomic import space_needed
+from logitcache.storage.folder import Folder, Stored
+
+NUM_BUCKETS = 256
+"""Files to which row ids are dealt: of a thousand million rows, each holds some 120 MiB."""
+WAITING_ROWS = 1 << 16
+"""Row ids that are kept until they are dealt to the files."""
+
+
+def verify(path: str | Path, against: str | None = None) -> Verification:
+    """All that is wrong with the cache at a path or a URL, as an iterator of findings.
+
+    against: the identity that the cache must have; where it has another, that is the one finding, and nothing else is read.
+
+    Raises UserError where there is no cache at all, for an identity that is none, and for a store that stops answering. What
+    is damaged does not keep the rest from being checked. Memory and disk are bounded: a row group is held at a time, of a
+    remote cache up to four shards lie in temporary files; row ids go to others, in which repeated ones are then looked for.
+    """
+    return Verification(str(path), None if against is None else read_identity(against))
+
+
+class Verification(Iterator[Finding]):
+    """One pass over a cache. num_rows, num_positions, num_bytes, num_shards: checked so far.
+
+    is_another: whether the cache has another identity than it must have.
+    """
+
+    def __init__(self, path: str, against: str | None) -> None:
+        self._folder = Folder(path)
+        self._has_manifest = self._folder.exists(MANIFEST_NAME)
+        if not self._has_manifest and (self._folder.exists(BUILD_DIRECTORY) or not self._folder.names("data")):
+            read_manifest(self._folder)  # says why this is no cache
+        self._manifest = self._read_manifest() if self._has_manifest else b""
+        self._identity = hashlib.sha256(self._manifest).hexdigest() if isinstance(self._manifest, bytes) else "unknown"
+        self._against = against
+        self.is_another = against not in (None, self._identity)
+        self._began = time.monotonic()
+        self._ended: float | None = None
+        self.num_rows = self.num_positions = self.num_bytes = self.num_shards = 0
+        self._findings = self._check()
+
+    def __next__(self) -> Finding:
+        try:
+            return next(self._findings)
+        except StopIteration:
+            self._ended = self._ended or time.monotonic()
+            raise
+
+    def summary(self) -> str:
+        """What was checked, as one line."""
+        seconds = (self._ended or time.monotonic()) - self._began
+        return (
+            f"{self.num_rows:,} rows, {self.num_positions:,} positions and {self.num_bytes:,} bytes in "
+            f"{self.num_shards:,} shard{'s' * (self.num_shards != 1)} checked in {seconds:.1f} s"
+        )
+
+    def _read_manifest(self) -> bytes | Exception:
+        try:
+            return self._folder.read(MANIFEST_NAME)
+        except Exception as error:  # every store has its own kinds
+            return error
+
+    def _stored(self) -> dict[str, Stored]:
+        """What one listing of a URL says of its files; nothing, where the store lists none."""
+        if self._folder.local is not None:
+            return {}
+        try:
+            return self._folder.stored()
+        except FileNotFoundError:
+            return {}
+
+    def _check(self) -> Iterator[Finding]:
+        claims = Claims()
+        if not self._has_manifest:
+            yield Finding("missing", MANIFEST_NAME, "there are shards, and no manifest")
+        elif isinstance(self._manifest, Exception):
+            yield Finding("damaged", MANIFEST_NAME, f"cannot be read ({one_line(self._manifest)})")
+        elif self.is_another:
+            yield Finding("another", MANIFEST_NAME, f"its SHA-256 is {self._identity}, {self._against} is wanted")
+        else:
+            yield from check_manifest(self._manifest, claims)
+        if self.is_another:
+            return
+        named = self._has_manifest and bool(claims.named)
+        held = [name for name in self._folder.files("data") if not name.split("/")[-1].startswith(".")]
+        yield from _check_files(self._folder, claims)
+        if named:
+            yield from _check_unnamed(self._folder, held, claims)
+            shards: list[tuple[str, ShardInfo | None]] = [(shard.name, shard) for shard in claims.shards]
+            shards += [(name, None) for name in held if name in claims.named - {name for name, _ in shards}]
+        else:
+            shards = [(name, None) for name in held if name.endswith(".parquet")]
+        yield from self._check_shards(shards, claims)
+
+    def _check_shards(self, shards: list[tuple[str, ShardInfo | None]], claims: Claims) -> Iterator[Finding]:
+        claimed = Claimed(claims.layout, {shard.sha256: shard for shard in reversed(claims.shards)})
+        total = sum(shard.num_sequences for shard in claims.shards)
+        progress = Progress("verifying", total or None, 0, "rows")
+        with tempfile.TemporaryDirectory(prefix="logitcache-") as directory, space_needed(directory):
+            ids = _RowIds(Path(directory) / "ids")
+
+            def seen(row_ids: np.ndarray, first: int, num_positions: int) -> None:
+                ids.add(row_ids, self.num_shards, first)
+                self.num_rows += len(row_ids)
+                self.num_positions += num_positions
+                progress.advance(len(row_ids))
+
+            try:
+                with closing(shard_files(self._folder, [name for name, _ in shards], self._stored())) as files:
+                    for (name, info), path in zip(shards, files, strict=True):
+                        yield from check_shard(path, name, info, claimed, seen)
+                        self.num_bytes += path.stat().st_size if isinstance(path, Path) and path.exists() else 0
+                        self.num_shards += 1
+            finally:
+                progress.close()
+            whole = len(shards) == len(claims.shards) and self.num_rows == total
+            as_made = whole and claims.sequences_sha256 == ids.sha256
+            if whole and claims.sequences_sha256 is not None and not as_made:
+                what = "the rows are not those, in their order, that sequences_sha256 in its fingerprint was taken of"
+                yield Finding("manifest", MANIFEST_NAME, what)
+            if not as_made:  # otherwise the corpus held them twice
+                yield from ids.repeated([name for name, _ in shards])
+
+
+class _RowIds:
+    """The ids of all rows: their SHA-256 in order, and which come twice."""
+
+    def __init__(self, directory: Path) -> None:
+        self._buckets = Buckets(directory, [("id", "S16"), ("shard", "<i4"), ("row", "<i8")])
+        self._waiting: list[tuple[np.ndarray, int, int]] = []
+        self._num_waiting = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids so far, as hexadecimal digits one after the other."""
+        return self._digest.hexdigest()
+
+    def add(self, row_ids: np.ndarray, shard: int, first: int) -> None:
+        """Ids, S16 [n], of consecutive rows of a shard."""
+        self._digest.update(row_ids.tobytes().hex().encode())
+        self._waiting.append((row_ids, shard, first))
+        self._num_waiting += len(row_ids)
+        if self._num_waiting >= WAITING_ROWS:
+            self._deal()
+
+    def _deal(self) -> None:
+        if not self._num_waiting:
+            return
+        ids = np.concatenate([row_ids for row_ids, _, _ in self._waiting])
+        shards = np.concatenate([np.full(len(row_ids), shard) for row_ids, shard, _ in self._waiting])
+        rows = np.concatenate([np.arange(len(row_ids)) + first for row_ids, _, first in self._waiting])
+        self._buckets.add(ids.view(np.uint8).reshape(-1, 16)[:, 0].astype(np.int64), ids, shards, rows)
+        self._waiting, self._num_waiting = [], 0
+
+    def repeated(self, names: list[str]) -> Iterator[Finding]:
+        """A finding for each row that was there before; `names` are the shards' in the order of their numbers."""
+        self._deal()
+        for bucket in range(NUM_BUCKETS):
+            held = self._buckets.read(bucket)
+            held = held[np.argsort(held["id"], kind="stable")]
+            for i in np.flatnonzero(held["id"][1:] == held["id"][:-1]).tolist():
+                former, again = held[i], held[i + 1]
+                where = "it" if former["shard"] == again["shard"] else names[former["shard"]]
+                what = f"the same tokens and loss mask as row {former['row']} of {where}"
+                row_id = again["id"].ljust(16, b"\0").hex()
+                yield Finding("repeated", names[again["shard"]], what, row=int(again["row"]), row_id=row_id)
+
+
+def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
+    """Findings about the tokenizer and the tail groups."""
+    for name, expected in claims.files.items():
+        try:
+            if not folder.exists(name):
+                yield Finding("missing", name, "the manifest names it, it is not there")
+            elif (digest := fetched_sha256(folder, name)) != expected:
+                yield Finding("altered", name, f"its SHA-256 is {digest[:12]}…, the manifest says {expected[:12]}…")
+        except Exception as error:
+            yield Finding("damaged", name, f"cannot be read ({one_line(error)})")
+    groups_stored = folder.exists(TAIL_GROUPS_NAME)
+    if claims.files:
+        held = folder.files(TOKENIZER_DIRECTORY) + [TAIL_GROUPS_NAME] * groups_stored
+        for name in held:
+            if name not in claims.named:
+                yield Finding("foreign", name, "a reader would trust it")
+    if claims.layout is not None and claims.layout.num_tail_groups:
+        if groups_stored:
+            yield from _check_tail_groups(folder, claims)
+        elif TAIL_GROUPS_NAME not in claims.files:
+            yield Finding("missing", TAIL_GROUPS_NAME, "the layout has tail groups, their file is not there")
+
+
+def _check_tail_groups(folder: Folder, claims: Claims) -> Iterator[Finding]:
+    assert claims.layout is not None
+    vocab_size, num_groups = claims.layout.vocab_size, claims.layout.num_tail_groups
+    try:
+        groups = read_tail_groups(BytesIO(folder.read(TAIL_GROUPS_NAME)))
+    except Exception as error:  # Arrow has its own kinds
+        yield Finding("damaged", TAIL_GROUPS_NAME, f"cannot be read ({one_line(error)})")
+        return
+    if len(groups) != vocab_size:
+        yield Finding("layout", TAIL_GROUPS_NAME, f"{len(groups):,} ids, the vocabulary has {vocab_size:,}")
+    outside = np.flatnonzero(~((groups >= 0) & (groups < num_groups)))
+    if len(outside):
+        what = f"id {outside[0]} is in group {groups[outside[0]]}, there are {num_groups} ({len(outside):,} such ids)"
+        yield Finding("layout", TAIL_GROUPS_NAME, what)
+
+
+def _check_unnamed(folder: Folder, held: list[str], claims: Claims) -> Iterator[Finding]:
+    """Findings about files beside the shards."""
+    for name in held:
+        if name in claims.named:
+            continue
+        try:
+            num_bytes = folder.num_bytes(name)
+            alike = {shard.sha256: shard.name for shard in claims.shards if shard.num_bytes == num_bytes}
+            same = alike.get(fetched_sha256(folder, name)) if alike else None
+        except Exception as error:
+            yield Finding("foreign", name, f"cannot be read ({one_line(error)})")
+            continue
+        if same is not None and not folder.exists(same):
+            yield Finding("swapped", name, f"this is what the manifest calls {same}")
+        else:
+            yield Finding("foreign", name, f"{num_bytes:,} bytes" + (f", the same as {same}" if same else ""))

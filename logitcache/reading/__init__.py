@@ -1,0 +1,1 @@
+"""How a cache is read: LogitCache, its shards, its order."""

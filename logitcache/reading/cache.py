@@ -1,0 +1,308 @@
+"""LogitCache: a finished cache, read by row or as a stream. numpy only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from logitcache.errors import UserError
+from logitcache.format.codec import DecodedRows
+from logitcache.format.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    check_identity,
+    manifest_content,
+    parse_manifest,
+)
+from logitcache.format.sequences import CachedSequence
+from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES, TAIL_GROUPS_NAME, read_tail_groups
+from logitcache.format.tokenizer import read_tokenizer
+from logitcache.format.trusted import read_trusted
+from logitcache.reading.local_copies import LocalCopies
+from logitcache.reading.order import Step, rank_part, steps
+from logitcache.reading.shard_reader import ShardReader, TemporaryCopies
+from logitcache.storage.folder import Folder
+from logitcache.storage.prefetch import begun_ahead, prefetched
+
+T = TypeVar("T")
+
+SHUFFLE_ROW_GROUPS = 16
+"""Row groups that a shuffled stream mixes at any time: its memory is about 16 × 4 MiB, and what is read ahead."""
+COPIED_AHEAD = 16
+"""Row groups whose shards are being copied from a store before they are needed: shuffled, the first are all of other shards."""
+COPYING_THREADS = 4
+
+
+def open_cache(path: str | Path, against: str | None = None) -> LogitCache:
+    """Opens a finished cache, local or at any URL that fsspec reads.
+
+    against: the identity that the cache must have, as `logitcache build` and `push` print it.
+
+    Streams of a remote one copy its shards to this machine, see `format.local_copies`, and check their SHA-256. Single rows,
+    and streams where copies have no room, are read by ranges, of which only each page's CRC is checked: that finds damage,
+    and not what somebody altered. Given `against`, shards are copied whole and checked for every read; those for which local
+    copies have no room lie in a temporary folder until the cache object is gone.
+
+    Raises UserError for a missing or unfinished cache, another identity, a newer format, and a shard that is missing or
+    truncated.
+    """
+    return LogitCache(str(path), against)
+
+
+class LogitCache(Sequence[CachedSequence]):
+    """A finished cache: `len(cache)` rows, `cache[i]`, `cache.iter_sequences(...)`, `cache.iter_row_groups(...)`.
+
+    path: where it lies, without the secrets of a URL; `folder` opens it again.
+    manifest: fingerprint, layout, shards.  num_positions: stored positions of all rows.  identity: SHA-256 of the manifest as
+    it was read, by which a cache is told from an altered one.
+    """
+
+    def __init__(self, path: str, against: str | None = None) -> None:
+        self._folder = Folder(path)
+        self.path = str(self._folder)
+        content = manifest_content(self._folder)
+        self.identity = hashlib.sha256(content).hexdigest()
+        check_identity(self.identity, against, path)
+        self.manifest: Manifest = parse_manifest(content, self._folder.where(MANIFEST_NAME))
+        self._copies = None if self._folder.local else LocalCopies(self.manifest.shards)
+        whole = TemporaryCopies() if self._copies is not None and against is not None else None
+        self._shards = [
+            ShardReader(self._folder, info, self.manifest.layout, self._copies, whole) for info in self.manifest.shards
+        ]
+        for parent in {str(PurePosixPath(info.name).parent) for info in self.manifest.shards}:
+            with suppress(Exception):  # a store that lists a folder knows its sizes then; others are asked for each
+                self._folder.names(parent)
+        for shard in self._shards:
+            shard.check_size()
+        self._first_rows = np.cumsum([0] + [info.num_sequences for info in self.manifest.shards])
+        self._recent: tuple[int, DecodedRows] | None = None
+
+    def __repr__(self) -> str:
+        return f"LogitCache({self.path!r}, {len(self)} sequences, {self.num_positions} positions)"
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    @property
+    def folder(self) -> Folder:
+        """The folder or URL that it was opened at."""
+        return self._folder
+
+    @property
+    def num_positions(self) -> int:
+        """Stored positions of all rows."""
+        return self.manifest.num_positions
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the teacher."""
+        return self.manifest.layout.vocab_size
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Folder (or URL) of the teacher's tokenizer."""
+        return f"{self.path.rstrip('/')}/{TOKENIZER_DIRECTORY}"
+
+    @cached_property
+    def tail_groups(self) -> np.ndarray | None:
+        """Tail group of each token id, int32 [V], or None where the cache holds no tail groups."""
+        if not self.manifest.layout.num_tail_groups:
+            return None
+        content = read_trusted(self._folder, self.manifest, TAIL_GROUPS_NAME, MAX_TAIL_GROUPS_BYTES)
+        layout = self.manifest.layout
+        try:
+            groups = read_tail_groups(BytesIO(content))
+            if len(groups) != layout.vocab_size or not 0 <= groups.min() <= groups.max() < layout.num_tail_groups:
+                raise ValueError(f"it is not of {layout.vocab_size:,} ids in {layout.num_tail_groups:,} groups")
+            return groups
+        except ValueError as error:
+            raise UserError(
+                f"{self._folder.where(TAIL_GROUPS_NAME)} was altered ({error}): fetch it or build the cache again"
+            ) from error
+
+    def tokenizer_files(self) -> dict[str, bytes] | None:
+        """Reads the teacher's tokenizer, every file checked against the manifest.
+
+        Returns:
+            The content of each file by its name in `tokenizer/`, such as "tokenizer.json". None where the cache has no
+            tokenizer.
+
+        Raises:
+            UserError: As `tokenizer.read_tokenizer` does.
+        """
+        return read_tokenizer(self._folder, self.manifest)
+
+    @cached_property
+    def _row_groups(self) -> np.ndarray:
+        """(shard, row group, first row, rows) of every row group: int64 [R, 4]."""
+        table = []
+        first = 0
+        for shard, info in enumerate(self.manifest.shards):
+            for index, rows in enumerate(info.row_group_sizes):
+                table.append((shard, index, first, rows))
+                first += rows
+        return np.array(table, dtype=np.int64).reshape(-1, 4)
+
+    def __getitem__(self, row: int) -> CachedSequence:  # type: ignore[override]
+        if row < 0:
+            row += len(self)
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a cache of {len(self)}")
+        row_group, row_in_it = self.row_group_of(row)
+        return self._read(row_group)[row_in_it]
+
+    def row_group_of(self, row: int) -> tuple[int, int]:
+        """Number of the row group that holds row 0 ≤ `row` < len, counted through all shards, and the row's place in it."""
+        index = int(np.searchsorted(self._row_groups[:, 2], row, side="right")) - 1
+        return index, row - int(self._row_groups[index, 2])
+
+    def _read(self, index: int) -> DecodedRows:
+        """Row group `index`; the last one read is kept."""
+        recent = self._recent  # read once: another thread may replace it at any time
+        if recent is None or recent[0] != index:
+            recent = self._recent = (index, self._decode(index))
+        return recent[1]
+
+    def _decode(self, index: int) -> DecodedRows:
+        shard, row_group = (int(value) for value in self._row_groups[index, :2])
+        return self._shards[shard].read_row_group(row_group)
+
+    def read_row_group(self, index: int) -> DecodedRows:
+        """A row group, decoded. Of a remote one the whole shard is copied: streams need all of it sooner or later."""
+        self._copy(index)
+        return self._decode(index)
+
+    def _copy(self, index: int) -> None:
+        self._shards[int(self._row_groups[index, 0])].copy()
+
+    def __iter__(self) -> Iterator[CachedSequence]:
+        return self.iter_sequences()
+
+    def iter_sequences(
+        self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1), start: int = 0
+    ) -> SequenceStream:
+        """Streams the rows once, reading row groups ahead in the background.
+
+        shuffle: row groups in an order drawn from `seed`, rows drawn from 16 row groups at a time.
+        shard: (rank, world); every rank gets len/world rows (±1), no row twice, reading its own row groups only
+        (two ranks share the one at their border).
+        start: rows of this stream to leave out at its beginning; the stream's `position` counts on from it, so that
+        `iter_sequences(..., start=stream.position)` continues exactly where `stream` was.
+        """
+        if start < 0:
+            raise UserError(f"start={start}: 0 or more rows can be left out")
+        part = self._part(shuffle, seed, shard)
+        rows = _rows(self, self._steps(part, shuffle, seed, start), _window(shuffle))
+        return SequenceStream(rows, int((part[:, 2] - part[:, 1]).sum()), start)
+
+    def stream_order(self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
+        """Numbers of the rows that `iter_sequences` streams, in its order: int64 [n], from the manifest alone."""
+        part = self._part(shuffle, seed, shard)
+        rows = [step.rows for step in self._steps(part, shuffle, seed)]
+        row_group, row = np.concatenate([np.empty((0, 2), np.int64), *rows]).T
+        numbers: np.ndarray = self._row_groups[row_group, 2] + row
+        return numbers
+
+    def iter_columns(self, columns: Sequence[str], first: int = 0, end: int | None = None) -> Iterator[pa.Table]:
+        """Streams the named columns of the rows first … end − 1 (all by default) as they are stored, by row groups.
+
+        Nothing else is read or decoded, nor row groups without such a row.
+        """
+        end = len(self) if end is None else end
+        begins, sizes = self._row_groups[:, 2], self._row_groups[:, 3]
+        wanted = (begins + sizes > first) & (begins < end)
+        for shard, row_group, begin, _ in self._row_groups[wanted].tolist():
+            table = self._shards[shard].read_columns(row_group, columns)
+            skipped = max(first - begin, 0)
+            yield table.slice(skipped, end - begin - skipped)
+
+    def iter_row_groups(
+        self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1)
+    ) -> Iterator[DecodedRows]:
+        """Streams whole row groups, reading ahead: for what needs [M, k] arrays of some thousand positions and no single rows.
+
+        Each has `row_ids`, `input_ids`, `loss_mask` and `targets` of all its rows, with offsets, and is a sequence of them.
+        shuffle: in an order drawn from `seed`; the rows of a row group stay in theirs.
+        shard: (rank, world); every rank gets its share of the row groups.
+        """
+        rank, world = _checked(shard)
+        order = self._order(shuffle, seed)[rank::world].tolist()
+        return prefetched(self.read_row_group, self._copied_ahead(order, lambda index: index))
+
+    def _copied_ahead(self, items: Iterable[T], row_group: Callable[[T], int | None]) -> Iterator[T]:
+        """Passes on what needs row groups; of a remote cache, the shards of the next ones are copied meanwhile."""
+        if self._copies is None:
+            return iter(items)
+
+        def copy(item: T) -> None:
+            if (index := row_group(item)) is not None:
+                self._copy(index)
+
+        return begun_ahead(copy, items, COPIED_AHEAD, COPYING_THREADS)
+
+    def _part(self, shuffle: bool, seed: int, shard: tuple[int, int]) -> np.ndarray:
+        """A rank's share of the rows, as `order.rank_part` returns it."""
+        return rank_part(self._row_groups[:, 3], self._order(shuffle, seed), *_checked(shard))
+
+    def _steps(self, part: np.ndarray, shuffle: bool, seed: int, start: int = 0) -> Iterator[Step]:
+        return steps(part, _window(shuffle), seed if shuffle else None, start)
+
+    def _order(self, shuffle: bool, seed: int) -> np.ndarray:
+        """Row groups in the order of a stream."""
+        count = len(self._row_groups)
+        return np.random.default_rng(seed).permutation(count) if shuffle else np.arange(count)
+
+
+class SequenceStream(Iterator[CachedSequence]):
+    """One pass over a rank's part of a cache. Dropping it ends its threads and frees its row groups.
+
+    position: rows handed out so far, those before `start` included.  len: rows of the whole pass.
+    """
+
+    def __init__(self, rows: Iterator[CachedSequence], length: int, start: int) -> None:
+        self._rows = rows
+        self._length = length
+        self.position = start
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __next__(self) -> CachedSequence:
+        sequence = next(self._rows)
+        self.position += 1
+        return sequence
+
+
+def _rows(cache: LogitCache, order: Iterator[Step], window: int) -> Iterator[CachedSequence]:
+    def read(step: Step) -> tuple[Step, DecodedRows | None]:
+        return step, None if step.row_group is None else cache.read_row_group(step.row_group)
+
+    held: dict[int | None, DecodedRows] = {}
+    for step, decoded in prefetched(read, cache._copied_ahead(order, lambda step: step.row_group)):
+        if decoded is not None:
+            if len(held) == window:
+                del held[next(iter(held))]
+            held[step.row_group] = decoded
+        for row_group, row in step.rows.tolist():
+            yield held[row_group][row]
+
+
+def _window(shuffle: bool) -> int:
+    """Row groups that are open at a time."""
+    return SHUFFLE_ROW_GROUPS if shuffle else 1
+
+
+def _checked(shard: tuple[int, int]) -> tuple[int, int]:
+    rank, world = shard
+    if not 0 <= rank < world:
+        raise UserError(f"shard=({rank}, {world}): the rank must lie in 0…world−1")
+    return shard

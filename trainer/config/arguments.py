@@ -1,0 +1,126 @@
+"""The command line of `trainer fit`, and the same settings in a YAML file, as a DistillConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import HfArgumentParser
+
+from logitcache import UserError
+from logitcache.errors import Parser, one_line
+from trainer.config.config import DistillConfig
+from trainer.config.marked_yaml import read_yaml, suggestion
+
+DESCRIPTION = """Train a student from a cache. Every field of transformers.TrainingArguments is an option under its own
+name, listed first; what distillation adds comes last. Options may be written with _ or -."""
+LISTS = ("cache", "average_with")  # options that may be repeated
+EXAMPLE = """example: trainer fit --cache my-cache --eval_cache my-heldout-cache --student Qwen/Qwen3-0.6B --loss todi
+--output_dir runs/todi --learning_rate 5e-5 --num_train_epochs 1 --bf16"""
+
+
+def parse(argv: Sequence[str]) -> DistillConfig:
+    """Settings from a command line; where it names a YAML file with --config, the command line wins.
+
+    Raises UserError for unknown settings, values that do not parse and contradictions.
+    """
+    only_config = Parser(prog="trainer fit", add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    path = only_config.parse_known_args(argv)[0].config
+    parser = _FitParser(
+        cast(Any, DistillConfig),
+        prog="trainer fit",
+        usage="trainer fit --cache DIR --student NAME [--config FILE] [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings.")
+    from_file = [] if path is None else _arguments_of(Path(path))
+    try:
+        config, _, unknown = parser.parse_args_into_dataclasses(
+            [*from_file, *_gathered(argv)], return_remaining_strings=True, look_for_args_file=False
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if unknown:
+        close = suggestion(_option_name(unknown[0]), _NAMES)
+        raise UserError(f"unknown option {unknown[0]}{close}; `trainer fit --help` lists all")
+    return config
+
+
+def _gathered(argv: Sequence[str]) -> list[str]:
+    """The same arguments, with the values of a list's repeated option (--cache A --cache B) after one of them."""
+    others: list[str] = []
+    lists: dict[str, list[str]] = {}
+    into = others
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        name = option.removeprefix("--").replace("-", "_") if option.startswith("--") else ""
+        if name in LISTS:
+            into = lists.setdefault(name, [])
+            into += [value] if equals else []
+        else:
+            into = others if argument.startswith("-") else into
+            into.append(argument)
+    return [*others, *(part for name, values in lists.items() for part in (f"--{name}", *values))]
+
+
+class _FitParser(Parser, HfArgumentParser):
+    pass
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _arguments_of(path: Path) -> list[str]:
+    """The settings of a YAML file as command-line arguments, so that both are read by the same rules."""
+    file = read_yaml(path)
+    if not isinstance(file.content, Mapping):
+        raise UserError(f"{path}: a mapping of settings to values is expected, such as `loss: todi`")
+    arguments: list[str] = []
+    for key, value in file.content.items():
+        name = str(key).replace("-", "_")
+        if name not in _NAMES:
+            raise file.error(f"unknown setting {key}{suggestion(name, _NAMES)}; `trainer fit --help` lists all", key)
+        try:
+            arguments += as_arguments(name, value)
+        except UserError as error:
+            raise file.error(str(error), key) from error
+    return arguments
+
+
+def as_arguments(name: str, value: Any) -> list[str]:
+    """A setting of a YAML file as it would be typed."""
+    if value is None:
+        return []
+    if name == "fsdp" and isinstance(value, bool):  # transformers takes it bare, or an old list of options
+        return ["--fsdp"] * value
+    if isinstance(value, list):
+        if not all(isinstance(part, str | int | float) for part in value):
+            written = "; PATH:WEIGHT is written without a space" if name == "cache" else ""
+            raise UserError(f"{name}: a list of plain values is expected, not {value}{written}")
+        if name.endswith("_schedule"):
+            return [f"--{name}={','.join(map(str, value))}"]
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, Mapping):
+        return [f"--{name}={json.dumps(value)}"]
+    if value is False and name.endswith("_strategy"):  # YAML 1.1 reads `no` as false
+        return [f"--{name}=no"]
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
+
+
+def _option_name(option: str) -> str:
+    return option.lstrip("-").partition("=")[0].replace("-", "_")
+
+
+_NAMES = [field.name for field in dataclasses.fields(DistillConfig) if field.init]

@@ -1,0 +1,79 @@
+"""Settings that change over a run, given as points: value@fraction of the run's steps, separated by commas."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from logitcache import UserError
+from trainer.config.fields import setting
+
+T = TypeVar("T")
+
+
+@dataclass
+class ScheduleSettings:
+    """Schedules of loss, λ and temperature. Each sets its plain setting to the value at the end of the run."""
+
+    loss_schedule: str | None = setting(
+        None,
+        "Losses one after the other: fkl@0,rkl@0.2 is forward KL for the first fifth of the steps, then reverse KL.",
+    )
+    kd_weight_schedule: str | None = setting(
+        None, "λ at points of the run, straight lines between them: 1@0,0.5@1 falls from 1 to 0.5."
+    )
+    temperature_schedule: str | None = setting(
+        None, "Temperatures one after the other: 4@0,2@0.3,1@0.6. The cache must hold the tail at each of them."
+    )
+
+    def check_schedules(self, defaults: dict[str, Any]) -> None:
+        """Sets loss, kd_weight and temperature to where their schedules end. Raises UserError where they contradict.
+
+        defaults: of these three.
+        """
+        for name, default in defaults.items():
+            points = self.points(name)
+            if not points:
+                continue
+            last, given = points[-1][1], getattr(self, name)
+            if given not in (default, last):
+                raise UserError(
+                    f"--{name} {given} --{name}_schedule {getattr(self, f'{name}_schedule')}: the schedule says which "
+                    f"{name} holds when, and ends at {last}. Leave --{name} out"
+                )
+            setattr(self, name, last)
+
+    def points(self, name: str) -> list[tuple[float, Any]]:
+        """(fraction, value) of loss, kd_weight or temperature, by fraction; empty where it does not change."""
+        text = getattr(self, f"{name}_schedule")
+        kind: Callable[[str], Any] = str if name == "loss" else float
+        return (
+            []
+            if text is None
+            else parse_points(text, f"--{name}_schedule {text}", kind, from_start=name != "kd_weight")
+        )
+
+
+def parse_points(text: str, what: str, kind: Callable[[str], T], *, from_start: bool) -> list[tuple[float, T]]:
+    """(fraction, value) of each value@fraction. from_start: the first fraction must be 0.
+
+    Raises UserError, beginning with `what`, for anything else, and for fractions that do not ascend within 0 … 1.
+    """
+    points = []
+    for part in text.split(","):
+        value, at, fraction = part.strip().rpartition("@")
+        try:
+            points.append((float(fraction), kind(value)))
+        except ValueError:
+            at = ""
+        if not (at and value):
+            raise UserError(
+                f"{what}: {part.strip()!r} is not value@fraction, such as {'fkl@0' if kind is str else '1@0'}"
+            )
+    fractions = [fraction for fraction, _ in points]
+    if fractions != sorted(set(fractions)) or not all(0 <= fraction <= 1 for fraction in fractions):
+        raise UserError(f"{what}: fractions of the run are expected, ascending from 0 to 1")
+    if from_start and fractions[0] != 0:
+        raise UserError(f"{what}: it does not say what the run begins with: the first fraction must be 0")
+    if from_start and fractions[-1] == 1:
+        raise UserError(f"{what}: at 1 the run is over: no step has {points[-1][1]}")
+    return points

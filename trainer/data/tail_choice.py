@@ -1,0 +1,61 @@
+"""Which tail treatment a run takes, and whether its cache holds what that and the temperature need."""
+
+from __future__ import annotations
+
+from logitcache import UserError
+from trainer.config.config import DistillConfig
+from trainer.data.training_data import TrainingData
+
+
+def choose_tail(config: DistillConfig, data: TrainingData) -> str:
+    """The tail treatment of a run. Raises UserError where the cache does not hold what --tail and --temperature need."""
+    held = data.held
+    for temperature in config.temperatures:
+        if approximates_tail(config, data, temperature) and not (config.approximate_temperature and held.tail_entropy):
+            _refuse_temperature(temperature, data)
+    for name, count in (("groups", held.num_tail_groups), ("samples", held.num_tail_samples)):
+        if config.tail == name and not count:
+            _refuse_tail(name, data)
+    if config.tail is not None:
+        return config.tail
+    return "groups" if held.num_tail_groups and config.temperatures == (1,) else "bucket"
+
+
+def approximates_tail(config: DistillConfig, data: TrainingData, temperature: float) -> bool:
+    """Whether the cache does not hold the tail at a temperature, though the run needs it."""
+    return temperature not in (1, *data.held.temperatures) and config.tail != "renormalise"
+
+
+def _refuse_tail(name: str, data: TrainingData) -> None:
+    _refuse_averaged(f"--tail {name}", data)
+    lacking = [cache for cache in data.caches if not getattr(cache.manifest.layout, f"num_tail_{name}")]
+    if not lacking:
+        raise UserError(
+            f"--tail {name}: the caches of {data.path} do not hold the same tail {name}. Take --tail bucket"
+        )
+    raise UserError(
+        f"--tail {name}: {lacking[0].path} holds no tail {name}. Take --tail bucket, or build the cache with "
+        f"`logitcache build --tail-{name} 32`"
+    )
+
+
+def _refuse_temperature(temperature: float, data: TrainingData) -> None:
+    _refuse_averaged(f"--temperature {temperature:g}", data)
+    lacking = next(cache for cache in data.caches if temperature not in cache.manifest.layout.temperatures)
+    held = ", ".join(f"{t:g}" for t in sorted({1.0, *lacking.manifest.layout.temperatures}))
+    build = f"build the cache with `logitcache build --temperatures {temperature:g}`"
+    if data.held.tail_entropy:
+        ways = f"add --approximate_temperature (it holds the tail's entropy), or {build}"
+    else:
+        ways = f"or {build}, or with `--tail-entropy`, which is enough for --approximate_temperature"
+    raise UserError(
+        f"--temperature {temperature:g}: {lacking.path} holds the teacher's tail at T = {held} only. Take one of these, {ways}"
+    )
+
+
+def _refuse_averaged(what: str, data: TrainingData) -> None:
+    if data.averaged_with:
+        raise UserError(
+            f"{what} --average_with {data.averaged_with[0].path}: the mean of several teachers is known by its entries "
+            "and the mass of its tail at T = 1. Take --temperature 1 and --tail bucket or cap"
+        )

@@ -1,0 +1,1 @@
+"""The student: its model, head, adapters, tokenizer and objective."""

@@ -1,0 +1,166 @@
+"""The student: loading it, and calling it for logits where the cache has targets."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from logitcache import LogitCache, UserError
+from logitcache.attention import choose_attention
+from logitcache.errors import one_line
+from trainer.data.collator import Batch
+from trainer.model.adapters import base_model, load_adapter
+
+logger = logging.getLogger(__name__)
+
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""For every `from_pretrained`: code that lies beside a model never runs, and nobody is asked whether it may."""
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What an error of `from_pretrained` says, without advice that does not help here."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is never run here: take one of a kind that transformers knows"
+    return one_line(error) or type(error).__name__
+
+
+def student_config(name: str) -> PretrainedConfig:
+    """Configuration of a model folder or name, of an adapter that of the model it is of.
+
+    It names an attention implementation where the one that transformers chooses would leave out a part of it. Raises UserError
+    where it is none, or of no causal language model.
+    """
+    base = base_model(name)
+    try:
+        config = AutoConfig.from_pretrained(base or name, **NO_CODE)
+    except Exception as error:  # of whatever kind the file leads to
+        hint = "" if Path(base or name).exists() else " (no such folder here)"
+        of = f" is an adapter of {base}, and" if base else ":"
+        raise UserError(f"{name}{of} no model can be loaded from this{hint}: {why_not_loaded(error)}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name}: a {config.model_type} is no causal language model that transformers knows")
+    if attention := choose_attention(config, None, "--attn_implementation"):
+        config._attn_implementation = attention
+    return config
+
+
+def check_student(config: PretrainedConfig, cache: LogitCache, name: str) -> None:
+    """Raises UserError for a student that cannot learn from a cache.
+
+    It has fewer columns of logits than the teacher has tokens, cannot take its longest sequence, or has an attention that
+    leaves out a part of its configuration.
+    """
+    choose_attention(config, getattr(config, "_attn_implementation", None), "--attn_implementation")
+    text_config = config.get_text_config()
+    columns, max_length = text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
+    if columns < cache.vocab_size:
+        raise UserError(
+            f"{name}: its output has {columns} columns, the teacher of the cache {cache.path} has {cache.vocab_size} "
+            "tokens. Take a student with at least as many (more are masked)"
+        )
+    if max_length is not None and cache.manifest.longest > max_length:
+        raise UserError(
+            f"{name}: the longest sequence of {cache.path} has {cache.manifest.longest} tokens, the student takes "
+            f"{max_length} (max_position_embeddings). Build the cache with `logitcache build --max-length {max_length}`"
+        )
+
+
+def lengths_of_one_rotation(config: PretrainedConfig) -> int | None:
+    """Tokens up to which a sequence's rotary embedding is the same in any batch; None where its length never matters.
+
+    Beyond, longrope and dynamic NTK choose their frequencies by the longest sequence of a batch, for all sequences of it.
+    """
+    text: Any = config.get_text_config()
+    rotations = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rotation in [rotations, *rotations.values()]:  # one for all layers, or one for each type of layer
+        kind = rotation.get("rope_type") if isinstance(rotation, dict) else None
+        if kind == "longrope":
+            limits.append(rotation["original_max_position_embeddings"])
+        elif kind == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def warn_of_rotation(model: PreTrainedModel, longest: int, what_is_done: str, remedy: str) -> None:
+    """Says where a batch rotates its shorter sequences as its longest one. what_is_done: with the sequences."""
+    rotated = lengths_of_one_rotation(model.config)
+    if rotated is not None and longest > rotated:
+        logger.warning(
+            "%s rotates all sequences of a batch otherwise where one of them has more than %d tokens (the longest has "
+            "%d): shorter ones are not %s as they are alone. %s avoids that",
+            type(model).__name__,
+            rotated,
+            longest,
+            what_is_done,
+            remedy,
+        )
+
+
+def load_student(
+    name: str, config: PretrainedConfig, *, from_scratch: bool, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    """The student's weights: loaded, with the adapter where `name` is one, or drawn from torch's generator.
+
+    dtype: of the weights, or "auto"; an adapter's are float32 above half precision.
+    """
+    base = base_model(name)
+    try:
+        if from_scratch:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+        model = AutoModelForCausalLM.from_pretrained(base or name, config=config, dtype=dtype, **NO_CODE)
+    except Exception as error:  # of whatever kind the files lead to
+        attention = getattr(config, "_attn_implementation", None)
+        if attention and ("attn_implementation" in str(error) or "flash" in str(error).lower()):
+            raise UserError(
+                f"--attn_implementation {attention}: {one_line(error)}. Take sdpa, or install what it needs "
+                "(flash_attention_2: `pip install flash-attn`)"
+            ) from error
+        hint = "" if from_scratch else " (--from_scratch draws them at random)"
+        raise UserError(f"{base or name}: the weights do not load: {one_line(error)}{hint}") from error
+    return load_adapter(model, name) if base else model
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Of the whole model, where DeepSpeed shards it over the ranks too."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def takes_logits_to_keep(model: PreTrainedModel) -> bool:
+    """Whether a model computes the logits of chosen columns only, and so never those of prompts.
+
+    model: as it was loaded, before anything wraps it.
+    """
+    return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside PEFT's wrapper, or itself."""
+    wrapped: Any = model
+    inner: PreTrainedModel = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    return inner
+
+
+def model_inputs(batch: Batch, keeps: bool) -> dict[str, Tensor]:
+    """What a model gets of a batch. keeps: it takes `logits_to_keep`."""
+    names = ("input_ids", "attention_mask", "position_ids")  # a packed batch has the last, another one the mask
+    inputs = {name: batch[name] for name in names if name in batch}
+    return inputs | {"logits_to_keep": batch["columns"]} if keeps else inputs
+
+
+def stored_rows(columns: Tensor, batch: Batch) -> Tensor:
+    """The stored positions [N, …] of what a model gives for a batch's columns, [B, C, …]."""
+    flat = columns.flatten(0, 1)
+    return flat if len(flat) == len(batch["rows"]) else flat[batch["rows"]]

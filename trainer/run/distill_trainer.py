@@ -1,0 +1,285 @@
+"""DistillTrainer: transformers.Trainer whose loss is (1−λ)·CE + λ·T²·KD against a cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from logitcache import LogitCache, UserError
+from trainer.config.config import DistillConfig
+from trainer.config.moment import Moment, moment
+from trainer.data.batching import batching_of, data_seed, is_shuffled, num_epochs
+from trainer.data.collator import Batch, Collator
+from trainer.data.loader import BatchLoader
+from trainer.data.rows import EpochRows
+from trainer.data.sampler import Batching
+from trainer.data.tail_choice import approximates_tail, choose_tail
+from trainer.data.training_data import TrainingData
+from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
+from trainer.losses.fused import Mixture
+from trainer.losses.settings import LossSettings
+from trainer.losses.terms import DistillationTerms
+from trainer.model.objective import Objective, objective_of, teacher_targets
+from trainer.model.packing_check import check_packing
+from trainer.model.student import check_student, warn_of_rotation
+from trainer.run.pace import Pace
+from trainer.run.ranks import check_ranks
+
+logger = logging.getLogger(__name__)
+
+
+class DistillTrainer(Trainer):
+    """Trains `model` on a cache.
+
+    The loss is a sum over stored positions divided by their number in the whole global batch: all accumulation steps
+    and ranks. A term that the student's own forward adds to its loss, such as the balance among a mixture's experts,
+    is a mean over one batch of one rank; in the loss it has the share of the positions of its batch. Every rank reads
+    its own share of the rows. Beside the loss it logs what `metrics.position_means` names, and the added term.
+    """
+
+    args: DistillConfig
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: LogitCache | TrainingData,
+        args: DistillConfig,
+        *,
+        eval_cache: LogitCache | None = None,
+        **options: Any,
+    ) -> None:
+        """cache: to learn from, or several as `open_training_data` puts them together.
+
+        options: of transformers.Trainer, such as processing_class, callbacks and optimizers.
+
+        Raises UserError where a cache does not hold what the settings need, and where it does not suit the model.
+        """
+        data = TrainingData.of(cache)
+        self.tail = choose_tail(args, data)
+        self._approximated = {T for T in args.temperatures if approximates_tail(args, data, T)}
+        for temperature in self._approximated:
+            logger.info("the teacher's tail at T = %g is estimated from its mass and entropy at T = 1", temperature)
+        for opened in (*data.caches, eval_cache):
+            if opened is not None:
+                check_student(model.config, opened, args.student or type(model).__name__)
+        if args.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible and one process uses one: torchrun --nproc-per-node %d uses all",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            args._n_gpu = 1
+        check_ranks(args)
+        super().__init__(model=model, args=args, train_dataset=data, eval_dataset=eval_cache, **options)
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise UserError("tensor, context and sequence parallelism are not supported: use data parallelism or FSDP")
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise UserError("--fsdp: accelerate shards a model over GPUs, and these ranks are CPUs. Leave --fsdp out")
+        with self.accelerator.autocast():
+            self.objective: Objective = objective_of(model, self._on_every_rank, with_added_loss=True)
+            self._flat = args.packing and "flash" in str(model.config._attn_implementation)
+            if args.packing:
+                row_length = batching_of(args, data).packed_length or 0
+                check_packing(
+                    model,
+                    self._flat,
+                    row_length=row_length * (self._train_batch_size if self._flat else 1),
+                    longest=data.longest,
+                    device=args.device,
+                )
+        if args.train_batch_size > 1 or args.tokens_per_batch:
+            warn_of_rotation(model, data.longest, "trained", "--per_device_train_batch_size 1")
+        self._data = data
+        groups = data.tail_groups if self.tail == "groups" else None
+        self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)
+        self._window = Sums()
+        self._pace = Pace()
+        self.add_callback(self._pace)
+
+    def get_train_dataloader(self) -> BatchLoader:
+        """This rank's batches. accelerate must not shard them again, so they do not pass through it."""
+        args = self.args
+        collator = Collator(
+            tail_groups=self.tail == "groups",
+            temperatures=tuple(T for T in args.temperatures if T in self._data.held.temperatures),
+            tail_entropy=bool(self._approximated),
+            tail_samples=self.tail == "samples",
+            flat=self._flat,
+        )
+        return self._loader(
+            self._data,
+            replace(
+                batching_of(args, self._data), batch_size=self._train_batch_size
+            ),  # --auto_find_batch_size lowers it
+            collator,
+            shuffle=is_shuffled(args),
+            seed=data_seed(args),
+            drop_last=args.dataloader_drop_last,
+            num_epochs=num_epochs(args, self._data),
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
+        """This rank's batches of a held-out cache, in the cache's order."""
+        cache: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(cache, Batching(self.args.per_device_eval_batch_size), Collator())
+
+    def _loader(
+        self, data: LogitCache | TrainingData, batching: Batching, collator: Collator, **options: Any
+    ) -> BatchLoader:
+        return BatchLoader(
+            data,
+            batching,
+            collator,
+            shard=(self.args.process_index, self.args.world_size),
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            **options,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The batches of one optimizer step, and their stored positions over all ranks."""
+        self._pace.wait_begins()
+        batches = list(islice(epoch_iterator, num_batches))
+        self._pace.wait_ends(
+            sum(int(batch["num_tokens"]) for batch in batches), sum(batch["input_ids"].numel() for batch in batches)
+        )
+        positions = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
+        return batches, self._over_ranks(positions)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # Trainer's own would round the teacher's log-probabilities to the model's dtype under DeepSpeed.
+        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This rank's share of the loss, scaled such that the mean of its gradients over the ranks is the gradient."""
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
+        total, terms = self._distil(model, inputs, self.tail, moment(self.args, progress), with_added_loss=True)
+        sums, added = position_sums(terms, inputs), self.objective.added_loss
+        self._window.add(sums if added is None else sums | {"aux_loss": added * len(inputs["rows"])})
+        positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
+        loss = total / torch.as_tensor(positions).clamp_min(1) * self.accelerator.num_processes
+        return (loss, terms) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Trainer's step. Raises UserError before the optimizer sees a loss that is no number."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}: NaN or infinity is in "
+                f"{self.objective.what_is_not_finite()}. Lower --learning_rate, add --warmup_steps, or train with "
+                "--bf16 in place of --fp16, from the last checkpoint before this step"
+            )
+        return loss
+
+    def _distil(
+        self, model: nn.Module, batch: Batch, tail: str, now: Moment, *, with_added_loss: bool = False
+    ) -> tuple[Tensor, DistillationTerms]:
+        """(1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms.
+
+        with_added_loss: and once for every position what the model's own forward adds to its loss.
+        """
+        factor = now.temperature**2 if self.args.t_squared else 1.0
+        approximates = now.temperature in self._approximated
+        return self.objective(
+            model,
+            batch,
+            teacher_targets(batch, now.temperature, self._tail_groups if tail == "groups" else None),
+            mixture=Mixture(now.kd_weight * factor, 1 - now.kd_weight),
+            with_added_loss=with_added_loss,
+            settings=LossSettings(now.loss, tail, now.temperature, approximates, now.loss_args),
+            vocab_size=self._data.vocab_size,
+            validate=False,  # the cache's reader did; it would wait for the device
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the means over the positions since the last one.
+
+        aux_loss: what the student's own forward adds to its loss, as it is contained in `loss`.
+        """
+        if "loss" in logs:
+            logs |= position_means(self._window.totals(self._over_ranks)) | self._pace_logs()
+            self._window = Sums()
+        super().log(logs, start_time)
+
+    def _pace_logs(self) -> dict[str, float]:
+        """Since the last log, over the ranks: tokens_per_second, padding (share of the tokens), data_wait (of the time)."""
+        pace = self._pace
+        counts = torch.tensor([pace.tokens, pace.padded_tokens, pace.seconds, pace.waited_s], dtype=torch.float64)
+        tokens, padded_tokens, seconds, waited_s = self._over_ranks(counts).tolist()
+        pace.reset()
+        return {
+            "tokens_per_second": tokens / seconds * self.args.world_size,
+            "padding": 1 - tokens / padded_tokens,
+            "data_wait": waited_s / seconds,
+        }
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """`metrics.evaluation_metrics` of a cache, each with the prefix.
+
+        And `loss`: the mixture that the run ends with, with the bucket at T = 1, so that runs with other tails and
+        temperatures compare.
+        """
+        args = self.args
+        judged = replace(moment(args, 1.0), temperature=1.0)
+        model = self.model_wrapped if self.is_in_train else self.model
+        assert model is not None
+        if not self.is_in_train and (args.bf16_full_eval or args.fp16_full_eval):
+            model.to(device=args.device, dtype=torch.bfloat16 if args.bf16_full_eval else torch.float16)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        sums = Sums()
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                total, terms = self._distil(model, batch, "bucket", judged)
+            sums.add(evaluation_sums(terms, batch) | {"objective": total})
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        metrics = evaluation_metrics(sums.totals(self._over_ranks))
+        metrics["loss"] = metrics.pop("objective")
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(np.empty(0), None, prefixed, num_samples=self.num_examples(dataloader))
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Rows of the cache behind a loader."""
+        assert isinstance(dataloader.dataset, EpochRows)
+        return len(dataloader.dataset)
+
+    def _on_every_rank(self, holds: bool) -> bool:
+        return bool(self._over_ranks(torch.tensor(int(holds))) == self.args.world_size)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), "sum")

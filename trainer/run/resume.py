@@ -1,0 +1,245 @@
+"""Where a run continues from, and whether that is the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from logitcache import UserError
+from logitcache.errors import one_line
+from logitcache.format.shape import check_shape
+from trainer.config.config import DistillConfig
+from trainer.data.training_data import TrainingData
+from trainer.memory import is_out_of_memory
+from trainer.run.files import RUN_NAME, STATE_NAME
+from trainer.run.records import read_record
+
+SETTINGS = (
+    "loss",
+    "kd_weight",
+    "temperature",
+    "t_squared",
+    "loss_args",
+    "loss_schedule",
+    "kd_weight_schedule",
+    "temperature_schedule",
+    "train_sampling_strategy",
+    "packing",
+    "packed_length",
+    "tokens_per_batch",
+    "dataloader_drop_last",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_dora",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+)
+PLANNED = ("packing", "tokens_per_batch")  # and grouping by length: how many batches an epoch has depends on all epochs
+LENGTH = ("num_train_epochs", "max_steps")
+NUMBER = int | float | None
+STATE_SHAPE = {
+    "global_step": int,
+    "log_history": [{...: object}],
+    "stateful_callbacks": ({...: dict | list},),
+    "best_metric": (NUMBER,),
+    "best_global_step": (int | None,),
+    "best_model_checkpoint": (str | None,),
+    "train_batch_size": (int | None,),
+    "epoch": (NUMBER,),
+    "num_input_tokens_seen": (int,),
+    "total_flos": (NUMBER,),
+}
+SCHEDULE_SHAPE = {"last_epoch": int, "rates": [float]}
+RECORD_SHAPE = {
+    "settings": dict,
+    "tail": str,
+    "run_id": (str,),
+    "world_size": (int,),
+    "cache": {"path": str, "num_positions": int, "caches": ([{"path": str, "fingerprint": dict}],)},
+}
+JUDGED = ("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model", "eval_strategy", "eval_steps")
+
+
+class RunMark(TrainerCallback, ExportableState):
+    """Writes into the state of each checkpoint which run it is of."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+
+    def state(self) -> dict[str, Any]:
+        """What a state holds of it."""
+        return {"args": {"run_id": self._run_id}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes a place for it in the state of a checkpoint of an earlier version."""
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+
+def run_id(checkpoint: str | None) -> str:
+    """Identity of a run: that of the one it continues, or a new one."""
+    known = _mark(checkpoint) or _former(checkpoint).get("run_id") if checkpoint else None
+    return known or uuid4().hex
+
+
+def checkpoint_state(checkpoint: str | Path) -> dict[str, Any] | None:
+    """transformers' state of the run; None without a whole one, which is written last, as after a kill."""
+    try:
+        return read_record(Path(checkpoint) / STATE_NAME)
+    except UserError:
+        return None
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The step that a run continues after."""
+    state = checkpoint_state(checkpoint) if checkpoint else None
+    return state["global_step"] if state else 0
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The latest whole checkpoint of the run that the folder's run.json describes: a former run may have left others."""
+    steps = {path.name.rpartition("-")[2]: str(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True):
+        if checkpoint_state(steps[step]) is not None and not _of_former_run(steps[step]):
+            return steps[step]
+    return None
+
+
+def find_checkpoint(config: DistillConfig) -> str | None:
+    """The checkpoint that --resume_from_checkpoint means. Raises UserError where there is none."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted.lower() == "true":
+        last = last_checkpoint(Path(str(config.output_dir)))
+        if last is None:
+            raise UserError(
+                f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint to continue from (those of "
+                f"former runs do not count, only of the one in its {RUN_NAME}). Leave it out to begin"
+            )
+        wanted = last
+    if (state := checkpoint_state(wanted)) is None:
+        raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint of a run (it has no whole {STATE_NAME})")
+    with checkpoint_read(wanted, f"its {STATE_NAME}"):
+        check_shape(state, STATE_SHAPE, STATE_NAME)
+        TrainerState(**state)
+    return wanted
+
+
+@contextmanager
+def checkpoint_read(checkpoint: str | None, what: str) -> Iterator[None]:
+    """Around what reads a file of a checkpoint. Raises UserError that names `what` for whatever such a file leads to."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {what} cannot be read ({type(error).__name__}: {one_line(error)}). Continue "
+            "from another checkpoint, or leave it out to begin anew"
+        ) from error
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises TypeError where a learning rate's schedule was loaded from something else."""
+    check_shape({"last_epoch": scheduler.last_epoch, "rates": scheduler.get_last_lr()}, SCHEDULE_SHAPE, "scheduler.pt")
+
+
+def data_record(data: TrainingData) -> dict[str, Any]:
+    """What run.json says of what a run learns from. weight: a cache's share of the rows, None where each comes once."""
+    weights = data.weights or []
+    shares: list[float | None] = [round(weight / sum(weights), 9) for weight in weights]
+    shares = shares or [None] * len(data.caches)
+    mixed = [(cache, share, False) for cache, share in zip(data.caches, shares, strict=True)]
+    caches = [
+        {"path": cache.path, "identity": cache.identity, "fingerprint": dict(cache.manifest.fingerprint)}
+        | {"weight": share, "averaged": averaged}
+        for cache, share, averaged in [*mixed, *((cache, None, True) for cache in data.averaged_with)]
+    ]
+    return {"path": data.path, "num_positions": data.num_positions, "caches": caches}
+
+
+def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, tail: str) -> list[str]:
+    """Compares a run with the run.json beside the checkpoint it continues from; returns warnings.
+
+    Raises UserError that names what differs, and for a checkpoint that a former run left in the folder.
+    """
+    path = Path(checkpoint).parent / RUN_NAME
+    former = read_record(path, **RECORD_SHAPE)
+    if former is None:
+        return [f"{path.parent} has no {RUN_NAME}: nothing checks that {checkpoint} is of a run with these settings"]
+    if _of_former_run(checkpoint):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: a former run left it, and {path} is of the one that began in this "
+            f"folder after it. Name a checkpoint of that; --student {checkpoint} begins a run with the weights of this one"
+        )
+    was, now = former["settings"], json.loads(config.to_json_string())
+    planned = config.train_sampling_strategy == "group_by_length" or any(getattr(config, name) for name in PLANNED)
+    judged = was.get("load_best_model_at_end") or config.load_best_model_at_end
+    compared = SETTINGS + (LENGTH if planned else ()) + (JUDGED if judged else ())
+    pairs = [(name, was.get(name, now[name]), now[name]) for name in compared]
+    pairs.append(("tail", former["tail"], tail))
+    differing = [f"--{name} was {before}, is {after}" for name, before, after in pairs if before != after]
+    ranks = former.get("world_size", config.world_size)
+    if ranks != config.world_size:
+        differing.append(
+            f"the number of ranks was {ranks}, is {config.world_size}, and with it differ the rows that each reads and "
+            f"how many a step takes (--per_device_train_batch_size × ranks): start {ranks}"
+        )
+    differing += _differing_data(former["cache"], data_record(data))
+    if differing:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {path} is of another run: {'; '.join(differing)}. Continue with "
+            "the former settings, or start a run of its own without --resume_from_checkpoint, in another --output_dir"
+        )
+    return []
+
+
+def _differing_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The same cache may lie elsewhere, and may have been recoded. Earlier versions had one, or told no weights."""
+
+    def of_all(record: dict[str, Any], name: str) -> list[Any]:
+        return [cache.get(name) for cache in record.get("caches", [record])]
+
+    another = [f"the cache was {was['path']}, and {now['path']} is another one"]
+    if of_all(was, "fingerprint") != of_all(now, "fingerprint"):
+        return another
+    if None not in of_all(was, "averaged"):
+        if of_all(was, "averaged") != of_all(now, "averaged"):
+            return [f"--average_with was {_averaged(was)}, is {_averaged(now)}"]
+        if (before := of_all(was, "weight")) != (after := of_all(now, "weight")):
+            return [f"the shares of the caches' rows were {before}, are {after} (None: each row once)"]
+    return another if was["num_positions"] != now["num_positions"] else []
+
+
+def _averaged(record: dict[str, Any]) -> list[str]:
+    return [cache["path"] for cache in record["caches"] if cache["averaged"]]
+
+
+def _of_former_run(checkpoint: str) -> bool:
+    """Whether both tell their run, and differ. Earlier versions told none."""
+    mark, current = _mark(checkpoint), _former(checkpoint).get("run_id")
+    return None not in (mark, current) and mark != current
+
+
+def _mark(checkpoint: str) -> str | None:
+    found: Any = checkpoint_state(checkpoint)
+    for name in ("stateful_callbacks", RunMark.__name__, "args", "run_id"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _former(checkpoint: str) -> dict[str, Any]:
+    """The run.json beside a checkpoint, empty where there is none."""
+    return read_record(Path(checkpoint).parent / RUN_NAME) or {}
