@@ -209,14 +209,14 @@ def _rescoring(path: str, num_rows: int, settings: dict[str, Any], rest: list[st
     """Settled before the long check, which a mistyped teacher must not follow. None where the check will say why not."""
     with _engines_needed():
         from logitcache.capture.engine_options import parse_engine_options
-        from logitcache.capture.rescore import settle_rescoring
+        from logitcache.capture.rescore import prepare_rescoring
 
     engine_options = parse_engine_options(rest)
     try:
         cache = open_cache(path)
     except UserError:
         return None
-    return settle_rescoring(cache, num_rows, **settings, **engine_options)
+    return prepare_rescoring(cache, num_rows, **settings, **engine_options)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {

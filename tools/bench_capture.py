@@ -32,7 +32,7 @@ from measure import machine, peak_mib
 
 from logitcache.capture.engine import Engine
 from logitcache.capture.executors import capture_on_ray
-from logitcache.capture.inputs import Inputs, settle
+from logitcache.capture.inputs import Inputs, resolve_inputs
 from logitcache.capture.plan import Plan, make_plan
 from logitcache.capture.request import make_request
 from logitcache.capture.settings import CaptureSettings
@@ -234,7 +234,7 @@ def planned(folder: Path, k: int, sequences: int, shard_positions: int) -> tuple
     with corpus.open("w") as file:
         for sequence in random_sequences(4000, sequences):
             file.write(json.dumps({"input_ids": sequence.input_ids.tolist()}) + "\n")
-    inputs: Inputs = settle(str(folder / "teacher"), str(corpus), backend="vllm", top_k=k)
+    inputs: Inputs = resolve_inputs(str(folder / "teacher"), str(corpus), backend="vllm", top_k=k)
     out = Folder(folder / "cache")
     plan = make_plan(out, make_request(inputs, shard_positions), inputs.corpus(), shard_positions)
     save_tokenizer(out, inputs.model.tokenizer)

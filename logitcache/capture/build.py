@@ -13,7 +13,7 @@ from logitcache.assembly.workspace import ANSWERS_NAME, range_held, remove_forme
 from logitcache.capture.executors import capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
 from logitcache.capture.generation.completions import PROMPTS_NAME, answer_prompts
-from logitcache.capture.inputs import settle
+from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.placement import Placement
 from logitcache.capture.plan import PARTITION_NAME, Plan, cache_layout, make_plan, read_plan
 from logitcache.capture.request import make_request
@@ -56,7 +56,7 @@ def build(
 ) -> LogitCache | None:
     """Runs a teacher once over a corpus and writes its sparse targets to a cache, a folder or any URL that fsspec writes.
 
-    teacher, data, settings (top_k, tail_groups, temperatures, tail_samples, backend, …): see `logitcache.capture.inputs.settle`;
+    teacher, data, settings (top_k, tail_groups, temperatures, tail_samples, backend, …): see `resolve_inputs`;
     what is not named there goes to vLLM under its own name.
     shard_positions: stored positions of a shard, the most that an interruption loses.
     executor, ray_address, engines, shard_range: see `Placement`; with a shard_range the cache is left to `finish`.
@@ -74,7 +74,7 @@ def build(
         raise UserError("--overwrite contradicts --shard-range: remove the old cache first")
     folder = Folder(out)
     reused = _reused([reuse] if isinstance(reuse, str | Path) else reuse, folder)
-    inputs = settle(teacher, data, **settings)
+    inputs = resolve_inputs(teacher, data, **settings)
     with workspace(folder, shared=shard_range is not None), space_needed(out):
         request = make_request(inputs, shard_positions)
         if not overwrite and (finished := _finished(folder, request)):

@@ -1,4 +1,4 @@
-"""Which engine runs the teacher and by which route, settled and checked before anything loads."""
+"""The engine that runs the teacher, and its route, resolved and checked before anything loads."""
 
 from __future__ import annotations
 

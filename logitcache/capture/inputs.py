@@ -1,4 +1,4 @@
-"""What goes into a build, settled and checked before anything loads: teacher, engine, capture settings, corpus."""
+"""The inputs of a build (teacher, engine, capture settings, corpus), resolved and checked before anything loads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Inputs:
         return Prompts(self.sources, self.model.tokenizer, self.model.vocab_size, self.corpus_settings, room)
 
 
-def settle(
+def resolve_inputs(
     teacher: str | None,
     data: str | Sequence[str],
     *,

@@ -39,7 +39,7 @@ SHIFT_RATIO = 0.5
 """Targets stand at the right positions if they are less than this share as far from the teacher's as at any other offset."""
 
 
-def settle_rescoring(
+def prepare_rescoring(
     cache: LogitCache | str | Path,
     num_rows: int,
     *,
@@ -57,7 +57,7 @@ def settle_rescoring(
 ) -> Rescoring:
     """Rescoring of `num_rows` random rows of a cache, or of the one at a path or a URL. Loads no weights.
 
-    teacher, revision, dtype: by default those of the cache's fingerprint.  The others: see `logitcache.capture.inputs.settle`.
+    teacher, revision, dtype: by default those of the cache's fingerprint.  The others: see `resolve_inputs`.
     Raises UserError where there is no such teacher, and where its vocabulary or tokenizer is not the cache's.
     """
     if num_rows < 1:

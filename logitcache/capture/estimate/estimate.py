@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from logitcache.capture.calibration import tail_groups_of
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
 from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
-from logitcache.capture.inputs import settle
+from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.plan import cache_layout
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
@@ -63,7 +63,7 @@ def plan_build(teacher: str | None, data: str | Sequence[str], **settings: Any) 
     """
     if settings.get("generate"):
         raise UserError("--generate: a plan cannot know how long the teacher's answers will be")
-    inputs = settle(teacher, data, **settings)
+    inputs = resolve_inputs(teacher, data, **settings)
     logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
     sample = sample_corpus(inputs.sources, inputs.model.tokenizer, inputs.model.vocab_size, inputs.corpus_settings)
     types = ColumnTypes()

@@ -16,7 +16,7 @@ import torch
 import logitcache
 from logitcache import CachedSequence, SparseTargets, UserError
 from logitcache.capture import rescore
-from logitcache.capture.rescore import Rescored, settle_rescoring
+from logitcache.capture.rescore import Rescored, prepare_rescoring
 from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
@@ -38,7 +38,7 @@ def built(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def rescored(path: Path, teacher: Path, num_rows: int = 6, **settings: Any) -> Rescored:
-    return settle_rescoring(path, num_rows, teacher=str(teacher), backend="transformers", **settings).run()
+    return prepare_rescoring(path, num_rows, teacher=str(teacher), backend="transformers", **settings).run()
 
 
 def rewritten(
@@ -189,7 +189,7 @@ def test_contradictions_are_refused_before_the_weights_load(
     built: Path, teacher: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        settle_rescoring(built, **{"num_rows": 3, "teacher": str(teacher), "backend": "transformers", **settings})
+        prepare_rescoring(built, **{"num_rows": 3, "teacher": str(teacher), "backend": "transformers", **settings})
 
 
 def test_the_teacher_of_the_fingerprint_is_the_default(built: Path, teacher: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_the_teacher_of_the_fingerprint_is_the_default(built: Path, teacher: Pat
     recorded = {name: part for name, part in manifest.fingerprint["teacher"].items() if name != "content_sha256"}
     named = {**manifest.fingerprint, "teacher": {**recorded, "name": str(teacher)}}
     replace(manifest, fingerprint=named).write(Folder(root))
-    assert list(settle_rescoring(root, 2, backend="transformers").run().findings()) == []
+    assert list(prepare_rescoring(root, 2, backend="transformers").run().findings()) == []
 
 
 def test_the_command_prints_the_comparison(built: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from logitcache.capture.corpus.prompts import Prompts, PromptSettings
 from logitcache.capture.finish import finish
 from logitcache.capture.generation import completions as answers
 from logitcache.capture.generation.sampling import GenerationSettings
-from logitcache.capture.inputs import settle
+from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.request import make_request
 from logitcache.capture.teachers.hf import TransformersTeacher
 from logitcache.capture.teachers.vllm.generate import Answer, VllmGenerator
@@ -362,7 +362,7 @@ def command(teacher: Path, prompts: Path, out: Path) -> list[str]:
 def settled(teacher: Path, prompts: Path) -> Any:
     """What `command` asks for."""
     settings: dict[str, Any] = {"backend": "vllm", "keep": ["id"], "top_k": 16, **LIMITS}
-    return settle(str(teacher), str(prompts), generate=True, sampling_params=SAMPLING, **settings)
+    return resolve_inputs(str(teacher), str(prompts), generate=True, sampling_params=SAMPLING, **settings)
 
 
 @pytest.mark.engine
