@@ -32,3 +32,9 @@ def printable(text: str) -> str:
     Lines stay, other control characters are spelled out, secrets of URLs are left out.
     """
     return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in without_secrets(text))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch, which is not imported for this, has two errors of its own for it."""
+    of_device = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or of_device or "can't allocate memory" in str(error)

@@ -45,7 +45,7 @@ TRAINER_FLOORS = [
     ("trainer.data",),
     ("trainer.config",),
     ("trainer.losses",),
-    ("trainer.memory", "trainer.terminal"),
+    ("trainer.terminal",),
 ]
 
 

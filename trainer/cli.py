@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from logitcache import UserError
-from logitcache.errors import one_line
+from logitcache.errors import is_out_of_memory, one_line
 from trainer.commands.shared import INTERRUPTED
-from trainer.memory import is_out_of_memory
 from trainer.terminal import printable_logs, say
 
 CONTINUE = {

@@ -16,8 +16,7 @@ from trainer.comparison.generation import Answers, answers_of
 from trainer.comparison.metrics import CURVES, ROUGE_L
 from trainer.comparison.settings import filled_in
 from trainer.config.schedules import parse_points
-from trainer.run.files import EVALUATION_NAME, RUN_NAME, STATE_NAME
-from trainer.run.records import read_record
+from trainer.run.files import EVALUATION_NAME, RUN_NAME, STATE_NAME, read_record
 
 NUMBER = int | float
 SETTINGS_SHAPE = {

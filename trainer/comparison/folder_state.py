@@ -14,8 +14,7 @@ from trainer.comparison.recipe import PlannedRun
 from trainer.comparison.settings import filled_in, matters
 from trainer.data.training_data import open_training_data
 from trainer.evaluation.evaluate import cache_sha256
-from trainer.run.files import ANSWERS_NAME, EVALUATION_NAME, MODEL_FILES, RUN_NAME, STATE_NAME
-from trainer.run.records import NotARecord, read_record
+from trainer.run.files import ANSWERS_NAME, EVALUATION_NAME, MODEL_FILES, RUN_NAME, STATE_NAME, NotARecord, read_record
 from trainer.run.resume import data_record, last_checkpoint
 
 

@@ -1,13 +1,22 @@
-"""The mean of several teachers' distributions, each known by its entries and the mass of its tail."""
+"""Rows of a cache whose targets are the mean over several teachers, found in the other teachers' caches by row id."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from logitcache import SparseTargets
+from logitcache import CachedSequence, LogitCache, SparseTargets, UserError
 from logitcache.format.targets import PAD_ID, concatenate
+from logitcache.reading.cache import SHUFFLE_ROW_GROUPS
+from logitcache.reading.row_index import RowIndex, id_bytes
 
 VALUES_AT_ONCE = 1 << 20
 """Entries of all teachers that are averaged at a time, some 64 MiB while they are."""
@@ -82,3 +91,80 @@ def _descending(token_ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray
     logprobs = -(keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
     token_ids = keys.astype(np.uint32).view(np.int32)
     return np.where(np.isfinite(logprobs), token_ids, np.int32(PAD_ID)), logprobs
+
+
+class OtherTeacher:
+    """Targets of another teacher's cache by row id.
+
+    Keeps as many decoded row groups as hold the rows that shuffled streams of `caches` mix at a time, some 128 MiB. So each is
+    decoded once where its rows come in about the order of `caches`; in another order, up to once a row.
+    """
+
+    def __init__(self, cache: LogitCache, caches: Sequence[LogitCache]) -> None:
+        self.cache = cache
+        self._numbers = RowNumbers(cache)
+        spanned = sum(1 + math.ceil(_rows_per_group(one) / _rows_per_group(cache)) for one in caches)
+        self._row_group = lru_cache(SHUFFLE_ROW_GROUPS * spanned)(cache.read_row_group)
+
+    def check_holds(self, cache: LogitCache) -> None:
+        """Raises UserError where this cache lacks rows of another."""
+        missing = sum(int((self._numbers.find(ids) < 0).sum()) for ids in row_ids(cache))
+        if missing:
+            raise UserError(
+                f"--average_with {self.cache.path}: {missing:,} of the {len(cache):,} rows of {cache.path} are not "
+                "there. Score them with that teacher and `logitcache merge` the two, or leave them out with "
+                f"`logitcache slice {cache.path} --row-ids …`"
+            )
+
+    def targets(self, row_id: str) -> SparseTargets:
+        """Of one row. Raises UserError where there is none."""
+        number = int(self._numbers.find(id_bytes([row_id]))[0])
+        if number < 0:
+            raise UserError(
+                f"--average_with {self.cache.path} has no row {row_id}: was it altered since the run began?"
+            )
+        row_group, row = self.cache.row_group_of(number)
+        return self._row_group(row_group)[row].targets
+
+
+def averaged(row: CachedSequence, others: Sequence[OtherTeacher], vocab_size: int) -> CachedSequence:
+    """The row with `averaging.mean_targets` of its own teacher and the others."""
+    targets = [row.targets, *(other.targets(row.row_id) for other in others)]
+    return replace(row, targets=mean_targets(targets, vocab_size))
+
+
+def _rows_per_group(cache: LogitCache) -> float:
+    return len(cache) / sum(len(shard.row_group_sizes) for shard in cache.manifest.shards)
+
+
+def row_ids(cache: LogitCache) -> Iterator[np.ndarray]:
+    """The bytes of the row ids, S16 arrays in row order; reads nothing else. Raises UserError for what is no row id."""
+    for table in cache.iter_columns(["row_id"]):
+        try:
+            yield id_bytes(table["row_id"].to_pylist())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{cache.path}: {error}: fetch or build it again") from error
+
+
+class RowNumbers:
+    """Row id → row number of a cache, 24 bytes a row in a temporary folder that goes with this object."""
+
+    def __init__(self, cache: LogitCache) -> None:
+        folder = tempfile.mkdtemp(prefix="row-ids-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._index = RowIndex(Path(folder), row_ids(cache), len(cache))
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """Row number of each id, int64 [n], −1 where there is none. ids: S16 [n]."""
+        return self._index.find(ids)
+
+
+def rows_held(caches: Sequence[LogitCache], cache: LogitCache) -> int:
+    """How many rows of `cache` one of `caches` holds too."""
+    numbers = RowNumbers(cache)
+    shared = np.zeros(len(cache) + 1, bool)  # the last for ids that are not there
+    for other in caches:
+        for ids in row_ids(other):
+            shared[numbers.find(ids)] = True
+    shared[-1] = False
+    return sum(int(shared[numbers.find(ids)].sum()) for ids in row_ids(cache))

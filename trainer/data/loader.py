@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from logitcache import LogitCache, UserError
+from logitcache import CachedSequence, LogitCache, UserError
 from trainer.data.collator import Batch, Collator
-from trainer.data.rows import EpochRows
-from trainer.data.sampler import Batching, EpochBatches
+from trainer.data.plans import Plan
+from trainer.data.sampler import Batching, EpochBatches, Key
 from trainer.data.training_data import TrainingData
+
+T = TypeVar("T")
+
+AHEAD = 3
+"""Batches that are made or being made beside the one handed out."""
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -78,3 +91,141 @@ def only(batches: list[Batch]) -> Batch:
     """For a DataLoader whose dataset gives whole batches."""
     [batch] = batches
     return batch
+
+
+def planned_rows(
+    plan: Plan, stream: Iterator[CachedSequence], first: int, every: int
+) -> Iterator[list[CachedSequence]]:
+    """The rows of batches first, first + every, …, reading forward and holding what later ones of them need.
+
+    stream: rows from plan.first_row(first) on.
+    """
+    next_row = plan.first_row(first)
+    held: dict[int, CachedSequence] = {}
+    for batch in range(first, len(plan), every):
+        wanted = plan.rows(batch).tolist()
+        while next_row <= max(wanted, default=-1):
+            sequence = next(stream)
+            ahead = plan.batch_of(next_row) - first
+            if ahead >= 0 and ahead % every == 0:
+                held[next_row] = sequence
+            next_row += 1
+        yield [held.pop(row) for row in wanted]
+
+
+class EpochRows(Dataset[Batch]):
+    """Collated batches of a rank, by key. Asked for in order they are read forward; any other one is sought.
+
+    In the process that trains they are made ahead in the background, also by loaders that others made of this dataset,
+    such as accelerate's after skipping; with an epoch's last batch those of the next epoch are begun. In a worker process
+    each is made when it is asked for, which is ahead there.
+
+    len: rows of an epoch over all ranks.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        batches: EpochBatches,
+        collator: Collator,
+        *,
+        shuffle: bool,
+        seed: int,
+        shard: tuple[int, int],
+        pin_memory: bool = False,
+    ) -> None:
+        """pin_memory: of batches made ahead in the background; a loader with worker processes pins them itself."""
+        self._data, self._batches, self._collator = data, batches, collator
+        self._shuffle, self._seed, self._shard = shuffle, seed, shard
+        self._pin_memory = pin_memory
+        self._forward: Iterator[Batch] | None = None
+        self._awaited: tuple[int, Key] | None = None  # process and batch that `_forward` gives next
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, key: Key) -> Batch:
+        worker = get_worker_info()
+        every = worker.num_workers if worker else 1
+        forward = self._forward
+        if forward is None or self._awaited != (os.getpid(), key):
+            self._forward = None  # whose thread ends
+            forward = self._begun(key) if worker is None else self._made(key, every)
+        self._forward = self._awaited = None
+        batch = next(forward)
+        following = Key(key.epoch, key.batch + every)
+        if following.batch < len(self._batches):
+            self._forward, self._awaited = forward, (os.getpid(), following)
+        elif worker is None and key.epoch + 1 < self._batches.num_epochs:
+            following = Key(key.epoch + 1, 0)
+            self._forward, self._awaited = self._begun(following), (os.getpid(), following)
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread that makes an epoch's batches ahead, and forgets them; not those of an epoch to come."""
+        if self._awaited is None or self._awaited[1].batch:
+            self._forward = self._awaited = None
+
+    def _begun(self, key: Key) -> Iterator[Batch]:
+        """Batches made ahead, by a copy, which holds no `_forward`: so a thread ends where its dataset is dropped."""
+        return made_ahead(copy(self)._made(key, every=1))
+
+    def _made(self, key: Key, every: int) -> Iterator[Batch]:
+        plan = self._batches.plan(key.epoch)
+        start = plan.first_row(key.batch)
+        epoch = self._batches.order(key.epoch)
+        stream = self._data.stream(epoch, shuffle=self._shuffle, seed=self._seed, shard=self._shard, start=start)
+        for number, rows in enumerate(planned_rows(plan, stream, key.batch, every)):
+            packed_rows = plan.packed_rows(key.batch + number * every)
+            if not rows:
+                rows = [self._empty]
+                packed_rows = None if packed_rows is None else np.zeros(1, dtype=np.int64)
+            made = self._collator(rows, packed_rows)
+            yield {name: tensor.pin_memory() for name, tensor in made.items()} if self._pin_memory else made
+
+    @cached_property
+    def _empty(self) -> CachedSequence:
+        """Two tokens of a row, without stored positions: a rank whose rows ran out still computes with the others."""
+        row = next(iter(self._data.stream(0, shuffle=False, seed=0)))
+        return replace(
+            row,
+            input_ids=row.input_ids[:2],
+            loss_mask=row.loss_mask[:2],
+            positions=row.positions[:0],
+            targets=row.targets[:0],
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes that are not forked."""
+        return self.__dict__ | {"_forward": None, "_awaited": None}
+
+
+def made_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yields the items while a thread makes the next `AHEAD` of them; it begins at once.
+
+    What making an item raises is raised when its turn comes. Dropping the iterator, or closing it, ends the thread
+    after the item that it is at.
+    """
+    made = _made(items)
+    next(made)
+    return made  # type: ignore[return-value]
+
+
+def _made(items: Iterator[T]) -> Iterator[T | None]:
+    """None as soon as the thread is at work, and then the items."""
+    end = object()
+    finalizing = sys.is_finalizing  # bound here: when the interpreter ends, modules are emptied before iterators go
+    thread = ThreadPoolExecutor(1, "batches")
+
+    def make() -> Future[T | object]:
+        return thread.submit(next, items, end)
+
+    waiting = deque(make() for _ in range(AHEAD))
+    try:
+        yield None
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(make())
+            yield item  # type: ignore[misc]
+    finally:
+        if not finalizing():
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""PATH or PATH:WEIGHT → a cache and its share of the rows."""
+"""Caches named on the command line, and what they have in common: PATH or PATH:WEIGHT → opened caches that belong together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 import logitcache
 from logitcache import LogitCache, UserError
@@ -74,3 +76,66 @@ def _split(text: str) -> tuple[str, str | None]:
     """PATH, and WEIGHT as it is written."""
     match = _WEIGHTED.fullmatch(text)
     return (text, None) if match is None or Path(text).exists() else (match["path"], match["weight"])
+
+
+def check_belong_together(caches: Sequence[LogitCache]) -> None:
+    """Raises UserError for an empty cache, one that stands there twice, and other vocabularies or tokenizers than the first's.
+
+    Caches that do not say which tokenizer their ids are of are compared by their vocabulary's size alone.
+    """
+    known: dict[str, str] = {}
+    for cache in caches:
+        if not len(cache):
+            raise UserError(f"{cache.path} is an empty cache: leave it out")
+        if cache.identity in known:
+            raise UserError(
+                f"{cache.path} is the same cache as {known[cache.identity]}: name it once; "
+                "a weight (CACHE:2) makes its rows come more often"
+            )
+        known[cache.identity] = cache.path
+        _check_same_ids(caches[0], cache)
+
+
+def _check_same_ids(first: LogitCache, cache: LogitCache) -> None:
+    tokenizers = [one.manifest.fingerprint.get("tokenizer") or {} for one in (first, cache)]
+    for what, name in (("vocabulary", "vocabulary_sha256"), ("merges", "merges_sha256")):
+        ours, theirs = (tokenizer.get(name) for tokenizer in tokenizers)
+        if None not in (ours, theirs) and ours != theirs:
+            raise UserError(
+                f"{first.path} and {cache.path} were made with different tokenizers ({what} {str(ours)[:12]}… and "
+                f"{str(theirs)[:12]}…): token ids must mean the same in all caches of a run. Train on one of them, or "
+                "build the other with a teacher that has this tokenizer"
+            )
+    if first.vocab_size != cache.vocab_size:
+        raise UserError(
+            f"{first.path} is over {first.vocab_size} token ids and {cache.path} over {cache.vocab_size}: all caches "
+            "of a run need teachers with the same number of logits"
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """temperatures: T ≠ 1 at which the tail is stored, ascending.  num_tail_groups: G, or 0.  num_tail_samples: s, or 0."""
+
+    temperatures: tuple[float, ...] = ()
+    tail_entropy: bool = False
+    num_tail_groups: int = 0
+    num_tail_samples: int = 0
+
+
+def held_by_all(caches: Sequence[LogitCache]) -> Held:
+    """What targets of any of the caches can be used for; groups count where all caches have the same partition."""
+    layouts = [cache.manifest.layout for cache in caches]
+    samples = {layout.num_tail_samples for layout in layouts}
+    groups = caches[0].tail_groups
+    same_groups = groups is not None and all(_equal(groups, cache.tail_groups) for cache in caches[1:])
+    return Held(
+        temperatures=tuple(sorted(set.intersection(*(set(layout.temperatures) for layout in layouts)))),
+        tail_entropy=all(layout.tail_entropy for layout in layouts),
+        num_tail_groups=layouts[0].num_tail_groups if same_groups else 0,
+        num_tail_samples=samples.pop() if len(samples) == 1 else 0,
+    )
+
+
+def _equal(groups: np.ndarray, others: np.ndarray | None) -> bool:
+    return others is not None and np.array_equal(groups, others)

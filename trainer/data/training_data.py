@@ -7,18 +7,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
 from logitcache.reading.cache import SequenceStream
-from trainer.data.averaged import OtherTeacher, averaged
-from trainer.data.compatibility import check_belong_together
-from trainer.data.held import Held, held_by_all
-from trainer.data.mixture import SmoothOrder, apportioned
-from trainer.data.passes import Passes
-from trainer.data.row_ids import rows_held
-from trainer.data.sources import Source, open_sources, without_weights
-from trainer.data.token_lengths import token_lengths
+from trainer.data.averaging import OtherTeacher, averaged, rows_held
+from trainer.data.mixture import Passes, SmoothOrder, apportioned
+from trainer.data.sources import Held, Source, check_belong_together, held_by_all, open_sources, without_weights
 
 
 def open_training_data(cache: Sequence[str], average_with: Sequence[str] = ()) -> TrainingData:
@@ -190,3 +186,11 @@ def shared_rows(data: TrainingData, eval_cache: LogitCache) -> int:
 def _reopened(paths: list[str], weights: list[float | None], averaged_with: list[str]) -> TrainingData:
     sources = [Source(logitcache.open(path), weight) for path, weight in zip(paths, weights, strict=True)]
     return TrainingData(sources, [logitcache.open(path) for path in averaged_with])
+
+
+def token_lengths(cache: LogitCache) -> np.ndarray:
+    """int32 [rows], in the cache's order; reads the loss masks, a bit a token, and nothing else."""
+    lengths = [np.empty(0, np.int32)]
+    for table in cache.iter_columns(["loss_mask"]):
+        lengths += [pc.list_value_length(mask).to_numpy() for mask in table["loss_mask"].chunks]
+    return np.concatenate(lengths)

@@ -18,11 +18,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from logitcache import LogitCache, UserError
 from trainer.config.config import DistillConfig
 from trainer.config.moment import Moment, moment
-from trainer.data.batching import batching_of, data_seed, is_shuffled, num_epochs
 from trainer.data.collator import Batch, Collator
-from trainer.data.loader import BatchLoader
-from trainer.data.rows import EpochRows
-from trainer.data.sampler import Batching
+from trainer.data.loader import BatchLoader, EpochRows
+from trainer.data.sampler import Batching, batching_of, data_seed, is_shuffled, num_epochs
 from trainer.data.tail_choice import approximates_tail, choose_tail
 from trainer.data.training_data import TrainingData
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
@@ -32,7 +30,7 @@ from trainer.losses.terms import DistillationTerms
 from trainer.model.objective import Objective, objective_of, teacher_targets
 from trainer.model.packing_check import check_packing
 from trainer.model.student import check_student, warn_of_rotation
-from trainer.run.pace import Pace
+from trainer.run.callbacks import Pace
 from trainer.run.ranks import check_ranks
 
 logger = logging.getLogger(__name__)

@@ -17,20 +17,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import logitcache
 from logitcache import UserError
-from logitcache.errors import one_line
+from logitcache.errors import is_out_of_memory, one_line
 from logitcache.storage.atomic import write_json
 from trainer.data.loader import BatchLoader
 from trainer.evaluation.evaluate import write_evaluation
-from trainer.memory import is_out_of_memory
 from trainer.model.adapters import add_adapters, describe_adapters, weights_dtype
 from trainer.model.student import load_student, num_parameters
+from trainer.run.callbacks import EarlyStopping, StopOnInterrupt, use_short_lines
 from trainer.run.distill_trainer import DistillTrainer
-from trainer.run.early_stopping import EarlyStopping
 from trainer.run.files import EVALUATION_NAME, MODEL_FILES, RUN_NAME, STATE_NAME
-from trainer.run.interrupt import StopOnInterrupt
 from trainer.run.output_folder import whole_or_removed
 from trainer.run.prepare import Run
-from trainer.run.progress import use_short_lines
 from trainer.run.ranks import check_ranks, end_ranks
 from trainer.run.resume import RunMark, check_scheduler, checkpoint_read, checkpoint_state, data_record, run_id, step_of
 

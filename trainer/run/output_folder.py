@@ -11,12 +11,11 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from logitcache import UserError
-from logitcache.errors import one_line
+from logitcache.errors import is_out_of_memory, one_line
 from logitcache.storage.atomic import disk_is_full
 from logitcache.storage.folder import Folder
 from logitcache.storage.lock import held
 from trainer.config.config import DistillConfig
-from trainer.memory import is_out_of_memory
 
 
 @contextmanager

@@ -14,13 +14,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from logitcache import UserError
-from logitcache.errors import one_line
+from logitcache.errors import is_out_of_memory, one_line
 from logitcache.format.shape import check_shape
 from trainer.config.config import DistillConfig
 from trainer.data.training_data import TrainingData
-from trainer.memory import is_out_of_memory
-from trainer.run.files import RUN_NAME, STATE_NAME
-from trainer.run.records import read_record
+from trainer.run.files import RUN_NAME, STATE_NAME, read_record
 
 SETTINGS = (
     "loss",

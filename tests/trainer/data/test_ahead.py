@@ -14,9 +14,8 @@ import torch
 from accelerate import skip_first_batches
 
 from logitcache import LogitCache, UserError
-from trainer.data.ahead import AHEAD, made_ahead
 from trainer.data.collator import Batch, Collator
-from trainer.data.loader import BatchLoader
+from trainer.data.loader import AHEAD, BatchLoader, made_ahead
 from trainer.data.sampler import Batching
 
 TIMEOUT_S = 30.0
@@ -145,7 +144,7 @@ def test_an_epoch_that_was_begun_is_left_for_any_other_batch(cache: LogitCache) 
 OPEN_AT_EXIT = """
 import itertools, threading
 from logitcache.storage.prefetch import begun_ahead, prefetched
-from trainer.data.ahead import made_ahead
+from trainer.data.loader import made_ahead
 threading.left_open = [  # goes late, when modules are empty
     made_ahead(itertools.count()), prefetched(abs, itertools.count()), begun_ahead(abs, itertools.count(), 3, 2)
 ]

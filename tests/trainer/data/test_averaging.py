@@ -17,7 +17,7 @@ from logitcache.format.targets import PAD_ID, find_defect
 from tests.helpers.cachemaking import VOCAB, llama, random_sequences, write_cache
 from trainer.data import averaging
 from trainer.data.averaging import mean_targets
-from trainer.data.held import Held
+from trainer.data.sources import Held
 from trainer.data.training_data import open_training_data
 
 SMALL_VOCAB = 12

@@ -22,8 +22,7 @@ from logitcache.reading.shard_reader import ShardReader
 from logitcache.storage.folder import Folder
 from tests.helpers.cachemaking import random_sequences, write_cache
 from trainer.data.collator import Batch, Collator
-from trainer.data.loader import BatchLoader
-from trainer.data.rows import EpochRows
+from trainer.data.loader import BatchLoader, EpochRows
 from trainer.data.sampler import Key
 
 

@@ -20,12 +20,10 @@ from logitcache import CachedSequence, SparseTargets, UserError
 from logitcache.reading.cache import SequenceStream
 from trainer.config.config import DistillConfig
 from trainer.data import plans
-from trainer.data.batching import num_batches, num_epochs
-from trainer.data.bins import best_fit_decreasing
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchLoader
-from trainer.data.plans import consecutive_plan, grouped_plan, packed_plan
-from trainer.data.sampler import Batching, EpochBatches
+from trainer.data.plans import best_fit_decreasing, consecutive_plan, grouped_plan, packed_plan
+from trainer.data.sampler import Batching, EpochBatches, num_batches, num_epochs
 from trainer.data.training_data import TrainingData
 
 

@@ -20,9 +20,8 @@ from logitcache.format.codec import DecodedRows
 from logitcache.reading.shard_reader import ShardReader
 from tests.helpers.cachemaking import VOCAB, random_sequences, tokenizer, write_cache
 from trainer.data import mixture
-from trainer.data.held import Held
-from trainer.data.mixture import SmoothOrder, apportioned
-from trainer.data.passes import Passes
+from trainer.data.mixture import Passes, SmoothOrder, apportioned
+from trainer.data.sources import Held
 from trainer.data.training_data import TrainingData, open_training_data, shared_rows
 
 few = settings(max_examples=15, deadline=None, database=None)

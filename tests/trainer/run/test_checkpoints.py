@@ -19,7 +19,7 @@ from trainer.cli import main
 from trainer.comparison.folder_state import folder_state
 from trainer.comparison.recipe import PlannedRun
 from trainer.config.arguments import parse
-from trainer.run.interrupt import StopOnInterrupt
+from trainer.run.callbacks import StopOnInterrupt
 from trainer.run.resume import last_checkpoint
 
 STEPS = ("--use_cpu", "--disable_tqdm", "true", "--max_steps", "4", "--save_steps", "2")

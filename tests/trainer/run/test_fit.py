@@ -26,7 +26,7 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.losses import registry
 from trainer.losses.coarse import Coarse
 from trainer.losses.registry import register_divergence
-from trainer.run.interrupt import StopOnInterrupt
+from trainer.run.callbacks import StopOnInterrupt
 from trainer.run.prepare import prepare
 from trainer.run.ranks import RANKS_VARIABLE
 

@@ -1,0 +1,167 @@
+"""The callbacks of a run: its lines, Ctrl-C, early stopping, and how fast it is."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+TRAINING: tuple[str, ...] = (
+    "loss",
+    "ce",
+    "fkl",
+    "rkl",
+    "aux_loss",
+    "teacher_tail",
+    "student_tail",
+    "grad_norm",
+    "learning_rate",
+)
+HELD_OUT: tuple[str, ...] = ("ce", "perplexity", "fkl", "rkl", "agreement", "ece")
+
+
+def use_short_lines(trainer: Trainer) -> None:
+    """Replaces the callback that prints every number of every log."""
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Lines())
+    else:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Bar())
+
+
+def log_line(logs: Mapping[str, float], step: int, steps: int, seconds_left: float | None = None) -> str | None:
+    """One line for a log of training or evaluation, None for any other log."""
+    if "loss" not in logs and "eval_ce" not in logs:
+        return None
+    prefix, names = ("", TRAINING) if "loss" in logs else ("eval_", HELD_OUT)
+    numbers = [f"{name} {logs[prefix + name]:.4g}" for name in names if prefix + name in logs]
+    pace = [] if prefix or "tokens_per_second" not in logs else _pace(logs)
+    left = [] if seconds_left is None or prefix else [f"{seconds_left:.0f} s left"]
+    return "  ".join([f"step {step}/{steps}{'  held out:' if prefix else ''}", *numbers, *pace, *left])
+
+
+def _pace(logs: Mapping[str, float]) -> list[str]:
+    rate = f"{logs['tokens_per_second']:,.0f} tokens/s"
+    return [
+        rate,
+        *(f"{name} {logs[key]:.1%}" for key, name in (("padding", "padding"), ("data_wait", "waiting for data"))),
+    ]
+
+
+class _Lines(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began, self._first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        done = state.global_step - self._first_step
+        left = (time.monotonic() - self._began) / done * (state.max_steps - state.global_step) if done else None
+        line = log_line(logs, state.global_step, state.max_steps, left)
+        if line and state.is_world_process_zero:
+            print(line, flush=True)
+
+
+class _Bar(ProgressCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        line = log_line(logs, state.global_step, state.max_steps)
+        if line and self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """On Ctrl-C: finishes the step, writes a checkpoint and stops. A second Ctrl-C stops at once.
+
+    Ranks stop after the same step, whichever of them heard of it first.
+
+    requested: Ctrl-C was pressed.  stopped: and ended the run, which had more steps to do.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.stopped = False
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+        self._ranks: dist.ProcessGroup | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listens for Ctrl-C."""
+        if args.world_size > 1:
+            self._ranks = dist.new_group(backend="gloo")  # on the host: the devices are not waited for
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the trainer to save and stop.
+
+        And not to end with the best weights: under a limit of one checkpoint it would keep no other.
+        """
+        if self._requested_anywhere() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+            args.save_total_limit, args.load_best_model_at_end = None, False
+
+    def _requested_anywhere(self) -> bool:
+        if self._ranks is None:
+            return self.requested
+        requested = torch.tensor(int(self.requested))
+        dist.all_reduce(requested, dist.ReduceOp.MAX, self._ranks)
+        return bool(requested)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps a run that was asked to stop from evaluating first."""
+        control.should_evaluate = control.should_evaluate and not self.stopped
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listens no more."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' callback, whose count an interrupted run takes from its checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the trainer to stop at once where the checkpoint is of the step at which the run had stopped."""
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks
+        count = saved.get(EarlyStoppingCallback.__name__, self.state())  # the name in checkpoints of earlier versions
+        count = saved.setdefault(type(self).__name__, count)["attributes"]["early_stopping_patience_counter"]
+        self.early_stopping_patience_counter = count
+        control.should_training_stop = count >= self.early_stopping_patience
+
+
+class Pace(TrainerCallback):
+    """A clock that runs while steps are made, and not while a model is evaluated or saved."""
+
+    def __init__(self) -> None:
+        self._begun = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
+        self.seconds = self.waited_s = 0.0
+        self.tokens = self.padded_tokens = 0
+
+    def wait_begins(self) -> None:
+        """A step asks for its batches."""
+        self._begun = time.perf_counter()
+
+    def wait_ends(self, tokens: int, padded_tokens: int) -> None:
+        """They are there. tokens: of sequences.  padded_tokens: those, and the padding."""
+        self.waited_s += time.perf_counter() - self._begun
+        self.tokens += tokens
+        self.padded_tokens += padded_tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer has made its step."""
+        self.seconds += time.perf_counter() - self._begun
