@@ -28,10 +28,10 @@ from logitcache.capture.calibration import profile_clusters
 from logitcache.capture.estimate.estimate import stored_bytes
 from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, group_sums
 from logitcache.format.layout import Layout
-from logitcache.format.narrowing import narrow
 from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
+from logitcache.format.truncation import truncate
 from logitcache.table import aligned
 
 CONTEXT = 128
@@ -131,7 +131,7 @@ class Sample:
 
     def step(self, stored: Stored) -> float:
         """Of the groups' log shares, nats; 0 where they are not rounded."""
-        return stored.step or (self.layout.rounding.group_step if self.layout.rounding else 0.0)
+        return stored.step or (self.layout.quantization.group_step if self.layout.quantization else 0.0)
 
     def errors(self, stored: Stored) -> list[float]:
         """Of each loss with the early student, then with the late one."""
@@ -171,12 +171,12 @@ class Sample:
             tail_groups = self.partitions(stored.partition, stored.groups)[0]
             targets = replace(targets, group_logprobs=self._spread_tail(tail_groups))
             layout = replace(layout, num_tail_groups=stored.groups)
-            if layout.rounding:
-                layout = replace(layout, rounding=replace(layout.rounding, group_step=self.step(stored)))
+            if layout.quantization:
+                layout = replace(layout, quantization=replace(layout.quantization, group_step=self.step(stored)))
         if stored.samples:
             targets = self._with_samples(targets, stored.samples)
             layout = replace(layout, num_tail_samples=stored.samples)
-        targets = narrow(targets, stored.counts(targets.logprobs), tail_groups, random)
+        targets = truncate(targets, stored.counts(targets.logprobs), tail_groups, random)
         mask = np.arange(CONTEXT + 1) > 0
         starts = range(0, len(self.input_ids) - CONTEXT, CONTEXT)
         sequences = [TokenSequence(self.input_ids[start : start + CONTEXT + 1], mask) for start in starts]

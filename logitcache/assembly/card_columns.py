@@ -17,11 +17,15 @@ def column_table(layout: Layout) -> str:
 
 def decoding(layout: Layout) -> tuple[str, str]:
     """How the columns are read: in words, and as SQL for DuckDB."""
-    rounding = layout.rounding
-    if rounding is None:
+    quantization = layout.quantization
+    if quantization is None:
         return _EXACT, _EXACT_SQL
-    names = asdict(rounding) | {"u": rounding.uniform_from, "n": rounding.square_root_steps, "D": rounding.uniform_step}
-    names["half"] = f"{rounding.bound(np.log([1e-3]))[0]:.3f}"
+    names = asdict(quantization) | {
+        "u": quantization.uniform_from,
+        "n": quantization.square_root_steps,
+        "D": quantization.uniform_step,
+    }
+    names["half"] = f"{quantization.bound(np.log([1e-3]))[0]:.3f}"
     return _ROUNDED.format(**names), _ROUNDED_SQL.format(**names)
 
 

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 from logitcache.assembly.card import write_card
-from logitcache.format.manifest import SIGNATURE_NAME, TOKENIZER_DIRECTORY, Manifest
-from logitcache.format.provenance import without_secrets_of_sources
+from logitcache.format.manifest import SIGNATURE_NAME, TOKENIZER_DIRECTORY, Manifest, without_secrets_of_sources
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.storage.atomic import TEMPORARY_SUFFIX
 from logitcache.storage.folder import Folder

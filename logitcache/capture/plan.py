@@ -28,10 +28,9 @@ from logitcache.assembly.workspace import ANSWERS_NAME, abandon, begin
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.errors import UserError
-from logitcache.format.kept_columns import ColumnTypes, stored_columns
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
-from logitcache.format.sequences import TokenSequence
+from logitcache.format.sequences import ColumnTypes, TokenSequence, stored_columns
 from logitcache.format.shards import ShardInfo, shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.progress import Progress

@@ -123,7 +123,7 @@ class Rescoring:
             teacher.close()
         compared_rows = [_compare(row, targets) for row, targets in zip(rows, again, strict=True)]
         layout = self.cache.manifest.layout
-        rounding = float(layout.rounding.bound(np.log([JUDGED_PROBABILITY]))[0]) if layout.rounding else 0.0
+        rounding = float(layout.quantization.bound(np.log([JUDGED_PROBABILITY]))[0]) if layout.quantization else 0.0
         recorded = self.cache.manifest.fingerprint.get("teacher", {})
         own = self.model.fingerprint()
         return Rescored(

@@ -24,8 +24,7 @@ from logitcache.assembly.unfinished import compared, first_of
 from logitcache.capture.plan import PARTITION_NAME, Plan
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
-from logitcache.format.manifest import BUILD_DIRECTORY
-from logitcache.format.provenance import source_of
+from logitcache.format.manifest import BUILD_DIRECTORY, source_of
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 from logitcache.reading.cache import LogitCache, open_cache
@@ -236,12 +235,12 @@ def _comparable(fingerprint: Mapping[str, Any], layout: Layout) -> dict[str, Any
     """What must be the same for rows to be the same."""
     # The layout says the precision, also of caches that were written before there was a choice.
     elsewhere = {"shard_positions", "precision"}
-    rounding = layout.rounding
+    quantization = layout.quantization
     return {
         "teacher": fingerprint["teacher"],
         "tokenizer": fingerprint.get("tokenizer"),
         "precision": layout.precision,
-        "rounding": rounding.to_json() if rounding else None,
+        "rounding": quantization.to_json() if quantization else None,
         "capture": {name: value for name, value in fingerprint["capture"].items() if name not in elsewhere},
     }
 

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache.format.codec import flat
-from logitcache.format.kept_columns import columns_text
-from logitcache.format.sequences import TokenSequence
+from logitcache.format.sequences import TokenSequence, columns_text
 
 TOKENS_SCHEMA = pa.schema(
     {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_()), "columns": pa.string(), "where": pa.string()}

@@ -23,9 +23,8 @@ from logitcache.exchange.sequences import SequenceReader
 from logitcache.exchange.source_files import SourceFile
 from logitcache.exchange.source_rows import SourceRow, read_rows
 from logitcache.exchange.values import BadRow
-from logitcache.format.kept_columns import ColumnTypes
 from logitcache.format.manifest import BUILD_DIRECTORY
-from logitcache.format.sequences import TokenSequence
+from logitcache.format.sequences import ColumnTypes, TokenSequence
 from logitcache.progress import Progress
 from logitcache.storage.folder import Folder
 

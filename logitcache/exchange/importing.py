@@ -26,11 +26,10 @@ from logitcache.exchange.source_files import SourceFile, find_sources
 from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.tails import APPROXIMATE, finish_targets
 from logitcache.exchange.values import BadRow
-from logitcache.format.kept_columns import stored_columns
 from logitcache.format.layout import FORMAT_VERSION, Layout
 from logitcache.format.manifest import BUILD_DIRECTORY, MAX_VOCAB_SIZE, Manifest
 from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
-from logitcache.format.sequences import TokenSequence
+from logitcache.format.sequences import TokenSequence, stored_columns
 from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.targets import SparseTargets
@@ -252,7 +251,7 @@ def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: 
         "positions": sum(shard.num_positions for shard in kept),
         "scaled": total.num_scaled,
     }
-    rounding = layout.rounding
+    quantization = layout.quantization
     fingerprint = {
         "teacher": {
             "name": request["teacher"],
@@ -282,7 +281,7 @@ def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: 
             "shard_positions": request["shard_positions"],
             **({"tail": APPROXIMATE} if total.num_approximate else {}),
         },
-        "format": {"version": FORMAT_VERSION, "rounding": rounding.to_json() if rounding else None},
+        "format": {"version": FORMAT_VERSION, "rounding": quantization.to_json() if quantization else None},
     }
     created_by = f"logitcache {__version__}"
     step = {**request, "created_by": created_by, **counts}

@@ -89,4 +89,4 @@ def finish_targets(
     if tail is not None:
         tail_logprob = np.where(rest > 0, tail_logprob, tail).astype(np.float32)
     targets = SparseTargets(ids[:, :top_k].astype(np.int32), kept, tail_logprob)
-    return Finished(targets.narrowed(int(targets.num_entries.max(initial=0))), int(scale.sum()))
+    return Finished(targets.cut_to_width(int(targets.num_entries.max(initial=0))), int(scale.sum()))

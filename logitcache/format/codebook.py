@@ -38,12 +38,12 @@ class Codebook:
         frequent = np.argsort(-counts, kind="stable")[:MOST_FREQUENT_IDS]
         frequent = frequent[counts[frequent] >= LEAST_OCCURRENCES].astype(np.int32)
         profile = np.zeros(layout.num_tail_groups, np.int32)
-        if targets.group_logprobs is not None and layout.rounding:
+        if targets.group_logprobs is not None and layout.quantization:
             for group, logprobs in enumerate(targets.group_logprobs.T):
                 held = np.isfinite(logprobs) & np.isfinite(targets.tail_logprob)
                 if held.any():
                     share = np.median(logprobs[held] - targets.tail_logprob[held])
-                    profile[group] = np.rint(share / layout.rounding.group_step)
+                    profile[group] = np.rint(share / layout.quantization.group_step)
         return cls(frequent, profile)
 
     def ranks_of_ids(self, vocab_size: int) -> np.ndarray:

@@ -26,7 +26,7 @@ and of a balanced or compact one
     lowest_level        list<int32>   [M]               level of that entry
     group_levels        list<int32>   [M·G]             share of the tail, as difference from the profile
 
-where `codebook` says what a rank and the profile are, `levels` what a level is. Why so: the set of entries costs a third of
+where `codebook` says what a rank and the profile are, `quantization` what a level is. Why so: the set of entries costs a third of
 the bytes when it is stored in ascending order of an order in which frequent ids come first; the order of probability then
 need not be stored, as the levels give it; and levels counted from the position's lowest are alike in all positions, and
 small: nineteen of twenty fit a byte. `tools/bench_codec.py` shows bytes and errors of this and of the alternatives. There
@@ -45,7 +45,7 @@ import pyarrow as pa
 
 from logitcache.format.codebook import Codebook
 from logitcache.format.layout import Layout, tempered_column
-from logitcache.format.quantization import MOST_LEVELS, Rounding, rounded
+from logitcache.format.quantization import MOST_LEVELS, QuantizationSpec, rounded
 from logitcache.format.sequences import CachedSequence, TokenSequence, trained_positions
 from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
 
@@ -60,10 +60,10 @@ def encode(
     joined = concatenate(targets)
     num_entries = joined.num_entries
     values: dict[str, np.ndarray] = {"num_entries": num_entries, **_tail(joined, layout)}
-    if layout.rounding:
-        values |= _levelled_entries(joined, layout.rounding, codebook.ranks_of_ids(layout.vocab_size))
+    if layout.quantization:
+        values |= _levelled_entries(joined, layout.quantization, codebook.ranks_of_ids(layout.vocab_size))
         if joined.group_logprobs is not None:
-            values["group_levels"] = _group_levels(joined, layout.rounding, codebook.group_profile)
+            values["group_levels"] = _group_levels(joined, layout.quantization, codebook.group_profile)
     else:
         held = joined.token_ids != PAD_ID
         values |= {"token_ids": joined.token_ids[held], "logprobs": joined.logprobs[held]}
@@ -112,12 +112,14 @@ class DecodedRows(Sequence[CachedSequence]):
             _check_offsets(name, offsets, self.offsets * count)
             values[name] = column.reshape(-1, count) if name in _MATRICES else column
         tail_logprob = values["tail_logprob"]
-        if layout.rounding:
+        if layout.quantization:
             codebook = Codebook.from_metadata(table.schema.metadata)
-            token_ids, logprobs = _entries_of_levels(values, layout.rounding, codebook.ids_of_ranks(layout.vocab_size))
+            token_ids, logprobs = _entries_of_levels(
+                values, layout.quantization, codebook.ids_of_ranks(layout.vocab_size)
+            )
             group_levels = values.get("group_levels")
             group_logprobs = (
-                _groups_of_levels(group_levels, tail_logprob, layout.rounding, codebook.group_profile)
+                _groups_of_levels(group_levels, tail_logprob, layout.quantization, codebook.group_profile)
                 if group_levels is not None
                 else None
             )
@@ -150,7 +152,7 @@ class DecodedRows(Sequence[CachedSequence]):
             input_ids=self.input_ids[tokens],
             loss_mask=mask,
             positions=trained_positions(mask),
-            targets=self.targets[stored].narrowed(int(self.num_entries[stored].max(initial=0))),
+            targets=self.targets[stored].cut_to_width(int(self.num_entries[stored].max(initial=0))),
             columns={name: values[row] for name, values in self._columns.items()},
         )
 
@@ -165,21 +167,23 @@ _MATRICES = {"group_logprobs", "group_levels", "sample_ids", "sample_logprobs"}
 
 def _tail(targets: SparseTargets, layout: Layout) -> dict[str, np.ndarray]:
     """What is stored of the tail but for its groups."""
-    tail_step = layout.rounding.tail_step if layout.rounding else None
+    tail_step = layout.quantization.tail_step if layout.quantization else None
     floats = {"tail_logprob": targets.tail_logprob, "tail_entropy": targets.tail_entropy}
     floats |= {tempered_column(t): values for t, values in targets.tempered_tail.items()}
     stored = {name: rounded(values, tail_step) for name, values in floats.items() if values is not None}
     if targets.sample_ids is not None and targets.sample_logprobs is not None:
         stored["sample_ids"] = targets.sample_ids
-        sample_step = layout.rounding.sample_step if layout.rounding else None
+        sample_step = layout.quantization.sample_step if layout.quantization else None
         stored["sample_logprobs"] = rounded(targets.sample_logprobs, sample_step)
     return stored
 
 
-def _levelled_entries(targets: SparseTargets, rounding: Rounding, ranks_of_ids: np.ndarray) -> dict[str, np.ndarray]:
+def _levelled_entries(
+    targets: SparseTargets, quantization: QuantizationSpec, ranks_of_ids: np.ndarray
+) -> dict[str, np.ndarray]:
     """Entries in ascending order of rank: gaps and levels [Σ num_entries], lowest level [M]."""
     held = targets.token_ids != PAD_ID
-    levels = rounding.levels(targets.logprobs)
+    levels = quantization.levels(targets.logprobs)
     lowest = levels.max(axis=1, initial=-1)
     above = lowest[:, None] - levels  # lowest + 1 where the probability is 0
     ranks = np.where(held, ranks_of_ids[np.where(held, targets.token_ids, 0)], np.int32(len(ranks_of_ids) << 1))
@@ -190,7 +194,7 @@ def _levelled_entries(targets: SparseTargets, rounding: Rounding, ranks_of_ids: 
 
 
 def _entries_of_levels(
-    values: dict[str, np.ndarray], rounding: Rounding, ids_of_ranks: np.ndarray
+    values: dict[str, np.ndarray], quantization: QuantizationSpec, ids_of_ranks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and log-probabilities [M, k], most probable first, padded."""
     num_entries, lowest = values["num_entries"], values["lowest_level"]
@@ -214,7 +218,7 @@ def _entries_of_levels(
     token_ids = ids_of_ranks[ranks]
     _check_range("an id that is in no vocabulary", token_ids, 0, len(ids_of_ranks))
     levels, token_ids = _sorted_pairs(levels, token_ids)
-    logprobs = np.append(rounding.logprobs(impossible), np.float32(-np.inf))[levels]
+    logprobs = np.append(quantization.logprobs(impossible), np.float32(-np.inf))[levels]
     if held is not None:
         token_ids[levels > impossible] = PAD_ID
     return token_ids, logprobs
@@ -241,26 +245,26 @@ def _sorted_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np
     return keys.astype(np.int32, copy=False), second
 
 
-def _group_levels(targets: SparseTargets, rounding: Rounding, profile: np.ndarray) -> np.ndarray:
+def _group_levels(targets: SparseTargets, quantization: QuantizationSpec, profile: np.ndarray) -> np.ndarray:
     """0 for a group without mass, otherwise 1 + the zigzag code of its difference from the profile, int32 [M, G]."""
     assert targets.group_logprobs is not None
-    tail = rounded(targets.tail_logprob, rounding.tail_step)[:, None]
+    tail = rounded(targets.tail_logprob, quantization.tail_step)[:, None]
     held = np.isfinite(targets.group_logprobs) & np.isfinite(tail)
     with np.errstate(invalid="ignore"):
-        steps = np.where(held, np.rint((targets.group_logprobs - tail) / np.float32(rounding.group_step)), 0)
+        steps = np.where(held, np.rint((targets.group_logprobs - tail) / np.float32(quantization.group_step)), 0)
     difference = steps.astype(np.int32) - profile
     return np.where(held, 1 + ((difference << 1) ^ (difference >> 31)), 0)
 
 
 def _groups_of_levels(
-    levels: np.ndarray, tail_logprob: np.ndarray, rounding: Rounding, profile: np.ndarray
+    levels: np.ndarray, tail_logprob: np.ndarray, quantization: QuantizationSpec, profile: np.ndarray
 ) -> np.ndarray:
     """Inverse of `_group_levels`: log masses, float32 [M, G]."""
     if profile.shape != levels.shape[1:]:
         raise ValueError(f"its codebook is of {profile.size} tail groups, its layout of {levels.shape[1]}")
     code = levels - 1
     steps = ((code >> 1) ^ -(code & 1)) + profile
-    logprobs = tail_logprob[:, None] + steps.astype(np.float32) * np.float32(rounding.group_step)
+    logprobs = tail_logprob[:, None] + steps.astype(np.float32) * np.float32(quantization.group_step)
     logprobs[levels == 0] = -np.inf
     return logprobs
 

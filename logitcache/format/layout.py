@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from logitcache.errors import UserError
-from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS, Rounding, check_precision
+from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS, QuantizationSpec, check_precision
 
 FORMAT_VERSION = 2
 METADATA_KEY = b"logitcache"
@@ -27,8 +27,8 @@ class Layout:
     """Which columns a cache holds.
 
     vocab_size: V of the teacher.  num_tail_groups: G or 0.  temperatures: captured T ≠ 1.  num_tail_samples: s or 0.
-    columns: Arrow type name of each kept source column.  precision: a name in `levels.PRESETS`.  rounding: what that name
-    meant when the cache was written, None for exact.
+    columns: Arrow type name of each kept source column.  precision: a name in `quantization.PRESETS`.  quantization: what that
+    name meant when the cache was written, None for exact.
     """
 
     vocab_size: int
@@ -38,17 +38,18 @@ class Layout:
     num_tail_samples: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
     precision: str = DEFAULT_PRECISION
-    rounding: Rounding | None = None
+    quantization: QuantizationSpec | None = None
 
     def __post_init__(self) -> None:
         """Looks the precision up. Raises UserError for an unknown one."""
-        if self.rounding is None:
+        if self.quantization is None:
             check_precision(self.precision)
-            object.__setattr__(self, "rounding", PRESETS[self.precision])
+            object.__setattr__(self, "quantization", PRESETS[self.precision])
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         settings = asdict(self) | {"temperatures": list(self.temperatures), "columns": dict(self.columns)}
+        settings["rounding"] = settings.pop("quantization")
         return {"format_version": FORMAT_VERSION, **settings}
 
     @classmethod
@@ -63,16 +64,16 @@ class Layout:
             num_tail_samples=data["num_tail_samples"],
             columns=data["columns"],
             precision=data.get("precision", "exact"),
-            rounding=Rounding.from_json(rounding) if rounding else None,
+            quantization=QuantizationSpec.from_json(rounding) if rounding else None,
         )
 
     def values_per_position(self) -> dict[str, tuple[pa.DataType, int]]:
         """Columns with a fixed number of values per stored position: name → (Arrow type, that number)."""
         columns = {"num_entries": (pa.int32(), 1), "tail_logprob": (pa.float32(), 1)}
-        if self.rounding:
+        if self.quantization:
             columns["lowest_level"] = (pa.int32(), 1)
         if self.num_tail_groups:
-            groups = {"group_levels": pa.int32()} if self.rounding else {"group_logprobs": pa.float32()}
+            groups = {"group_levels": pa.int32()} if self.quantization else {"group_logprobs": pa.float32()}
             columns |= {name: (arrow_type, self.num_tail_groups) for name, arrow_type in groups.items()}
         for temperature in self.temperatures:
             columns[tempered_column(temperature)] = (pa.float32(), 1)
@@ -85,7 +86,7 @@ class Layout:
 
     def values_per_entry(self) -> dict[str, pa.DataType]:
         """Columns with a value per entry: name → Arrow type."""
-        if self.rounding:
+        if self.quantization:
             return {"id_gaps": pa.int32(), "levels_above_lowest": pa.int32()}
         return {"token_ids": pa.int32(), "logprobs": pa.float32()}
 

@@ -6,16 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from types import UnionType
 from typing import Any, Self
 
 from logitcache.errors import UserError
 from logitcache.format.layout import FORMAT_VERSION, Layout, check_version
 from logitcache.format.quantization import PRESETS
-from logitcache.format.shape import check_shape
 from logitcache.format.shards import ShardInfo
 from logitcache.storage.folder import Folder
+from logitcache.urls import public_url
 
 MANIFEST_NAME = "logitcache.json"
 CARD_NAME = "README.md"
@@ -224,6 +225,31 @@ _SHAPE: dict[str, Any] = {
 """What readers rely on, see `check_shape`; format 1 has neither history nor precision."""
 
 
+def check_shape(value: Any, shape: Any, where: str) -> None:
+    """Raises TypeError naming a part that has not the shape, KeyError for one that is missing.
+
+    shape: a type, or a union of types; a set of texts, one of which it is; [the shape of every item]; {name: shape of that
+    part}, with other parts beside them, or with `...` for the name of any part. The shape of a part that may be missing stands
+    in a tuple.
+    Numbers are finite and not below 0; where floats are wanted whole numbers will do.
+    """
+    kind = shape if isinstance(shape, type | UnionType) else str if isinstance(shape, set) else type(shape)
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if kind in (int, float):
+        fits = fits and not isinstance(value, bool) and 0 <= value < 1 << 63
+    if not fits or (isinstance(shape, set) and value not in shape):
+        raise TypeError(f"{where} is {value!r}"[:200])
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{where}[{index}]")
+    elif isinstance(shape, dict):
+        for name, part in (dict.fromkeys(value, shape[...]) if ... in shape else shape).items():
+            if not isinstance(part, tuple):
+                check_shape(value[name], part, f"{where}.{name}")
+            elif name in value:
+                check_shape(value[name], part[0], f"{where}.{name}")
+
+
 def is_plain(name: str) -> bool:
     """Whether a file name in a manifest is a path that stays in the cache, as every file system writes and holds it."""
     path = PurePosixPath(name)
@@ -295,3 +321,42 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON that can be read ({error})") from error
     return Manifest.from_json(data, path)
+
+
+_PLACES = ("path", "name")
+"""Keys of a record under which a path or URL may stand."""
+
+
+def source_of(folder: Folder, identity: str, manifest: Manifest) -> dict[str, Any]:
+    """Plain JSON: where a cache lay, by which hashes it is told from others, how much it held."""
+    return {
+        "path": folder.location,
+        "manifest_sha256": identity,
+        "fingerprint_sha256": fingerprint_digest(manifest.fingerprint),
+        "sequences": manifest.num_sequences,
+        "positions": manifest.num_positions,
+        "bytes": manifest.num_bytes,
+    }
+
+
+def without_secrets_of_sources(manifest: Manifest) -> Manifest:
+    """A manifest whose records of sources, of an earlier version perhaps, hold no secrets of URLs.
+
+    Raises UserError for records within records without end, which no command writes.
+    """
+    fingerprint = dict(manifest.fingerprint)
+    try:
+        if "corpus" in fingerprint:
+            fingerprint["corpus"] = _public(fingerprint["corpus"])
+        return replace(manifest, fingerprint=fingerprint, history=tuple(_public(step) for step in manifest.history))
+    except RecursionError:
+        raise UserError("the manifest was altered: its history or its corpus is nested too deep to be read") from None
+
+
+def _public(record: Any) -> Any:
+    if isinstance(record, Mapping):
+        return {
+            name: public_url(value) if name in _PLACES and isinstance(value, str) else _public(value)
+            for name, value in record.items()
+        }
+    return [_public(item) for item in record] if isinstance(record, list | tuple) else record

@@ -30,7 +30,7 @@ MOST_STEP = 16.0
 
 
 @dataclass(frozen=True)
-class Rounding:
+class QuantizationSpec:
     """How numbers are rounded that a cache does not keep as captured; recorded in every shard.
 
     square_root_steps: n.  uniform_step: D, nats.  tail_step: nats, of tails, tempered tails and the tail's entropy.
@@ -77,21 +77,21 @@ class Rounding:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Rounding:
+    def from_json(cls, data: Mapping[str, Any]) -> QuantizationSpec:
         """Inverse of `to_json`. Raises TypeError and ValueError for what rounds nothing."""
-        rounding = cls(**data)
-        steps = (rounding.uniform_step, rounding.tail_step, rounding.group_step, rounding.sample_step)
-        if type(rounding.square_root_steps) is not int or not all(isinstance(step, float | int) for step in steps):
-            raise TypeError(f"{rounding} is not of numbers")
-        if not all(0 < step <= MOST_STEP for step in steps) or not 0 < rounding.uniform_from < MOST_LEVELS:
-            raise ValueError(f"{rounding} rounds nothing")
-        return rounding
+        quantization = cls(**data)
+        steps = (quantization.uniform_step, quantization.tail_step, quantization.group_step, quantization.sample_step)
+        if type(quantization.square_root_steps) is not int or not all(isinstance(step, float | int) for step in steps):
+            raise TypeError(f"{quantization} is not of numbers")
+        if not all(0 < step <= MOST_STEP for step in steps) or not 0 < quantization.uniform_from < MOST_LEVELS:
+            raise ValueError(f"{quantization} rounds nothing")
+        return quantization
 
 
-PRESETS: dict[str, Rounding | None] = {
+PRESETS: dict[str, QuantizationSpec | None] = {
     "exact": None,
-    "balanced": Rounding(1600, 2.0**-2, tail_step=2.0**-14, group_step=0.5, sample_step=2.0**-6),
-    "compact": Rounding(320, 2.0**-1, tail_step=2.0**-14, group_step=1.0, sample_step=2.0**-4),
+    "balanced": QuantizationSpec(1600, 2.0**-2, tail_step=2.0**-14, group_step=0.5, sample_step=2.0**-6),
+    "compact": QuantizationSpec(320, 2.0**-1, tail_step=2.0**-14, group_step=1.0, sample_step=2.0**-4),
 }
 """Precisions by name, finest first. exact: float32 as captured, columns that read as they are."""
 
@@ -104,16 +104,16 @@ def check_precision(precision: str) -> None:
 
 def mass_tolerance(precision: str) -> float:
     """How far entries and tail of a position may miss a sum of 1 once their log-probabilities have been rounded."""
-    rounding = PRESETS[precision]
-    return 1e-4 if rounding is None else 1e-4 + float(rounding.bound(np.log([1e-3]))[0])
+    quantization = PRESETS[precision]
+    return 1e-4 if quantization is None else 1e-4 + float(quantization.bound(np.log([1e-3]))[0])
 
 
-def mass_tolerances(logprobs: np.ndarray, precision: str, rounding: Rounding | None) -> np.ndarray:
+def mass_tolerances(logprobs: np.ndarray, precision: str, quantization: QuantizationSpec | None) -> np.ndarray:
     """`mass_tolerance` of each position [M], more where its entries [M, k] are so improbable that rounding moves them by more."""
     least = mass_tolerance(precision)
-    if rounding is None:
+    if quantization is None:
         return np.full(len(logprobs), least)
-    relative = np.expm1(rounding.bound(logprobs))
+    relative = np.expm1(quantization.bound(logprobs))
     return np.maximum(least, 1e-4 + (np.exp(logprobs, dtype=np.float64) * relative).sum(axis=1))
 
 

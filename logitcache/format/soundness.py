@@ -62,7 +62,7 @@ def _is_doubtful(rows: DecodedRows, layout: Layout) -> bool:
     targets = rows.targets
     ids, samples = targets.token_ids, targets.sample_ids
     # Of a rounded cache the decoder made the ids of ranks that ascend: they are in the vocabulary, none is there twice.
-    if layout.rounding is None:
+    if layout.quantization is None:
         num_pads = ids.size - int(rows.num_entries.sum(dtype=np.int64))
         if _outside(ids, layout.vocab_size, PAD_ID if num_pads else 0):
             return True
@@ -70,7 +70,7 @@ def _is_doubtful(rows: DecodedRows, layout: Layout) -> bool:
             return True
     if samples is not None and _outside(samples, layout.vocab_size, PAD_ID):
         return True
-    if (layout.rounding is None or samples is not None) and _repeats(ids, samples):
+    if (layout.quantization is None or samples is not None) and _repeats(ids, samples):
         return True
     # Where a number is none, or a log-probability above 0, the sum is not near 1 either.
     near = np.abs(_masses(targets.logprobs) + np.exp(targets.tail_logprob) - 1) <= mass_tolerance(layout.precision)
@@ -111,7 +111,7 @@ def _repeats(ids: np.ndarray, samples: np.ndarray | None) -> bool:
 def find_wrong(targets: SparseTargets, layout: Layout) -> tuple[int, str] | None:
     """The first position that no teacher can have given, with what is wrong with it, or None."""
     with np.errstate(over="ignore", invalid="ignore"):
-        tolerance = mass_tolerances(targets.logprobs, layout.precision, layout.rounding)
+        tolerance = mass_tolerances(targets.logprobs, layout.precision, layout.quantization)
         found = find_defect(targets, layout.vocab_size, mass_tolerance=tolerance)
         if found is not None:
             return found
@@ -126,7 +126,7 @@ def _tail_defects(targets: SparseTargets, layout: Layout) -> Iterator[tuple[str,
     yield "a tail log-probability above 0", targets.tail_logprob > 1e-4
     if targets.group_logprobs is not None:
         groups = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
-        step = layout.rounding.group_step if layout.rounding else GROUP_STEP_OF_FORMAT_1
+        step = layout.quantization.group_step if layout.quantization else GROUP_STEP_OF_FORMAT_1
         factor = np.exp(step + GROUP_TOLERANCE_NATS)  # half a step as captured, and half for entries that joined later
         fits = (groups <= mass * factor + 1e-7) & (groups >= mass / factor - 1e-7)
         yield "tail groups that do not add up to the tail", ~fits

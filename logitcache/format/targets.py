@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitcache.format.tensors import tensor
+if TYPE_CHECKING:
+    import torch
 
 PAD_ID = -1
 """Fills `token_ids` beyond a position's entries; `logprobs` holds −inf there."""
@@ -47,14 +48,14 @@ class SparseTargets:
         """Entries of each position, int32 [M]."""
         return np.count_nonzero(self.token_ids != PAD_ID, axis=1).astype(np.int32)
 
-    def narrowed(self, k: int) -> SparseTargets:
+    def cut_to_width(self, k: int) -> SparseTargets:
         """The same targets with entry lists cut to width k (a view); no position may hold more than k entries."""
         return replace(self, token_ids=self.token_ids[:, :k], logprobs=self.logprobs[:, :k])
 
     def to_torch(self, device: Any = None) -> dict[str, Any]:
         """The fields that are held, by their names, as tensors of the same dtypes; `tempered_tail` a dict of them by T.
 
-        device: as in `tensors.tensor`; on a CPU nothing is copied.
+        device: as in `tensor`; on a CPU nothing is copied.
         """
         held = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         tempered = {temperature: tensor(values, device) for temperature, values in held.pop("tempered_tail").items()}
@@ -141,3 +142,28 @@ def _select(value: object, rows: slice | np.ndarray) -> object:
 def _widen(array: np.ndarray, k: int, fill: float) -> np.ndarray:
     missing = k - array.shape[1]
     return np.pad(array, ((0, 0), (0, missing)), constant_values=fill) if missing else array
+
+
+class _Writable:
+    """The memory of an array whose owner, here Arrow, lets nobody write; torch has no tensors that cannot be written."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # lives as long as what looks into it
+        pointer, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (pointer, False)}
+
+
+def tensor(array: np.ndarray, device: Any = None) -> torch.Tensor:
+    """The array as a tensor of the same dtype and shape.
+
+    device: what `torch.device` takes, by default the CPU, where the tensor shares the array's memory, which belongs to
+    a whole row group: do not write into it. To CUDA the copy goes through pinned memory and is not waited for.
+    """
+    import torch
+
+    shared = torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
+    if device is None:
+        return shared
+    if torch.device(device).type == "cuda":
+        return shared.pin_memory().to(device, non_blocking=True)
+    return shared.to(device)

@@ -14,10 +14,10 @@ from logitcache.assembly.unfinished import SHARD_POSITIONS
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import MANIFEST_NAME
-from logitcache.format.narrowing import narrow, nucleus
 from logitcache.format.quantization import PRESETS, check_precision
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.targets import SparseTargets
+from logitcache.format.truncation import nucleus, truncate
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.row_scan import scan
 from logitcache.reading.cache import LogitCache
@@ -50,7 +50,7 @@ def recode(
         raise UserError("nothing to recode: give --top-k, --top-p, --min-k, --precision or --drop")
     source = open_source(path)
     capture = source.manifest.fingerprint["capture"]
-    entries = _narrower(_Entries.of(capture), top_k, top_p, min_k)
+    entries = _fewer_entries(_Entries.of(capture), top_k, top_p, min_k)
     dropped = _checked(drop, source.manifest.layout)
     layout = _with_precision(_without(source.manifest.layout, dropped), precision)
     extras = {name: empty for name, empty in _EXTRAS.items() if name in dropped}
@@ -86,7 +86,7 @@ class _Entries:
         return cls(top_k, capture.get("top_p", 1.0), capture.get("min_k", top_k))
 
 
-def _narrower(held: _Entries, top_k: int | None, top_p: float | None, min_k: int | None) -> _Entries:
+def _fewer_entries(held: _Entries, top_k: int | None, top_p: float | None, min_k: int | None) -> _Entries:
     """What the cache will hold. Raises UserError where that is more than it holds."""
     ragged = held.top_p < 1
     k = held.top_k if top_k is None else top_k
@@ -143,7 +143,7 @@ def _with_precision(layout: Layout, precision: str | None) -> Layout:
     if finest_first.index(precision) < finest_first.index(layout.precision):
         coarser = ", ".join(finest_first[finest_first.index(layout.precision) :])
         raise UserError(f"--precision {precision}: finer than what the cache holds, choose one of {coarser}")
-    return replace(layout, precision=precision, rounding=None)
+    return replace(layout, precision=precision, quantization=None)
 
 
 class _Recoder:
@@ -164,7 +164,7 @@ class _Recoder:
         random = (
             np.random.default_rng([self._seed, int(sequence.row_id, 16)]) if targets.sample_ids is not None else None
         )
-        return narrow(targets, keep, self._tail_groups, random)
+        return truncate(targets, keep, self._tail_groups, random)
 
     def _fewer_columns(self, targets: SparseTargets) -> SparseTargets:
         layout = self._layout

@@ -33,10 +33,11 @@ from logitcache.format.manifest import (
     MANIFEST_NAME,
     TOKENIZER_DIRECTORY,
     Manifest,
+    check_shape,
+    source_of,
+    without_secrets_of_sources,
 )
-from logitcache.format.provenance import source_of, without_secrets_of_sources
 from logitcache.format.sequences import CachedSequence, TokenSequence
-from logitcache.format.shape import check_shape
 from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.targets import SparseTargets
@@ -245,8 +246,8 @@ def _finish(plan: _Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> None:
         "positions": sum(shard.num_positions for shard in shards),
         work.left_out: before - after,
     }
-    rounding = work.layout.rounding
-    stored = {"version": FORMAT_VERSION, "rounding": rounding.to_json() if rounding else None}
+    quantization = work.layout.quantization
+    stored = {"version": FORMAT_VERSION, "rounding": quantization.to_json() if quantization else None}
     fingerprint = {
         **work.fingerprint,
         "corpus": {**work.fingerprint["corpus"], "sequences_sha256": plan.sequences_sha256},

@@ -32,8 +32,8 @@ from logitcache.format.manifest import (
     check_identity,
     manifest_content,
     parse_manifest,
+    source_of,
 )
-from logitcache.format.provenance import source_of
 from logitcache.ranges import span_of
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.reading.shard_reader import ShardReader

@@ -27,8 +27,8 @@ from logitcache.format.manifest import (
     UNFINISHED_NAME,
     Manifest,
     parse_manifest,
+    without_secrets_of_sources,
 )
-from logitcache.format.provenance import without_secrets_of_sources
 from logitcache.progress import Progress
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.sharing.bundle import bundled_manifest, is_bundle, place, write_bundle

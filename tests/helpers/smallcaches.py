@@ -15,7 +15,7 @@ from logitcache import CachedSequence, LogitCache, SparseTargets
 from logitcache.format import shards
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
-from logitcache.format.quantization import PRESETS, Rounding
+from logitcache.format.quantization import PRESETS, QuantizationSpec
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
 from logitcache.storage.atomic import file_sha256
@@ -140,16 +140,18 @@ def assert_holds(cached: CachedSequence, row: Row, layout: Layout = EVERYTHING) 
     assert cached.loss_mask.tolist() == sequence.loss_mask.tolist()
     assert cached.positions.tolist() == [i - 1 for i, trained in enumerate(sequence.loss_mask) if trained]
     assert dict(cached.columns) == dict(sequence.columns)
-    read, rounding = cached.targets, layout.rounding
-    assert_same_entries(read, written, rounding)
-    tail_step, sample_step = (rounding.tail_step, rounding.sample_step) if rounding else (0.0, 0.0)
+    read, quantization = cached.targets, layout.quantization
+    assert_same_entries(read, written, quantization)
+    tail_step, sample_step = (quantization.tail_step, quantization.sample_step) if quantization else (0.0, 0.0)
     assert_within(read.tail_logprob, written.tail_logprob, tail_step / 2)
     assert read.tempered_tail.keys() == written.tempered_tail.keys()
     for temperature, values in written.tempered_tail.items():
         assert_within(read.tempered_tail[temperature], values, tail_step / 2)
     assert_within(read.tail_entropy, written.tail_entropy, tail_step / 2)
     # The share is rounded, and the tail that it is of.
-    assert_within(read.group_logprobs, written.group_logprobs, rounding.group_step / 2 + tail_step if rounding else 0.0)
+    assert_within(
+        read.group_logprobs, written.group_logprobs, quantization.group_step / 2 + tail_step if quantization else 0.0
+    )
     assert (read.sample_ids is None) == (written.sample_ids is None)
     if written.sample_ids is not None:
         assert read.sample_ids is not None
@@ -157,7 +159,7 @@ def assert_holds(cached: CachedSequence, row: Row, layout: Layout = EVERYTHING) 
     assert_within(read.sample_logprobs, written.sample_logprobs, sample_step / 2)
 
 
-def assert_same_entries(read: SparseTargets, written: SparseTargets, rounding: Rounding | None) -> None:
+def assert_same_entries(read: SparseTargets, written: SparseTargets, quantization: QuantizationSpec | None) -> None:
     """The same ids at every position, most probable first, padded at the end; probabilities within the declared bound."""
     assert read.token_ids.shape == (len(written), int(written.num_entries.max(initial=0)))
     assert (read.token_ids.dtype, read.logprobs.dtype) == (np.int32, np.float32)
@@ -170,7 +172,7 @@ def assert_same_entries(read: SparseTargets, written: SparseTargets, rounding: R
         now = dict(zip(read.token_ids[position, :count], read.logprobs[position, :count], strict=True))
         assert was.keys() == now.keys()
         values = np.array([(was[token], now[token]) for token in was], dtype=np.float32).reshape(-1, 2)
-        assert_within(values[:, 1], values[:, 0], rounding.bound(values[:, 0]) if rounding else 0.0)
+        assert_within(values[:, 1], values[:, 0], quantization.bound(values[:, 0]) if quantization else 0.0)
 
 
 def assert_within(read: np.ndarray | None, written: np.ndarray | None, bound: float | np.ndarray) -> None:

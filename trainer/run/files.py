@@ -8,7 +8,7 @@ from typing import Any
 from logitcache import UserError
 from logitcache.documents.json_text import parse_json
 from logitcache.errors import one_line
-from logitcache.format.shape import check_shape
+from logitcache.format.manifest import check_shape
 
 RUN_NAME = "run.json"  # settings, cache, student
 EVALUATION_NAME = "eval.json"  # metrics on the held-out cache

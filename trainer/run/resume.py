@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from logitcache import UserError
 from logitcache.errors import is_out_of_memory, one_line
-from logitcache.format.shape import check_shape
+from logitcache.format.manifest import check_shape
 from trainer.config.config import DistillConfig
 from trainer.data.training_data import TrainingData
 from trainer.run.files import RUN_NAME, STATE_NAME, read_record

@@ -34,11 +34,10 @@ from logitcache.capture.worker import find_nan
 from logitcache.errors import UserError
 from logitcache.format.codebook import Codebook
 from logitcache.format.codec import encode
-from logitcache.format.kept_columns import ColumnTypes, columns_text, stored_columns
 from logitcache.format.layout import Layout
-from logitcache.format.narrowing import narrow, nucleus
-from logitcache.format.sequences import TokenSequence
+from logitcache.format.sequences import ColumnTypes, TokenSequence, columns_text, stored_columns
 from logitcache.format.targets import SparseTargets, concatenate
+from logitcache.format.truncation import nucleus, truncate
 from logitcache.progress import duration
 from logitcache.table import aligned
 
@@ -286,7 +285,7 @@ def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTar
 def narrowed(targets: SparseTargets, k: int, tail_groups: np.ndarray | None) -> SparseTargets:
     """The first k entries; the others go to the tail, and with `tail_groups`, int [V], to the groups' masses."""
     known = targets if tail_groups is not None else replace(targets, group_logprobs=None)
-    return narrow(known, nucleus(targets.logprobs, top_k=k, top_p=1.0, min_k=k), tail_groups)
+    return truncate(known, nucleus(targets.logprobs, top_k=k, top_p=1.0, min_k=k), tail_groups)
 
 
 def thinned(sequences: Sequence[TokenSequence], num_positions: int) -> list[TokenSequence]:

@@ -176,7 +176,7 @@ def _check_content(
 
 
 def _check_codebook(metadata: Mapping[bytes, bytes] | None, layout: Layout, name: str) -> Iterator[Finding]:
-    if layout.rounding is None:
+    if layout.quantization is None:
         return
     try:
         codebook = Codebook.from_metadata(metadata)

@@ -71,7 +71,7 @@ def test_the_teacher_gives_again_what_it_gave(built: Path, teacher: Path) -> Non
 
 @pytest.mark.parametrize("precision", ["balanced", "compact"])
 def test_rounding_is_no_finding(built: Path, teacher: Path, tmp_path: Path, precision: str) -> None:
-    layout = replace(logitcache.open(built).manifest.layout, precision=precision, rounding=None)
+    layout = replace(logitcache.open(built).manifest.layout, precision=precision, quantization=None)
     result = rescored(rewritten(built, tmp_path, lambda row: row.targets, layout), teacher, 40)
     assert list(result.findings()) == []
     assert 1e-5 < max(row.mean_nats for row in result.rows) < result.tolerance_nats

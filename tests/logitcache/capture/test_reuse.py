@@ -126,7 +126,7 @@ def assert_same_but_for_rounding(ours: LogitCache, whole: LogitCache) -> None:
     assert [row.row_id for row in ours] == [row.row_id for row in whole]
     assert [shard.num_sequences for shard in ours.manifest.shards] == [s.num_sequences for s in whole.manifest.shards]
     assert ours.manifest.fingerprint == whole.manifest.fingerprint
-    rounding = ours.manifest.layout.rounding
+    quantization = ours.manifest.layout.quantization
     for mine, theirs in zip(ours, whole, strict=True):
         assert mine.input_ids.tolist() == theirs.input_ids.tolist()
         assert mine.loss_mask.tolist() == theirs.loss_mask.tolist()
@@ -134,7 +134,7 @@ def assert_same_but_for_rounding(ours: LogitCache, whole: LogitCache) -> None:
         for a, b in zip(by_id(mine.targets), by_id(theirs.targets), strict=True):
             assert a.keys() == b.keys()
             was = np.array([b[token] for token in a])
-            bound = 2 * rounding.bound(was) if rounding else 0.0  # two neighbouring levels
+            bound = 2 * quantization.bound(was) if quantization else 0.0  # two neighbouring levels
             assert (np.abs(np.array(list(a.values())) - was) <= bound + 1e-4).all()
         assert np.allclose(mine.targets.tail_logprob, theirs.targets.tail_logprob, atol=1e-3)
 

@@ -83,7 +83,7 @@ def assert_close(found: np.ndarray | None, expected: np.ndarray | None, toleranc
 
 
 def assert_entries_and_tail(found: SparseTargets, expected: SparseTargets) -> None:
-    found = found.narrowed(expected.token_ids.shape[1])
+    found = found.cut_to_width(expected.token_ids.shape[1])
     assert found.token_ids.tolist() == expected.token_ids.tolist()
     assert_close(found.logprobs, expected.logprobs)
     assert_close(found.tail_logprob, expected.tail_logprob)
@@ -358,7 +358,7 @@ def test_an_engines_top_k_gives_the_same_as_the_logits(seed: int, top_p: float, 
     logits = random_logits(seed, 5, 40)
     expected = selected(logits, settings)
     found = select_from_top_k(*engine_top_k(logits, 8), settings, vocab_size=40)
-    expected = expected.narrowed(found.token_ids.shape[1])
+    expected = expected.cut_to_width(found.token_ids.shape[1])
     assert found.token_ids.tolist() == expected.token_ids.tolist()
     assert_close(found.logprobs, expected.logprobs, 1e-6)
     assert np.abs(np.exp(found.tail_logprob) - np.exp(expected.tail_logprob)).max() < 1e-6

@@ -76,7 +76,7 @@ class TestTopK:
     def test_imported_again_the_rows_are_the_same(
         self, tmp_path: Path, tokenizer: Path, precision: str, kind: str
     ) -> None:
-        cache = make_cache(tmp_path / "cache", chats(30), replace(LAYOUT, precision=precision, rounding=None))
+        cache = make_cache(tmp_path / "cache", chats(30), replace(LAYOUT, precision=precision, quantization=None))
         exported = export(cache, tmp_path / f"rows.{kind}", to="topk")
         assert (exported.num_rows, exported.num_positions, exported.num_left_out) == (30, cache.num_positions, 0)
         again = import_topk(exported.path, tmp_path / "again", tokenizer, precision=precision, keep=["id", "messages"])
@@ -159,7 +159,7 @@ def assert_axolotl_sees(read: list[tuple[list[int], np.ndarray] | None], sequenc
     for place, position in enumerate(sequence.positions.tolist()):
         seen = read[position + 1]
         assert seen is not None
-        targets = sequence.targets[place : place + 1].narrowed(int(sequence.targets.num_entries[place]))
+        targets = sequence.targets[place : place + 1].cut_to_width(int(sequence.targets.num_entries[place]))
         wanted = np.exp(targets.logprobs[0].astype(np.float64))
         assert seen[0][: len(wanted)] == targets.token_ids[0].tolist()
         assert np.allclose(seen[1][: len(wanted)], wanted / wanted.sum(), atol=1e-6)

@@ -99,7 +99,7 @@ class TestDistillKit:
         exact = import_distillkit(FIXTURES / "residual_bins", tmp_path / "exact", medium_tokenizer)
         cache = import_distillkit(FIXTURES / "residual_bins", tmp_path / "out", medium_tokenizer, precision=precision)
         assert findings(cache) == []
-        rounding = PRESETS[precision]
+        quantization = PRESETS[precision]
         for rounded, sequence in zip(cache, exact, strict=True):
             for now_ids, now, was_ids, was in zip(
                 rounded.targets.token_ids,
@@ -111,7 +111,7 @@ class TestDistillKit:
                 known = dict(zip(was_ids.tolist(), was, strict=True))
                 wanted = np.array([known.pop(token) for token in now_ids.tolist()])
                 assert not known
-                bound = rounding.bound(wanted) if rounding else np.zeros_like(wanted)
+                bound = quantization.bound(wanted) if quantization else np.zeros_like(wanted)
                 assert (np.abs(now - wanted) <= bound + 1e-5).all()
 
     def test_the_cache_says_where_it_is_from_and_that_its_tail_is_approximate(

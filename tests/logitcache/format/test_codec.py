@@ -93,7 +93,7 @@ def test_any_ids_and_log_probabilities_come_back(data: Any, precision: str, voca
     written = SparseTargets(ids, logprobs, np.array([-np.inf, -2.5, 0.0], np.float32))
     sequence = TokenSequence(np.arange(4, dtype=np.int32), np.arange(4) > 0)
     read = DecodedRows(encoded([(sequence, written)], layout), layout)[0].targets
-    assert_same_entries(read, written, layout.rounding)
+    assert_same_entries(read, written, layout.quantization)
     assert read.tail_logprob.tolist() == written.tail_logprob.tolist()
 
 
@@ -107,7 +107,7 @@ def test_a_sequence_without_a_stored_position_comes_back_empty() -> None:
 @pytest.mark.parametrize("precision", ["balanced", "compact"])
 def test_the_columns_mean_what_the_formula_says(precision: str) -> None:
     """Decoded once more with plain Python from the columns and the file's metadata alone."""
-    layout = replace(EVERYTHING, precision=precision, rounding=None)
+    layout = replace(EVERYTHING, precision=precision, quantization=None)
     rows = random_rows(12, layout)
     frequent = np.array([7, 3, 40], np.int32)
     table = encoded(rows, layout, Codebook(frequent, np.array([-8, 2, 0], np.int32)))
@@ -181,7 +181,7 @@ def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 def test_numbers_of_entries_that_cannot_be_are_refused_before_there_is_memory_for_them(
     precision: str, count: int
 ) -> None:
-    layout = replace(EVERYTHING, precision=precision, rounding=PRESETS[precision])
+    layout = replace(EVERYTHING, precision=precision, quantization=PRESETS[precision])
     table = encoded(random_rows(3, layout), layout)
     values = table["num_entries"].to_pylist()
     values[1][0] = count
@@ -306,7 +306,7 @@ def test_the_schema_carries_the_layout(layout: Layout) -> None:
 
 
 def test_every_column_of_the_format_is_reserved() -> None:
-    layouts = [replace(EVERYTHING, precision=precision, rounding=None) for precision in PRESETS]
+    layouts = [replace(EVERYTHING, precision=precision, quantization=None) for precision in PRESETS]
     names = {name for layout in layouts for name in layout.schema().names if name not in EVERYTHING.columns}
     assert {name for name in names if not name.startswith("tail_log_norm_T")} == RESERVED_COLUMNS
     assert {"tail_log_norm_T0.5", "tail_log_norm_T2"} <= names

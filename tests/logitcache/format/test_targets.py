@@ -50,7 +50,7 @@ def test_num_entries_counts_what_is_not_padding() -> None:
 
 def test_narrowing_cuts_the_entry_lists_and_nothing_else() -> None:
     whole = targets()[:1]
-    narrow = whole.narrowed(4)
+    narrow = whole.cut_to_width(4)
     assert narrow.token_ids.tolist() == [whole.token_ids[0, :4].tolist()]
     assert narrow.logprobs.tolist() == [whole.logprobs[0, :4].tolist()]
     assert_equal(narrow, SparseTargets(**{**vars(whole), "token_ids": narrow.token_ids, "logprobs": narrow.logprobs}))
@@ -78,7 +78,7 @@ def test_parts_of_different_widths_join_to_what_they_were_cut_from(cuts: list[in
     whole = targets()
     edges = [0, *sorted(cuts), POSITIONS]
     parts = [whole[a:b] for a, b in itertools.pairwise(edges)]
-    parts = [part.narrowed(int(part.num_entries.max(initial=0))) for part in parts]
+    parts = [part.cut_to_width(int(part.num_entries.max(initial=0))) for part in parts]
     assert_equal(concatenate(parts), whole)
 
 

@@ -104,7 +104,7 @@ def test_many_numbers_of_entries_share_bars(tmp_path: Path) -> None:
 
 def test_a_fixed_number_of_entries_is_one_line_and_no_column_is_read(tmp_path: Path) -> None:
     layout = Layout(VOCAB)
-    rows = [(sequence, targets.narrowed(1)) for sequence, targets in random_rows(10, layout)]
+    rows = [(sequence, targets.cut_to_width(1)) for sequence, targets in random_rows(10, layout)]
     for count, reads in [(8, False), (1, True)]:
         with patch.dict(FINGERPRINT["capture"], {"top_k": 1 if count == 8 else 8}):
             write_cache(tmp_path, rows, layout)

@@ -77,7 +77,7 @@ def test_duplicates_are_found_however_few_rows_are_compared_at_a_time(
 def make_other(root: Path, rows: Sequence[Row], change: dict[str, Any]) -> LogitCache:
     """A cache like the others but for one thing."""
     change = dict(change)
-    layout = replace(EVERYTHING, **change.pop("layout", {}), rounding=None)
+    layout = replace(EVERYTHING, **change.pop("layout", {}), quantization=None)
     groups = change.pop("groups", None)
     cache = make_cache(root, rows, layout, **change)
     if groups is not None:
@@ -137,7 +137,7 @@ def test_caches_with_and_without_tail_groups_are_brought_to_the_same_by_recode(t
 
 def test_recode_brings_caches_to_the_same(tmp_path: Path) -> None:
     one = make_cache(tmp_path / "one", random_rows(5, LAYOUT), LAYOUT, capture={**CAPTURE, "top_k": 4, "min_k": 4})
-    exact = replace(LAYOUT, precision="exact", rounding=None)
+    exact = replace(LAYOUT, precision="exact", quantization=None)
     other = make_cache(tmp_path / "other", random_rows(5, exact, seed=1), exact)
     recoded = logitcache.recode(other.path, tmp_path / "recoded", top_k=4, precision="balanced")
     assert len(logitcache.merge([one.path, recoded.path], tmp_path / "out")) == 10

@@ -15,15 +15,15 @@ import logitcache
 from logitcache import LogitCache, SparseTargets, UserError
 from logitcache.cli import main
 from logitcache.format.layout import Layout
-from logitcache.format.narrowing import narrow, nucleus
 from logitcache.format.quantization import PRESETS, mass_tolerance
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import find_defect
+from logitcache.format.truncation import nucleus, truncate
 from tests.helpers.maintained import CAPTURE, assert_same_row, assert_same_targets, history, make_cache
 from tests.helpers.smallcaches import EVERYTHING, VOCAB, Row, full_distributions, random_rows, small, sparse_targets
 
 FORMAT_1 = Path(__file__).parents[2] / "data/format1/cache"
-EXACT = replace(EVERYTHING, precision="exact", rounding=None)
+EXACT = replace(EVERYTHING, precision="exact", quantization=None)
 NO_SAMPLES = replace(EXACT, num_tail_samples=0)
 
 
@@ -59,17 +59,17 @@ def test_narrowed_targets_are_those_of_a_capture_of_fewer_entries(
     groups = bands(num_groups)
     held = [max(pair) for pair in counts]
     keep = [min(pair) for pair in counts]
-    found = narrow(sparse_targets(full, held, layout, groups), np.array(keep), groups)
+    found = truncate(sparse_targets(full, held, layout, groups), np.array(keep), groups)
     # Where everything was an entry, the reference's tail is rounding noise of 1e-17 or nothing.
     assert_close(found, sparse_targets(full, keep, layout, groups))
 
 
 def test_positions_that_lose_nothing_keep_every_bit() -> None:
     targets = sparse_targets(full_distributions(np.random.default_rng(0), 5), [8, 3, 0, 50, 7], EXACT)
-    found = narrow(targets, np.array([8, 3, 0, 50, 7]), bands(3), np.random.default_rng(0))
+    found = truncate(targets, np.array([8, 3, 0, 50, 7]), bands(3), np.random.default_rng(0))
     assert_same_targets(found, targets)
-    some = narrow(targets, np.array([8, 3, 0, 50, 2]), bands(3), np.random.default_rng(0))
-    assert_same_targets(some[:4], targets[:4].narrowed(50))
+    some = truncate(targets, np.array([8, 3, 0, 50, 2]), bands(3), np.random.default_rng(0))
+    assert_same_targets(some[:4], targets[:4].cut_to_width(50))
 
 
 @small
@@ -160,7 +160,7 @@ class TestTailSamples:
         full = np.repeat(full_distributions(np.random.default_rng(3), 1, 6), 2000, axis=0)
         targets = sparse_targets(full, [6] * 2000, Layout(6, num_tail_samples=3))
         assert (np.asarray(targets.sample_ids) == -1).all()
-        found = narrow(targets, np.full(2000, 2), random=np.random.default_rng(0))
+        found = truncate(targets, np.full(2000, 2), random=np.random.default_rng(0))
         tail = np.argsort(-full[0])[2:]
         counts = np.bincount(np.asarray(found.sample_ids).reshape(-1), minlength=6)
         expected = np.exp(full[0][tail]) / np.exp(full[0][tail]).sum()
@@ -236,7 +236,7 @@ def test_a_nucleus_of_a_cache_has_a_floor_and_a_cap(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["balanced", "compact"])
 def test_a_coarser_precision_is_that_of_a_capture_with_it(tmp_path: Path, precision: str) -> None:
     exact = make_cache(tmp_path / "exact", captured(EXACT, 8), EXACT)
-    layout = replace(EXACT, precision=precision, rounding=None)
+    layout = replace(EXACT, precision=precision, quantization=None)
     expected = make_cache(tmp_path / precision, captured(EXACT, 8), layout)
     found = logitcache.recode(exact.path, tmp_path / "out", precision=precision)
     assert found.manifest.layout == expected.manifest.layout
@@ -248,7 +248,7 @@ def test_a_coarser_precision_is_that_of_a_capture_with_it(tmp_path: Path, precis
 
 @pytest.mark.parametrize("precision", list(PRESETS))
 def test_what_comes_out_is_what_a_teacher_can_have_produced(tmp_path: Path, precision: str) -> None:
-    layout = replace(EVERYTHING, precision=precision, rounding=None)
+    layout = replace(EVERYTHING, precision=precision, quantization=None)
     source = make_cache(tmp_path / "source", random_rows(30, layout), layout)
     cache = logitcache.recode(source.path, tmp_path / "out", top_k=4, top_p=0.95, min_k=2)
     for row in cache:
@@ -357,10 +357,10 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("precision", ["balanced", "compact"])
 def test_the_tail_of_rounded_entries_never_exceeds_one(precision: str) -> None:
-    rounding = PRESETS[precision]
-    assert rounding is not None
+    quantization = PRESETS[precision]
+    assert quantization is not None
     for k in range(300, 620, 20):  # of a uniform teacher, whose entries are all rounded the same way
-        levels = rounding.levels(np.full((1, k), -np.log(k)))
-        logprobs = rounding.logprobs(int(levels.max()) + 1)[levels]
+        levels = quantization.levels(np.full((1, k), -np.log(k)))
+        logprobs = quantization.logprobs(int(levels.max()) + 1)[levels]
         targets = SparseTargets(np.arange(k, dtype=np.int32)[None], logprobs, np.array([-np.inf], np.float32))
-        assert narrow(targets, np.array([1])).tail_logprob[0] < 1e-6
+        assert truncate(targets, np.array([1])).tail_logprob[0] < 1e-6

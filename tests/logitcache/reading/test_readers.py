@@ -26,7 +26,7 @@ from tests.helpers.smallcaches import EVERYTHING, random_rows, write_cache
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     """20 rows with every optional column, in 3 shards, with everything else that a build writes beside them."""
     root = tmp_path_factory.mktemp(request.param)
-    layout = replace(EVERYTHING, precision=request.param, rounding=None)
+    layout = replace(EVERYTHING, precision=request.param, quantization=None)
     with patch("logitcache.format.codebook.LEAST_OCCURRENCES", 3):
         written = write_cache(root, random_rows(20, layout), layout, rows_per_shard=8, row_group_bytes=2000)
     write_card(Folder(root), written.manifest, written.identity, {})

@@ -147,7 +147,7 @@ def test_what_the_loss_does_not_need_stays_out_of_the_batch(cache: LogitCache, r
 
 def test_positions_with_fewer_entries_are_padded(cache: LogitCache) -> None:
     wide, narrow = cache[0], cache[1]
-    cut = type(narrow)(**vars(narrow) | {"targets": narrow.targets.narrowed(3)})
+    cut = type(narrow)(**vars(narrow) | {"targets": narrow.targets.cut_to_width(3)})
     batch = Collator()([wide, cut])
     ids, logprobs = batch["token_ids"][-len(cut.positions) :], batch["logprobs"][-len(cut.positions) :]
     assert (ids[:, 3:] == -1).all()

@@ -34,7 +34,7 @@ def nucleus(logprobs: np.ndarray, top_k: int, top_p: float, min_k: int) -> np.nd
     return count
 
 
-def narrow(
+def truncate(
     targets: SparseTargets,
     keep: np.ndarray,
     tail_groups: np.ndarray | None = None,
@@ -49,7 +49,7 @@ def narrow(
     rank = np.arange(targets.token_ids.shape[1])
     leaves = (rank >= keep[:, None]) & (targets.token_ids != PAD_ID)
     if not leaves.any():
-        return targets.narrowed(width)
+        return targets.cut_to_width(width)
     stays = rank[:width] < keep[:, None]
     scaled = scaled_beside_tail(targets.logprobs, targets.tail_logprob)  # so that no tail exceeds 1
     logprobs = np.where(leaves, scaled, -np.inf).astype(np.float64)  # [M, k]
