@@ -219,7 +219,7 @@ def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "kernel" and INTERPRETED:
         from trainer.losses.tail_triton import TritonTail
 
-        monkeypatch.setattr(blocks, "tail_implementation", lambda device_type: TritonTail)
+        monkeypatch.setattr(blocks, "tail_backend", lambda device_type: TritonTail)
 
 
 def value_and_gradient(path: str, logits: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:

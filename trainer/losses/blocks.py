@@ -1,30 +1,62 @@
 """A block of logits [n, V]: the student's log mass of every outcome, and a gradient of those → one of the logits.
 
 The log mass of a token that is an outcome is its logit z_j, that of a part of the tail is the logsumexp a of the logits
-in it, see masses.py. With D = ∂L/∂(log masses)
+in it, see TailBackend. With D = ∂L/∂(log masses)
 
     ∂L/∂z_j = D_j for a token that is an outcome,   D_a · exp(z_j − a) for one of the tail.
 
 For a divergence with slope u over q = softmax(log masses), D = u − q·Σu.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from math import inf
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trainer.losses.tail import DENSE_TAILS
 from trainer.losses.tail_torch import TorchTail
-from trainer.losses.targets import hide_
+from trainer.losses.targets import mask_tokens_
 from trainer.losses.transform import LogitTransform
 
 # On a CPU 4 MB at a time, which stay in its cache; on an accelerator enough to make the launches' cost vanish.
 BLOCK_ELEMENTS_CPU = 2**20
 BLOCK_ELEMENTS_ACCELERATOR = 2**27
 BLOCK_ELEMENTS_DENSE = 2**24  # on an accelerator, for tails that make several tensors of the block's size
+
+
+class TailBackend(Protocol):
+    """The tail of a block of logits: its log masses, and then its gradient in the block's own memory.
+
+    Attributes:
+        log_masses: of each temperature [n, G], the logsumexp of z/T over each part of the tail, −inf for a part without
+            a token, NaN or inf where a z is.
+        largest: [n], the largest z of the tail, −inf without a token.
+
+    Both are float32, or float64 for float64 blocks.
+    """
+
+    log_masses: list[Tensor]
+    largest: Tensor
+
+    def write_gradient_(
+        self, weights: Sequence[Tensor | None], labels: Tensor | None, label_weights: Tensor | None
+    ) -> None:
+        """Overwrite the block with Σ_T w_T·exp(z/T − a_T) − label weight at the label, times ∂z/∂raw; once only.
+
+        Args:
+            weights: of each temperature, [n, G] or None for 0.
+            labels: [n] int64, −1 where a row has no label in the tail.
+            label_weights: [n] floating.
+        """
+
+
+# Takes a block [n, V] floating of raw logits that hold −inf where a token is an entry (it becomes scratch memory), the
+# transform, the temperatures (1.0,) or (1.0, T), the group of each token [V] or None, and the number of groups (1).
+TailFactory = Callable[[Tensor, LogitTransform, tuple[float, ...], Tensor | None, int], TailBackend]
 
 
 def row_blocks(logits: Tensor, tail: str) -> list[slice]:
@@ -38,8 +70,8 @@ def row_blocks(logits: Tensor, tail: str) -> list[slice]:
 
 
 @cache
-def tail_implementation(device_type: str) -> Any:
-    """The class that works on the tail of blocks on a kind of device: the kernels on CUDA, else plain torch."""
+def tail_backend(device_type: str) -> TailFactory:
+    """Return the class for the tail of blocks on a kind of device: the Triton kernels on CUDA, else plain torch."""
     if device_type == "cuda" and find_spec("triton"):
         from trainer.losses import tail_triton
 
@@ -48,12 +80,18 @@ def tail_implementation(device_type: str) -> Any:
     return TorchTail
 
 
-class Block:
-    """Rows of raw logits, which it overwrites."""
+class LogitBlock:
+    """Rows of raw logits, which are overwritten.
 
-    log_masses: list[Tensor]  # of each temperature: [n, K + G], up to the row's normaliser; −inf where nothing is
-    largest: Tensor  # [n], largest logit
-    label_logits: Tensor | None  # [n]
+    Attributes:
+        log_masses: of each temperature [n, K + G], up to the row's normaliser; −inf where nothing is.
+        largest: [n], the largest logit.
+        label_logits: [n], or None without labels.
+    """
+
+    log_masses: list[Tensor]
+    largest: Tensor
+    label_logits: Tensor | None
 
     def __init__(
         self,
@@ -65,7 +103,17 @@ class Block:
         tail_groups: Tensor | None,
         num_groups: int,
     ) -> None:
-        """raw [n, V] floating.  token_ids [n, K] int64, −1 pads.  labels [n] int64.  tail_groups [V] int64 or None."""
+        """Take the log masses.
+
+        Args:
+            raw: [n, V] floating.
+            token_ids: [n, K] int64, −1 pads.
+            labels: [n] int64, or None.
+            transform: from raw logits to those of the softmax.
+            temperatures: (1.0,) or (1.0, T).
+            tail_groups: [V] int64, the part of the tail that each token belongs to; None for one part.
+            num_groups: the number of parts, G.
+        """
         dtype = torch.promote_types(raw.dtype, torch.float32)
         self._raw, self._token_ids, self._labels, self._transform = raw, token_ids, labels, transform
         self._stored, self._columns = token_ids >= 0, token_ids.clamp_min(0)
@@ -73,8 +121,8 @@ class Block:
         self.label_logits = None
         if labels is not None:
             self.label_logits = transform.apply(raw.gather(1, labels[:, None])[:, 0].to(dtype))
-        hide_(raw, token_ids)
-        self._tail = tail_implementation(raw.device.type)(raw, transform, temperatures, tail_groups, num_groups)
+        mask_tokens_(raw, token_ids)
+        self._tail = tail_backend(raw.device.type)(raw, transform, temperatures, tail_groups, num_groups)
         self.log_masses = [
             torch.cat([self._entries if temperature == 1.0 else self._entries / temperature, tail], dim=1)
             for temperature, tail in zip(temperatures, self._tail.log_masses, strict=True)
@@ -84,7 +132,9 @@ class Block:
     def write_gradient_(self, outcome_grads: list[Tensor | None], label_weights: Tensor | None) -> None:
         """Overwrite the raw logits with Σ D·∂(log masses) − label_weights at the labels; once only.
 
-        outcome_grads: D of each temperature's log masses [n, K + G] times 1/T, or None for 0.  label_weights [n].
+        Args:
+            outcome_grads: D of each temperature's log masses [n, K + G] times 1/T, or None for 0.
+            label_weights: [n] floating, or None for 0.
         """
         num_tokens = self._token_ids.shape[1]
         given = [grad for grad in outcome_grads if grad is not None]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from trainer.losses.blocks import row_blocks
 from trainer.losses.settings import LossSettings
 from trainer.losses.targets import TeacherTargets
-from trainer.losses.terms import DistillationTerms, DistilledBlock, Readings
+from trainer.losses.terms import DistillationBlock, DistillationTerms, TermBuffers
 from trainer.losses.transform import LogitTransform
 from trainer.losses.validation import check_settings, check_targets
 
@@ -54,11 +54,12 @@ def fused_linear_divergence(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    token_ids: Tensor,
-    logprobs: Tensor,
-    tail_logprob: Tensor,
+    token_ids: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    tail_logprob: Tensor | None = None,
     labels: Tensor | None = None,
     *,
+    targets: TeacherTargets | None = None,
     loss: str = "todi",
     kd_weight: float | None = None,
     tail: str = "bucket",
@@ -100,6 +101,7 @@ def fused_linear_divergence(
     Returns:
         scalar, float32 (float64 for float64 hidden states); 0 without positions.
     """
+    targets = TeacherTargets.of_call(targets, locals())
     if labels is None and kd_weight not in (None, 1):
         raise ValueError(
             f"kd_weight is {kd_weight:g} but there are no labels for the rest; give labels, or kd_weight 1"
@@ -115,17 +117,6 @@ def fused_linear_divergence(
     if logit_softcap is not None and not 0 < logit_softcap < inf:
         raise ValueError(f"logit_softcap is {logit_softcap:g}; it must be a positive number, or None")
     settings = LossSettings(loss, tail, temperature, approximate_temperature, loss_args)
-    targets = TeacherTargets(
-        token_ids,
-        logprobs,
-        tail_logprob,
-        tempered_tail=tempered_tail,
-        tail_groups=tail_groups,
-        group_logprobs=group_logprobs,
-        tail_entropy=tail_entropy,
-        sample_ids=sample_ids,
-        sample_logprobs=sample_logprobs,
-    )
     counted = None if labels is None else labels != IGNORED_LABEL
     projection = Projection([(hidden, weight)], bias, LogitTransform(logit_scale, logit_softcap))
     vocabulary = _check(
@@ -150,9 +141,22 @@ def fused_distillation_terms(
     vocab_size: int | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, DistillationTerms]:
-    """The objective summed over the positions, differentiable once, and the terms of each position, which are not.
+    """Compute the objective summed over the positions, differentiable once, and the terms of each position, which are not.
 
-    labels [N] integer: every position counts. Raises what `fused_linear_divergence` raises.
+    Args:
+        projection: hidden states [N, D_i] and output projection.
+        targets: the teacher at the N positions.
+        labels: [N] integer, the next token of each position; every position counts.
+        mixture: the weights of divergence and cross-entropy.
+        settings: the loss.
+        vocab_size: as for `sparse_divergence`.
+        validate: likewise.
+
+    Returns:
+        scalar, and the terms of each position, [N] each.
+
+    Raises:
+        ValueError: as for `fused_linear_divergence`.
     """
     if labels is None and mixture.ce_factor:
         raise ValueError("the mixture has cross-entropy, which needs labels")
@@ -224,7 +228,7 @@ class _FusedTerms(torch.autograd.Function):
         num_positions = len(hiddens[0])
         targets = call.targets.for_arithmetic(sums)
         labels = None if call.labels is None else call.labels.long()
-        readings = Readings(targets, labels is not None)
+        buffers = TermBuffers(targets, labels is not None)
         chunk_rows = rows_per_chunk(hiddens[0], call.vocabulary)
         memory = hiddens[0].new_empty(min(chunk_rows, num_positions), call.vocabulary)
         for start in range(0, num_positions, chunk_rows):
@@ -237,19 +241,19 @@ class _FusedTerms(torch.autograd.Function):
                 logits.add_(bias_row)
             for block_rows in row_blocks(logits, call.settings.tail):
                 raw, positions = logits[block_rows], slice(start + block_rows.start, start + block_rows.stop)
-                block = DistilledBlock(
+                block = DistillationBlock(
                     raw,
                     targets[positions],
                     None if labels is None else labels[positions],
                     call.settings,
                     call.transform,
                 )
-                readings.write(positions, block)
+                buffers.write(positions, block)
                 if any(needs_grad):
                     block.write_gradient_(call.mixture.kd_factor, call.mixture.ce_factor)
             grads.add(logits, rows, hiddens, weights)
 
-        ctx.grads, terms = grads, readings.terms()
+        ctx.grads, terms = grads, buffers.terms()
         weighted = ((call.mixture.kd_factor, terms.kd), (call.mixture.ce_factor, terms.cross_entropy))
         total = sum(
             (factor * term.sum() for factor, term in weighted if factor and term is not None),

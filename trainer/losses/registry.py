@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import inf
 from typing import Any, TypeVar
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from trainer.losses.coarse import Coarse
 from trainer.losses.divergences import DIVERGENCES
+from trainer.losses.settings import LossSettings
+from trainer.losses.targets import TeacherTargets
 
 UserDivergence = Callable[..., Tensor | tuple[Tensor, Tensor]]
 F = TypeVar("F", bound=UserDivergence)
 
 # What the losses' own arguments are called: an option of that name could never be given.
-RESERVED = frozenset(
-    """logits hidden weight bias token_ids logprobs tail_logprob labels loss kd_weight tail temperature t_squared
-    tempered_tail tail_entropy approximate_temperature tail_groups group_logprobs sample_ids sample_logprobs
-    logit_scale logit_softcap num_items vocab_size validate""".split()  # noqa: SIM905
-)
+RESERVED = {field.name for arguments in (TeacherTargets, LossSettings) for field in fields(arguments)} | {
+    *("logits", "hidden", "weight", "bias", "logit_scale", "logit_softcap", "targets", "labels"),
+    *("kd_weight", "t_squared", "num_items", "vocab_size", "validate"),
+}
 
 _registered: dict[str, UserDivergence] = {}
 

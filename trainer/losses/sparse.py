@@ -9,17 +9,18 @@ from torch.autograd.function import once_differentiable
 from trainer.losses.blocks import row_blocks
 from trainer.losses.settings import LossSettings
 from trainer.losses.targets import TeacherTargets
-from trainer.losses.terms import DistillationTerms, DistilledBlock, Readings
+from trainer.losses.terms import DistillationBlock, DistillationTerms, TermBuffers
 from trainer.losses.transform import LogitTransform
 from trainer.losses.validation import check_settings, check_targets
 
 
 def sparse_divergence(
     logits: Tensor,
-    token_ids: Tensor,
-    logprobs: Tensor,
-    tail_logprob: Tensor,
+    token_ids: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    tail_logprob: Tensor | None = None,
     *,
+    targets: TeacherTargets | None = None,
     loss: str = "todi",
     tail: str = "bucket",
     temperature: float = 1.0,
@@ -45,6 +46,8 @@ def sparse_divergence(
         token_ids: [N, k] integer, the teacher's stored tokens, −1 where a row has fewer than k.
         logprobs: [N, k] their log-probabilities in nats at T = 1 over the whole vocabulary, −inf for padding.
         tail_logprob: [N] log of the teacher's mass outside the entries, in nats; below −16 it counts as −16.
+        targets: all that is known of the teacher, in place of `token_ids` and every other argument named like one of
+            its fields.
         loss: a divergence of divergences.py, which names the sources, or a registered one.
         tail: "bucket", "groups", "cap" or "samples"; "ignore", "renormalise" and "uniform" are ablations, see tail.py.
         temperature: T of both distributions.
@@ -65,18 +68,9 @@ def sparse_divergence(
     Raises:
         ValueError: an unknown name, shapes that do not agree, ids out of range or repeated, log-probabilities that
             are NaN, positive or sum to more than 1, or a temperature whose tail is missing.
+        TypeError: neither `targets` nor the three tensors of the entries and the tail, or both.
     """
-    targets = TeacherTargets(
-        token_ids,
-        logprobs,
-        tail_logprob,
-        tempered_tail=tempered_tail,
-        tail_groups=tail_groups,
-        group_logprobs=group_logprobs,
-        tail_entropy=tail_entropy,
-        sample_ids=sample_ids,
-        sample_logprobs=sample_logprobs,
-    )
+    targets = TeacherTargets.of_call(targets, locals())
     settings = LossSettings(loss, tail, temperature, approximate_temperature, loss_args)
     return distillation_terms(logits, targets, settings=settings, vocab_size=vocab_size, validate=validate).kd
 
@@ -90,11 +84,20 @@ def distillation_terms(
     vocab_size: int | None = None,
     validate: bool = True,
 ) -> DistillationTerms:
-    """Divergence, cross-entropy of the labels and what is logged beside them, from one pass over the logits.
+    """Compute the divergence, the labels' cross-entropy and the logged quantities in one pass over the logits.
 
-    labels: [N] integer, the next token of each position; without them `cross_entropy` is None. The other arguments
-    and the errors are those of `sparse_divergence`. `kd` and `cross_entropy` are differentiable in the logits, both
-    gradients are written in one pass.
+    `kd` and `cross_entropy` are differentiable in the logits; both gradients are written in one pass.
+
+    Args:
+        logits: [N, V] floating.
+        targets: the teacher at the N positions.
+        labels: [N] integer, the next token of each position; without them `cross_entropy` is None.
+        settings: the loss.
+        vocab_size: as for `sparse_divergence`.
+        validate: likewise.
+
+    Raises:
+        ValueError: as for `sparse_divergence`.
     """
     check_settings(settings)
     if logits.ndim != 2 or not logits.is_floating_point():
@@ -120,10 +123,10 @@ class _SparseTerms(torch.autograd.Function):
         ctx.settings, ctx.vocabulary = settings, vocabulary
         ctx.save_for_backward(logits)
         ctx.set_materialize_grads(False)
-        readings = Readings(ctx.targets, labels is not None)
+        buffers = TermBuffers(ctx.targets, labels is not None)
         for rows in row_blocks(logits, settings.tail):
-            readings.write(rows, _block(ctx, logits, rows)[1])
-        terms = readings.terms()
+            buffers.write(rows, _block(ctx, logits, rows)[1])
+        terms = buffers.terms()
         ctx.mark_non_differentiable(*(term for term in terms[2:] if term is not None))
         return tuple(terms)
 
@@ -142,7 +145,7 @@ class _SparseTerms(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def _block(ctx: Any, logits: Tensor, rows: slice) -> tuple[Tensor, DistilledBlock]:
+def _block(ctx: Any, logits: Tensor, rows: slice) -> tuple[Tensor, DistillationBlock]:
     raw = logits[rows, : ctx.vocabulary].clone(memory_format=torch.contiguous_format)
     labels = None if ctx.labels is None else ctx.labels[rows]
-    return raw, DistilledBlock(raw, ctx.targets[rows], labels, ctx.settings, LogitTransform())
+    return raw, DistillationBlock(raw, ctx.targets[rows], labels, ctx.settings, LogitTransform())

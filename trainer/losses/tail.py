@@ -11,7 +11,7 @@ from math import inf, log
 import torch
 from torch import Tensor
 
-from trainer.losses.targets import TeacherTargets, hide_
+from trainer.losses.targets import TeacherTargets, mask_tokens_
 from trainer.losses.temperature import tempered
 from trainer.losses.transform import LogitTransform
 
@@ -45,7 +45,7 @@ class StudentRows:
     def tail_log_q(self, targets: TeacherTargets, temperature: float) -> Tensor:
         """Log of the student's share of the tail at T, [N, V] in the targets' dtype, −inf at the entries."""
         logits = self.transform.apply(self.raw.to(targets.logprobs.dtype)) / temperature
-        hide_(logits, targets.token_ids)
+        mask_tokens_(logits, targets.token_ids)
         log_mass = logits.logsumexp(1, keepdim=True)
         return logits.sub_(log_mass.masked_fill(log_mass == -inf, 0.0))
 

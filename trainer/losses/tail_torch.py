@@ -5,6 +5,7 @@ j the gradient w·exp(z_j − a). The exponentials of the first step are kept in
 by a student mass: a tail that the student leaves all but empty is as exact as any other.
 """
 
+from collections.abc import Sequence
 from math import inf
 
 import torch
@@ -16,7 +17,7 @@ UNDERFLOW = 1e-30  # share of the tail below which float32 exponentials, taken a
 
 
 class TorchTail:
-    """The tail of a block in plain torch, for any device. `kernels.TritonTail` is the same for CUDA."""
+    """A TailBackend in plain torch, for any device. `tail_triton.TritonTail` is the same for CUDA."""
 
     def __init__(
         self,
@@ -26,17 +27,14 @@ class TorchTail:
         tail_groups: Tensor | None,
         num_groups: int,
     ) -> None:
-        """block [n, V] floating, raw logits that hold −inf where a token is an entry; it becomes scratch memory.
-
-        temperatures: distinct.  tail_groups [V] int64 and their number, or None and 1.
-        """
+        """Take the log masses, as blocks.TailFactory says."""
         self._block, self._transform, self._tail_groups = block, transform, tail_groups
         logits = transform.apply(block.to(torch.promote_types(block.dtype, torch.float32)))
         self._slope = transform.slope(logits)
         if transform.softcap is not None:
             logits = logits.masked_fill(block == -inf, -inf)
-        self.largest = logits.amax(1)  # [n], of the tail
-        self.log_masses: list[Tensor] = []  # of each temperature: [n, G], −inf where no token is left
+        self.largest = logits.amax(1)
+        self.log_masses: list[Tensor] = []
         self._exponentials: list[Tensor] = []
         self._shifts: list[Tensor] = []
         for index, temperature in enumerate(temperatures):
@@ -82,12 +80,9 @@ class TorchTail:
         self._shifts.append(shift)
 
     def write_gradient_(
-        self, weights: list[Tensor | None], labels: Tensor | None, label_weights: Tensor | None
+        self, weights: Sequence[Tensor | None], labels: Tensor | None, label_weights: Tensor | None
     ) -> None:
-        """Overwrite the block with Σ_T w_T·exp(z/T − a_T) − label weight at the label, times ∂z/∂raw; once only.
-
-        weights: of each temperature, [n, G] or None for 0.  labels [n] int64: −1 where a row has none in the tail.
-        """
+        """See TailBackend."""
         total = None
         for weight, log_mass, exponentials, shift in zip(
             weights, self.log_masses, self._exponentials, self._shifts, strict=True

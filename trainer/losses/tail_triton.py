@@ -3,7 +3,7 @@
 Two launches. The first reads the block [n, V] once; the second, which needs the gradient in the log masses, reads it
 again and overwrites it. What lies between is a few numbers per row, [n, k + G], and stays in torch, so that every
 divergence, a user's own too, runs with these kernels. In all: two reads and one write of the block, and no other
-tensor of its size. The formulae are those of `masses`. Needs Triton 3.4, whose `gather` is the first to compile here.
+tensor of its size. The formulae are those of tail_torch. Needs Triton 3.4, whose `gather` is the first to compile here.
 """
 # mypy: allow-untyped-defs
 
@@ -33,15 +33,7 @@ FLOAT64_LOWEST = tl.constexpr(torch.finfo(torch.float64).min)
 
 
 class TritonTail:
-    """The tail of a block of raw logits, on a GPU.
-
-    block: [n, V] floating, rows may be strided, raw logits in which the tokens that are stored entries hold −inf.
-    temperatures: (1.0,) or (1.0, T). tail_groups: [V] integer, or None for one group.
-    Arithmetic is in float32 (float64 for float64 blocks), and so are the results.
-
-    log_masses: per temperature [n, G], logsumexp over each group of the transformed logits z divided by T, −inf for a
-    group without a token, NaN or inf where a z is. largest: [n], the largest z, −inf without a token.
-    """
+    """A TailBackend on a GPU. Rows of the block may be strided. Arithmetic is in the dtype of the results."""
 
     def __init__(
         self,
@@ -75,11 +67,7 @@ class TritonTail:
     def write_gradient_(
         self, weights: Sequence[Tensor | None], labels: Tensor | None, label_weights: Tensor | None
     ) -> None:
-        """Overwrite the block with the gradient in the raw logits, rounded once, exactly 0 at the entries.
-
-        It is (Σ_T weights_T[i, g(j)] · exp(z_ij/T − log_masses_T[i, g(j)]) − label_weights[i] · [j = labels[i]]) · dz/draw.
-        weights: per temperature [n, G], None for nothing. labels: [n] int64, −1 for none in the row's tail.
-        """
+        """See TailBackend; the gradient is rounded once, and exactly 0 at the entries."""
         if not self._block.numel():
             return
         n, vocabulary = self._block.shape

@@ -1,15 +1,21 @@
 """What is known of the teacher, as tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def hide_(logits: Tensor, token_ids: Tensor) -> None:
-    """Set the logits [n, V] of tokens [n, K] to −inf; the id −1 pads."""
+def mask_tokens_(logits: Tensor, token_ids: Tensor) -> None:
+    """Set the logits of some tokens to −inf.
+
+    Args:
+        logits: [n, V] floating.
+        token_ids: [n, K] int64, −1 pads.
+    """
     # Padding adds 0 to token 0, which may itself be one of them.
     minus_inf = torch.zeros_like(token_ids, dtype=logits.dtype).masked_fill_(token_ids >= 0, -inf)
     logits.scatter_add_(1, token_ids.clamp_min(0), minus_inf)
@@ -29,20 +35,43 @@ class TeacherTargets:
     sample_ids: Tensor | None = None  # [N, s] integer, drawn from the tail with replacement, −1 pads
     sample_logprobs: Tensor | None = None  # [N, s] their log p
 
+    @classmethod
+    def of_call(cls, targets: "TeacherTargets | None", arguments: Mapping[str, Any]) -> "TeacherTargets":
+        """`targets`, or the targets that a call of a loss gave as arguments of their own.
+
+        Args:
+            targets: what the call gave as a whole.
+            arguments: all arguments of the call; those named like a field are read, None where nothing was given.
+
+        Raises:
+            TypeError: the call gave both, or too little for either.
+        """
+        given = {field.name: arguments[field.name] for field in fields(cls) if arguments[field.name] is not None}
+        if targets is not None:
+            if given:
+                raise TypeError(
+                    f"{next(iter(given))} is given beside targets, which hold all of the teacher: leave it out"
+                )
+            return targets
+        missing = [name for name in ("token_ids", "logprobs", "tail_logprob") if name not in given]
+        if missing:
+            raise TypeError(f"{missing[0]} is missing: give token_ids, logprobs and tail_logprob, or targets")
+        return cls(**given)
+
     @property
     def stored(self) -> Tensor:
         """Which entries hold a token, [N, k] bool; a token of probability 0 is left to the tail."""
         return (self.token_ids >= 0) & (self.logprobs != -inf)
 
     def __getitem__(self, rows: slice | Tensor) -> "TeacherTargets":
-        """The targets of some positions; the partition into groups belongs to none and stays."""
+        """Return the targets of some positions; the partition into groups belongs to no position and stays."""
         return self._each(lambda name, tensor: tensor if name == "tail_groups" else tensor[rows])
 
     def for_arithmetic(self, dtype: torch.dtype) -> "TeacherTargets":
-        """Masses in `dtype`, indices in int64, and the id −1 wherever nothing is stored."""
+        """Convert log-probabilities to `dtype` and indices to int64, with the id −1 wherever nothing is stored."""
         converted = self._each(lambda name, tensor: tensor.to(dtype if tensor.is_floating_point() else torch.long))
         return replace(converted, token_ids=converted.token_ids.masked_fill(~converted.stored, -1))
 
     def _each(self, change: Callable[[str, Tensor], Tensor]) -> "TeacherTargets":
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(name, tensor) for name, tensor in held.items() if tensor is not None})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(name, tensor) for name, tensor in tensors.items() if tensor is not None})

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.losses.blocks import Block
+from trainer.losses.blocks import LogitBlock
 from trainer.losses.coarse import Coarse
 from trainer.losses.divergences import LINEAR_IN_P, forward_kl, reverse_kl
 from trainer.losses.registry import evaluate_divergence
@@ -23,7 +23,7 @@ from trainer.losses.transform import LogitTransform
 
 
 class DistillationTerms(NamedTuple):
-    """What one pass over the logits gives for each position."""
+    """The quantities that one pass over the logits gives for each position."""
 
     kd: Tensor  # [N] nats, the chosen divergence at the chosen temperature, not multiplied by T²
     cross_entropy: Tensor | None  # [N] nats, of the labels at T = 1
@@ -35,11 +35,11 @@ class DistillationTerms(NamedTuple):
     top1_correct: Tensor | None  # [N] bool, no token is more probable to the student than the label
 
 
-class Readings:
-    """What the blocks of N positions leave behind, [N, k + 1] numbers, from which all terms follow at once."""
+class TermBuffers:
+    """The numbers [N, k + 1] that the blocks of N positions leave behind; all terms follow from them at once."""
 
     def __init__(self, targets: TeacherTargets, with_labels: bool) -> None:
-        """targets: as `for_arithmetic` gives them; they set dtype and device."""
+        """Allocate the buffers in the dtype and on the device of `targets`, which `for_arithmetic` gave."""
         self._targets = targets
         num_positions, k = targets.token_ids.shape
         self.kd = torch.empty_like(targets.tail_logprob)
@@ -47,8 +47,8 @@ class Readings:
         self._largest = torch.empty_like(self.kd)
         self._label_logits = torch.empty_like(self.kd) if with_labels else None
 
-    def write(self, rows: slice, block: "DistilledBlock") -> None:
-        """Fill in the readings of some positions."""
+    def write(self, rows: slice, block: "DistillationBlock") -> None:
+        """Fill in the numbers of some positions."""
         self.kd[rows] = block.kd
         self._log_masses[rows] = block.bucket_log_masses(self._targets.token_ids.shape[1])
         self._largest[rows] = block.largest
@@ -56,7 +56,7 @@ class Readings:
             self._label_logits[rows] = block.label_logits
 
     def terms(self) -> DistillationTerms:
-        """The terms of all positions."""
+        """Return the terms of all positions."""
         targets, log_masses, k = self._targets, self._log_masses, self._targets.token_ids.shape[1]
         log_normaliser, label_logits = log_masses.logsumexp(1), self._label_logits
         log_p = torch.cat([targets.logprobs, targets.tail_logprob[:, None].clamp_min(LOG_TAIL_FLOOR)], dim=1)
@@ -79,12 +79,18 @@ class Readings:
         )
 
 
-class DistilledBlock:
-    """A block of raw logits [n, V] with its divergence; overwrites the logits, in the end with their gradient."""
+class DistillationBlock:
+    """A block of raw logits [n, V] with its divergence; overwrites the logits, in the end with their gradient.
 
-    kd: Tensor  # [n]
-    largest: Tensor  # [n], largest logit
-    label_logits: Tensor | None  # [n]
+    Attributes:
+        kd: [n], the divergence in nats.
+        largest: [n], the largest logit.
+        label_logits: [n], or None without labels.
+    """
+
+    kd: Tensor
+    largest: Tensor
+    label_logits: Tensor | None
 
     def __init__(
         self,
@@ -94,7 +100,15 @@ class DistilledBlock:
         settings: LossSettings,
         transform: LogitTransform,
     ) -> None:
-        """targets: as `for_arithmetic` gives them.  labels [n] int64, or None."""
+        """Compute the divergence.
+
+        Args:
+            raw: [n, V] floating.
+            targets: the teacher at the n positions, as `for_arithmetic` gives it.
+            labels: [n] int64, or None.
+            settings: the loss.
+            transform: from raw logits to those of the softmax.
+        """
         temperature = settings.temperature
         if temperature != 1.0 and targets.tempered_tail is None and targets.tail_entropy is not None:
             estimate = approximate_tempered_tail(targets, temperature, raw.shape[1])
@@ -103,7 +117,7 @@ class DistilledBlock:
         num_tokens = outcomes.token_ids.shape[1]
         temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
         self._temperature = temperature
-        self._block = block = Block(
+        self._block = block = LogitBlock(
             raw,
             outcomes.token_ids,
             labels,
@@ -126,7 +140,7 @@ class DistilledBlock:
         self.largest, self.label_logits = block.largest, block.label_logits
 
     def bucket_log_masses(self, num_entries: int) -> Tensor:
-        """Log masses of the stored entries and of all other tokens together at T = 1, [n, k + 1]."""
+        """Return the log masses of the stored entries and of all other tokens together at T = 1, [n, k + 1]."""
         log_masses = self._block.log_masses[0]
         if log_masses.shape[1] == num_entries + 1:
             return log_masses
@@ -136,7 +150,9 @@ class DistilledBlock:
     def write_gradient_(self, kd_weights: Tensor | float, ce_weights: Tensor | float) -> None:
         """Overwrite the raw logits with the gradient of Σ kd_weights·kd + ce_weights·cross_entropy; once only.
 
-        Each is [n] or a number; a number 0 costs nothing.
+        Args:
+            kd_weights: [n] floating, or one number; the number 0 costs nothing.
+            ce_weights: likewise.
         """
         at_one, at_temperature, label_weights = None, None, None
         if not _is_zero(kd_weights):

@@ -241,7 +241,7 @@ def test_without_gradients_none_is_formed(monkeypatch: pytest.MonkeyPatch) -> No
     parameters, arguments = student(5), teacher_of(5)
     expected = trainer.fused_linear_divergence(*parameters, labels=labels_of(5), **arguments)
     monkeypatch.setattr(
-        "trainer.losses.terms.DistilledBlock.write_gradient_", lambda *a: pytest.fail("a gradient was formed")
+        "trainer.losses.terms.DistillationBlock.write_gradient_", lambda *a: pytest.fail("a gradient was formed")
     )
     with torch.no_grad():
         loss = trainer.fused_linear_divergence(*parameters, labels=labels_of(5), **arguments)
@@ -433,6 +433,21 @@ def test_a_mixture_with_cross_entropy_needs_labels() -> None:
             mixture=Mixture(0.5, 0.5),
             settings=LossSettings(),
         )
+
+
+def test_targets_as_a_whole_are_the_same_as_their_parts_and_never_beside_them() -> None:
+    parameters, parts, labels = student(5), teacher_of(5), labels_of(5)
+    whole = TeacherTargets(**parts)
+    for tail in ("bucket", "groups"):
+        fused = trainer.fused_linear_divergence(*parameters, targets=whole, labels=labels, tail=tail)
+        assert torch.equal(fused, trainer.fused_linear_divergence(*parameters, **parts, labels=labels, tail=tail))
+        logits = torch.nn.functional.linear(*parameters)
+        values = trainer.sparse_divergence(logits, targets=whole, tail=tail)
+        assert torch.equal(values, trainer.sparse_divergence(logits, **parts, tail=tail))
+    with pytest.raises(TypeError, match="tail_groups is given beside targets"):
+        trainer.sparse_divergence(logits, targets=whole, tail_groups=parts["tail_groups"])
+    with pytest.raises(TypeError, match="logprobs is missing: give token_ids, logprobs and tail_logprob, or targets"):
+        trainer.fused_linear_divergence(*parameters, parts["token_ids"])
 
 
 def test_the_readmes_own_divergence_runs_fused(monkeypatch: pytest.MonkeyPatch) -> None:
