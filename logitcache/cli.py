@@ -70,7 +70,7 @@ class _Printable(logging.Formatter):
 def _build(options: argparse.Namespace, rest: list[str]) -> None:
     with _engines_needed():
         from logitcache.capture.build import build
-        from logitcache.capture.engine_options import parse_engine_options
+        from logitcache.capture.options import parse_engine_options
 
     cache = build(**_settings(options), **parse_engine_options(rest))
     if cache is not None:
@@ -79,10 +79,10 @@ def _build(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     with _engines_needed():
-        from logitcache.capture.engine_options import parse_engine_options
-        from logitcache.capture.estimate.estimate import plan_build
+        from logitcache.capture.estimate.estimate import plan
+        from logitcache.capture.options import parse_engine_options
 
-    print(plan_build(**_settings(options), **parse_engine_options(rest)).table())
+    print(plan(**_settings(options), **parse_engine_options(rest)).table())
 
 
 def _finish(options: argparse.Namespace, rest: list[str]) -> None:
@@ -208,7 +208,7 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 def _rescoring(path: str, num_rows: int, settings: dict[str, Any], rest: list[str]) -> Rescoring | None:
     """Settled before the long check, which a mistyped teacher must not follow. None where the check will say why not."""
     with _engines_needed():
-        from logitcache.capture.engine_options import parse_engine_options
+        from logitcache.capture.options import parse_engine_options
         from logitcache.capture.rescore import prepare_rescoring
 
     engine_options = parse_engine_options(rest)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 from logitcache.assembly.unfinished import PLAN_NAME, SHARD_POSITIONS, differences, read_request, refuse_changes
 from logitcache.assembly.workspace import ANSWERS_NAME, range_held, remove_former, workspace
@@ -14,6 +14,7 @@ from logitcache.capture.executors import capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
 from logitcache.capture.generation.completions import PROMPTS_NAME, answer_prompts
 from logitcache.capture.inputs import resolve_inputs
+from logitcache.capture.options import InputOptions, passes_on_to
 from logitcache.capture.placement import Placement
 from logitcache.capture.plan import PARTITION_NAME, Plan, cache_layout, make_plan, read_plan
 from logitcache.capture.request import make_request
@@ -32,14 +33,38 @@ logger = logging.getLogger("logitcache")
 LOOK_AGAIN_S = 2.0
 
 
+class BuildOptions(InputOptions, total=False):
+    """The options of `build`, but for its shard range."""
+
+    shard_positions: int
+    executor: str
+    ray_address: str | None
+    engines: int | None
+    overwrite: bool
+    reuse: str | Path | Sequence[str | Path]
+    generate: bool
+    sampling_params: Mapping[str, Any] | None
+
+
 @overload
 def build(
-    teacher: str | None, data: str | Sequence[str], out: str | Path, *, shard_range: None = None, **settings: Any
+    teacher: str | None,
+    data: str | Sequence[str],
+    out: str | Path,
+    *,
+    shard_range: None = None,
+    **options: Unpack[BuildOptions],
 ) -> LogitCache: ...
 @overload
 def build(
-    teacher: str | None, data: str | Sequence[str], out: str | Path, *, shard_range: tuple[int, int], **settings: Any
+    teacher: str | None,
+    data: str | Sequence[str],
+    out: str | Path,
+    *,
+    shard_range: tuple[int, int],
+    **options: Unpack[BuildOptions],
 ) -> None: ...
+@passes_on_to(resolve_inputs)
 def build(
     teacher: str | None,
     data: str | Sequence[str],
@@ -52,21 +77,66 @@ def build(
     shard_range: tuple[int, int] | None = None,
     overwrite: bool = False,
     reuse: str | Path | Sequence[str | Path] = (),
-    **settings: Any,
+    generate: bool = False,
+    sampling_params: Mapping[str, Any] | None = None,
+    **options: Unpack[InputOptions],
 ) -> LogitCache | None:
-    """Runs a teacher once over a corpus and writes its sparse targets to a cache, a folder or any URL that fsspec writes.
+    """Runs a teacher once over a corpus and writes its sparse targets to a cache.
 
-    teacher, data, settings (top_k, tail_groups, temperatures, tail_samples, backend, …): see `resolve_inputs`;
-    what is not named there goes to vLLM under its own name.
-    shard_positions: stored positions of a shard, the most that an interruption loses.
-    executor, ray_address, engines, shard_range: see `Placement`; with a shard_range the cache is left to `finish`.
-    overwrite: replace what `out` holds, once the new corpus is read.
-    reuse: finished caches of this teacher and these settings; rows that they hold are copied, only the others are scored.
-    A call that continues a build may name others or none.
+    The same call continues an interrupted build. vLLM runs in a process of its own: call this under
+    `if __name__ == "__main__":`.
 
-    The same call continues an interrupted build. Raises UserError for bad input, contradictory settings, and an `out` that
-    holds something else. vLLM runs in a process of its own: call this under `if __name__ == "__main__":`.
+    Args:
+        teacher: Model name or folder. With backend "openai" it is where the tokenizer is found, by default where the server
+            says that it found it.
+        data: Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders, patterns, or the name of a dataset.
+        out: The new cache: a folder, or a URL that fsspec writes.
+        shard_positions: Stored positions of a shard, the most that an interruption loses.
+        executor: "local", one engine in this process; "ray", several in a cluster.
+        ray_address: HOST:PORT of a running Ray cluster. None: one is started on this machine.
+        engines: Engines on Ray. None: as many as its GPUs hold.
+        shard_range: (i, n): this call scores the i-th of n parts of a build that n processes share; then call `finish`.
+        overwrite: Replaces what `out` holds, once the new corpus is read.
+        reuse: Finished caches of this teacher and these settings. Their rows are copied, only the others are scored. A call
+            that continues a build may name others or none.
+        generate: The documents are prompts, which the teacher answers first; then its answers are scored.
+        sampling_params: Fields of vLLM's SamplingParams under their own names, with `generate`.
+        top_k: Entries of a position. None: 64, or the whole of a smaller vocabulary.
+        top_p: Only as many entries are stored as hold this probability mass; 1.0: always `top_k`.
+        min_k: Entries that `top_p` leaves at least. None: 32, or `top_k`.
+        tail_groups: Number of groups of the vocabulary in which the tail's mass is stored; 0: none.
+        temperatures: Temperatures that training may use; the tail's normaliser is stored for each.
+        tail_entropy: Stores the tail's entropy.
+        tail_samples: Ids drawn from the tail of each position.
+        precision: "exact", "balanced" or "compact": how finely all that is stored.
+        backend: "vllm", "transformers", "openai" (a running vLLM server), or "auto": vLLM if it is installed.
+        capture_route: Of vLLM: "pooling" sees the logits, "flat" gets top-k only, "auto": pooling if it is possible.
+        base_url: Address of the server, with backend "openai".
+        model: Name by which the server serves the teacher.
+        revision: Branch, tag or commit of the model.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own.
+        trust_remote_code: Runs code that comes with the model.
+        attn_implementation: Of transformers. None: an implementation that computes all that the model's configuration says.
+        layout: "input_ids", "messages", "prompt-completion" or "text". None: found by the columns.
+        chat_template: File with a Jinja template for `messages`, which the cache stores. None: the tokenizer's own.
+        turns: Trained answers of a chat: "all", "last", or "each" in a sequence of its own.
+        columns: Our name of a column → its name in the source.
+        max_length: Longest sequence in tokens, prompt and answer together. None: what the teacher can score, at most 4096.
+        long: What happens to longer documents: "split", "truncate" or "skip". None: text is split, others are refused.
+        keep: Columns of the source that the cache stores.
+        skip_bad: Leaves out, and counts, bad documents and rows for which the teacher gives NaN.
+        data_split: Split of a dataset.
+        data_config: Configuration of a dataset.
+        **engine_options: Options of vLLM under their own names.
+
+    Returns:
+        The finished cache; None with a `shard_range`.
+
+    Raises:
+        UserError: Bad input, options that contradict each other, or an `out` that holds something else.
     """
+    if sampling_params and not generate:
+        raise UserError("--sampling-params needs --generate")
     placement = Placement(executor, ray_address, engines, shard_range)
     if shard_positions < 1:
         raise UserError(f"--shard-positions {shard_positions}: at least 1 is needed")
@@ -74,7 +144,7 @@ def build(
         raise UserError("--overwrite contradicts --shard-range: remove the old cache first")
     folder = Folder(out)
     reused = _reused([reuse] if isinstance(reuse, str | Path) else reuse, folder)
-    inputs = resolve_inputs(teacher, data, **settings)
+    inputs = resolve_inputs(teacher, data, (sampling_params or {}) if generate else None, **options)
     with workspace(folder, shared=shard_range is not None), space_needed(out):
         request = make_request(inputs, shard_positions)
         if not overwrite and (finished := _finished(folder, request)):

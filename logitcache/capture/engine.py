@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from logitcache.attention import choose_attention, left_out
-from logitcache.capture.engine_options import check_engine_options, decisive_options
+from logitcache.capture.options import check_engine_options, decisive_options
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm.engine import set_environment
 from logitcache.errors import UserError, one_line

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from logitcache.capture.corpus.documents import Source, find_sources
 from logitcache.capture.corpus.prompts import Prompts, PromptSettings
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.engine import Engine, choose_engine, choose_server
 from logitcache.capture.generation.sampling import GenerationSettings
+from logitcache.capture.options import EngineOptions
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.documents.chat_template import read_chat_template
@@ -44,6 +45,7 @@ class Inputs:
 def resolve_inputs(
     teacher: str | None,
     data: str | Sequence[str],
+    sampling_params: Mapping[str, Any] | None = None,
     *,
     top_k: int | None = None,
     top_p: float = CaptureSettings.top_p,
@@ -71,30 +73,15 @@ def resolve_inputs(
     skip_bad: bool = False,
     data_split: str = "train",
     data_config: str | None = None,
-    generate: bool = False,
-    sampling_params: Mapping[str, Any] | None = None,
-    **engine_options: Any,
+    **engine_options: Unpack[EngineOptions],
 ) -> Inputs:
-    """Inputs from the options of `logitcache build`.
+    """The inputs that the options of `logitcache.build` describe, all of which are explained there.
 
-    teacher, revision, dtype, trust_remote_code: as in transformers and vLLM; dtype "auto" is the checkpoint's own.
-    attn_implementation: of transformers, by default one that computes all that the model's configuration says.
-    chat_template: a file with the Jinja template that is used, and stored in the cache, in place of the tokenizer's own.
-    data, data_split, data_config: see `find_sources`.  layout … skip_bad: see `CorpusSettings`; max_length defaults to what
-    the teacher can score, at most 4096.
-    top_k … precision: see `CaptureSettings`; top_k is by default 64, or the whole of a smaller vocabulary.
-    backend: "vllm", "transformers", "openai", or "auto": vLLM where it imports.  capture_route: of vLLM, "pooling", "flat",
-    or "auto": pooling where it is possible.  engine_options: vLLM's, under their own names.
-    base_url, model: of "openai", the server's address and the name that it serves the teacher by; `teacher` is then where
-    the tokenizer is found, by default where the server says that it found it.
+    sampling_params: given, the documents are prompts, which the teacher answers first, see `GenerationSettings`.
 
-    generate, sampling_params: documents are prompts, which the teacher answers first; fields of vLLM's SamplingParams
-    under their own names, see `GenerationSettings`. max_length holds prompt and answer.
-
-    Raises UserError for whatever contradicts itself or is missing.
+    Raises UserError for options that contradict each other, and for a teacher or data that are missing.
     """
-    if sampling_params and not generate:
-        raise UserError("--sampling-params needs --generate")
+    generate = sampling_params is not None
     if generate and turns != CorpusSettings.turns:
         raise UserError(f"--turns {turns} is for answers that documents hold, and with --generate the teacher answers")
     if generate and backend in ("transformers", "openai"):
@@ -135,7 +122,9 @@ def resolve_inputs(
         keep=tuple(keep),
         skip_bad=skip_bad,
     )
-    generation = GenerationSettings.check(sampling_params or {}, corpus_settings.max_length) if generate else None
+    generation = None
+    if sampling_params is not None:
+        generation = GenerationSettings.check(sampling_params, corpus_settings.max_length)
     sources = find_sources(data, data_split, data_config)
     return Inputs(loaded, engine, settings, corpus_settings, sources, generation)
 

@@ -13,12 +13,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from logitcache.assembly.unfinished import compared, first_of
 from logitcache.capture.engine import Engine, choose_engine, choose_server
+from logitcache.capture.options import EngineOptions
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.start import start_teacher
@@ -53,11 +54,11 @@ def prepare_rescoring(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
-    **engine_options: Any,
+    **engine_options: Unpack[EngineOptions],
 ) -> Rescoring:
     """Rescoring of `num_rows` random rows of a cache, or of the one at a path or a URL. Loads no weights.
 
-    teacher, revision, dtype: by default those of the cache's fingerprint.  The others: see `resolve_inputs`.
+    teacher, revision, dtype: by default those of the cache's fingerprint.  The others: see `logitcache.build`.
     Raises UserError where there is no such teacher, and where its vocabulary or tokenizer is not the cache's.
     """
     if num_rows < 1:

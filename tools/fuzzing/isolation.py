@@ -17,8 +17,8 @@ from unittest.mock import patch
 
 from trial import Command, Trial
 
-import logitcache.capture.engine_options
 import logitcache.capture.inputs
+import logitcache.capture.options
 import logitcache.cli
 import trainer.cli
 import trainer.comparison.execute
@@ -189,7 +189,7 @@ def _stopped_short(trial: Trial) -> Iterator[None]:
 
     with (
         patch.object(logitcache.capture.inputs, "choose_engine", engine),
-        patch.object(logitcache.capture.engine_options, "parse_engine_options", options),
+        patch.object(logitcache.capture.options, "parse_engine_options", options),
         patch.object(trainer.comparison.execute, "execute", not_done),
         patch.object(trainer.fit, "fit", trainer.fit.fit if trial.trains else fitted),
     ):

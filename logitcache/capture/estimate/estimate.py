@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, Unpack, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from logitcache.capture.calibration import tail_groups_of
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
 from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
 from logitcache.capture.inputs import resolve_inputs
+from logitcache.capture.options import InputOptions, passes_on_to
 from logitcache.capture.plan import cache_layout
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
@@ -55,14 +56,24 @@ TIMED_S = 10.0
 logger = logging.getLogger("logitcache")
 
 
-def plan_build(teacher: str | None, data: str | Sequence[str], **settings: Any) -> Estimate:
-    """What `logitcache.build` with the same arguments would take and give. Loads the teacher, writes nothing.
+@passes_on_to(resolve_inputs)
+def plan(teacher: str | None, data: str | Sequence[str], **options: Unpack[InputOptions]) -> Estimate:
+    """Estimates what `logitcache.build` with the same arguments would take and give. Loads the teacher, writes nothing.
 
-    Raises UserError for whatever the build would refuse before it scores.
+    Args:
+        teacher: Model name or folder, as of `logitcache.build`.
+        data: Documents, as of `logitcache.build`.
+        **options: The options of `logitcache.build` that decide what the cache will hold, and those of vLLM.
+
+    Returns:
+        Documents, positions, bytes, seconds of one engine, and what each k would take and give; `table()` is text.
+
+    Raises:
+        UserError: The build would refuse this before it scores.
     """
-    if settings.get("generate"):
+    if "generate" in options:
         raise UserError("--generate: a plan cannot know how long the teacher's answers will be")
-    inputs = resolve_inputs(teacher, data, **settings)
+    inputs = resolve_inputs(teacher, data, **options)
     logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
     sample = sample_corpus(inputs.sources, inputs.model.tokenizer, inputs.model.vocab_size, inputs.corpus_settings)
     types = ColumnTypes()

@@ -15,7 +15,7 @@ import pytest
 import logitcache
 from logitcache import UserError
 from logitcache.capture import worker
-from logitcache.capture.estimate.estimate import plan_build
+from logitcache.capture.estimate.estimate import plan
 from logitcache.format.shards import ShardWriter
 from tests.helpers.exchanging import findings
 
@@ -131,8 +131,8 @@ def test_a_shard_of_which_nothing_can_be_scored_is_refused(broken: Path, tmp_pat
 
 def test_a_plan_names_it_or_leaves_it_out(broken: Path, rows: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match=r"line [24] \(row .*not numbers at position"):
-        plan_build(str(broken), str(rows), backend="transformers", top_k=8)
+        plan(str(broken), str(rows), backend="transformers", top_k=8)
     with caplog.at_level(logging.WARNING, "logitcache"):
-        found = plan_build(str(broken), str(rows), backend="transformers", top_k=8, skip_bad=True)
+        found = plan(str(broken), str(rows), backend="transformers", top_k=8, skip_bad=True)
     assert "2 of them cannot be scored" in caplog.text
     assert all(np.isfinite([*choice.gradient_error.values(), choice.mass_covered]).all() for choice in found.choices)

@@ -19,7 +19,7 @@ from logitcache.capture.calibration import tail_groups_of
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.sample import sample_corpus
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
-from logitcache.capture.estimate.estimate import Estimate, estimate, narrowed, plan_build, stored_bytes, thinned
+from logitcache.capture.estimate.estimate import Estimate, estimate, narrowed, plan, stored_bytes, thinned
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
@@ -277,7 +277,7 @@ def test_a_plan_prices_kept_columns_of_any_kind_as_the_build_stores_them(teacher
     data = [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl")]
     cache = logitcache.build(str(teacher), data, tmp_path / "cache", **settings)
     assert [sequence.columns["at"] for sequence in cache] == ["2026-01-01 00:00:00", None, "7"]
-    assert plan_build(str(teacher), data, **settings).sample.num_documents == 3
+    assert plan(str(teacher), data, **settings).sample.num_documents == 3
 
 
 def test_a_teacher_without_logits_gives_mass_only_and_up_to_its_own_k(

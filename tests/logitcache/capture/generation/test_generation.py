@@ -362,7 +362,7 @@ def command(teacher: Path, prompts: Path, out: Path) -> list[str]:
 def settled(teacher: Path, prompts: Path) -> Any:
     """What `command` asks for."""
     settings: dict[str, Any] = {"backend": "vllm", "keep": ["id"], "top_k": 16, **LIMITS}
-    return resolve_inputs(str(teacher), str(prompts), generate=True, sampling_params=SAMPLING, **settings)
+    return resolve_inputs(str(teacher), str(prompts), SAMPLING, **settings)
 
 
 @pytest.mark.engine
