@@ -103,7 +103,10 @@ def check_precision(precision: str) -> None:
 
 
 def mass_tolerance(precision: str) -> float:
-    """How far entries and tail of a position may miss a sum of 1 once their log-probabilities have been rounded."""
+    """How far entries and tail of a position may miss a sum of 1 once their log-probabilities have been rounded.
+
+    It is the tolerance of stored numbers, the largest that rounding each by itself can need; `scaling` makes up for it.
+    """
     quantization = PRESETS[precision]
     return 1e-4 if quantization is None else 1e-4 + float(quantization.bound(np.log([1e-3]))[0])
 

@@ -11,8 +11,9 @@ from trainer.losses.settings import LossSettings
 from trainer.losses.tail import TAILS, check_tail
 from trainer.losses.targets import TeacherTargets
 
-# By how much Σp may exceed 1 and a log-probability 0: the rounding of targets that were stored in half precision
-# (bfloat16 moves the mass by up to 3e-3), and of any others.
+# By how much Σp may exceed 1 and a log-probability 0: what arithmetic rounds, in half precision (bfloat16 moves the mass
+# by up to 3e-3) and in any other. A cache rounds by more to save bytes, within a tolerance of its format, and what trains
+# from it scales the masses of a position until they add up again: only then are they compared with this one.
 HALF_MASS_TOLERANCE = 5e-3
 MASS_TOLERANCE = 1e-4
 
@@ -41,11 +42,23 @@ def check_targets(
     validate: bool,
     counted: Tensor | None = None,
 ) -> int:
-    """Return the teacher's vocabulary: `vocab_size`, or the columns that the student has.
+    """Refuse targets that do not fit the student or the settings, and values that no teacher gives.
 
-    student: [N, …] logits or hidden states of the positions.  counted: [N] bool, positions whose values are looked at.
-    Raise ValueError where shapes or kinds of numbers do not agree, something is missing and, with `validate`, for
-    values that no teacher gives; those are read, which waits for an accelerator.
+    Args:
+        targets: the teacher at N positions.
+        labels: [N] integer, or None.
+        settings: the loss.
+        student: [N, …], logits or hidden states of the positions.
+        columns: logits of a position.
+        vocab_size: the teacher's vocabulary; None for `columns`.
+        validate: look at values too; that waits for an accelerator.
+        counted: [N] bool, the positions whose values are looked at; None for all.
+
+    Returns:
+        The size of the teacher's vocabulary.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape or kind of numbers, or holds what no teacher gives.
     """
     if vocab_size is not None and not 0 < vocab_size <= columns:
         raise ValueError(
@@ -64,7 +77,7 @@ def check_targets(
 
 
 def _blanked(targets: TeacherTargets, labels: Tensor | None, rows: Tensor) -> tuple[TeacherTargets, Tensor | None]:
-    """Nothing wrong in some rows, whatever they hold; the others stay in their places."""
+    """Blank some rows, bool [N], so that nothing is wrong in them; the others stay in their places."""
     blanked = {}
     for field in fields(targets):
         tensor = getattr(targets, field.name)

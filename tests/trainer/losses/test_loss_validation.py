@@ -3,15 +3,19 @@
 from math import inf, nan
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import trainer
+from logitcache.format.quantization import PRESETS, mass_tolerances, rounded
+from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail
 from trainer.losses.settings import LossSettings
 from trainer.losses.sparse import distillation_terms
 from trainer.losses.tail import TAILS
 from trainer.losses.targets import TeacherTargets
+from trainer.losses.validation import MASS_TOLERANCE
 
 VOCABULARY = 6
 
@@ -175,3 +179,29 @@ def test_rounding_of_half_precision_log_probabilities_is_no_error() -> None:
 def test_checking_of_values_can_be_left_to_the_loader() -> None:
     arguments = with_value("tail_logprob", (1,), nan)
     assert trainer.sparse_divergence(**arguments, validate=False).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("precision", PRESETS)
+def test_the_worst_that_a_cache_rounds_is_accepted_once_it_is_scaled(precision: str) -> None:
+    """Entries of one probability, and groups of one share, are all rounded in the same direction."""
+    quantization = PRESETS[precision]
+    probs = np.repeat(np.linspace(1e-3, 0.1, 400)[:, None], 8, axis=1)
+    logprobs, tail = np.log(probs).astype(np.float32), np.log1p(-probs.sum(1)).astype(np.float32)
+    groups = tail[:, None] + np.log(np.full((1, 5), 0.2, np.float32))
+    if quantization:
+        levels = quantization.levels(logprobs)
+        logprobs = quantization.logprobs(int(levels.max()) + 1)[levels]
+        groups = tail[:, None] + rounded(groups - tail[:, None], quantization.group_step)
+    missing = np.abs(np.exp(logprobs).sum(1) + np.exp(tail) - 1)
+    assert (missing <= mass_tolerances(logprobs, precision, quantization)).all()
+    assert (missing.max() > MASS_TOLERANCE) == (quantization is not None)
+    scaled_groups = scaled_to_tail(groups, tail)
+    assert scaled_groups is not None
+    targets = TeacherTargets(
+        torch.arange(8).repeat(400, 1),
+        torch.tensor(scaled_beside_tail(logprobs, tail)),
+        torch.tensor(tail),
+        tail_groups=torch.arange(20) % 5,
+        group_logprobs=torch.tensor(scaled_groups),
+    )
+    assert trainer.sparse_divergence(torch.zeros(400, 20), targets=targets, tail="groups").isfinite().all()
