@@ -8,26 +8,9 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from trainer.config.config import DistillConfig, public_places
+from trainer.config.config import DistillConfig, decides_run, public_places
+from trainer.config.fields import DecidesRun
 
-INCIDENTAL = {
-    "output_dir",
-    "run_name",
-    "project",
-    "resume_from_checkpoint",
-    "report_to",
-    "debug",
-    "disable_tqdm",
-    "push_to_hub",
-    "skip_memory_metrics",
-    "local_rank",
-    "ddp_timeout",
-    "use_cpu",
-    "do_train",
-    "do_eval",
-    "do_predict",
-}
-INCIDENTAL_PREFIXES = ("hub_", "log_", "logging_", "save_", "trackio_", "dataloader_")
 SEEDS = {"seed", "data_seed"}
 KD_ONLY = {
     *("loss", "loss_args", "loss_schedule", "temperature", "temperature_schedule", "approximate_temperature"),
@@ -38,9 +21,7 @@ KD_ONLY = {
 
 def matters(name: str) -> bool:
     """Whether two runs that differ in this setting are different runs."""
-    if name == "dataloader_drop_last":
-        return True
-    return name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
+    return decides_run(name) is not DecidesRun.NEVER
 
 
 def filled_in(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from logitcache import UserError
-from trainer.config.fields import setting
+from trainer.config.fields import DecidesRun, setting
 
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
@@ -16,11 +16,13 @@ class BatchingSettings:
         None,
         "The cache to learn from: a folder or URL that `logitcache build` made. Several are mixed: CACHE:WEIGHT is a "
         "cache's share of the rows of an epoch; without weights every row comes once.",
+        decides_run=DecidesRun.COMPARED,
     )
     average_with: list[str] | None = setting(
         None,
         "Caches of other teachers on the same rows (found by row id): targets are the mean of all teachers' "
         "probabilities.",
+        decides_run=DecidesRun.COMPARED,
     )
     packing: bool = setting(
         False,

@@ -18,7 +18,7 @@ from trainer.config.adapters import AdapterSettings
 from trainer.config.batching import BatchingSettings
 from trainer.config.distillation import DistillationSettings
 from trainer.config.evaluation import EvaluationSettings
-from trainer.config.fields import redefault, setting
+from trainer.config.fields import NEVER_PREFIXES, OF_TRANSFORMERS, DecidesRun, redefault, setting
 
 UNBOUNDED = ("max_grad_norm",)
 """Settings that may be infinite: gradients of any norm are left as they are."""
@@ -43,12 +43,17 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
     `tail_choice`.
     """
 
-    student: str | None = setting(None, "The student: a model folder or a name on the Hub.")
-    from_scratch: bool = setting(False, "Draw the student's weights at random instead of loading them.")
+    student: str | None = setting(
+        None, "The student: a model folder or a name on the Hub.", decides_run=DecidesRun.COMPARED
+    )
+    from_scratch: bool = setting(
+        False, "Draw the student's weights at random instead of loading them.", decides_run=DecidesRun.COMPARED
+    )
     attn_implementation: str | None = setting(
         None,
         "The student's attention: sdpa, eager, flash_attention_2, … Default: sdpa, or eager where sdpa leaves out a part of "
         "the model's configuration.",
+        decides_run=DecidesRun.COMPARED,
     )
 
     logging_steps: float = redefault("logging_steps", 10)
@@ -110,3 +115,11 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
             value = getattr(self, field.name, None)
             if isinstance(value, float) and not math.isfinite(value) and field.name not in UNBOUNDED:
                 raise UserError(f"--{field.name} {value:g}: a finite number is expected")
+
+
+def decides_run(name: str) -> DecidesRun:
+    """Return what the setting `name` decides of a run, also a setting that only another version has."""
+    field = DistillConfig.__dataclass_fields__.get(name)
+    by_prefix = DecidesRun.NEVER if name.startswith(NEVER_PREFIXES) else DecidesRun.COMPARED
+    said: DecidesRun = (field.metadata if field else {}).get("decides_run", OF_TRANSFORMERS.get(name, by_prefix))
+    return said

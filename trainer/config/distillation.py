@@ -1,14 +1,12 @@
 """What is learned from the teacher: divergence, weight, temperature, tail."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from logitcache import UserError
-from trainer.config.fields import setting
+from trainer.config.fields import DecidesRun, setting
 from trainer.config.loss_args import parse_loss_args
-from trainer.config.schedules import ScheduleSettings
+from trainer.config.schedules import SCHEDULED, ScheduleSettings
 from trainer.losses.divergences import DIVERGENCES
 from trainer.losses.registry import check_divergence, divergence_names, options_of
 from trainer.losses.tail import TAILS
@@ -28,8 +26,8 @@ class DistillationSettings(ScheduleSettings):
     loss: str = setting(
         "todi", f"The divergence from the teacher: {', '.join(DIVERGENCES)}, or a registered one (Python only)."
     )
-    loss_args: dict | str | None = dataclasses.field(
-        default=None, metadata={"help": f"Options of the divergence, key=value,key=value: {_options_by_divergence()}."}
+    loss_args: dict | str | None = setting(
+        None, f"Options of the divergence, key=value,key=value: {_options_by_divergence()}."
     )
     kd_weight: float = setting(
         0.5, "λ in (1−λ)·CE + λ·KD: 0 learns from the hard labels only, 1 from the teacher only."
@@ -40,14 +38,18 @@ class DistillationSettings(ScheduleSettings):
     approximate_temperature: bool = setting(
         False,
         "Allow a T that the cache does not hold: its tail is estimated from the tail's entropy, which it must hold.",
+        decides_run=DecidesRun.COMPARED,
     )
     tail: str | None = setting(
         None,
         "What becomes of the teacher's mass outside the stored entries. Default: groups where the cache has them and "
         f"T is 1, else bucket. {', '.join(ABLATION_TAILS)} are ablations.",
         list(TAILS),
+        decides_run=DecidesRun.COMPARED,
     )
-    ablation: bool = setting(False, f"Allow --tail {', --tail '.join(ABLATION_TAILS)}.")
+    ablation: bool = setting(
+        False, f"Allow --tail {', --tail '.join(ABLATION_TAILS)}.", decides_run=DecidesRun.COMPARED
+    )
     t_squared: bool = setting(True, "Multiply KD by T², so that its gradient keeps its size as T grows.")
 
     @property
@@ -67,9 +69,8 @@ class DistillationSettings(ScheduleSettings):
 
     def check_distillation(self) -> None:
         """Settles the divergence's options and where schedules end. Raises UserError for what cannot be meant."""
-        defaults: dict[str, Any] = {"loss": "todi", "kd_weight": 0.5, "temperature": 1.0}
-        self.check_schedules(defaults)
-        named = {name: f"{name}_schedule" if self.points(name) else name for name in defaults}
+        self.check_schedules()
+        named = {name: f"{name}_schedule" if self.points(name) else name for name in SCHEDULED}
         for name, values, accepted in (
             (named["loss"], self.losses, divergence_names()),
             ("tail", [self.tail or "bucket"], TAILS),

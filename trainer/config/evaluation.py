@@ -1,13 +1,12 @@
 """What a run is measured by while it trains: when it ends early, and which checkpoint is its result."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from logitcache import UserError
-from trainer.config.fields import setting
+from trainer.config.fields import DecidesRun, setting
 
 # Metrics of a held-out cache that a run can be judged by; the greater the better of one only.
 JUDGING = ("loss", "ce", "perplexity", "fkl", "rkl", "agreement", "ece")
@@ -20,20 +19,24 @@ SAVE_STEPS = 500  # TrainingArguments' default
 class EvaluationSettings(TrainingArguments):
     """The held-out cache; early stopping and the best checkpoint, by any of its metrics."""
 
-    eval_cache: str | None = setting(None, "A held-out cache, evaluated during training and at the end.")
-    eval_strategy: IntervalStrategy | str = dataclasses.field(
-        default="auto",
-        metadata={
-            "help": f"When to evaluate on --eval_cache: no, steps or epoch. Default: {EVALUATIONS_PER_RUN} times a run "
-            "where --eval_cache is given."
-        },
+    eval_cache: str | None = setting(
+        None, "A held-out cache, evaluated during training and at the end.", decides_run=DecidesRun.COMPARED
+    )
+    eval_strategy: IntervalStrategy | str = setting(
+        "auto",
+        f"When to evaluate on --eval_cache: no, steps or epoch. Default: {EVALUATIONS_PER_RUN} times a run where "
+        "--eval_cache is given.",
+        decides_run=DecidesRun.IF_JUDGED,
     )
     early_stopping_patience: int | None = setting(
         None,
         "Stop after so many evaluations in a row without a better --metric_for_best_model "
         f"({', '.join(JUDGING)}), and keep the best checkpoint's weights.",
+        decides_run=DecidesRun.IF_JUDGED,
     )
-    early_stopping_threshold: float = setting(0.0, "By how much a metric must improve to count as better.")
+    early_stopping_threshold: float = setting(
+        0.0, "By how much a metric must improve to count as better.", decides_run=DecidesRun.IF_JUDGED
+    )
 
     def check_evaluation(self) -> None:
         """Settles when to evaluate, which metric is meant, which way it is better, and that every evaluation has its checkpoint.

@@ -1,19 +1,63 @@
-"""Fields of settings: a default and a help text, in the way that transformers' HfArgumentParser reads them."""
+"""Fields of settings: default, help text and what a field decides of a run, as transformers' HfArgumentParser reads them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 from transformers import TrainingArguments
 
 
-def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A setting of our own."""
-    return dataclasses.field(default=default, metadata={"help": help} | ({"choices": list(choices)} if choices else {}))
+class DecidesRun(Enum):
+    """Whether runs that differ in a setting are different runs, to a checkpoint and to a comparison."""
+
+    ALWAYS = "a checkpoint continues with the same value only, and a comparison tells the runs apart"
+    IF_PLANNED = "likewise, a checkpoint only where the batches of all epochs are planned together"
+    IF_JUDGED = "likewise, a checkpoint only where evaluations judge the run"
+    COMPARED = "a checkpoint may continue with another value, or compares what the setting names; a comparison as ever"
+    NEVER = "where and how a run was done"
+
+
+def setting(
+    default: Any, help: str, choices: Sequence[str] | None = None, *, decides_run: DecidesRun = DecidesRun.ALWAYS
+) -> Any:
+    """A setting of our own.
+
+    Args:
+        default: its value where nobody gives one.
+        help: what it is, for `trainer fit --help`.
+        choices: the accepted values; None for any.
+        decides_run: whether another value makes another run.
+    """
+    chosen = {"choices": list(choices)} if choices else {}
+    return dataclasses.field(default=default, metadata={"help": help, "decides_run": decides_run} | chosen)
 
 
 def redefault(name: str, default: Any) -> Any:
     """A field of TrainingArguments with its help and another default."""
     return dataclasses.field(default=default, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+
+
+OF_TRANSFORMERS = {
+    **dict.fromkeys(
+        (
+            *("train_sampling_strategy", "dataloader_drop_last", "per_device_train_batch_size"),
+            *("gradient_accumulation_steps", "seed", "data_seed"),
+        ),
+        DecidesRun.ALWAYS,
+    ),
+    **dict.fromkeys(("num_train_epochs", "max_steps"), DecidesRun.IF_PLANNED),
+    **dict.fromkeys(("metric_for_best_model", "eval_steps"), DecidesRun.IF_JUDGED),
+    **dict.fromkeys(
+        (
+            *("output_dir", "run_name", "project", "resume_from_checkpoint", "report_to", "debug", "disable_tqdm"),
+            *("push_to_hub", "skip_memory_metrics", "local_rank", "ddp_timeout", "use_cpu"),
+            *("do_train", "do_eval", "do_predict"),
+        ),
+        DecidesRun.NEVER,
+    ),
+}
+"""Fields of TrainingArguments. The others are COMPARED, but for those with one of NEVER_PREFIXES."""
+NEVER_PREFIXES = ("hub_", "log_", "logging_", "save_", "trackio_", "dataloader_")

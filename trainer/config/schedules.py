@@ -9,6 +9,8 @@ from trainer.config.fields import setting
 
 T = TypeVar("T")
 
+SCHEDULED = ("loss", "kd_weight", "temperature")
+
 
 @dataclass
 class ScheduleSettings:
@@ -25,17 +27,14 @@ class ScheduleSettings:
         None, "Temperatures one after the other: 4@0,2@0.3,1@0.6. The cache must hold the tail at each of them."
     )
 
-    def check_schedules(self, defaults: dict[str, Any]) -> None:
-        """Sets loss, kd_weight and temperature to where their schedules end. Raises UserError where they contradict.
-
-        defaults: of these three.
-        """
-        for name, default in defaults.items():
+    def check_schedules(self) -> None:
+        """Sets loss, kd_weight and temperature to where their schedules end. Raises UserError where they contradict."""
+        for name in SCHEDULED:
             points = self.points(name)
             if not points:
                 continue
             last, given = points[-1][1], getattr(self, name)
-            if given not in (default, last):
+            if given not in (self.__dataclass_fields__[name].default, last):
                 raise UserError(
                     f"--{name} {given} --{name}_schedule {getattr(self, f'{name}_schedule')}: the schedule says which "
                     f"{name} holds when, and ends at {last}. Leave --{name} out"

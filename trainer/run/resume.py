@@ -16,36 +16,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from logitcache import UserError
 from logitcache.errors import is_out_of_memory, one_line
 from logitcache.format.manifest import check_shape
-from trainer.config.config import DistillConfig
+from trainer.config.config import DistillConfig, decides_run
+from trainer.config.fields import DecidesRun
 from trainer.data.training_data import TrainingData
 from trainer.run.files import RUN_NAME, STATE_NAME, read_record
 
-SETTINGS = (
-    "loss",
-    "kd_weight",
-    "temperature",
-    "t_squared",
-    "loss_args",
-    "loss_schedule",
-    "kd_weight_schedule",
-    "temperature_schedule",
-    "train_sampling_strategy",
-    "packing",
-    "packed_length",
-    "tokens_per_batch",
-    "dataloader_drop_last",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "use_dora",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "data_seed",
-)
 PLANNED = ("packing", "tokens_per_batch")  # and grouping by length: how many batches an epoch has depends on all epochs
-LENGTH = ("num_train_epochs", "max_steps")
 NUMBER = int | float | None
 STATE_SHAPE = {
     "global_step": int,
@@ -67,7 +43,6 @@ RECORD_SHAPE = {
     "world_size": (int,),
     "cache": {"path": str, "num_positions": int, "caches": ([{"path": str, "fingerprint": dict}],)},
 }
-JUDGED = ("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model", "eval_strategy", "eval_steps")
 
 
 class RunMark(TrainerCallback, ExportableState):
@@ -185,8 +160,8 @@ def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, t
     was, now = former["settings"], json.loads(config.to_json_string())
     planned = config.train_sampling_strategy == "group_by_length" or any(getattr(config, name) for name in PLANNED)
     judged = was.get("load_best_model_at_end") or config.load_best_model_at_end
-    compared = SETTINGS + (LENGTH if planned else ()) + (JUDGED if judged else ())
-    pairs = [(name, was.get(name, now[name]), now[name]) for name in compared]
+    decisive = {DecidesRun.ALWAYS: True, DecidesRun.IF_PLANNED: planned, DecidesRun.IF_JUDGED: judged}
+    pairs = [(name, was.get(name, now[name]), now[name]) for name in now if decisive.get(decides_run(name))]
     pairs.append(("tail", former["tail"], tail))
     differing = [f"--{name} was {before}, is {after}" for name, before, after in pairs if before != after]
     ranks = former.get("world_size", config.world_size)
