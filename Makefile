@@ -1,5 +1,5 @@
-# make demo and make test set up .venv themselves; the second time they start at once.
-.PHONY: demo test test-engines test-trainer test-logitcache test-types test-programs setup clean
+# Every target sets up .venv itself; the second time it starts at once.
+.PHONY: check demo test test-engines test-trainer test-logitcache test-types test-programs setup setup-light clean
 PYTHON := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
@@ -28,6 +28,15 @@ test-types:
 test-programs:
 	$(PYTEST) -m "programs and not engine"
 
+# What a change passes before it is committed, in less than two minutes: no engine, no whole command, no slow test.
+check: setup-light
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target test-types test-fast
+
+test-fast:
+	$(PYTEST) -q -n 2 -m "not engine and not programs and not slow and not matrix"
+
 demo: setup
 	tools/demo/run.sh
 
@@ -35,6 +44,12 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml tools/setup.sh
 	tools/setup.sh
+
+# An environment without engines, for whoever changes what needs none.
+setup-light: .venv/.light
+
+.venv/.light: pyproject.toml tools/setup.sh
+	tools/setup.sh $(if $(wildcard .venv/.ready),,light)
 
 clean:
 	rm -rf .venv demo

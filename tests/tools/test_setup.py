@@ -25,7 +25,7 @@ STANDINS = {
 }
 
 
-def installed(tmp_path: Path, machine: str, flag: str, imports: str) -> tuple[list[str], str]:
+def installed(tmp_path: Path, machine: str, flag: str, imports: str, *arguments: str) -> tuple[list[str], str]:
     """What pip was asked for, without its own options, and what the script said."""
     for name, text in STANDINS.items():
         path = tmp_path / "bin" / name
@@ -37,10 +37,11 @@ def installed(tmp_path: Path, machine: str, flag: str, imports: str) -> tuple[li
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     settings = {"PATH": path, "MACHINE": machine, "FLAG": flag, "IMPORTS": imports, "LOG": str(tmp_path / "log")}
     run = subprocess.run(
-        ["bash", tmp_path / "tools/setup.sh"], env=os.environ | settings, capture_output=True, text=True
+        ["bash", tmp_path / "tools/setup.sh", *arguments], env=os.environ | settings, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / ".venv/.ready").exists()
+    assert (tmp_path / ".venv/.light").exists()
+    assert (tmp_path / ".venv/.ready").exists() != ("light" in arguments)
     return [line.split("--quiet ")[1] for line in (tmp_path / "log").read_text().splitlines()], run.stdout
 
 
@@ -62,3 +63,8 @@ def test_other_processors_go_without_vllm_and_are_told(tmp_path: Path, machine: 
     assert "install -e .[dev]" in asked
     assert not any("vllm" in line for line in asked)
     assert "transformers runs the teachers" in said
+
+
+def test_a_light_environment_has_no_engine(tmp_path: Path) -> None:
+    asked, _ = installed(tmp_path, "x86_64", "avx2", "1", "light")
+    assert asked == ["install torch==2.13.0+cpu", "install -e .[lint,test]"]
