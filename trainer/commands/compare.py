@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from logitcache import UserError
 from logitcache.errors import Parser
 from trainer.commands.shared import INTERRUPTED, check_writable, positive
-from trainer.comparison.metrics import CURVES
+from trainer.config.metrics import CURVES
 from trainer.terminal import say
 
 if TYPE_CHECKING:

@@ -10,18 +10,8 @@ from pathlib import Path
 
 from logitcache import UserError
 from logitcache.table import aligned
+from trainer.config.metrics import HELD_OUT, METRICS
 
-METRICS = {
-    "ce": "cross-entropy (nats)",
-    "perplexity": "perplexity",
-    "fkl": "FKL to the teacher, bucketed (nats)",
-    "rkl": "RKL to the teacher, bucketed (nats)",
-    "agreement": "top-1 agreement with the teacher",
-    "ece": "expected calibration error",
-    "teacher_tail": "teacher's mass outside the entries",
-    "student_tail": "student's mass outside the entries",
-    "positions": "positions",
-}
 INTERRUPTED = 130
 
 
@@ -50,4 +40,4 @@ def quieten() -> None:
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
     """The metrics of a held-out cache, a line each."""
-    return aligned([(label, f"{metrics[name]:,.5g}") for name, label in METRICS.items()])
+    return aligned([(METRICS[name].description, f"{metrics[name]:,.5g}") for name in HELD_OUT])

@@ -13,8 +13,8 @@ from typing import Any
 from logitcache import UserError
 from logitcache.urls import public_url
 from trainer.comparison.generation import Answers, answers_of
-from trainer.comparison.metrics import CURVES, ROUGE_L
 from trainer.comparison.settings import filled_in
+from trainer.config.metrics import CURVES, ROUGE_L
 from trainer.config.schedules import parse_points
 from trainer.run.files import EVALUATION_NAME, RUN_NAME, STATE_NAME, read_record
 
@@ -36,7 +36,7 @@ ENTRY_SHAPE = {
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """metrics: of the held-out cache, of its answers and of its pace, those that are known; names as in `metrics.METRICS`.
+    """metrics: of the held-out cache, of its answers and of its pace, those that are known; names as in `config.metrics.METRICS`.
 
     curves: metric → {step: value}.  answers: by data file.  notes: on what is left out.
     """

@@ -16,12 +16,12 @@ from typing import Any
 
 from logitcache import UserError
 from logitcache.storage.atomic import write_text
-from trainer.comparison.metrics import CURVES, LOWER, PACE, metric
 from trainer.comparison.picture import common_steps
 from trainer.comparison.run_groups import Row, metrics_of, reference_of, row_settings
 from trainer.comparison.settings import differing
 from trainer.comparison.statistics import Estimate
 from trainer.comparison.table import ABSENT, numbers
+from trainer.config.metrics import CURVES, LOWER, PACE, metric_of
 
 MEANS = "Means over the seeds ± half of the 95 % confidence interval (Student's t); none with one seed. The best mean is bold."
 PAIRED = (
@@ -90,7 +90,7 @@ def _means(rows: Sequence[Row]) -> str:
 
 
 def _best(rows: Sequence[Row], name: str) -> Row | None:
-    better = metric(name).better
+    better = metric_of(name).better
     known = [(of.mean, row) for row in rows if (of := row.estimate(name))]
     finite = [(mean, row) for mean, row in known if math.isfinite(mean)]
     if not better or len(known) < 2 or not finite:
@@ -106,7 +106,7 @@ def _differences(rows: Sequence[Row]) -> str:
     names = [name for name in metrics_of(rows) if name not in PACE]
     lines = []
     for row in others:
-        found = [(row.difference(name, reference), metric(name).better) for name in names]
+        found = [(row.difference(name, reference), metric_of(name).better) for name in names]
         lines.append([_name(row), *(_estimate(of, _verdict(of, better), signed=True) for of, better in found)])
     return (
         f"<section><h2>Less {escape(reference.name)}, seed by seed</h2>"
@@ -163,7 +163,7 @@ def _data(rows: Sequence[Row]) -> dict[str, Any]:
                 bands = {"low": list(map(min, seeds)), "high": list(map(max, seeds))}
                 series.append({"row": number, "steps": steps, "mean": list(map(fmean, seeds)), **bands})
         if series:
-            curves.append({"title": _upper(metric(name).description), "series": series})
+            curves.append({"title": _upper(metric_of(name).description), "series": series})
     return {"rows": [row.name for row in rows], "curves": curves}
 
 
@@ -180,7 +180,7 @@ def _table(headings: Sequence[tuple[str, str]], lines: Sequence[Sequence[str]]) 
 
 def _headings(names: Sequence[str]) -> list[tuple[str, str]]:
     arrows = {LOWER: ", lower is better", -LOWER: ", higher is better"}
-    found = [metric(name) for name in names]
+    found = [metric_of(name) for name in names]
     return [(of.heading, of.description + arrows.get(of.better, "")) for of in found]
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from logitcache import UserError
 from logitcache.storage.atomic import atomic_path
-from trainer.comparison.metrics import metric
 from trainer.comparison.run_groups import Row
+from trainer.config.metrics import metric_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def draw(rows: Sequence[Row], curves: Sequence[str], picture: Path) -> None:
             mean = [fmean(values) for values in seeds]
             [lines[number]] = axis.plot(steps, mean, color=colour, linestyle=style, marker="o", markersize=3)
             axis.fill_between(steps, [min(v) for v in seeds], [max(v) for v in seeds], color=colour, alpha=0.2, lw=0)
-        axis.set(xlabel="step", ylabel=f"held-out {metric(name).description}")
+        axis.set(xlabel="step", ylabel=f"held-out {metric_of(name).description}")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     drawn = sorted(lines)

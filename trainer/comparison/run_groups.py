@@ -9,9 +9,9 @@ from typing import Any
 
 from logitcache import UserError
 from trainer.comparison.finished import FinishedRun
-from trainer.comparison.metrics import IN_TABLES, PACE, ROUGE_L
 from trainer.comparison.settings import KD_ONLY, SEEDS, differing, matters
 from trainer.comparison.statistics import Estimate, estimate, paired_difference
+from trainer.config.metrics import JUDGED, PACE, ROUGE_L
 
 DISPLAYED = {"todi": "ToDi"}  # every other loss in capitals
 
@@ -79,7 +79,7 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
     """The metrics that any run has, in the order of columns."""
     known = {name for row in rows for run in row.runs for name in run.metrics}
     rouge = sorted(name for name in known if name.startswith(ROUGE_L))
-    return [name for name in (*IN_TABLES, *rouge, *PACE) if name in known]
+    return [name for name in (*JUDGED, *rouge, *PACE) if name in known]
 
 
 def _name(run: FinishedRun, others: Sequence[FinishedRun]) -> str:

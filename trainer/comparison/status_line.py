@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from logitcache.errors import printable
 from trainer.comparison.finished import read_run
-from trainer.comparison.metrics import metric
 from trainer.comparison.recipe import PlannedRun
+from trainer.config.metrics import metric_of
 from trainer.terminal import say
 
 INTERVAL_S = 60.0
@@ -28,7 +28,7 @@ class StatusLine:
     def finished(self, run: PlannedRun, took: str, *, fresh: bool) -> None:
         """A run is there. fresh: it was done just now."""
         metrics = read_run(run.folder).metrics
-        numbers = "  ".join(f"{metric(name).heading} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        numbers = "  ".join(f"{metric_of(name).heading} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
         self._ended_line(run, f"{numbers}  {f'({took})' if fresh else '(already there)'}")
 
     def failed(self, run: PlannedRun) -> None:

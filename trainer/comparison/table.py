@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from logitcache.table import aligned
-from trainer.comparison.metrics import PACE, metric
 from trainer.comparison.run_groups import Row, metrics_of, reference_of
 from trainer.comparison.statistics import Estimate
+from trainer.config.metrics import PACE, metric_of
 
 ABSENT = "–"
 
@@ -24,7 +24,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _means(rows: Sequence[Row], names: Sequence[str], with_seeds: bool = False) -> str:
-    lines = [["", *["seeds"] * with_seeds, *(metric(name).heading for name in names)]]
+    lines = [["", *["seeds"] * with_seeds, *(metric_of(name).heading for name in names)]]
     for row in rows:
         seeds = [str(len(row.runs))] * with_seeds
         lines.append([row.name, *seeds, *(cell(row.estimate(name)) for name in names)])
@@ -56,7 +56,7 @@ def _differences(rows: Sequence[Row], names: Sequence[str]) -> str:
     others = [row for row in rows if row is not reference]
     if not others:
         return ""
-    lines = [[f"less {reference.name}, by seed", *(metric(name).heading for name in names)]]
+    lines = [[f"less {reference.name}, by seed", *(metric_of(name).heading for name in names)]]
     for row in others:
         lines.append([row.name, *(cell(row.difference(name, reference), signed=True) for name in names)])
     return aligned(lines)

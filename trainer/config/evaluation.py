@@ -7,10 +7,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from logitcache import UserError
 from trainer.config.fields import DecidesRun, setting
+from trainer.config.metrics import HIGHER, JUDGED, METRICS
 
-# Metrics of a held-out cache that a run can be judged by; the greater the better of one only.
-JUDGING = ("loss", "ce", "perplexity", "fkl", "rkl", "agreement", "ece")
-GREATER_IS_BETTER = ("agreement",)
+JUDGING = ("loss", *JUDGED)
 EVALUATIONS_PER_RUN = 10
 SAVE_STEPS = 500  # TrainingArguments' default
 
@@ -69,7 +68,7 @@ class EvaluationSettings(TrainingArguments):
         if metric not in JUDGING:
             raise UserError(f"--metric_for_best_model {metric}: accepted are {', '.join(JUDGING)}")
         self.metric_for_best_model = metric
-        self.greater_is_better = metric in GREATER_IS_BETTER
+        self.greater_is_better = metric in METRICS and METRICS[metric].better == HIGHER
         if self.load_best_model_at_end and self.save_strategy == IntervalStrategy.NO:
             raise UserError("--save_strategy no: the best checkpoint cannot be kept. Leave it out, or take best")
         if (

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from trainer.config.metrics import JUDGED
+
 TRAINING: tuple[str, ...] = (
     "loss",
     "ce",
@@ -24,7 +26,6 @@ TRAINING: tuple[str, ...] = (
     "grad_norm",
     "learning_rate",
 )
-HELD_OUT: tuple[str, ...] = ("ce", "perplexity", "fkl", "rkl", "agreement", "ece")
 
 
 def use_short_lines(trainer: Trainer) -> None:
@@ -41,7 +42,7 @@ def log_line(logs: Mapping[str, float], step: int, steps: int, seconds_left: flo
     """One line for a log of training or evaluation, None for any other log."""
     if "loss" not in logs and "eval_ce" not in logs:
         return None
-    prefix, names = ("", TRAINING) if "loss" in logs else ("eval_", HELD_OUT)
+    prefix, names = ("", TRAINING) if "loss" in logs else ("eval_", JUDGED)
     numbers = [f"{name} {logs[prefix + name]:.4g}" for name in names if prefix + name in logs]
     pace = [] if prefix or "tokens_per_second" not in logs else _pace(logs)
     left = [] if seconds_left is None or prefix else [f"{seconds_left:.0f} s left"]

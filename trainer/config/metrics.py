@@ -1,4 +1,4 @@
-"""What a comparison shows of a run: headings, units, and which way is better."""
+"""The metrics of a run: headings, units, and which way is better."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ ROUGE_L = "rouge_l:"
 
 @dataclass(frozen=True)
 class Metric:
-    """heading: of a column.  description: with its unit.  better: LOWER, HIGHER or NEITHER."""
+    """What is known of a metric.
+
+    Attributes:
+        heading: of a column.
+        description: what it is, with its unit.
+        better: LOWER, HIGHER or NEITHER.
+    """
 
     heading: str
     description: str
@@ -21,23 +27,28 @@ class Metric:
 METRICS = {
     "ce": Metric("CE", "cross-entropy (nats)", LOWER),
     "perplexity": Metric("perplexity", "perplexity", LOWER),
-    "fkl": Metric("FKL", "FKL to the teacher (nats)", LOWER),
-    "rkl": Metric("RKL", "RKL to the teacher (nats)", LOWER),
+    "fkl": Metric("FKL", "FKL to the teacher, bucketed (nats)", LOWER),
+    "rkl": Metric("RKL", "RKL to the teacher, bucketed (nats)", LOWER),
     "agreement": Metric("top-1 agreement", "top-1 agreement with the teacher", HIGHER),
     "ece": Metric("ECE", "expected calibration error", LOWER),
+    "teacher_tail": Metric("teacher's tail", "teacher's mass outside the entries"),
     "student_tail": Metric("student's tail", "student's mass outside the entries"),
+    "positions": Metric("positions", "positions"),
     "tokens_per_second": Metric("tokens/s", "tokens per second of training"),
     "data_wait": Metric("data wait", "share of training spent waiting for data"),
     "minutes": Metric("minutes", "minutes of training, evaluations included"),
 }
-IN_TABLES = ("ce", "perplexity", "fkl", "rkl", "agreement", "ece")
 PACE = ("tokens_per_second", "data_wait", "minutes")
-CURVES = ("ce", "perplexity", "fkl", "rkl", "agreement", "ece", "student_tail")
-"""Those that are measured on the held-out cache as a run goes on."""
+HELD_OUT = tuple(name for name in METRICS if name not in PACE)
+"""Those that are measured on a held-out cache."""
+JUDGED = tuple(name for name, metric in METRICS.items() if metric.better)
+"""Those by which a student is the better one."""
+CURVES = (*JUDGED, "student_tail")
+"""Those that a comparison shows as a run goes on."""
 
 
-def metric(name: str) -> Metric:
-    """What is known of a metric of `finished.FinishedRun`."""
+def metric_of(name: str) -> Metric:
+    """Return what is known of a metric, also of ROUGE-L to the prompts of a data file."""
     if name.startswith(ROUGE_L):
         data = name.removeprefix(ROUGE_L)
         return Metric(f"ROUGE-L {data}", f"ROUGE-L of answers to {data} (×100)", HIGHER)
