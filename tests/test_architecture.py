@@ -29,7 +29,7 @@ FLOORS = [
     ("logitcache.reading",),
     ("logitcache.format",),
     ("logitcache.storage",),
-    ("logitcache.attention", "logitcache.documents"),
+    ("logitcache.attention", "logitcache.documents", "logitcache.engines"),
     ("logitcache.progress", "logitcache.ranges", "logitcache.table"),
     ("logitcache.errors",),
     ("logitcache.urls", "logitcache.version"),
@@ -92,6 +92,20 @@ def test_every_module_has_a_floor_and_imports_downward_only() -> None:
         if module.split(".")[0] == below.split(".")[0] and (floor(below) or 0) < (floor(module) or 0)
     ]
     assert not upward
+
+
+def test_no_circle_of_imports_exists() -> None:
+    checked: set[str] = set()
+
+    def check(module: str, importers: tuple[str, ...]) -> None:
+        assert module not in importers, " imports ".join([*importers, module])
+        if module not in checked:
+            for below in sorted(MODULES.get(module, ())):
+                check(below, (*importers, module))
+            checked.add(module)
+
+    for module in sorted(MODULES):
+        check(module, ())
 
 
 def test_logitcache_never_imports_the_trainer_which_imports_its_reader_side_only() -> None:

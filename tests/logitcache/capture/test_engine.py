@@ -23,7 +23,7 @@ def model(teacher: Path) -> TeacherModel:
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM is there, takes every architecture and wraps it."""
-    monkeypatch.setattr(engine_module, "_why_not_vllm", lambda: None)
+    monkeypatch.setattr(engine_module, "why_not_vllm", lambda: None)
     monkeypatch.setattr(vllm_engine, "why_not_engine", lambda *_: None)
     monkeypatch.setattr(vllm_pooling, "why_not_pooling", lambda *_: None)
 
@@ -88,7 +88,7 @@ def test_without_vllm_auto_takes_transformers_and_says_why(
     model: TeacherModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "logitcache")
-    monkeypatch.setattr(engine_module, "_why_not_vllm", lambda: "vLLM does not import (no such module)")
+    monkeypatch.setattr(engine_module, "why_not_vllm", lambda: "vLLM does not import (no such module)")
     assert choose(model) == Engine("transformers")
     assert "backend: transformers, since vLLM does not import" in caplog.text
     with pytest.raises(UserError, match=r"--backend vllm: vLLM does not import"):

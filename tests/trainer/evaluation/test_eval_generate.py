@@ -19,7 +19,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from logitcache import LogitCache, UserError
-from logitcache.capture.teachers.vllm.plugin import BUILD_PID
+from logitcache.engines.vllm_process import OWNER_PID
 from trainer.cli import main
 from trainer.evaluation import protocol, vllm_generation
 from trainer.evaluation.generation import Draws, TransformersGenerator, answer_of, end_ids, keeps_prompts_apart
@@ -538,7 +538,7 @@ def test_vllms_processes_end_with_the_command_whatever_ends_it(
         llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda timeout: ended.append(timeout)))
 
         def __init__(self, **options: Any) -> None:
-            started.append({**options, "outlives not": os.environ.get(BUILD_PID)})
+            started.append({**options, "outlives not": os.environ.get(OWNER_PID)})
 
         def generate(self, *_: Any, **__: Any) -> Any:
             raise KeyboardInterrupt
@@ -547,13 +547,13 @@ def test_vllms_processes_end_with_the_command_whatever_ends_it(
     fake = SimpleNamespace(__version__="0", LLM=Engine, SamplingParams=dict)
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
-    monkeypatch.setattr(vllm_generation, "_set_environment", lambda: None)
+    monkeypatch.setattr(vllm_generation, "set_environment", lambda: None)
     monkeypatch.setattr(protocol, "why_not_vllm", lambda: None)
     AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(student)
     with pytest.raises(KeyboardInterrupt):
         generate_scores(str(student), student / "generate", GenerationSettings(data, max_new_tokens=8, backend="vllm"))
     (engine,) = started
-    assert engine["outlives not"] == str(os.getpid()) and BUILD_PID not in os.environ
+    assert engine["outlives not"] == str(os.getpid()) and OWNER_PID not in os.environ
     assert engine["dtype"] == "float32", "on a CPU"
     assert len(ended) == 1
 

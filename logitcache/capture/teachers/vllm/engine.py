@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing.connection
-import os
 import re
 import signal
 import tempfile
-import textwrap
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from logitcache.capture.teachers.base import EngineLost, TeacherModel
-from logitcache.capture.teachers.vllm.plugin import BUILD_PID, SIGNALS_FILE
+from logitcache.capture.teachers.vllm.protocol import SIGNALS_FILE
+from logitcache.engines.vllm_process import brief, ends_with_this_process, environment, set_environment
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 
@@ -27,14 +26,6 @@ REASONS = {
 """What a signal tells of an engine that it ended, where that is more than its name."""
 REAPED_S = 1.0
 """Within this time the exit status of a process that is gone is known."""
-
-
-def set_environment() -> None:
-    """vLLM's own settings that a build wants otherwise and nobody has set. Call before vLLM is imported."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # A forked engine would not run the plugin again, and so outlive the build.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def engine_arguments(
@@ -119,7 +110,7 @@ class EngineProcesses:
     def starting(self) -> Iterator[None]:
         """Processes that vLLM starts inside are meant; where vLLM does not start, a UserError says why."""
         try:
-            with environment({BUILD_PID: str(os.getpid()), SIGNALS_FILE: self._signals.name}):
+            with ends_with_this_process(), environment({SIGNALS_FILE: self._signals.name}):
                 yield
         except (ValueError, OSError, TypeError, RuntimeError) as error:
             raise UserError(f"vLLM does not start with this teacher: {brief(error)}{self._signal()}") from error
@@ -167,24 +158,3 @@ class EngineProcesses:
             return ""
         known = signal.Signals(numbers[0])
         return f" ({known.name}: {REASONS.get(known) or signal.strsignal(known)})"
-
-
-def brief(error: BaseException) -> str:
-    """The beginning of an error's message, without pydantic's frame around it; vLLM's can run over pages."""
-    framed = re.search(r"Value error, (.*?)\.? (?:Supported architectures: |\[type=)", str(error), re.DOTALL)
-    return textwrap.shorten(framed[1] if framed else str(error), 300, placeholder=" …")
-
-
-@contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables for the processes started inside, and no others."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

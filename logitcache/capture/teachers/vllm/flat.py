@@ -14,12 +14,8 @@ import numpy as np
 from logitcache.capture.selection import select_from_top_k
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.teachers.vllm.engine import (
-    EngineProcesses,
-    check_prompt,
-    engine_arguments,
-    set_environment,
-)
+from logitcache.capture.teachers.vllm.engine import EngineProcesses, check_prompt, engine_arguments
+from logitcache.engines.vllm_process import set_environment
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets

@@ -10,20 +10,13 @@ import numpy as np
 
 from logitcache.capture.generation.sampling import GenerationSettings, sampling_params
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.teachers.vllm.engine import (
-    EngineProcesses,
-    check_prompt,
-    engine_arguments,
-    set_environment,
-)
+from logitcache.capture.teachers.vllm.engine import EngineProcesses, check_prompt, engine_arguments
+from logitcache.engines.vllm_process import SHUTDOWN_S, set_environment, whole_prompts
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 
 ANSWERS_IN_FLIGHT = 2048
 """Answers asked for and not yet there: more than any engine decodes at once, so that it never waits for the build."""
-
-END_S = 60.0
-"""How long the engine's processes may take to end by themselves; killed ones leave shared memory behind."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class VllmGenerator:
 
     def close(self) -> None:
         """Ends the engine's process and returns when its memory is free."""
-        self._engine.engine_core.shutdown(timeout=END_S)
+        self._engine.engine_core.shutdown(timeout=SHUTDOWN_S)
         del self._engine
 
 
@@ -122,7 +115,5 @@ def _arguments(model: TeacherModel, longest: int, engine_options: Mapping[str, A
     route_options = {"skip_tokenizer_init": False, "enable_prefix_caching": True}
     arguments = engine_arguments(model, longest, route_options, engine_options)
     if current_platform.is_cpu():
-        # The CPU backend cannot rewind a seeded generator, as it must for prompts that are read in chunks.
-        most = max(arguments.get("max_num_batched_tokens") or 0, arguments["max_model_len"], 2048)
-        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": most}
+        arguments |= whole_prompts(max(arguments.get("max_num_batched_tokens") or 0, arguments["max_model_len"]))
     return EngineArgs(**arguments)

@@ -26,7 +26,7 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 from logitcache.capture.selection import TailGroups, draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.teachers.vllm.plugin import TASK
+from logitcache.capture.teachers.vllm.protocol import TAIL_GROUPS, TASK, ScoringRequest
 from logitcache.capture.wire_format import row_width
 
 ROWS_PER_CHUNK = 1024
@@ -34,36 +34,22 @@ ROWS_PER_CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is wanted of a sequence. Travels as `PoolingParams.extra_kwargs`, so its fields are of msgpack's types.
-
-    settings: JSON of CaptureSettings; None asks for the sum of the full distributions over the stored positions.
-    stored: bit mask of the stored positions, as `np.packbits` makes it.  vocab_size: columns beyond are padding.
-    """
-
-    settings: str | None
-    vocab_size: int
-    stored: bytes
-    row_id: str
-
-
-@dataclass(frozen=True)
 class Piece:
     """A sequence's share of one step.
 
     rows: its stored positions among the step's hidden states, int64 [n].  first, total: those rows are number first … of
-    total stored positions.  held: results of its earlier pieces, and then of this one.
+    total stored positions.  results: those of its earlier pieces, and then of this one.
     """
 
-    wanted: Wanted
+    request: ScoringRequest
     rows: np.ndarray
     first: int
     total: int
-    held: list[torch.Tensor]
+    results: list[torch.Tensor]
 
     def uniforms(self, num_samples: int) -> np.ndarray:
         """The numbers that decide this piece's tail samples, float64 [n, s]: the same however the sequence is cut up."""
-        return draw_uniforms(self.wanted.row_id, self.total, num_samples)[self.first : self.first + len(self.rows)]
+        return draw_uniforms(self.request.row_id, self.total, num_samples)[self.first : self.first + len(self.rows)]
 
 
 class RowPooler(Pooler):
@@ -96,16 +82,16 @@ class RowPooler(Pooler):
             pooling_metadata.pooling_params, pooling_metadata.pooling_states, scheduled, ends, strict=True
         ):
             asked = params.extra_kwargs or {}
-            if "tail_groups" in asked:
-                groups = np.frombuffer(asked["tail_groups"], dtype=np.int32)
+            if TAIL_GROUPS in asked:
+                groups = np.frombuffer(asked[TAIL_GROUPS], dtype=np.int32)
                 self._tail_groups = TailGroups(groups, hidden_states.device)
                 pieces.append(None)
             else:
-                pieces.append(_piece(Wanted(**asked), end - count, end, offset, state.hidden_states_cache))
+                pieces.append(_piece(ScoringRequest(**asked), end - count, end, offset, state.hidden_states_cache))
             offset += count
         alike: dict[tuple[str | None, int], list[Piece]] = {}
         for piece in filter(None, pieces):
-            alike.setdefault((piece.wanted.settings, piece.wanted.vocab_size), []).append(piece)
+            alike.setdefault((piece.request.settings, piece.request.vocab_size), []).append(piece)
         for (settings, vocab_size), group in alike.items():
             if settings is None:
                 self._sum(hidden_states, group, vocab_size)
@@ -137,14 +123,14 @@ class RowPooler(Pooler):
         packed.append(torch.empty(0, row_width(settings), dtype=torch.int32, device=hidden_states.device))
         for piece, part in zip(pieces, torch.cat(packed).split([len(piece.rows) for piece in pieces]), strict=True):
             # Owned, since a view would be sent to another process with all that it is a view of.
-            piece.held.append(part.clone())
+            piece.results.append(part.clone())
 
     def _sum(self, hidden_states: torch.Tensor, pieces: list[Piece], vocab_size: int) -> None:
         for piece in pieces:
             total = torch.zeros(vocab_size, dtype=torch.float64, device=hidden_states.device)
             for logits in self._logits(hidden_states, piece.rows, vocab_size):
                 total += logits.float().softmax(dim=-1).sum(dim=0).double()
-            piece.held[:] = [total + piece.held[0] if piece.held else total]
+            piece.results[:] = [total + piece.results[0] if piece.results else total]
 
     def _logits(self, hidden_states: torch.Tensor, rows: np.ndarray, vocab_size: int) -> Iterator[torch.Tensor]:
         """Logits [≤ ROWS_PER_CHUNK, vocab_size] of `rows`, chunk by chunk; every rank computes, the first alone gets any."""
@@ -160,8 +146,8 @@ class RowPooler(Pooler):
             return None
         if piece is None:
             return torch.zeros(0)
-        result = piece.held[0] if len(piece.held) == 1 else torch.cat(piece.held)
-        piece.held.clear()
+        result = piece.results[0] if len(piece.results) == 1 else torch.cat(piece.results)
+        piece.results.clear()
         return result
 
     def _warm_up(self, hidden_states: torch.Tensor, scheduled: list[int]) -> list[torch.Tensor | None]:
@@ -176,19 +162,19 @@ class RowPooler(Pooler):
         tail_groups = TailGroups(
             np.arange(self._num_logits, dtype=np.int32) % settings.tail_groups, hidden_states.device
         )
-        wanted = Wanted(None, self._num_logits, b"", "")
-        piece = Piece(wanted, np.arange(len(hidden_states)), 0, len(hidden_states), [])
+        request = ScoringRequest(None, self._num_logits, b"", "")
+        piece = Piece(request, np.arange(len(hidden_states)), 0, len(hidden_states), [])
         self._select(hidden_states, [piece], self._num_logits, settings, tail_groups)
-        return list(piece.held[0].split(scheduled)) if self._is_first_rank else [None] * len(scheduled)
+        return list(piece.results[0].split(scheduled)) if self._is_first_rank else [None] * len(scheduled)
 
 
-def _piece(wanted: Wanted, start: int, end: int, offset: int, held: list[torch.Tensor]) -> Piece:
+def _piece(request: ScoringRequest, start: int, end: int, offset: int, results: list[torch.Tensor]) -> Piece:
     """The piece of positions start … end − 1, which are the step's hidden states from `offset` on."""
     if start == 0:
-        held.clear()  # a sequence that was preempted begins anew
-    positions = np.flatnonzero(np.unpackbits(np.frombuffer(wanted.stored, dtype=np.uint8)))
+        results.clear()  # a sequence that was preempted begins anew
+    positions = np.flatnonzero(np.unpackbits(np.frombuffer(request.stored, dtype=np.uint8)))
     first, last = np.searchsorted(positions, (start, end))
-    return Piece(wanted, positions[first:last] - start + offset, int(first), len(positions), held)
+    return Piece(request, positions[first:last] - start + offset, int(first), len(positions), results)
 
 
 @cache

@@ -1,37 +1,27 @@
-"""Runs in every process that vLLM starts for a build; does nothing in engines of other programs.
+"""The plugin of vLLM that runs in every process that vLLM starts for us. It does nothing in engines of other programs.
 
-Installed as an entry point of `vllm.general_plugins`. vLLM calls it in the front end, in the engine's own process and in
-each worker, before a model is loaded there. The engine must not outlive a build that was killed: it does not notice when
-its front end is gone, would keep its GPU memory for ever, and the build that continues would find none. The signal that ends
-a worker is known to its parent only, which keeps it to itself. And where the build asks for logits, every model must be
-able to hand them out.
+It is installed as an entry point of `vllm.general_plugins`: vLLM calls it in the front end, in the engine's own process and
+in each worker, before a model is loaded there. A process must end with its owner (`logitcache.engines.vllm_process`). It
+must report the signal that ends a worker, which only the worker's parent knows and keeps to itself. And if the build asks
+for logits, every model must be able to hand them out.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
-import threading
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
-from typing import Final
 
-BUILD_PID = "LOGITCACHE_BUILD_PID"
-"""Environment variable: the process that the engine must not outlive."""
-SIGNALS_FILE = "LOGITCACHE_SIGNALS_FILE"
-"""Environment variable: the file to which the engine's processes add a line for each child that a signal ended."""
-SCORE_LOGITS = "LOGITCACHE_SCORE_LOGITS"
-"""Environment variable: set where models are to be loaded as pooling models that give rows of `capture.packing`."""
-TASK: Final = "token_embed"
-"""vLLM's name for what such a model does: a tensor for each token."""
+from logitcache.capture.teachers.vllm.protocol import SCORE_LOGITS, SIGNALS_FILE
+from logitcache.engines.vllm_process import OWNER_PID, end_with_owner
 
 
 def prepare_engine() -> None:
-    """The entry point."""
-    if BUILD_PID in os.environ:
+    """Prepares this process before vLLM loads a model in it. It is the entry point."""
+    if OWNER_PID in os.environ:
         allow_amx()
-        die_with_the_build()
+        end_with_owner()
         record_signals()
     if SCORE_LOGITS in os.environ:
         from logitcache.capture.teachers.vllm.model import register_scoring_models
@@ -51,29 +41,13 @@ def allow_amx() -> None:
         torch.cpu._init_amx()
 
 
-def die_with_the_build() -> None:
-    """Makes this process end when the build that started it does, and not before: Ctrl-C is the build's to handle.
-
-    A thread waits on the build's process descriptor (pidfd_open(2)): its whole process, not the thread that started vLLM.
-    """
-    build = int(os.environ.get(BUILD_PID, os.getpid()))
-    if build == os.getpid():
-        return
-    try:
-        descriptor = os.pidfd_open(build)
-    except ProcessLookupError:
-        os.kill(os.getpid(), signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_after, args=(descriptor,), name="logitcache-build-watch", daemon=True).start()
-
-
 def record_signals() -> None:
     """Makes this process add a line to `SIGNALS_FILE` for each child that a signal ended, as soon as it learns of it.
 
     SIGTERM is left out: it is how vLLM ends its workers, whatever went wrong before.
     """
     path = os.environ.get(SIGNALS_FILE)
-    if path is None or os.environ[BUILD_PID] == str(os.getpid()):
+    if path is None or os.environ[OWNER_PID] == str(os.getpid()):
         return
     poll = Popen.poll
 
@@ -86,8 +60,3 @@ def record_signals() -> None:
         return status
 
     Popen.poll = recorded  # type: ignore[method-assign, assignment]
-
-
-def _end_after(process: int) -> None:
-    select.select([process], [], [])
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -15,17 +16,11 @@ import numpy as np
 
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.teachers.vllm.engine import (
-    EngineProcesses,
-    brief,
-    check_prompt,
-    engine_arguments,
-    environment,
-    set_environment,
-    unsaid,
-)
-from logitcache.capture.teachers.vllm.plugin import SCORE_LOGITS, TASK, prepare_engine
+from logitcache.capture.teachers.vllm.engine import EngineProcesses, check_prompt, engine_arguments, unsaid
+from logitcache.capture.teachers.vllm.plugin import prepare_engine
+from logitcache.capture.teachers.vllm.protocol import SCORE_LOGITS, TAIL_GROUPS, TASK, ScoringRequest
 from logitcache.capture.wire_format import unpack
+from logitcache.engines.vllm_process import brief, environment, set_environment
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
@@ -56,7 +51,7 @@ class VllmPoolingTeacher:
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
         """Group of each id, int [V]; needed before scoring with `settings.tail_groups`."""
-        request_id = self._submit([0], {"tail_groups": tail_groups.astype(np.int32).tobytes()})
+        request_id = self._submit([0], {TAIL_GROUPS: tail_groups.astype(np.int32).tobytes()})
         self._wait_for(request_id)
         self._has_tail_groups = True
 
@@ -93,9 +88,8 @@ class VllmPoolingTeacher:
             for sequence in itertools.chain(sequences, [None]):
                 if sequence is not None:
                     check_prompt(sequence, self._longest, self._model.num_logits)
-                    waiting.append(
-                        (self._submit(sequence.input_ids.tolist(), self._wanted(sequence, settings)), sequence)
-                    )
+                    request_id = self._submit(sequence.input_ids.tolist(), asdict(self._request(sequence, settings)))
+                    waiting.append((request_id, sequence))
                     tokens += len(sequence.input_ids)
                 while waiting and (sequence is None or tokens > TOKENS_IN_FLIGHT):
                     request_id, first = waiting[0]
@@ -111,23 +105,17 @@ class VllmPoolingTeacher:
             for request_id in left:
                 self._arrived.pop(request_id, None)
 
-    def _wanted(self, sequence: TokenSequence, settings: str | None) -> dict[str, Any]:
-        """The fields of `vllm_model.Wanted`."""
-        return {
-            "settings": settings,
-            "vocab_size": self._model.vocab_size,
-            # Row i predicts token i + 1.
-            "stored": np.packbits(sequence.loss_mask[1:]).tobytes(),
-            "row_id": sequence.row_id,
-        }
+    def _request(self, sequence: TokenSequence, settings: str | None) -> ScoringRequest:
+        stored = np.packbits(sequence.loss_mask[1:]).tobytes()  # position i predicts token i + 1
+        return ScoringRequest(settings, self._model.vocab_size, stored, sequence.row_id)
 
-    def _submit(self, token_ids: list[int], wanted: dict[str, Any]) -> str:
+    def _submit(self, token_ids: list[int], request: dict[str, Any]) -> str:
         from vllm import PoolingParams
 
         request_id = next(self._request_ids)
         prompt: Any = {"type": "token", "prompt_token_ids": token_ids}
         with self._processes.running():
-            self._engine.add_request(request_id, prompt, PoolingParams(task=TASK, extra_kwargs=wanted))
+            self._engine.add_request(request_id, prompt, PoolingParams(task=TASK, extra_kwargs=request))
         return request_id
 
     def _wait_for(self, request_id: str) -> np.ndarray:

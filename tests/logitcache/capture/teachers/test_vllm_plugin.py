@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from logitcache import UserError
-from logitcache.capture.teachers.vllm import plugin as vllm_plugin
 from logitcache.capture.teachers.vllm.engine import EngineProcesses
-from logitcache.capture.teachers.vllm.plugin import BUILD_PID, SIGNALS_FILE, prepare_engine
+from logitcache.capture.teachers.vllm.plugin import prepare_engine, record_signals
+from logitcache.capture.teachers.vllm.protocol import SCORE_LOGITS, SIGNALS_FILE
+from logitcache.engines.vllm_process import OWNER_PID
 
 
 @pytest.fixture
@@ -26,25 +27,25 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     calls: list[bool] = []
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: calls.append(True) or True)
-    monkeypatch.delenv(vllm_plugin.SCORE_LOGITS, raising=False)
+    monkeypatch.delenv(SCORE_LOGITS, raising=False)
     return calls
 
 
 def test_a_process_of_a_build_asks_for_amx(asked: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BUILD_PID, str(os.getpid()))
+    monkeypatch.setenv(OWNER_PID, str(os.getpid()))
     prepare_engine()
     assert asked
 
 
 def test_without_amx_nothing_is_asked_for(asked: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setenv(BUILD_PID, str(os.getpid()))
+    monkeypatch.setenv(OWNER_PID, str(os.getpid()))
     prepare_engine()
     assert not asked
 
 
 def test_engines_of_other_programs_are_left_alone(asked: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(BUILD_PID, raising=False)
+    monkeypatch.delenv(OWNER_PID, raising=False)
     prepare_engine()
     assert not asked
 
@@ -69,9 +70,9 @@ def ended(number: int) -> Any:
 
 def test_the_first_signal_that_ended_a_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Popen, "poll", Popen.poll)  # put back afterwards
-    monkeypatch.setenv(BUILD_PID, str(os.getppid()))  # this process is the engine
+    monkeypatch.setenv(OWNER_PID, str(os.getppid()))  # this process is the engine
     monkeypatch.setenv(SIGNALS_FILE, str(tmp_path / "signals"))
-    vllm_plugin.record_signals()
+    record_signals()
     for number in (signal.SIGTERM, signal.SIGILL, signal.SIGKILL):  # vLLM's own end of a worker; a crash; a leftover
         ended(number)
     assert (tmp_path / "signals").read_text() == f"{signal.SIGILL}\n{signal.SIGKILL}\n"

@@ -32,8 +32,9 @@ from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates  # noqa: E402
 
 from logitcache.capture.teachers.vllm import model as vllm_model  # noqa: E402
 from logitcache.capture.teachers.vllm import pooling as vllm_pooling  # noqa: E402
-from logitcache.capture.teachers.vllm.plugin import BUILD_PID, SCORE_LOGITS  # noqa: E402
 from logitcache.capture.teachers.vllm.pooling import VllmPoolingTeacher, why_not_pooling  # noqa: E402
+from logitcache.capture.teachers.vllm.protocol import SCORE_LOGITS  # noqa: E402
+from logitcache.engines.vllm_process import OWNER_PID  # noqa: E402
 
 VOCAB_SIZE = 512
 PADDED_SIZE = 640
@@ -275,7 +276,7 @@ def test_missing_rows_are_noticed(engine: VllmPoolingTeacher, monkeypatch: pytes
 def test_engines_of_other_programs_are_left_alone(engine: VllmPoolingTeacher) -> None:
     from vllm.model_executor.models import ModelRegistry
 
-    assert not os.environ.keys() & {BUILD_PID, SCORE_LOGITS}
+    assert not os.environ.keys() & {OWNER_PID, SCORE_LOGITS}
     assert not ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls().is_pooling_model
 
 

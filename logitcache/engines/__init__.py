@@ -1,0 +1,1 @@
+"""Processes of inference engines: the knowledge that capture and evaluation share. Standard library only."""
