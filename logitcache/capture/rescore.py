@@ -18,11 +18,10 @@ from typing import Unpack
 import numpy as np
 
 from logitcache.assembly.unfinished import compared, first_of
-from logitcache.capture.engine import Engine, choose_engine, choose_server
+from logitcache.capture.engine import Engine, EngineChoice, choose_engine, start_teacher
 from logitcache.capture.options import EngineOptions
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.teachers.start import start_teacher
 from logitcache.errors import UserError
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import CachedSequence, TokenSequence
@@ -66,9 +65,8 @@ def prepare_rescoring(
     if not isinstance(cache, LogitCache):
         cache = open_cache(cache)
     recorded = cache.manifest.fingerprint.get("teacher", {})
-    server = choose_server(backend, base_url, model, capture_route, engine_options, attn_implementation)
-    if server:
-        teacher = teacher or server.server["root"]
+    asked = EngineChoice(backend, capture_route, base_url, model, attn_implementation, engine_options)
+    teacher = teacher or asked.default_teacher()
     if teacher is None:
         if "content_sha256" in recorded or "name" not in recorded:
             name = recorded.get("name", "unknown")
@@ -76,7 +74,7 @@ def prepare_rescoring(
         teacher, revision = recorded["name"], revision or recorded.get("revision")
     loaded = TeacherModel.load(teacher, revision, dtype or recorded.get("dtype") or "auto", trust_remote_code)
     _refuse_other_vocabulary(cache.manifest, loaded)
-    engine = server or choose_engine(backend, capture_route, loaded, [], engine_options, attn_implementation)
+    engine = choose_engine(asked, loaded, [])
     return Rescoring(cache, loaded, engine, min(num_rows, len(cache)), seed)
 
 

@@ -13,12 +13,11 @@ from typing import Self, cast
 import numpy as np
 
 from logitcache.capture.calibration import tail_groups_of
-from logitcache.capture.engine import Engine
+from logitcache.capture.engine import Engine, start_teacher
 from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
 from logitcache.capture.reuse import ReusedCaches, read_places, record_copied
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher, TeacherModel
-from logitcache.capture.teachers.start import start_teacher
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import mass_tolerance

@@ -24,6 +24,7 @@ import trainer.cli
 import trainer.comparison.execute
 import trainer.run.fit
 from logitcache import UserError
+from logitcache.capture.engine import EngineChoice
 from trainer.comparison.execute import Failure
 from trainer.comparison.recipe import Recipe
 
@@ -171,10 +172,10 @@ def _stopped_short(trial: Trial) -> Iterator[None]:
     """Without engines, runs of recipes and, mostly, training."""
     choose_engine = logitcache.capture.inputs.choose_engine
 
-    def engine(backend: str, *arguments: Any) -> Any:
-        if backend in ("auto", "vllm"):
+    def engine(options: EngineChoice, *arguments: Any) -> Any:
+        if options.backend in ("auto", "vllm"):
             raise UserError("no engine of vLLM is started here")
-        return choose_engine(backend, *arguments)
+        return choose_engine(options, *arguments)
 
     def options(arguments: list[str]) -> dict[str, Any]:
         if arguments:
@@ -184,13 +185,13 @@ def _stopped_short(trial: Trial) -> Iterator[None]:
     def not_done(recipe: Recipe, jobs: int) -> list[Failure]:
         return [Failure(run.folder, ["no run is done here"]) for run in recipe.runs]
 
-    def fitted(run: Any, tell: Any) -> trainer.fit.Outcome:
-        return trainer.fit.Outcome(0, None)
+    def fitted(run: Any, tell: Any) -> trainer.run.fit.Outcome:
+        return trainer.run.fit.Outcome(0, None)
 
     with (
         patch.object(logitcache.capture.inputs, "choose_engine", engine),
         patch.object(logitcache.capture.options, "parse_engine_options", options),
         patch.object(trainer.comparison.execute, "execute", not_done),
-        patch.object(trainer.fit, "fit", trainer.fit.fit if trial.trains else fitted),
+        patch.object(trainer.run.fit, "fit", trainer.run.fit.fit if trial.trains else fitted),
     ):
         yield

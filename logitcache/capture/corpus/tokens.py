@@ -1,19 +1,68 @@
-"""How a document becomes tokens: ids and loss mask."""
+"""The means by which a document becomes tokens: ids, loss mask, and each token's place in the text."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from logitcache.capture.corpus.offsets import Offsets
+from logitcache.documents.document import BadDocument
 from logitcache.documents.text_tokens import TextTokens
 
 Tokens = tuple[np.ndarray, np.ndarray]
 """Token ids int32 [T] and loss mask bool [T]."""
+
+
+class Offsets:
+    """Tokenises text and tells each token's place in it, white space included.
+
+    A tokenizer's post-processor may cut white space off the offsets (`trim_offsets`, as in Llama 3's); a copy without it
+    gives the same tokens, as special tokens are not asked for, with whole offsets.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._exact = getattr(tokenizer, "is_fast", False)
+        if self._exact and tokenizer.backend_tokenizer.post_processor is not None:
+            self._tokenizer = copy.deepcopy(tokenizer)
+            self._tokenizer.backend_tokenizer.post_processor = None
+
+    def __call__(self, text: str, edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids [T], the first character of each token, and the character after its last one.
+
+        edges: characters at which answers begin or end. A tokenizer without offsets is given the pieces between them, which
+        must have the tokens of the whole.
+
+        Raises:
+            BadDocument: The tokenizer gives no offsets, and a token reaches across an edge.
+        """
+        if not self._exact:
+            return self._by_pieces(text, edges)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        places = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return np.array(encoded["input_ids"], dtype=np.int64), places[:, 0], places[:, 1]
+
+    def _by_pieces(self, text: str, edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        cuts = sorted({0, len(text), *edges})
+        pieces = [self._ids(text[start:end]) for start, end in pairwise(cuts)]
+        ids = [number for piece in pieces for number in piece]
+        if ids != self._ids(text):
+            raise BadDocument(
+                "this tokenizer tells no token's place in the text, and a token reaches across the edge of an answer; a "
+                "tokenizer with a tokenizer.json does"
+            )
+        lengths = [len(piece) for piece in pieces]
+        return np.array(ids, dtype=np.int64), np.repeat(cuts[:-1], lengths), np.repeat(cuts[1:], lengths)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
 
 @dataclass

@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 
 from logitcache.capture.calibration import tail_groups_of
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
+from logitcache.capture.engine import start_teacher
 from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
 from logitcache.capture.plan import cache_layout
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher
-from logitcache.capture.teachers.start import start_teacher
 from logitcache.capture.worker import find_nan
 from logitcache.errors import UserError
 from logitcache.format.codebook import Codebook

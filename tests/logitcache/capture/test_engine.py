@@ -9,7 +9,7 @@ import pytest
 
 from logitcache import UserError
 from logitcache.capture import engine as engine_module
-from logitcache.capture.engine import Engine, choose_engine
+from logitcache.capture.engine import Engine, EngineChoice, TransformersEngine, VllmEngine, choose_engine
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm import engine as vllm_engine
 from logitcache.capture.teachers.vllm import pooling as vllm_pooling
@@ -34,24 +34,25 @@ def unwrappable(vllm: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choose(model: TeacherModel, backend: str = "auto", route: str = "auto", **more: Any) -> Engine:
-    return choose_engine(backend, route, model, more.get("beyond", []), more.get("options", {}))
+    options = EngineChoice(backend, route, vllm=more.get("options", {}), attn_implementation=more.get("attention"))
+    return choose_engine(options, model, more.get("beyond", []))
 
 
 def test_pooling_is_what_auto_takes(model: TeacherModel, vllm: None) -> None:
-    assert choose(model, options={"tensor_parallel_size": 2}) == Engine("vllm", "pooling", {"tensor_parallel_size": 2})
+    assert choose(model, options={"tensor_parallel_size": 2}) == VllmEngine({"tensor_parallel_size": 2}, "pooling")
     assert choose(model).sees_logits
 
 
 def test_either_route_can_be_forced(model: TeacherModel, vllm: None) -> None:
-    assert choose(model, route="flat").route == "flat"
-    assert choose(model, route="pooling").route == "pooling"
+    assert choose(model, route="flat") == VllmEngine(route="flat")
+    assert choose(model, route="pooling") == VllmEngine(route="pooling")
     assert not choose(model, route="flat").sees_logits
 
 
 def test_an_architecture_that_cannot_be_wrapped_takes_the_flat_route_with_one_warning(
     model: TeacherModel, unwrappable: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert choose(model, backend="vllm").route == "flat"
+    assert choose(model, backend="vllm") == VllmEngine(route="flat")
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "XLM has no logits" in warning
     assert "Lost: tail groups, other temperatures, tail entropy and samples" in warning
@@ -80,8 +81,8 @@ def test_the_attention_is_an_option_of_transformers_only(model: TeacherModel, vl
     with pytest.raises(
         UserError, match=r"--attn-implementation eager is an option of transformers.*--attention-backend"
     ):
-        choose_engine("auto", "auto", model, [], {}, "eager")
-    assert choose_engine("transformers", "auto", model, [], {}, "eager").attention == "eager"
+        choose(model, attention="eager")
+    assert choose(model, "transformers", attention="eager") == TransformersEngine(attention="eager")
 
 
 def test_without_vllm_auto_takes_transformers_and_says_why(
@@ -89,7 +90,7 @@ def test_without_vllm_auto_takes_transformers_and_says_why(
 ) -> None:
     caplog.set_level("INFO", "logitcache")
     monkeypatch.setattr(engine_module, "why_not_vllm", lambda: "vLLM does not import (no such module)")
-    assert choose(model) == Engine("transformers")
+    assert choose(model) == TransformersEngine()
     assert "backend: transformers, since vLLM does not import" in caplog.text
     with pytest.raises(UserError, match=r"--backend vllm: vLLM does not import"):
         choose(model, backend="vllm")
@@ -97,7 +98,7 @@ def test_without_vllm_auto_takes_transformers_and_says_why(
 
 def test_the_fingerprint_tells_routes_and_decisive_options_apart(vllm: None) -> None:
     def identity(route: str, **options: Any) -> dict[str, Any]:
-        return Engine("vllm", route, options).identity()
+        return VllmEngine(options, route).identity()
 
     assert identity("pooling") != identity("flat")
     assert identity("flat", quantization="fp8") != identity("flat")

@@ -162,14 +162,14 @@ def test_what_an_engine_holds_is_on_one_host(
     resource: str, hosts: list[int], wanted: int | None, each: int, expected: tuple[int, int]
 ) -> None:
     job: Any = SimpleNamespace(engine=SimpleNamespace(options={"tensor_parallel_size": each}))
-    number, held = executors._placement(job, wanted, [{resource: float(count)} for count in hosts])
+    number, held = executors._resources(job, wanted, [{resource: float(count)} for count in hosts])
     assert (number, held[f"num_{resource.lower()}s"]) == expected
 
 
 def test_a_tensor_parallel_group_that_no_host_holds_is_refused() -> None:
     job: Any = SimpleNamespace(engine=SimpleNamespace(options={"tensor_parallel_size": 2}))
     with pytest.raises(UserError, match=r"with 2 GPU\(s\) each, of one host, .* it has room for 0"):
-        executors._placement(job, None, [{"GPU": 1.0}, {"GPU": 1.0}])
+        executors._resources(job, None, [{"GPU": 1.0}, {"GPU": 1.0}])
 
 
 def test_engines_that_find_no_room_are_told_of(
@@ -216,7 +216,7 @@ def test_a_cluster_that_does_not_answer_is_named(teacher: Path, corpus: Path, tm
 def test_ray_that_is_not_installed_is_named(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.capture.placement.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("logitcache.capture.executors.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"Ray is not installed; pip install 'logitcache\[ray\]'"):
         build(teacher, corpus, tmp_path / "c", executor="ray")
 

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 import logitcache
 from logitcache import CachedSequence, LogitCache, SparseTargets, UserError, cli
 from logitcache.capture import reuse, worker
+from logitcache.capture.engine import start_teacher
 from logitcache.capture.finish import finish
 from logitcache.capture.reuse import ReusedCaches
-from logitcache.capture.teachers.start import start_teacher
 from logitcache.format.layout import METADATA_KEY, Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.quantization import PRESETS

@@ -18,7 +18,7 @@ import transformers
 
 import logitcache
 from logitcache import UserError
-from logitcache.capture.engine import choose_engine
+from logitcache.capture.engine import EngineChoice, choose_engine
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
@@ -114,7 +114,7 @@ def test_transformers_loads_the_class_that_the_checkpoint_names(
 ) -> None:
     path = make_checkpoint(tmp_path, teacher_tokenizer, name)
     model = TeacherModel.load(str(path), None, "auto", False)
-    teacher = TransformersTeacher(model, choose_engine("transformers", "auto", model, [], {}).attention)
+    teacher = choose_engine(EngineChoice("transformers"), model, []).start(model, 0, 0)
     random = np.random.default_rng(0)
     sequences = [
         TokenSequence(random.integers(8, 512, length, dtype=np.int32), np.arange(length) > 0)

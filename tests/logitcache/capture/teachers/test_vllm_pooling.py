@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from logitcache.capture.engine import choose_engine
+from logitcache.capture.engine import EngineChoice, choose_engine
 from logitcache.capture.selection import draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
@@ -412,7 +412,7 @@ def test_an_architecture_that_cannot_be_wrapped_is_told_before_anything_loads(
         with pytest.raises(
             UserError, match=r"\['NoSuchForCausalLM'\] are not supported.*; --backend transformers does"
         ):
-            choose_engine("auto", "auto", replace(llama_model, name=str(tmp_path), config=made), [], {})
+            choose_engine(EngineChoice(), replace(llama_model, name=str(tmp_path), config=made), [])
 
 
 def test_the_route_needs_its_plugin(llama_model: TeacherModel, monkeypatch: pytest.MonkeyPatch) -> None:
