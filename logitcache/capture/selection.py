@@ -16,10 +16,11 @@ from torch import Tensor
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.wire_format import columns
 from logitcache.format.targets import PAD_ID, SparseTargets
+from logitcache.format.truncation import in_nucleus, nucleus
 
 CPU_BLOCK_LOGITS = 1 << 20
 GPU_BLOCK_LOGITS = 1 << 26
-"""Logits of a block of rows: 4 MiB and 256 MiB in float32. About three such blocks are held at a time."""
+"""Logits of a block of rows: 4 MiB and 256 MiB in float32. About three such blocks exist at a time."""
 SUM_WIDTH = 128
 """Consecutive ids that are summed together before anything of float64 is made of them."""
 TILE = 64
@@ -96,12 +97,12 @@ def _select(
     k = settings.top_k
     # The entry after the last one tells how large the tail's largest logit is: no pass for its maximum.
     values, ids = top_k(logits, min(k + 1, vocab_size))
-    held = torch.zeros_like(ids, dtype=torch.bool)
-    held[:, :k] = _held(values[:, :k].double() - _log_normaliser(logits, settings), settings)
-    logits.scatter_(1, ids, values.masked_fill(held, -torch.inf))
+    is_entry = torch.zeros_like(ids, dtype=torch.bool)
+    is_entry[:, :k] = _nucleus(values[:, :k].double() - _log_normaliser(logits, settings), settings)
+    logits.scatter_(1, ids, values.masked_fill(is_entry, -torch.inf))
 
     # From here on everything is relative to the tail's largest logit, so that no tail is too small for float32.
-    peak = values.masked_fill(held, -torch.inf).amax(dim=1, keepdim=True)
+    peak = values.masked_fill(is_entry, -torch.inf).amax(dim=1, keepdim=True)
     peak = torch.where(peak.isneginf(), 0, peak).float()
     relative = torch.sub(logits, peak, out=logits if logits.dtype == torch.float32 else None)  # [n, V], log
     scratch = relative.new_empty(len(logits), (vocab_size // SUM_WIDTH + 1) * SUM_WIDTH, dtype=torch.float32)
@@ -116,14 +117,14 @@ def _select(
     mass = block_masses.sum(dim=1, keepdim=True)
 
     top = values[:, :1]
-    entries = (values[:, :k].double() - top).masked_fill(~held[:, :k], -torch.inf)
+    entries = (values[:, :k].double() - top).masked_fill(~is_entry[:, :k], -torch.inf)
     below_top = peak.double() - top
     tail = below_top + mass.log()
     normaliser = torch.logaddexp(entries.logsumexp(dim=1, keepdim=True), tail)
     offset = below_top - normaliser  # relative + offset is a log-probability
 
     packed = {
-        "token_ids": ids[:, :k].masked_fill(~held[:, :k], PAD_ID),
+        "token_ids": ids[:, :k].masked_fill(~is_entry[:, :k], PAD_ID),
         "logprobs": entries - normaliser,
         "tail_logprob": tail - normaliser,
     }
@@ -140,7 +141,7 @@ def _select(
         packed["sample_ids"] = torch.where(has_tail, drawn, PAD_ID)
         packed["sample_logprobs"] = torch.where(has_tail, relative.gather(1, drawn) + offset, -torch.inf)
     if settings.tail_entropy:
-        # Σ (p / t) log p over the tail (LOSSES: s′(1)); an empty tail has none.
+        # Σ (p / t) log p over the tail; an empty tail has none.
         products = relative.clamp_min_(NEGLIGIBLE_LOG).mul_(weights).sum(dim=1, keepdim=True)
         packed["tail_entropy"] = torch.where(mass == 0, 0, products / mass + offset)
     return torch.cat([_bits(packed[name]) for name in columns(settings)], dim=1)
@@ -182,25 +183,22 @@ def select_from_top_k(
     order = np.argsort(is_padding, axis=1, kind="stable")[:, : settings.top_k]
     token_ids = np.take_along_axis(token_ids, order, axis=1)
     logprobs = np.take_along_axis(np.where(is_padding, -np.inf, logprobs).astype(np.float32), order, axis=1)
-    held = _held(torch.from_numpy(logprobs), settings).numpy()
-    mass = np.where(held, np.exp(logprobs, dtype=np.float64), 0.0).sum(axis=1)
-    k = int(held.sum(axis=1).max(initial=0))
+    taken = nucleus(logprobs, settings.top_k, settings.top_p, settings.min_k)
+    mass = np.where(taken, np.exp(logprobs, dtype=np.float64), 0.0).sum(axis=1)
+    k = int(taken.sum(axis=1).max(initial=0))
     return SparseTargets(
-        token_ids=np.where(held, token_ids, PAD_ID)[:, :k].astype(np.int32),
-        logprobs=np.where(held, logprobs, -np.inf)[:, :k],
+        token_ids=np.where(taken, token_ids, PAD_ID)[:, :k].astype(np.int32),
+        logprobs=np.where(taken, logprobs, -np.inf)[:, :k],
         # Below float32's resolution of 1 the complement is rounding noise.
         tail_logprob=np.log(np.maximum(1.0 - mass, 2.0**-24)).astype(np.float32),
     )
 
 
-def _held(descending: torch.Tensor, settings: CaptureSettings) -> torch.Tensor:
-    """Which of the top-k log-probabilities [N, k] become entries: bool [N, k], a prefix of each row, without −inf."""
-    possible = ~descending.isneginf()
-    if settings.top_p >= 1:
-        return possible
-    mass_before = descending.exp().cumsum(dim=-1) - descending.exp()
-    rank = torch.arange(descending.shape[1], device=descending.device)
-    return possible & ((mass_before < settings.top_p) | (rank < settings.min_k))
+def _nucleus(logprobs: Tensor, settings: CaptureSettings) -> Tensor:
+    """`logitcache.format.truncation.nucleus` on the device: bool [N, k] of float64 [N, k]."""
+    rank = torch.arange(logprobs.shape[1], device=logprobs.device)
+    taken: Tensor = ~logprobs.isneginf() & in_nucleus(logprobs.exp(), rank, settings.top_p, settings.min_k)
+    return taken
 
 
 def _log_normaliser(logits: Tensor, settings: CaptureSettings) -> Tensor | float:

@@ -13,25 +13,38 @@ All in float64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 
-def nucleus(logprobs: np.ndarray, top_k: int, top_p: float, min_k: int) -> np.ndarray:
-    """How many entries of each position a capture with these settings takes of more: int [M].
+def in_nucleus(probs: Any, rank: Any, top_p: float, min_k: int) -> Any:
+    """Returns which entries are taken, bool [M, k] or [k]: entries until they hold `top_p` of the mass, at least `min_k`.
 
-    logprobs: [M, k], descending, −inf beyond a position's entries. Entries are taken until they hold `top_p` of the mass
-    (1: all), at least `min_k`, at most `top_k`.
+    A cache that is made smaller and a capture (`logitcache.capture.selection`) both ask this function: numpy and torch
+    compute it alike.
+
+    Args:
+        probs: float64 [M, k], descending in each row.
+        rank: int [k], 0 … k − 1.
+        top_p: probability mass; 1 takes all entries.
+        min_k: number of entries.
     """
-    probs = np.exp(logprobs[:, :top_k], dtype=np.float64)
-    taken = np.isfinite(logprobs[:, :top_k])
-    if top_p < 1:
-        mass_before = probs.cumsum(axis=1) - probs
-        taken &= (mass_before < top_p) | (np.arange(probs.shape[1]) < min_k)
-    count: np.ndarray = taken.sum(axis=1)
-    return count
+    return rank >= 0 if top_p >= 1 else (probs.cumsum(1) - probs < top_p) | (rank < min_k)
+
+
+def nucleus(logprobs: np.ndarray, top_k: int, top_p: float, min_k: int) -> np.ndarray:
+    """Returns which of more entries a capture with these settings takes, bool [M, ≤ top_k]: a prefix of each row.
+
+    logprobs: [M, k], descending, −inf beyond a position's entries.
+    """
+    logprobs = logprobs[:, :top_k]
+    probs = np.exp(logprobs, dtype=np.float64)
+    taken: np.ndarray = ~np.isneginf(logprobs) & in_nucleus(probs, np.arange(probs.shape[1]), top_p, min_k)
+    return taken
 
 
 def truncate(

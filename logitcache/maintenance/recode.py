@@ -160,7 +160,7 @@ class _Recoder:
 
     def __call__(self, sequence: CachedSequence) -> SparseTargets:
         entries, targets = self._entries, self._fewer_columns(sequence.targets)
-        keep = nucleus(targets.logprobs, entries.top_k, entries.top_p, entries.min_k)
+        keep = nucleus(targets.logprobs, entries.top_k, entries.top_p, entries.min_k).sum(axis=1)
         random = (
             np.random.default_rng([self._seed, int(sequence.row_id, 16)]) if targets.sample_ids is not None else None
         )

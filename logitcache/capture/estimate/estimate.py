@@ -296,7 +296,7 @@ def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTar
 def narrowed(targets: SparseTargets, k: int, tail_groups: np.ndarray | None) -> SparseTargets:
     """The first k entries; the others go to the tail, and with `tail_groups`, int [V], to the groups' masses."""
     known = targets if tail_groups is not None else replace(targets, group_logprobs=None)
-    return truncate(known, nucleus(targets.logprobs, top_k=k, top_p=1.0, min_k=k), tail_groups)
+    return truncate(known, nucleus(targets.logprobs, top_k=k, top_p=1.0, min_k=k).sum(axis=1), tail_groups)
 
 
 def thinned(sequences: Sequence[TokenSequence], num_positions: int) -> list[TokenSequence]:

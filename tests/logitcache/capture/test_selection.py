@@ -17,6 +17,7 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.wire_format import row_width, unpack
 from logitcache.format.layout import Layout
 from logitcache.format.targets import concatenate, find_defect
+from logitcache.format.truncation import nucleus
 from tests.helpers.smallcaches import small, sparse_targets
 
 
@@ -202,6 +203,22 @@ def test_top_p_shows_floor_cap_and_mass_by_hand() -> None:
     assert entries(top_p=0.999) == 5
     assert entries(top_p=0.5, min_k=3) == 3
     assert entries(top_p=1.0) == 5
+
+
+@small
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=30).filter(any),
+    st.sampled_from([0.25, 0.5, 0.75, 1.0]) | st.floats(0.01, 1.0),
+    st.integers(1, 30),
+)
+def test_the_nucleus_of_a_capture_is_that_of_a_cache_that_is_made_smaller(
+    weights: list[int], top_p: float, min_k: int
+) -> None:
+    with np.errstate(divide="ignore"):  # equal weights are ties, those of 0 banned tokens
+        row = np.log(np.sort(weights)[::-1] / np.sum(weights)).astype(np.float32)[None]
+    settings = CaptureSettings(top_k=len(weights), top_p=top_p, min_k=min_k)
+    captured_entries = selection._nucleus(torch.from_numpy(row).double(), settings).numpy()
+    assert np.array_equal(captured_entries, nucleus(row, len(weights), top_p, min_k))
 
 
 def test_samples_are_drawn_from_the_tail_by_its_probabilities() -> None:

@@ -87,7 +87,7 @@ def test_the_nucleus_is_the_shortest_list_that_holds_the_mass(
     targets = sparse_targets(full, [count], Layout(VOCAB))
     probs = np.exp(targets.logprobs[0], dtype=np.float64)
     expected = next((n for n in range(count) if probs[:n].sum() >= top_p and n >= min_k and top_p < 1), count)
-    assert nucleus(targets.logprobs, top_k, top_p, min_k).tolist() == [min(expected, top_k)]
+    assert nucleus(targets.logprobs, top_k, top_p, min_k).sum(axis=1).tolist() == [min(expected, top_k)]
 
 
 def test_the_nucleus_is_that_of_a_capture() -> None:
@@ -101,7 +101,7 @@ def test_the_nucleus_is_that_of_a_capture() -> None:
     wide, narrow_settings = CaptureSettings(top_k=32), CaptureSettings(top_k=20, top_p=0.9, min_k=3)
     targets = unpack(select(logits.clone(), wide).numpy(), wide)
     expected = unpack(select(logits.clone(), narrow_settings).numpy(), narrow_settings)
-    keep = nucleus(targets.logprobs, 20, 0.9, 3)
+    keep = nucleus(targets.logprobs, 20, 0.9, 3).sum(axis=1)
     assert len(set(keep.tolist())) > 3
     assert keep.tolist() == expected.num_entries.tolist()
 
