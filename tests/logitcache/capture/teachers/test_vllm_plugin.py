@@ -75,7 +75,9 @@ def test_the_first_signal_that_ended_a_worker_is_told(tmp_path: Path, monkeypatc
     record_signals()
     for number in (signal.SIGTERM, signal.SIGILL, signal.SIGKILL):  # vLLM's own end of a worker; a crash; a leftover
         ended(number)
-    assert (tmp_path / "signals").read_text() == f"{signal.SIGILL}\n{signal.SIGKILL}\n"
+    *others, first, second = map(int, (tmp_path / "signals").read_text().split())
+    assert (first, second) == (signal.SIGILL, signal.SIGKILL)
+    assert signal.SIGTERM not in others  # engines that earlier tests closed may end meanwhile
 
 
 @pytest.mark.engine  # for the sake of the time that vLLM takes to import
