@@ -12,7 +12,7 @@ from logitcache.assembly.unfinished import PLAN_NAME, SHARD_POSITIONS, differenc
 from logitcache.assembly.workspace import ANSWERS_NAME, range_held, remove_former, workspace
 from logitcache.capture.executors import Placement, capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
-from logitcache.capture.generation.completions import PROMPTS_NAME, answer_prompts
+from logitcache.capture.generation.completions import PROMPTS_NAME, complete_prompts
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
 from logitcache.capture.plan import PARTITION_NAME, Plan, cache_layout, make_plan, read_plan
@@ -157,7 +157,7 @@ def build(
             plan = _begun(folder, request, overwrite)
             if plan is None:
                 logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
-                corpus = answer_prompts(folder, request, inputs) if inputs.generation else inputs.corpus()
+                corpus = complete_prompts(folder, request, inputs) if inputs.generation else inputs.corpus()
                 plan = make_plan(folder, request, corpus, shard_positions)
                 remove_former(folder)
             if placement.is_first:

@@ -24,7 +24,7 @@ LEAST_LOGPROB = -80.0
 """Of banned tokens too, so that distances stay finite."""
 
 
-def tail_groups_of(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:
+def make_tail_groups(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:
     """Tail groups, int32 [V], by what a teacher gives at stored positions of `sequences`, drawn at random.
 
     Raises UserError where it gives no numbers.

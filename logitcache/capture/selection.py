@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.wire_format import columns
+from logitcache.capture.wire_format import fields
 from logitcache.format.targets import PAD_ID, SparseTargets
 from logitcache.format.truncation import in_nucleus, nucleus
 
@@ -144,7 +144,7 @@ def _select(
         # Σ (p / t) log p over the tail; an empty tail has none.
         products = relative.clamp_min_(NEGLIGIBLE_LOG).mul_(weights).sum(dim=1, keepdim=True)
         packed["tail_entropy"] = torch.where(mass == 0, 0, products / mass + offset)
-    return torch.cat([_bits(packed[name]) for name in columns(settings)], dim=1)
+    return torch.cat([_bits(packed[name]) for name in fields(settings)], dim=1)
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""What is captured of one position as one row of int32, so that it leaves a device, or an engine's process, in one tensor.
+"""Everything captured of a position as one line of int32, so that it leaves a device, or an engine's process, in one tensor.
 
-Floats are bit-cast. `columns` is the only place that knows the order.
+Floats are bit-cast. `fields` is the only place that knows the order.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.format.targets import SparseTargets
 
 
-def columns(settings: CaptureSettings) -> dict[str, slice]:
-    """Where each quantity stands in a row; those that are not captured have no columns."""
+def fields(settings: CaptureSettings) -> dict[str, slice]:
+    """Returns the place of each captured quantity in a packed position, by its name in SparseTargets."""
     widths = {
         "token_ids": settings.top_k,
         "logprobs": settings.top_k,
@@ -29,21 +29,26 @@ def columns(settings: CaptureSettings) -> dict[str, slice]:
     return {name: slice(*edge) for name, edge in zip(widths, pairwise(edges), strict=True) if edge[0] < edge[1]}
 
 
-def row_width(settings: CaptureSettings) -> int:
-    """W, the int32 columns of a row."""
-    return max(part.stop for part in columns(settings).values())
+def position_width(settings: CaptureSettings) -> int:
+    """Returns W, the number of int32 of a packed position."""
+    return max(part.stop for part in fields(settings).values())
 
 
-def unpack(rows: np.ndarray, settings: CaptureSettings) -> SparseTargets:
-    """The positions that `rows`, int32 [N, W], hold: views, no copies; k is `settings.top_k`.
+def unpack(packed: np.ndarray, settings: CaptureSettings) -> SparseTargets:
+    """Returns packed positions as SparseTargets with k = `settings.top_k`, as views without copies.
 
-    Raises ValueError for another shape or dtype.
+    Args:
+        packed: int32 [N, W].
+        settings: the settings that they were packed with.
+
+    Raises:
+        ValueError: `packed` has another shape or dtype.
     """
-    if rows.dtype != np.int32 or rows.ndim != 2 or rows.shape[1] != row_width(settings):
+    if packed.dtype != np.int32 or packed.ndim != 2 or packed.shape[1] != position_width(settings):
         raise ValueError(
-            f"packed rows: received {rows.dtype} {rows.shape}, these settings pack int32 [N, {row_width(settings)}]"
+            f"packed positions: received {packed.dtype} {packed.shape}, these settings pack int32 [N, {position_width(settings)}]"
         )
-    part = {name: rows[:, where] for name, where in columns(settings).items()}
+    part = {name: packed[:, where] for name, where in fields(settings).items()}
     floats = {name: values.view(np.float32) for name, values in part.items()}
     tempered = floats.get("tempered_tail")
     entropy = floats.get("tail_entropy")

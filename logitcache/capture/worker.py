@@ -12,7 +12,7 @@ from typing import Self, cast
 
 import numpy as np
 
-from logitcache.capture.calibration import tail_groups_of
+from logitcache.capture.calibration import make_tail_groups
 from logitcache.capture.engine import Engine, start_teacher
 from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
 from logitcache.capture.reuse import ReusedCaches, read_places, record_copied
@@ -62,7 +62,7 @@ class ShardWorker:
         if not self._job.settings.tail_groups or self._plan.folder.exists(PARTITION_NAME):
             return
         first = list(islice(self._plan.sequences(0), CALIBRATION_SEQUENCES))
-        groups = tail_groups_of(cast(LogitTeacher, self._teacher), first, self._job.settings.tail_groups)
+        groups = make_tail_groups(cast(LogitTeacher, self._teacher), first, self._job.settings.tail_groups)
         write_tail_groups(self._plan.folder, groups, PARTITION_NAME)
 
     def capture(self, shards: Sequence[int], advance: Callable[[int], None] = lambda tokens: None) -> None:

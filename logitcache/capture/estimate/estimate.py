@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from logitcache.capture.calibration import tail_groups_of
+from logitcache.capture.calibration import make_tail_groups
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
 from logitcache.capture.engine import start_teacher
 from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
@@ -251,7 +251,7 @@ def _judge(
 ) -> _Judgement:
     """Gradient errors, on some of the positions, of every k with one bucket and with groups."""
     mean_probability = teacher.mean_probability(priced)
-    tail_groups = tail_groups_of(teacher, priced, num_groups)
+    tail_groups = make_tail_groups(teacher, priced, num_groups)
     teacher.set_tail_groups(tail_groups)
     wide = CaptureSettings(top_k=max(min(vocab_size, JUDGED_ENTRIES), ks[-1]), tail_groups=num_groups)
     targets = concatenate(list(teacher.score(thinned(priced, JUDGED_POSITIONS), wide)))

@@ -23,23 +23,23 @@ from logitcache.assembly.workspace import ANSWERS_NAME, abandon, begin
 from logitcache.capture.generation.sampling import GenerationSettings
 from logitcache.capture.inputs import Inputs
 from logitcache.capture.plan import check_read
-from logitcache.capture.teachers.vllm.generate import Answer, VllmGenerator
+from logitcache.capture.teachers.vllm.generate import Completion, VllmGenerator
 from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.format.sequences import TokenSequence
 from logitcache.progress import Progress
 from logitcache.storage.folder import Folder
 
 PROMPTS_NAME = f"{ANSWERS_NAME}/prompts.json"
-ANSWERED_NAME = f"{ANSWERS_NAME}/answered"
-BATCH_ANSWERS = 256
-"""Answers of a batch, about: the least that is kept."""
+COMPLETED_NAME = f"{ANSWERS_NAME}/answered"
+COMPLETIONS_PER_BATCH = 256
+"""About how many completions a batch has: the least that is kept."""
 
 logger = logging.getLogger("logitcache")
 
 
 @dataclass(frozen=True)
 class Batches:
-    """All prompts of a build. num_prompts: of each batch. Counts: see `Corpus`."""
+    """The prompts of a build, in batches. num_prompts: of each batch. Counts: see `Corpus`."""
 
     layout: str
     num_prompts: Sequence[int]
@@ -49,10 +49,10 @@ class Batches:
     first_bad: str | None
 
 
-class Answers:
-    """The corpus of prompts with their answers, the answers trained. Counts: see `Corpus`.
+class CompletedPrompts:
+    """The corpus of prompts with their completions, which are trained. Completions without a token are left out.
 
-    Answers without a token are left out.
+    Counts: see `Corpus`.
     """
 
     def __init__(self, folder: Folder, batches: Batches) -> None:
@@ -69,7 +69,7 @@ class Answers:
         reasons: Counter[str] = Counter()
         tokens = 0
         for index in range(len(self._batches.num_prompts)):
-            with self._folder.open(_answered_name(index)) as source:
+            with self._folder.open(_completed_name(index)) as source:
                 for sequence in read_tokens(source):
                     if not len(sequence.positions):
                         self.skipped["empty answers"] += 1
@@ -85,10 +85,16 @@ class Answers:
         )
 
 
-def answer_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -> Answers:
-    """Has the teacher answer every prompt that is not answered yet. What `folder` has begun was begun with this request.
+def complete_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -> CompletedPrompts:
+    """Lets the teacher answer every prompt that has no completions yet.
 
-    Raises UserError for bad documents, for a corpus without prompts, and where vLLM does not start.
+    Args:
+        folder: the cache that is built; completions that it has were made with this request.
+        request: everything that decides what the cache will hold.
+        inputs: the inputs of the build.
+
+    Raises:
+        UserError: A document is bad, the corpus has no prompts, or vLLM does not start.
     """
     assert inputs.generation is not None
     if not folder.exists(PROMPTS_NAME):
@@ -99,7 +105,7 @@ def answer_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -
             abandon(folder)
             raise
     batches = _batches(folder)
-    written = set(folder.names(ANSWERED_NAME))
+    written = set(folder.names(COMPLETED_NAME))
     missing = [index for index in range(len(batches.num_prompts)) if _batch_name(index) not in written]
     left = sum(batches.num_prompts[index] for index in missing)
     total = sum(batches.num_prompts)
@@ -115,17 +121,17 @@ def answer_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -
     if missing:
         progress = Progress("answering", total, total - left, "prompts")
         try:
-            _answer(folder, missing, batches, inputs, inputs.generation, progress)
+            _complete(folder, missing, batches, inputs, inputs.generation, progress)
         finally:
             progress.close()
-    return Answers(folder, batches)
+    return CompletedPrompts(folder, batches)
 
 
 def _read_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -> None:
     assert inputs.generation is not None
     corpus = inputs.prompts()
     progress = Progress("reading", None, 0, "prompts")
-    per_batch = max(1, BATCH_ANSWERS // inputs.generation.num_samples)
+    per_batch = max(1, COMPLETIONS_PER_BATCH // inputs.generation.num_samples)
     counts: list[int] = []
     longest = 0
     prompts = iter(corpus)
@@ -160,7 +166,7 @@ def _batches(folder: Folder) -> Batches:
     return Batches(**data)
 
 
-def _answer(
+def _complete(
     folder: Folder,
     missing: Sequence[int],
     batches: Batches,
@@ -172,7 +178,7 @@ def _answer(
     logger.info("starting vLLM to answer (tens of seconds)")
     generator = VllmGenerator(inputs.model, inputs.corpus_settings.max_length, inputs.engine.options)
     submitted: dict[int, tuple[int, TokenSequence]] = {}
-    answers: dict[int, list[tuple[int, TokenSequence, list[Answer]]]] = {index: [] for index in missing}
+    completed: dict[int, list[tuple[int, TokenSequence, list[Completion]]]] = {index: [] for index in missing}
 
     def prompts() -> Iterator[TokenSequence]:
         number = 0
@@ -185,27 +191,27 @@ def _answer(
 
     progress.start()
     try:
-        for number, answer in generator.answer(prompts(), settings):
+        for number, completions in generator.generate(prompts(), settings):
             index, prompt = submitted.pop(number)
-            answers[index].append((number, prompt, answer))
+            completed[index].append((number, prompt, completions))
             progress.advance(1)
-            if len(answers[index]) == batches.num_prompts[index]:
-                with folder.writing(_answered_name(index)) as path, TokensWriter(path) as writer:
-                    for _, prompt, answer in sorted(answers.pop(index), key=lambda item: item[0]):
-                        for sample, one in enumerate(answer):
+            if len(completed[index]) == batches.num_prompts[index]:
+                with folder.writing(_completed_name(index)) as path, TokensWriter(path) as writer:
+                    for _, prompt, completions in sorted(completed.pop(index), key=lambda item: item[0]):
+                        for sample, one in enumerate(completions):
                             writer.write(_sequence(prompt, sample, one, inputs.model.tokenizer))
     finally:
         generator.close()
 
 
-def _sequence(prompt: TokenSequence, sample: int, answer: Answer, tokenizer: Any) -> TokenSequence:
-    """A prompt with one answer, the answer trained."""
-    text = tokenizer.decode(answer.token_ids.tolist(), skip_special_tokens=True)
+def _sequence(prompt: TokenSequence, sample: int, completion: Completion, tokenizer: Any) -> TokenSequence:
+    """Returns a prompt with one completion, which is trained."""
+    text = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
     return replace(
         prompt,
-        input_ids=np.concatenate([prompt.input_ids, answer.token_ids]),
-        loss_mask=np.concatenate([prompt.loss_mask, np.ones(len(answer.token_ids), dtype=bool)]),
-        columns={**prompt.columns, "completion": text, "finish_reason": answer.finish_reason, "sample": sample},
+        input_ids=np.concatenate([prompt.input_ids, completion.token_ids]),
+        loss_mask=np.concatenate([prompt.loss_mask, np.ones(len(completion.token_ids), dtype=bool)]),
+        columns={**prompt.columns, "completion": text, "finish_reason": completion.finish_reason, "sample": sample},
     )
 
 
@@ -213,8 +219,8 @@ def _prompts_name(index: int) -> str:
     return f"{ANSWERS_NAME}/prompts/{_batch_name(index)}"
 
 
-def _answered_name(index: int) -> str:
-    return f"{ANSWERED_NAME}/{_batch_name(index)}"
+def _completed_name(index: int) -> str:
+    return f"{COMPLETED_NAME}/{_batch_name(index)}"
 
 
 def _batch_name(index: int) -> str:

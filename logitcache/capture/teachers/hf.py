@@ -18,7 +18,7 @@ from transformers import (
 from logitcache.capture.selection import TailGroups, draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.wire_format import row_width, unpack
+from logitcache.capture.wire_format import position_width, unpack
 from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
@@ -27,7 +27,7 @@ LOGITS_PER_BATCH = 1 << 26
 """Logits that one forward pass may produce, unless a single sequence has more: 256 MiB in float32."""
 WINDOW_TOKENS = 1 << 14
 """Tokens read ahead, so that a batch finds sequences of similar lengths."""
-ROWS_PER_SELECTION = 1024
+POSITIONS_PER_SELECTION = 1024
 
 
 class TransformersTeacher:
@@ -67,7 +67,9 @@ class TransformersTeacher:
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
         """SparseTargets of the stored positions of each sequence, in order; about `WINDOW_TOKENS` tokens are read ahead."""
         for window in _windows(sequences):
-            packed = [np.empty((len(sequence.positions), row_width(settings)), dtype=np.int32) for sequence in window]
+            packed = [
+                np.empty((len(sequence.positions), position_width(settings)), dtype=np.int32) for sequence in window
+            ]
             uniforms = [
                 draw_uniforms(sequence.row_id, len(sequence.positions), settings.tail_samples) for sequence in window
             ]
@@ -87,7 +89,7 @@ class TransformersTeacher:
         return (total / count).numpy()
 
     def _logits(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """(index, rows, logits [≤ ROWS_PER_SELECTION, V]) of the stored positions, sequences in order of length.
+        """(index, rows, logits [≤ POSITIONS_PER_SELECTION, V]) of the stored positions, sequences in order of length.
 
         The logits are copies without padding columns, free to be overwritten.
         """
@@ -107,8 +109,8 @@ class TransformersTeacher:
                 )
             for row, i in enumerate(batch):
                 positions = torch.tensor(sequences[i].positions).to(self._device)
-                for start in range(0, len(positions), ROWS_PER_SELECTION):
-                    rows = slice(start, start + ROWS_PER_SELECTION)
+                for start in range(0, len(positions), POSITIONS_PER_SELECTION):
+                    rows = slice(start, start + POSITIONS_PER_SELECTION)
                     yield i, rows, output.logits[row, positions[rows], : self._vocab_size]
             del output  # before the next forward pass
 

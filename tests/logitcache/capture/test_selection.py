@@ -14,7 +14,7 @@ from logitcache import SparseTargets, UserError
 from logitcache.capture import selection
 from logitcache.capture.selection import TailGroups, draw_uniforms, select, select_from_top_k, top_k
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.wire_format import row_width, unpack
+from logitcache.capture.wire_format import position_width, unpack
 from logitcache.format.layout import Layout
 from logitcache.format.targets import concatenate, find_defect
 from logitcache.format.truncation import nucleus
@@ -57,7 +57,7 @@ def selected(
         None if uniforms is None else torch.from_numpy(uniforms),
     )
     assert packed.dtype == torch.int32
-    assert packed.shape == (len(logits), row_width(settings))
+    assert packed.shape == (len(logits), position_width(settings))
     return unpack(packed.numpy(), settings)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from logitcache import SparseTargets
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.wire_format import row_width, unpack
+from logitcache.capture.wire_format import position_width, unpack
 from logitcache.format.layout import Layout
 from tests.helpers.smallcaches import full_distributions, small, sparse_targets
 
@@ -55,7 +55,7 @@ def test_a_row_holds_every_quantity_bit_for_bit(
     full = full_distributions(np.random.default_rng(k), 5)
     expected = sparse_targets(full, [k, 1, k, 1, 1], layout)
     rows = packed(expected)
-    assert rows.shape == (5, row_width(settings))
+    assert rows.shape == (5, position_width(settings))
     found = unpack(rows, settings)
     assert packed(found).tolist() == rows.tolist()
     assert list(found.tempered_tail) == list(temperatures)
@@ -68,7 +68,7 @@ def test_a_row_holds_every_quantity_bit_for_bit(
 def test_the_order_of_columns_is_fixed() -> None:
     floats = [-0.5, -2.0, -1.0, -3.0, -4.0, -np.inf, 0.25, 0.75, -7.0]
     row = np.array([[11, 12, *map(bits, floats), 13, bits(-8.0)]], dtype=np.int32)
-    assert row_width(BY_HAND) == row.shape[1] == 13
+    assert position_width(BY_HAND) == row.shape[1] == 13
     found = unpack(row, BY_HAND)
     assert found.token_ids.tolist() == [[11, 12]]
     assert found.logprobs.tolist() == [[-0.5, -2.0]]
@@ -81,7 +81,7 @@ def test_the_order_of_columns_is_fixed() -> None:
 
 
 def test_unpacking_copies_nothing() -> None:
-    rows = np.zeros((4, row_width(BY_HAND)), dtype=np.int32)
+    rows = np.zeros((4, position_width(BY_HAND)), dtype=np.int32)
     found = unpack(rows, BY_HAND)
     arrays = [getattr(found, name) for name in ("token_ids", "logprobs", "tail_logprob", "group_logprobs")]
     arrays += [found.tail_entropy, found.sample_ids, found.sample_logprobs, *found.tempered_tail.values()]
@@ -90,7 +90,7 @@ def test_unpacking_copies_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [np.zeros((4, 12), np.int32), np.zeros((4, 13), np.float32), np.zeros(13, np.int32)])
 def test_rows_of_other_settings_are_refused(rows: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"packed rows: received .* these settings pack int32 \[N, 13\]"):
+    with pytest.raises(ValueError, match=r"packed positions: received .* these settings pack int32 \[N, 13\]"):
         unpack(rows, BY_HAND)
 
 

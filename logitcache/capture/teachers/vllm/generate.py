@@ -1,4 +1,4 @@
-"""vLLM as the teacher that answers prompts."""
+"""vLLM as the teacher that completes prompts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from logitcache.engines.vllm_process import SHUTDOWN_S, set_environment, whole_p
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 
-ANSWERS_IN_FLIGHT = 2048
-"""Answers asked for and not yet there: more than any engine decodes at once, so that it never waits for the build."""
+COMPLETIONS_IN_FLIGHT = 2048
+"""Completions asked for and not yet there: more than any engine decodes at once, so that it never waits for the build."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """token_ids: int32 [A], the end-of-text token included where the teacher wrote it. finish_reason: vLLM's word for it."""
+class Completion:
+    """The teacher's answer to a prompt.
+
+    token_ids: int32 [A], with the end-of-text token if the teacher wrote it.  finish_reason: vLLM's word for its end.
+    """
 
     token_ids: np.ndarray
     finish_reason: str
@@ -30,7 +33,7 @@ class Answer:
 class VllmGenerator:
     """A vLLM engine in a process of its own.
 
-    longest: tokens of the longest prompt and its answer together.  engine_options: fields of vLLM's EngineArgs under their
+    longest: tokens of the longest prompt and its completion together.  engine_options: fields of vLLM's EngineArgs under their
     own names.
     """
 
@@ -44,15 +47,18 @@ class VllmGenerator:
             self._engine = LLMEngine.from_engine_args(_arguments(model, longest, engine_options))
         self._processes.watch(self._engine)
 
-    def answer(
+    def generate(
         self, prompts: Iterable[TokenSequence], settings: GenerationSettings
-    ) -> Iterator[tuple[int, list[Answer]]]:
-        """Yields (number of a prompt, its answers) as they are complete, in whatever order that is.
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yields (number of a prompt, its completions) as soon as all of them are there, in whatever order that is.
 
-        Reads ahead as far as keeps the engine busy. Raises UserError for an answer that vLLM gave up.
+        Prompts are read ahead as far as keeps the engine busy.
+
+        Raises:
+            UserError: vLLM gave up a completion.
         """
         template = _template(settings)
-        arriving: dict[int, list[Answer | None]] = {}
+        arriving: dict[int, list[Completion | None]] = {}
         missing = 0
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, self._longest - settings.shortest, self._model.num_logits)
@@ -60,7 +66,7 @@ class VllmGenerator:
             for sample in range(settings.num_samples):
                 self._submit(f"{number} {sample}", prompt, settings.seed(prompt.row_id, sample), template)
             missing += settings.num_samples
-            while missing > ANSWERS_IN_FLIGHT:
+            while missing > COMPLETIONS_IN_FLIGHT:
                 for complete in self._step(arriving):
                     missing -= settings.num_samples
                     yield complete
@@ -75,8 +81,8 @@ class VllmGenerator:
         with self._processes.running():
             self._engine.add_request(request_id, tokens, params)
 
-    def _step(self, arriving: dict[int, list[Answer | None]]) -> Iterator[tuple[int, list[Answer]]]:
-        """What became complete in one step of the engine, taken out of `arriving`."""
+    def _step(self, arriving: dict[int, list[Completion | None]]) -> Iterator[tuple[int, list[Completion]]]:
+        """Takes the prompts out of `arriving` whose last completion came in one step of the engine."""
         with self._processes.running():
             outputs = self._engine.step()
         for output in outputs:
@@ -85,11 +91,11 @@ class VllmGenerator:
             if completion.finish_reason in ("abort", "error"):
                 raise UserError(f"vLLM gave up an answer ({completion.finish_reason}); the same command continues")
             token_ids = np.array(completion.token_ids, dtype=np.int32)
-            arriving[number][sample] = Answer(token_ids, str(completion.finish_reason))
-            answers = [answer for answer in arriving[number] if answer is not None]
-            if len(answers) == len(arriving[number]):
+            arriving[number][sample] = Completion(token_ids, str(completion.finish_reason))
+            there = [one for one in arriving[number] if one is not None]
+            if len(there) == len(arriving[number]):
                 del arriving[number]
-                yield number, answers
+                yield number, there
 
     def close(self) -> None:
         """Ends the engine's process and returns when its memory is free."""
@@ -98,7 +104,7 @@ class VllmGenerator:
 
 
 def _template(settings: GenerationSettings) -> Any:
-    """SamplingParams of one answer but for its seed and its room."""
+    """Returns the SamplingParams of a completion but for its seed and its room."""
     from vllm.sampling_params import RequestOutputKind
 
     params = sampling_params({**settings.params, "n": 1})
@@ -108,7 +114,7 @@ def _template(settings: GenerationSettings) -> Any:
 
 
 def _arguments(model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> Any:
-    """vLLM's EngineArgs. The tokenizer tells the engine where answers end; the answers to one prompt share its prefix."""
+    """Returns vLLM's EngineArgs. The tokenizer tells the engine where completions end; those of one prompt share its prefix."""
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 

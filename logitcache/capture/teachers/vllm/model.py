@@ -27,9 +27,9 @@ from vllm.v1.pool.metadata import PoolingMetadata
 from logitcache.capture.selection import TailGroups, draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.vllm.protocol import TAIL_GROUPS, TASK, ScoringRequest
-from logitcache.capture.wire_format import row_width
+from logitcache.capture.wire_format import position_width
 
-ROWS_PER_CHUNK = 1024
+POSITIONS_PER_CHUNK = 1024
 """Rows of logits that exist at a time."""
 
 
@@ -52,7 +52,7 @@ class Piece:
         return draw_uniforms(self.request.row_id, self.total, num_samples)[self.first : self.first + len(self.rows)]
 
 
-class RowPooler(Pooler):
+class PositionPooler(Pooler):
     """Hidden states → per finished sequence its packed rows, int32 [M, W], or its sum of distributions, float64 [V].
 
     compute_logits: hidden states [n, D] → logits [n, num_logits], or None on all ranks but the first.
@@ -112,7 +112,7 @@ class RowPooler(Pooler):
         uniforms: list[torch.Tensor] | None = None
         if settings.tail_samples:
             drawn = np.concatenate([piece.uniforms(settings.tail_samples) for piece in pieces])
-            uniforms = list(torch.from_numpy(drawn).to(hidden_states.device).split(ROWS_PER_CHUNK))
+            uniforms = list(torch.from_numpy(drawn).to(hidden_states.device).split(POSITIONS_PER_CHUNK))
         rows = np.concatenate([piece.rows for piece in pieces])
         packed = [
             select(logits, settings, tail_groups, None if uniforms is None else uniforms[chunk])
@@ -120,7 +120,7 @@ class RowPooler(Pooler):
         ]
         if not self._is_first_rank:
             return
-        packed.append(torch.empty(0, row_width(settings), dtype=torch.int32, device=hidden_states.device))
+        packed.append(torch.empty(0, position_width(settings), dtype=torch.int32, device=hidden_states.device))
         for piece, part in zip(pieces, torch.cat(packed).split([len(piece.rows) for piece in pieces]), strict=True):
             # Owned, since a view would be sent to another process with all that it is a view of.
             piece.results.append(part.clone())
@@ -133,10 +133,10 @@ class RowPooler(Pooler):
             piece.results[:] = [total + piece.results[0] if piece.results else total]
 
     def _logits(self, hidden_states: torch.Tensor, rows: np.ndarray, vocab_size: int) -> Iterator[torch.Tensor]:
-        """Logits [≤ ROWS_PER_CHUNK, vocab_size] of `rows`, chunk by chunk; every rank computes, the first alone gets any."""
+        """Logits [≤ POSITIONS_PER_CHUNK, vocab_size] of `rows`, chunk by chunk; every rank computes, the first alone gets any."""
         index = torch.from_numpy(rows).to(hidden_states.device)
-        for start in range(0, len(rows), ROWS_PER_CHUNK):
-            logits = self._compute_logits(hidden_states[index[start : start + ROWS_PER_CHUNK]])
+        for start in range(0, len(rows), POSITIONS_PER_CHUNK):
+            logits = self._compute_logits(hidden_states[index[start : start + POSITIONS_PER_CHUNK]])
             if self._is_first_rank:
                 assert logits is not None
                 yield logits[:, :vocab_size]
@@ -186,7 +186,7 @@ def scoring_class(base: type[nn.Module]) -> type[nn.Module]:
 
         def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
-            self.pooler = RowPooler(self.compute_logits, vllm_config.model_config.get_vocab_size())
+            self.pooler = PositionPooler(self.compute_logits, vllm_config.model_config.get_vocab_size())
 
     Scoring.__name__, Scoring.__qualname__, Scoring.__module__ = base.__name__, base.__qualname__, base.__module__
     return Scoring

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import logitcache
-from logitcache.capture.calibration import tail_groups_of
+from logitcache.capture.calibration import make_tail_groups
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.sample import sample_corpus
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
@@ -146,7 +146,7 @@ def sequences(corpus: Path, teacher_tokenizer: Any) -> list[TokenSequence]:
 def test_narrowing_gives_what_the_teacher_gives_with_fewer_entries(
     engine: TransformersTeacher, sequences: list[TokenSequence]
 ) -> None:
-    tail_groups = tail_groups_of(engine, sequences, 8)
+    tail_groups = make_tail_groups(engine, sequences, 8)
     engine.set_tail_groups(tail_groups)
     wide = list(engine.score(sequences, CaptureSettings(top_k=100, tail_groups=8)))
     for one, few in zip(wide, engine.score(sequences, CaptureSettings(top_k=10, tail_groups=8)), strict=True):
@@ -171,7 +171,7 @@ def test_thinning_keeps_single_positions_of_whole_sequences(
 def test_stored_bytes_count_entries_groups_and_kept_columns(
     engine: TransformersTeacher, sequences: list[TokenSequence]
 ) -> None:
-    tail_groups = tail_groups_of(engine, sequences, 8)
+    tail_groups = make_tail_groups(engine, sequences, 8)
     engine.set_tail_groups(tail_groups)
     scored = list(engine.score(sequences, CaptureSettings(top_k=64, tail_groups=8)))
     kept = [

@@ -26,12 +26,12 @@ from logitcache.capture import plan, worker
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.prompts import Prompts, PromptSettings
 from logitcache.capture.finish import finish
-from logitcache.capture.generation import completions as answers
+from logitcache.capture.generation import completions
 from logitcache.capture.generation.sampling import GenerationSettings
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.request import make_request
 from logitcache.capture.teachers.hf import TransformersTeacher
-from logitcache.capture.teachers.vllm.generate import Answer, VllmGenerator
+from logitcache.capture.teachers.vllm.generate import Completion, VllmGenerator
 from logitcache.format.sequences import TokenSequence
 from logitcache.storage.folder import Folder
 from tests.helpers.references import assert_scores_agree, full_logprobs
@@ -191,15 +191,18 @@ class Echo:
 
     def __init__(self, *_: Any) -> None: ...
 
-    def answer(
+    def generate(
         self, prompts: Iterable[TokenSequence], settings: GenerationSettings
-    ) -> Iterator[tuple[int, list[Answer]]]:
+    ) -> Iterator[tuple[int, list[Completion]]]:
         for count, (number, prompt) in enumerate(reversed(list(enumerate(prompts)))):
             if count == self.interrupted_after:
                 raise KeyboardInterrupt
             type(self).asked += 1
             length = 0 if prompt.columns["id"] == 3 else 4
-            answer = [Answer(prompt.input_ids[:length], "length"), Answer(prompt.input_ids[:length][::-1], "stop")]
+            answer = [
+                Completion(prompt.input_ids[:length], "length"),
+                Completion(prompt.input_ids[:length][::-1], "stop"),
+            ]
             yield number, answer[: settings.num_samples]
 
     def close(self) -> None: ...
@@ -208,7 +211,7 @@ class Echo:
 @pytest.fixture
 def echo(monkeypatch: pytest.MonkeyPatch) -> type[Echo]:
     """Builds without vLLM's engines: `Echo` answers, transformers scores."""
-    monkeypatch.setattr(answers, "VllmGenerator", Echo)
+    monkeypatch.setattr(completions, "VllmGenerator", Echo)
     monkeypatch.setattr(worker, "start_teacher", lambda model, *_: TransformersTeacher(model))
     monkeypatch.setattr(Echo, "asked", 0)
     monkeypatch.setattr(Echo, "interrupted_after", 10**9)
@@ -462,9 +465,9 @@ class TestVllm:
             )
         inputs = settled(teacher, prompts)
         folder = Folder(out)
-        monkeypatch.setattr(answers, "VllmGenerator", lambda *_: generator)
+        monkeypatch.setattr(completions, "VllmGenerator", lambda *_: generator)
         monkeypatch.setattr(generator, "close", lambda: None)
-        continued = answers.answer_prompts(folder, make_request(inputs, SHARD_POSITIONS), inputs)
+        continued = completions.complete_prompts(folder, make_request(inputs, SHARD_POSITIONS), inputs)
         for ours, theirs in zip_longest(rows(continued), rows(cache)):
             assert ours == theirs
         assert {p: p.stat().st_mtime_ns for p in kept} == kept
@@ -475,7 +478,7 @@ class TestVllm:
         inputs = settled(teacher, prompts)
         some = list(inputs.prompts())[:5]
         settings = GenerationSettings.check({"temperature": 0, "max_tokens": 8}, 64)
-        given = dict(generator.answer(some, settings))
+        given = dict(generator.generate(some, settings))
         assert sorted(given) == [0, 1, 2, 3, 4]
         for number, (answer,) in given.items():
             ids = np.concatenate([some[number].input_ids, answer.token_ids])
@@ -489,5 +492,5 @@ class TestVllm:
     def test_an_answer_ends_where_prompt_and_answer_fill_the_length(self, generator: VllmGenerator) -> None:
         prompt = TokenSequence(np.arange(6, 56, dtype=np.int32), np.zeros(50, dtype=bool))
         settings = GenerationSettings.check({"ignore_eos": True, "stop_token_ids": [7]}, 64)
-        ((_, (answer,)),) = generator.answer([prompt], settings)
+        ((_, (answer,)),) = generator.generate([prompt], settings)
         assert len(answer.token_ids) == 14 or answer.token_ids[-1] == 7

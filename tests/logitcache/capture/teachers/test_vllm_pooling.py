@@ -20,7 +20,7 @@ from logitcache.capture.engine import EngineChoice, choose_engine
 from logitcache.capture.selection import draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.wire_format import row_width, unpack
+from logitcache.capture.wire_format import position_width, unpack
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
@@ -209,7 +209,7 @@ def test_only_the_stored_positions_leave_the_engine(
     scored = list(engine.score(sparse, EVERYTHING))
     positions = sum(map(len, scored))
     assert positions == sum(int(sequence.loss_mask.sum()) for sequence in sparse)
-    assert sum(travelled) == positions * row_width(EVERYTHING) * 4
+    assert sum(travelled) == positions * position_width(EVERYTHING) * 4
 
 
 def test_a_sequence_without_stored_positions_gives_none(engine: VllmPoolingTeacher) -> None:
@@ -289,7 +289,7 @@ class Steps:
         self.head = torch.randn(PADDED_SIZE, 16)
         self.hidden = [torch.randn(len(sequence.input_ids), 16) for sequence in SEQUENCES]
         self.states = [PoolingStates() for _ in SEQUENCES]
-        self.pooler = vllm_model.RowPooler(lambda hidden: hidden @ self.head.T, PADDED_SIZE)
+        self.pooler = vllm_model.PositionPooler(lambda hidden: hidden @ self.head.T, PADDED_SIZE)
 
     def __call__(self, *scheduled: tuple[int, dict[str, Any], int, int]) -> list[torch.Tensor | None]:
         """scheduled: (sequence, what is wanted of it, first and last + 1 of its tokens)."""
@@ -313,7 +313,7 @@ class Steps:
 
 
 def test_chunks_preemption_and_mixed_requests_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_model, "ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(vllm_model, "POSITIONS_PER_CHUNK", 7)
     steps = Steps(monkeypatch)
     settings = CaptureSettings(top_k=5, temperatures=(2.0,), tail_samples=2), CaptureSettings(top_k=3)
     long, short, summed = np.argsort([-len(sequence.input_ids) for sequence in SEQUENCES])[[0, 1, 2]]
