@@ -1,8 +1,8 @@
-"""Tail groups as clusters of tokens that the teacher makes probable in the same places.
+"""The tail groups of a cache: clusters of tokens that the teacher makes probable in the same places.
 
-Within a group the loss lets the student keep its own shape, so a group costs nothing where the teacher's and the student's
-log-probabilities of its tokens rise and fall together from position to position. What rises and falls together for the
-teacher is seen on a few dozen positions: `tools/bench_fidelity.py` compares these groups with bands of mean probability.
+Within a group the loss lets the student keep its own shape, so a group costs nothing if the teacher's and the student's
+log-probabilities of its tokens rise and fall together from position to position. A few dozen positions show which tokens
+rise and fall together for the teacher: `tools/bench_fidelity.py` compares these groups with bands of mean probability.
 """
 
 from __future__ import annotations
@@ -25,9 +25,18 @@ LEAST_LOGPROB = -80.0
 
 
 def make_tail_groups(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:
-    """Tail groups, int32 [V], by what a teacher gives at stored positions of `sequences`, drawn at random.
+    """Returns tail groups by the teacher's distributions at stored positions, drawn at random.
 
-    Raises UserError where it gives no numbers.
+    Args:
+        teacher: an engine that sees the logits.
+        sequences: the sequences whose positions are drawn.
+        num_groups: number of groups, at most V.
+
+    Returns:
+        The group of each id, int32 [V].
+
+    Raises:
+        UserError: The teacher gives no numbers.
     """
     with np.errstate(divide="ignore"):
         logprobs = [np.log(teacher.mean_probability([one])) for one in _single_positions(sequences)]
@@ -38,7 +47,7 @@ def make_tail_groups(teacher: LogitTeacher, sequences: Sequence[TokenSequence], 
 
 
 def _single_positions(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """Beginnings of sequences of which only the last position is stored."""
+    """Returns beginnings of sequences of which only the last position is stored."""
     owners = np.repeat(np.arange(len(sequences)), [len(sequence.positions) for sequence in sequences])
     positions = np.concatenate([sequence.positions for sequence in sequences])
     single = []
@@ -49,11 +58,17 @@ def _single_positions(sequences: Sequence[TokenSequence]) -> list[TokenSequence]
 
 
 def profile_clusters(logprobs: np.ndarray, num_groups: int) -> np.ndarray:
-    """Weighted k-means over the tokens' log-probabilities: int32 [V], group 0 the most probable tokens.
+    """Returns clusters of tokens by a weighted k-means over their log-probabilities; group 0 has the most probable tokens.
 
-    logprobs: float [C, V], the teacher's full distributions at C positions drawn at random; a token is the point of its C
-    log-probabilities, its weight the square root of its mean probability outside the head. Every group has at least one
-    id. num_groups ≤ V. Lloyd 1982, doi 10.1109/TIT.1982.1056489.
+    A token is the point of its log-probabilities at C positions, its weight the square root of its mean probability outside the
+    head. Every group has at least one id. Lloyd 1982, doi 10.1109/TIT.1982.1056489.
+
+    Args:
+        logprobs: the teacher's full distributions at C positions drawn at random, float [C, V].
+        num_groups: number of groups, at most V.
+
+    Returns:
+        The group of each id, int32 [V].
     """
     vocab_size = logprobs.shape[1]
     assert num_groups <= vocab_size, f"{num_groups} groups of {vocab_size} tokens"
@@ -77,7 +92,7 @@ def profile_clusters(logprobs: np.ndarray, num_groups: int) -> np.ndarray:
 
 
 def _distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances, float32 [V, G]."""
+    """Returns squared Euclidean distances, float32 [V, G]."""
     squares = (points**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
     return np.maximum(squares - 2 * points @ centres.T, 0)
 

@@ -44,7 +44,7 @@ class Placement:
     shard_range: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for contradictions, and where Ray is wanted and not installed."""
+        """Raises UserError for options that contradict each other, and if Ray is wanted and not installed."""
         if self.executor not in EXECUTORS:
             raise UserError(f"--executor {self.executor}: choose {' or '.join(EXECUTORS)}")
         if self.executor == "local" and (self.ray_address or self.engines):
@@ -60,17 +60,23 @@ class Placement:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prepares what all share."""
+        """Whether this process prepares everything that all share."""
         return self.shard_range is None or self.shard_range[0] == 0
 
     def shards(self, count: int) -> range:
-        """The shards of this process, of `count` in all."""
+        """Returns the shards of this process, of `count` in all."""
         index, step = self.shard_range or (0, 1)
         return range(index, count, step)
 
 
 def capture_here(job: Job, shards: Mapping[int, int], progress: Progress) -> None:
-    """Scores with one engine. shards: to the number of tokens that it reads of each."""
+    """Scores shards with one engine in this process.
+
+    Args:
+        job: everything that a process must know to score shards.
+        shards: the shards, each with the number of tokens that are read of it.
+        progress: advanced by those tokens.
+    """
     worker = ShardWorker(job)
     worker.start()
     try:
@@ -84,13 +90,21 @@ def capture_here(job: Job, shards: Mapping[int, int], progress: Progress) -> Non
 def capture_on_ray(
     job: Job, plan: Plan, shards: Mapping[int, int], progress: Progress, address: str | None, num_engines: int | None
 ) -> None:
-    """Scores with `num_engines` engines, each in an actor with the GPUs of one tensor-parallel group.
+    """Scores shards with several engines, each in an actor with the GPUs of one tensor-parallel group.
 
-    shards: to the number of tokens that are read of each.
+    A shard goes to whichever engine is free; that of an actor that died goes to another one.
 
-    A shard goes to whichever engine is free; that of an actor that died goes to another one. address: of a running Ray
-    cluster, or None: the one that Ray finds (RAY_ADDRESS, `ray start`), otherwise one is started on this machine. Raises
-    UserError when no cluster answers, when it has no room for a single engine, and when all actors died.
+    Args:
+        job: everything that a process must know to score shards.
+        plan: the plan of the build.
+        shards: the shards, each with the number of tokens that are read of it.
+        progress: advanced by those tokens.
+        address: of a running Ray cluster. None: the one that Ray finds (RAY_ADDRESS, `ray start`); without one, a cluster is
+            started on this machine.
+        num_engines: number of actors. None: as many as the GPUs of the cluster allow.
+
+    Raises:
+        UserError: No cluster answers, it has no room for a single engine, or all actors died.
     """
     import ray
 
@@ -131,20 +145,20 @@ def _connect(address: str | None) -> None:
 
 
 def _left_by_ray_start() -> str | None:
-    """Address of the cluster that ran on this machine last, where Ray noted one; it may be gone."""
+    """Returns the address of the cluster that ran on this machine last, if Ray noted one; it may be gone."""
     noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     return noted.read_text().strip() if noted.exists() else None
 
 
 def _knock(address: str | None) -> None:
-    """Raises OSError where nothing listens: Ray itself would go on trying for minutes."""
+    """Raises OSError if nothing listens at an address: Ray itself would go on trying for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class _ActorPool:
-    """Hands shards to actors as they become free."""
+    """The engines of a build, which get shards as they become free."""
 
     def __init__(self, plan: Plan, actors: Sequence[Any], progress: Progress) -> None:
         self._plan = plan
@@ -182,7 +196,7 @@ class _ActorPool:
             free.append(actor)
 
     def _is_visible(self, index: int) -> bool:
-        """Whether this host sees a shard that an engine has written, perhaps on another one."""
+        """Returns whether this host sees a shard that an engine has written, perhaps on another host."""
         deadline = time.monotonic() + VISIBLE_S
         while self._plan.finished(index) is None:
             if time.monotonic() > deadline:
@@ -207,7 +221,7 @@ class _ActorPool:
                 self._lose(actor, "going on with the others", error)
 
     def _partition(self) -> None:
-        """One engine makes the partition for all."""
+        """Lets one engine make the tail groups for all."""
         for actor in list(self._actors):
             try:
                 return self._finished(actor.make_partition.remote())
@@ -215,7 +229,7 @@ class _ActorPool:
                 self._lose(actor, "another one makes the tail groups", error)
 
     def _finished(self, reference: Any) -> None:
-        """Waits for a call. What the user can mend arrives as UserError, a lost actor or engine as EngineLost."""
+        """Waits for a call. An error that the user can mend arrives as UserError, a lost actor or engine as EngineLost."""
         import ray
 
         try:
@@ -237,16 +251,16 @@ class _ActorPool:
 
 
 def _hosts() -> list[dict[str, float]]:
-    """What each host of the cluster has."""
+    """Returns the resources of each host of the cluster."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _resources(job: Job, wanted: int | None, hosts: Sequence[dict[str, float]]) -> tuple[int, dict[str, Any]]:
-    """How many engines, and what each holds: the GPUs of a tensor-parallel group, or as many cores as all can have.
+    """Returns the number of engines and the resources of each: the GPUs of a tensor-parallel group, or an equal share of cores.
 
-    hosts: their resources. What an engine holds is on one host.
+    hosts: their resources. Those of an engine are on one host.
     """
     gpus = [int(host.get("GPU", 0)) for host in hosts]
     if not any(gpus):
@@ -271,7 +285,7 @@ def _resources(job: Job, wanted: int | None, hosts: Sequence[dict[str, float]]) 
 
 
 def _room(hosts: Sequence[int], each: int) -> int:
-    """How many engines fit, with `each` of what the hosts have."""
+    """Returns how many engines fit on hosts, if each takes `each` of what a host has."""
     return sum(of_host // each for of_host in hosts)
 
 

@@ -1,7 +1,7 @@
-"""Logits → what is stored of them, on the logits' device: entries, tail mass, tail groups, tempered tails, samples.
+"""The choice of what is stored of logits, on their device: entries, tail mass, tail groups, tempered tails, samples.
 
-Every pass over [N, V] counts here, so rows are taken in blocks: on a CPU as many as stay in its cache between passes, on a
-GPU as many as fill it while scratch memory stays independent of N.
+Every pass over [N, V] counts here, so positions are taken in blocks: on a CPU as many as stay in its cache between passes,
+on a GPU as many as fill it while scratch memory stays independent of N.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ class TailGroups:
         self._membership = torch.from_numpy(np.eye(len(num_tiles))[group_of_tile]).to(device)  # [tiles, G]
 
     def masses(self, probabilities: Tensor) -> Tensor:
-        """Sum of each group, float64 [N, G]. probabilities: float32 [N, ≥ V + 1], 0 in column V."""
+        """Returns the sum of each group, float64 [N, G]. probabilities: float32 [N, ≥ V + 1], 0 in column V."""
         tiles = probabilities.index_select(1, self._ids).unflatten(1, (TILE, -1)).sum(dim=1)
         return tiles.double() @ self._membership
 
 
 def draw_uniforms(row_id: str, num_positions: int, num_samples: int) -> np.ndarray:
-    """Numbers in [0, 1) that decide the tail samples, float64 [M, s], from the row's own id: a resumed build draws the same."""
+    """Returns the numbers in [0, 1) that decide the tail samples of a sequence, float64 [M, s].
+
+    They depend on the row's id alone, so that a resumed build draws the same samples.
+    """
     seed = int.from_bytes(hashlib.blake2b(row_id.encode(), digest_size=8).digest(), "little")
     return np.random.default_rng(seed).random((num_positions, num_samples))
 
@@ -71,12 +74,16 @@ def select(
     tail_groups: TailGroups | None = None,
     uniforms: Tensor | None = None,
 ) -> Tensor:
-    """The stored part of softmax(logits), int32 [N, W] as `logitcache.capture.wire_format` lays it out.
+    """Returns the part of softmax(logits) that is stored, int32 [N, W], see `logitcache.capture.wire_format`.
 
-    logits: [N, V], any float dtype, padding columns already cut off; OVERWRITTEN. Sums run in float32 or better.
-    tail_groups: when `settings.tail_groups`.
-    uniforms: float64 [N, s] in [0, 1), when `settings.tail_samples`: the samples are the tail's inverse distribution
-    function at these numbers, so that the caller's seed decides them on every device.
+    Sums run in float32 or better. The samples are the tail's inverse distribution function at `uniforms`, so that the caller's
+    seed decides them on every device.
+
+    Args:
+        logits: [N, V], any float dtype, without padding columns; OVERWRITTEN.
+        settings: what is stored.
+        tail_groups: the partition of the vocabulary, if `settings.tail_groups`.
+        uniforms: float64 [N, s] in [0, 1), if `settings.tail_samples`.
     """
     on_cpu = logits.device.type == "cpu"
     rows = max(1, (CPU_BLOCK_LOGITS if on_cpu else GPU_BLOCK_LOGITS) // logits.shape[1])
@@ -148,9 +155,9 @@ def _select(
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each row, descending, and their ids, both [N, k]; which of equal logits is open.
+    """Returns the k largest logits of each row, descending, and their ids, both [N, k]; which of equal logits is open.
 
-    Two stages: the k blocks of columns with the largest maxima hold the k largest logits, so only their columns are sorted.
+    Two stages: the k blocks of columns with the largest maxima contain the k largest logits, so only their columns are sorted.
     On a CPU about 1.2 to 2 times as fast as `torch.topk` (tools/bench_selection.py). On a GPU not measured: one pass over
     [N, V] in place of a radix selection's several.
     """
@@ -175,9 +182,13 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def select_from_top_k(
     token_ids: np.ndarray, logprobs: np.ndarray, settings: CaptureSettings, vocab_size: int
 ) -> SparseTargets:
-    """The same from an engine's top-k alone: the tail is log(1 − Σp), and nothing else of it can be known.
+    """Returns what `select` stores, from an engine's top-k alone: the tail is log(1 − Σp), nothing else of it can be known.
 
-    token_ids: int [N, ≥ top_k].  logprobs: float32 [N, ≥ top_k], descending. Padding columns are left to the tail.
+    Args:
+        token_ids: int [N, ≥ top_k]. Ids of padding columns are left to the tail.
+        logprobs: float32 [N, ≥ top_k], descending.
+        settings: what is stored.
+        vocab_size: number of tokens; ids beyond are padding.
     """
     is_padding = token_ids >= vocab_size
     order = np.argsort(is_padding, axis=1, kind="stable")[:, : settings.top_k]
@@ -202,7 +213,7 @@ def _nucleus(logprobs: Tensor, settings: CaptureSettings) -> Tensor:
 
 
 def _log_normaliser(logits: Tensor, settings: CaptureSettings) -> Tensor | float:
-    """log Σ exp(logits), [N, 1], where the entries' mass decides how many they are."""
+    """Returns log Σ exp(logits), [N, 1], if the entries' mass decides how many they are; otherwise 0."""
     return logits.float().logsumexp(dim=1, keepdim=True) if settings.top_p < 1 else 0.0
 
 

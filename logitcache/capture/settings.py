@@ -1,4 +1,4 @@
-"""What to capture of the teacher at each position, refused early when it cannot be."""
+"""The part of the teacher's distributions that a build captures, refused early if the teacher cannot give it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class CaptureSettings:
         object.__setattr__(self, "temperatures", tuple(sorted({float(t) for t in self.temperatures} - {1.0})))
 
     def check(self, vocab_size: int) -> None:
-        """Raises UserError for what a teacher with `vocab_size` tokens cannot give."""
+        """Raises UserError for settings that a teacher with `vocab_size` tokens cannot meet."""
         check_precision(self.precision)
         for holds, message in [
             (
@@ -67,7 +67,7 @@ class CaptureSettings:
 
     @property
     def beyond_top_k(self) -> list[str]:
-        """Options asked for that need the logits themselves, not only the top-k log-probabilities."""
+        """The options asked for that need the logits themselves, not only the top-k log-probabilities."""
         wanted = {
             "--tail-groups": self.tail_groups,
             "--temperatures": self.temperatures,
@@ -77,10 +77,10 @@ class CaptureSettings:
         return [name for name, value in wanted.items() if value]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, for the fingerprint."""
+        """Returns the settings as plain JSON types, for the fingerprint."""
         return asdict(self) | {"temperatures": list(self.temperatures)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CaptureSettings:
-        """Inverse of `to_json`."""
+        """Returns the settings of `to_json`."""
         return cls(**data)

@@ -1,4 +1,4 @@
-"""How the teacher answers prompts: vLLM's sampling parameters, under vLLM's own names, checked by vLLM itself."""
+"""The sampling parameters with which the teacher answers prompts, under vLLM's own names, checked by vLLM itself."""
 
 from __future__ import annotations
 
@@ -42,20 +42,24 @@ MEANINGLESS = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How prompts are answered.
+    """The settings with which prompts are answered.
 
-    params: fields of vLLM's SamplingParams as plain JSON types, those of `DEFAULTS` among them. `n` answers to each prompt,
-    each with a seed of its own.
+    params: fields of vLLM's SamplingParams as plain JSON types, those of `DEFAULTS` among them. Each prompt gets `n`
+    completions, each with a seed of its own.
     """
 
     params: Mapping[str, Any]
 
     @classmethod
     def check(cls, params: Mapping[str, Any], max_length: int) -> GenerationSettings:
-        """Settings from what the user gave, values as numbers or as text.
+        """Returns the settings that a user asks for.
 
-        max_length: tokens of the longest prompt and its answer together. Raises UserError for a field that vLLM does not
-        know, one that makes no sense here, and a value that vLLM refuses.
+        Args:
+            params: the user's values, as numbers or as text.
+            max_length: tokens of the longest prompt and its completion together.
+
+        Raises:
+            UserError: vLLM does not know a field or refuses its value, or the field makes no sense here.
         """
         for name in params:
             _check_name(name)
@@ -73,16 +77,16 @@ class GenerationSettings:
 
     @property
     def num_samples(self) -> int:
-        """Answers to each prompt."""
+        """Completions of each prompt."""
         return int(self.params["n"])
 
     @property
     def shortest(self) -> int:
-        """Tokens that every answer must have room for."""
+        """Tokens that every completion must have room for."""
         return max(1, self.params.get("min_tokens", 0))
 
     def seed(self, row_id: str, sample: int) -> int:
-        """Seed of one answer to a prompt: whatever else is answered, in whatever order."""
+        """Returns the seed of one completion of a prompt, whatever else is answered and in whatever order."""
         text = f"{self.params['seed']} {row_id} {sample}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -91,7 +95,7 @@ class GenerationSettings:
 
 
 def sampling_params(params: Mapping[str, Any]) -> Any:
-    """vLLM's SamplingParams. Raises UserError for what they refuse."""
+    """Returns vLLM's SamplingParams. Raises UserError for values that they refuse."""
     from pydantic import TypeAdapter, ValidationError
     from vllm import SamplingParams
 
@@ -119,5 +123,5 @@ def _check_name(name: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from a JSON file; value: a field of SamplingParams, some of which are dataclasses."""
+    """Returns a field of SamplingParams, some of which are dataclasses, as it comes back from a JSON file."""
     return json.loads(json.dumps(value, default=asdict))

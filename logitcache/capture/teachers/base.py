@@ -1,4 +1,4 @@
-"""What every teacher is: its identity, known before any weight is loaded, and the scoring interface."""
+"""The interface of every teacher: its identity, known before any weight is loaded, and scoring."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class EngineLost(UserError):
-    """The engine ended while it was working: what it was given last is lost, another engine can do it."""
+    """The engine ended while it was working: its last request is lost, another engine can take it over."""
 
 
 class Teacher(Protocol):
     """An engine with the teacher's weights loaded."""
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
-        """SparseTargets of the stored positions of each sequence, in order.
+        """Yields the SparseTargets of the stored positions of each sequence, in order.
 
-        Reads ahead of what it yields, as far as keeps the engine busy and no further than bounded memory allows.
+        Sequences are read ahead as far as keeps the engine busy, and no further than bounded memory allows.
         """
 
     def close(self) -> None:
@@ -40,10 +40,10 @@ class LogitTeacher(Teacher, Protocol):
     """A teacher that sees the logits, and so can give tail groups, tempered tails, tail entropy and tail samples."""
 
     def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
-        """Mean over the stored positions of the full next-token distribution, float64 [V]."""
+        """Returns the mean over the stored positions of the full next-token distribution, float64 [V]."""
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
-        """Group of each id, int [V]; needed before scoring with `settings.tail_groups`."""
+        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_groups`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,17 @@ class TeacherModel:
 
     @classmethod
     def load(cls, name: str, revision: str | None, dtype: str, trust_remote_code: bool) -> TeacherModel:
-        """Reads configuration and tokenizer, no weights. Raises UserError where either is missing."""
+        """Reads configuration and tokenizer, no weights.
+
+        Args:
+            name: a folder, or a name on the Hugging Face Hub.
+            revision: branch, tag or commit.
+            dtype: one of DTYPES; "auto" becomes the checkpoint's own.
+            trust_remote_code: whether code that comes with the model may run.
+
+        Raises:
+            UserError: The configuration or the tokenizer is missing or does not load.
+        """
         from transformers import AutoConfig, AutoTokenizer
 
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
@@ -107,11 +117,14 @@ class TeacherModel:
         )
 
     def __reduce__(self) -> Any:
-        """Another process reads configuration and tokenizer itself."""
+        """Lets another process read configuration and tokenizer itself."""
         return TeacherModel.load, (self.name, self.revision, self.dtype, self.trust_remote_code)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides its distributions: name and revision (of a hub) or content hash (of a folder), dtype, vocabulary."""
+        """Returns what decides the teacher's distributions, as plain JSON types.
+
+        These are name and revision (on the Hub) or the content's hash (of a folder), architecture, dtype and vocabulary.
+        """
         identity: dict[str, Any] = {"name": self.name, "revision": self.revision}
         if Path(self.name).is_dir():
             identity = {"name": Path(self.name).resolve().name, "content_sha256": _folder_sha256(Path(self.name))}
@@ -123,12 +136,12 @@ class TeacherModel:
         }
 
     def tokenizer_fingerprint(self) -> dict[str, Any]:
-        """See `logitcache.format.tokenizer`."""
+        """Returns what decides the meaning of token ids, see `logitcache.format.tokenizer`."""
         return tokenizer_fingerprint(self.tokenizer)
 
 
 def _folder_sha256(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files that make a model: configuration and weights."""
+    """Returns the SHA-256 over names and contents of the files that make a model: configuration and weights."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name == "config.json" or path.suffix in (".safetensors", ".bin", ".gguf"):

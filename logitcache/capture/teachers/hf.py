@@ -33,8 +33,12 @@ POSITIONS_PER_SELECTION = 1024
 class TransformersTeacher:
     """A language model of transformers. Batches are of similar lengths, at most `LOGITS_PER_BATCH` logits each.
 
-    attention: transformers' `attn_implementation`, None for its own choice.  Raises UserError where the weights do not load,
-    and where they are not all there: transformers would draw the others at random.
+    Args:
+        model: the teacher.
+        attention: transformers' `attn_implementation`; None for its own choice.
+
+    Raises:
+        UserError: The weights do not load, or some are missing: transformers would draw those at random.
     """
 
     def __init__(self, model: TeacherModel, attention: str | None = None) -> None:
@@ -61,11 +65,11 @@ class TransformersTeacher:
         self._tail_groups: TailGroups | None = None
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
-        """Group of each id, int [V]; needed before scoring when groups are captured."""
+        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_groups`."""
         self._tail_groups = TailGroups(tail_groups, self._device)
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
-        """SparseTargets of the stored positions of each sequence, in order; about `WINDOW_TOKENS` tokens are read ahead."""
+        """Yields the targets of each sequence, in order. About `WINDOW_TOKENS` tokens are read ahead."""
         for window in _windows(sequences):
             packed = [
                 np.empty((len(sequence.positions), position_width(settings)), dtype=np.int32) for sequence in window
@@ -80,7 +84,7 @@ class TransformersTeacher:
                 yield unpack(targets, settings)
 
     def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
-        """Mean over the stored positions of the full next-token distribution, float64 [V]."""
+        """Returns the mean over the stored positions of the full next-token distribution, float64 [V]."""
         total, count = torch.zeros(self._vocab_size, dtype=torch.float64), 0
         for window in _windows(sequences):
             for _, _, logits in self._logits(window):
@@ -89,7 +93,7 @@ class TransformersTeacher:
         return (total / count).numpy()
 
     def _logits(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """(index, rows, logits [≤ POSITIONS_PER_SELECTION, V]) of the stored positions, sequences in order of length.
+        """Yields (sequence, slice of its stored positions, their logits [≤ POSITIONS_PER_SELECTION, V]), sequences by length.
 
         The logits are copies without padding columns, free to be overwritten.
         """
@@ -130,9 +134,9 @@ class TransformersTeacher:
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class of transformers that gives the architecture which the checkpoint names.
+    """Returns the auto class of transformers that gives the architecture which the checkpoint names.
 
-    A multimodal one is no "causal language model" to transformers, or it is one of which the vision tower is left out.
+    A multimodal architecture is no "causal language model" to transformers, or it is one without its vision tower.
     """
     for auto, mapping in (
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -145,7 +149,7 @@ def auto_class(config: Any) -> Any:
 
 
 def why_not_transformers(model: TeacherModel, attention: str | None) -> str | None:
-    """Why transformers cannot load this teacher, or None. Loads no weights."""
+    """Returns why transformers cannot load this teacher, or None if it can. Loads no weights."""
     options = {"trust_remote_code": model.trust_remote_code, "attn_implementation": attention}
     try:
         with torch.device("meta"):
@@ -156,7 +160,7 @@ def why_not_transformers(model: TeacherModel, attention: str | None) -> str | No
 
 
 def _windows(sequences: Iterable[TokenSequence]) -> Iterator[list[TokenSequence]]:
-    """Consecutive sequences of at least `WINDOW_TOKENS` tokens together."""
+    """Yields consecutive sequences of at least `WINDOW_TOKENS` tokens together."""
     window: list[TokenSequence] = []
     tokens = 0
     for sequence in sequences:

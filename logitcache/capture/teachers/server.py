@@ -1,8 +1,8 @@
 """A running vLLM server as teacher, over HTTP: its prompt log-probabilities.
 
-Gives top-k and the tail as 1 − Σp, as every route does that sees no logits. Prompts travel as token ids, so the server's
-tokenizer decides nothing. Its answers are JSON, 68 bytes an entry, and cost the server far more than the engine's own
-routes cost (1 ms a token at k = 64): this one is for a teacher that already runs.
+It gives top-k and the tail as 1 − Σp, as every route does that sees no logits. Prompts travel as token ids, so the server's
+tokenizer decides nothing. The server's responses are JSON, 68 bytes an entry, and cost it far more than the engine's own
+routes cost (1 ms a token at k = 64): this teacher is for a server that already runs.
 """
 
 from __future__ import annotations
@@ -43,13 +43,20 @@ MINUS_INFINITY = -9999.0
 class ServerTeacher:
     """A model behind an OpenAI-compatible endpoint of vLLM.
 
-    base_url: with its /v1.  model_name: as served, see `describe_server`.  vocab_size: tokens of the tokenizer; ids beyond
-    are padding.  most_entries: the largest top_k that will be asked for.  concurrency: requests under way at once.
-    timeout_s: of one request; all requests under way wait for each other, so it must do for all of them.  attempts: tries of one
-    request before the build stops; the delay between them starts at backoff_s and doubles up to half a minute.
+    The key, if the server wants one, is read from OPENAI_API_KEY.
 
-    Raises UserError where the server refuses a two-token request with that many entries. The key, where the server wants
-    one, is read from OPENAI_API_KEY.
+    Args:
+        base_url: with its /v1.
+        model_name: as served, see `describe_server`.
+        vocab_size: tokens of the tokenizer; ids beyond are padding.
+        most_entries: the largest top_k that will be asked for.
+        concurrency: requests under way at once.
+        timeout_s: of one request. All requests under way wait for each other, so it must do for all of them.
+        attempts: tries of one request before the build stops.
+        backoff_s: the first delay between them; it doubles up to half a minute.
+
+    Raises:
+        UserError: The server refuses a two-token request with that many entries.
     """
 
     def __init__(
@@ -91,7 +98,7 @@ class ServerTeacher:
             raise
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
-        """SparseTargets of the stored positions of each sequence, in order. Raises UserError where an answer is wrong."""
+        """Yields the targets of each sequence, in order. Raises UserError for a wrong response."""
         asked: deque[tuple[int, Future[SparseTargets]]] = deque()
         try:
             for sequence in sequences:
@@ -110,7 +117,7 @@ class ServerTeacher:
                 scoring.cancel()
 
     def close(self) -> None:
-        """Gives up what is under way and closes the connections."""
+        """Gives up the requests under way and closes the connections."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._disconnect(), self._loop).result()
@@ -160,7 +167,7 @@ class ServerTeacher:
             raise _Failure(f"sent an answer that is no completion ({one_line(error)}): is it vLLM's?") from error
 
     async def _post(self, request: dict[str, Any]) -> bytes:
-        """The body of the answer. Asks again, after a growing delay, whatever may pass by itself."""
+        """Returns the body of a response. Whatever may pass by itself is asked again, after a growing delay."""
         delay_s = self._backoff_s
         for attempt in range(1, self._attempts + 1):
             try:
@@ -182,11 +189,18 @@ class ServerTeacher:
 
 
 def describe_server(base_url: str, model_name: str | None) -> dict[str, Any]:
-    """What a server says of a model and of itself, for the fingerprint.
+    """Returns what a server says about a model and about itself, for the fingerprint.
 
-    model_name: as served; None stands for the only one. Returns `name`, `root` (the checkpoint as the server was given
-    it), `max_model_len`, `version` of vLLM and `system_fingerprint`, vLLM's hash of its settings; None where the server
-    does not say. Raises UserError where it does not answer, or serves no such model.
+    Args:
+        base_url: with its /v1.
+        model_name: as served; None stands for the only one.
+
+    Returns:
+        `name`, `root` (the checkpoint as the server was given it), `max_model_len`, `version` of vLLM and
+        `system_fingerprint`, vLLM's hash of its settings; None for what the server does not say.
+
+    Raises:
+        UserError: The server does not answer, or serves no such model.
     """
     url = _checked(base_url)
     with httpx2.Client(headers=_headers(), timeout=60.0) as client:
@@ -214,7 +228,7 @@ def describe_server(base_url: str, model_name: str | None) -> dict[str, Any]:
 
 
 def _ask(client: httpx2.Client, method: str, url: str, **options: Any) -> dict[str, Any]:
-    """A JSON object from the server. Raises UserError, without a second attempt."""
+    """Returns a JSON object from the server. Raises UserError, without a second attempt."""
     try:
         response = client.request(method, url, **options)
     except httpx2.RequestError as error:
@@ -234,7 +248,7 @@ def _ask(client: httpx2.Client, method: str, url: str, **options: Any) -> dict[s
 
 
 class _Failure(Exception):
-    """What the server did; the message continues a sentence that begins with its address."""
+    """A failure of the server; the message continues a sentence that begins with its address."""
 
 
 _TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -258,10 +272,10 @@ _decoder = msgspec.json.Decoder(_Completion)
 
 
 def _top_k(completion: _Completion, input_ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 and float32 [T − 1, k]: the k likeliest tokens after each prefix of the prompt, descending.
+    """Returns the k likeliest tokens after each prefix of the prompt and their log-probabilities, [T − 1, k], descending.
 
     `prompt_logprobs` has an object for each token, {id: {"logprob": …}}: the k likeliest tokens and the actual one, which
-    may be among them. The first token's is null. Raises _Failure for an answer that cannot be this prompt's.
+    may be among them. The first token's is null. Raises _Failure for a response that cannot be this prompt's.
     """
     choice = completion.choices[0] if completion.choices else _Choice()
     if choice.prompt_logprobs is None:
@@ -291,7 +305,7 @@ def _top_k(completion: _Completion, input_ids: np.ndarray, k: int) -> tuple[np.n
 
 
 def _checked(base_url: str) -> str:
-    """The address without its last slash. Raises UserError for one that no request can go to, or that may hold a secret."""
+    """Returns the address without its last slash. Raises UserError if no request can go there, or if it may hold a secret."""
     if set("@?#") & set(base_url):
         raise UserError(
             "--base-url: leave passwords, and all from ? or # on, out of the address (http://host:8000/v1); "
@@ -314,12 +328,12 @@ def _headers() -> dict[str, str]:
 
 
 def _may_pass(status: int) -> bool:
-    """Whether the same request may succeed later: a conflict, a full queue, a gateway without its server, a crash."""
+    """Returns whether the same request may succeed later: a conflict, a full queue, a gateway without its server, a crash."""
     return status in (408, 409, 425, 429) or (status >= 500 and status != 501)
 
 
 def _advice(failure: str, request: dict[str, Any]) -> str:
-    """The failure, with what to do where that is known."""
+    """Returns the failure, with advice if there is some."""
     if allowed := re.search(r"greater than max allowed: (\d+)", failure):
         return (
             f"allows at most {allowed[1]} log-probabilities per position: start it with "
@@ -331,7 +345,7 @@ def _advice(failure: str, request: dict[str, Any]) -> str:
 
 
 def _message(response: httpx2.Response) -> str:
-    """What the server says of an error, on one short line; nothing of a refused key."""
+    """Returns the server's words about an error on one short line, and nothing of a refused key."""
     if response.status_code in (401, 403):
         return "it wants another key, set OPENAI_API_KEY"
     try:

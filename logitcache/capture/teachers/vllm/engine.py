@@ -1,4 +1,4 @@
-"""Starting vLLM's engine for a build, and what both of its routes share."""
+"""The start and the end of vLLM's engine in a build, and what all teachers that run on it share."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ REAPED_S = 1.0
 def engine_arguments(
     model: TeacherModel, longest: int, route_options: Mapping[str, Any], engine_options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fields of vLLM's EngineArgs. Prefix caching stays off: the rows that it serves have no logits.
+    """Returns fields of vLLM's EngineArgs. Prefix caching stays off: positions that it serves have no logits.
 
-    longest: tokens of the longest sequence.  engine_options: the caller's, which win over `route_options`.
+    Args:
+        model: the teacher.
+        longest: tokens of the longest sequence.
+        route_options: those that the route needs.
+        engine_options: the caller's, which win over `route_options`.
     """
     from vllm.platforms import current_platform
 
@@ -55,7 +59,7 @@ def engine_arguments(
 
 
 def why_not_engine(model: TeacherModel, engine_options: Mapping[str, Any]) -> str | None:
-    """Why vLLM cannot load this teacher at all, or None. Loads no weights."""
+    """Returns why vLLM cannot load this teacher at all, or None if it can. Loads no weights."""
     set_environment()
     from vllm import EngineArgs
 
@@ -69,7 +73,7 @@ def why_not_engine(model: TeacherModel, engine_options: Mapping[str, Any]) -> st
 
 @contextmanager
 def unsaid() -> Iterator[list[str]]:
-    """Keeps what vLLM logs inside from being shown: it reports the teachers that it does not take over a hundred lines."""
+    """Hides what vLLM logs inside, and yields it: it reports teachers that it does not take over a hundred lines."""
     log: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: log.append(handler.format(record))  # type: ignore[method-assign]
@@ -82,13 +86,13 @@ def unsaid() -> Iterator[list[str]]:
 
 
 def missing_module(log: Sequence[str]) -> str | None:
-    """The module that an architecture wants and that is not installed, by what vLLM logged when it inspected it."""
+    """Returns words for the module that an architecture needs and that vLLM, by its log, did not find; None without one."""
     found = re.findall(r"ModuleNotFoundError: No module named '([\w.]+)'", "\n".join(log))
     return f"its code in vLLM needs {found[-1]}, which is not installed or does not import here" if found else None
 
 
 def check_prompt(sequence: TokenSequence, longest: int, num_logits: int) -> None:
-    """Raises UserError for a sequence that would end the engine: too long, empty, or with ids that the model has not."""
+    """Raises UserError for a sequence that would end the engine: too long, empty, or with ids that the model does not have."""
     ids = sequence.input_ids
     if not 0 < len(ids) <= longest:
         raise UserError(f"row {sequence.row_id}: {len(ids)} tokens; this engine was started for 1…{longest}")
@@ -100,7 +104,7 @@ def check_prompt(sequence: TokenSequence, longest: int, num_logits: int) -> None
 
 
 class EngineProcesses:
-    """The processes that vLLM starts for one engine. They end with this one, and how they end is told."""
+    """The processes that vLLM starts for one engine. They end with this process, and how they end is told."""
 
     def __init__(self) -> None:
         self._engines: list[BaseProcess] = []
@@ -108,7 +112,7 @@ class EngineProcesses:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Processes that vLLM starts inside are meant; where vLLM does not start, a UserError says why."""
+        """Takes the processes that vLLM starts inside for its own. If vLLM does not start, a UserError says why."""
         try:
             with ends_with_this_process(), environment({SIGNALS_FILE: self._signals.name}):
                 yield
@@ -116,7 +120,7 @@ class EngineProcesses:
             raise UserError(f"vLLM does not start with this teacher: {brief(error)}{self._signal()}") from error
 
     def watch(self, engine: Any) -> None:
-        """Makes a dead engine an error of the LLMEngine in front of it, which else waits for a killed one for ever."""
+        """Makes a dead engine an error of the LLMEngine in front of it, which otherwise waits for a killed one for ever."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         manager = getattr(getattr(engine.engine_core, "resources", None), "engine_manager", None)
@@ -135,7 +139,7 @@ class EngineProcesses:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Turns the death of one of them into one line."""
+        """Turns the death of a process into one line."""
         from vllm.v1.engine.exceptions import EngineDeadError
         from zmq import ZMQError
 
@@ -148,7 +152,7 @@ class EngineProcesses:
             ) from error
 
     def _signal(self) -> str:
-        """The signal that ended a worker, or else the engine's own process, in words; nothing where there was none."""
+        """Returns the signal that ended a worker, or else the engine's own process, in words; "" if there was none."""
         for process in self._engines:
             process.join(REAPED_S)
         self._signals.seek(0)

@@ -1,6 +1,6 @@
 """vLLM as teacher, through its flat prompt log-probabilities: public interface only, no detokenisation.
 
-Gives top-k and the tail as 1 − Σp, at least 2⁻²⁴. vLLM's softmax runs over padding columns too: what they hold falls into the
+It gives top-k and the tail as 1 − Σp, at least 2⁻²⁴. vLLM's softmax runs over padding columns too: their mass falls into the
 tail.
 """
 
@@ -29,8 +29,11 @@ SCHEDULED_LOGITS = 1 << 28
 class VllmFlatTeacher:
     """A vLLM engine in a process of its own.
 
-    longest: tokens of the longest sequence.  most_entries: the largest top_k that will be asked for.  engine_options: fields
-    of vLLM's EngineArgs under their own names.
+    Args:
+        model: the teacher.
+        longest: tokens of the longest sequence.
+        most_entries: the largest top_k that will be asked for.
+        engine_options: fields of vLLM's EngineArgs under their own names.
     """
 
     def __init__(self, model: TeacherModel, longest: int, most_entries: int, engine_options: Mapping[str, Any]) -> None:
@@ -48,7 +51,7 @@ class VllmFlatTeacher:
         self._processes.watch(self._engine.llm_engine)
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
-        """SparseTargets of the stored positions of each sequence, in order. Raises UserError where vLLM's rows are wrong."""
+        """Yields the targets of each sequence, in order. Raises UserError if vLLM scored other tokens."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
@@ -64,7 +67,10 @@ class VllmFlatTeacher:
                 yield self._targets(sequence, output.prompt_logprobs, settings)
 
     def _targets(self, sequence: TokenSequence, flat: Any, settings: CaptureSettings) -> SparseTargets:
-        """A flat row holds the actual token first, then the top-k descending; row i scores token i + 1."""
+        """Returns the targets of a sequence from vLLM's flat log-probabilities.
+
+        The line of position i has the actual token i + 1 first, then the top-k, descending.
+        """
         width = settings.top_k + 1
         token_ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, width)
         logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, width)
@@ -82,7 +88,7 @@ class VllmFlatTeacher:
 
 
 def _windows(sequences: Iterable[TokenSequence], tokens: int) -> Iterator[list[TokenSequence]]:
-    """Consecutive sequences of about `tokens` tokens together, at least one."""
+    """Yields consecutive sequences of about `tokens` tokens together, at least one."""
     window: list[TokenSequence] = []
     held = 0
     for sequence in sequences:

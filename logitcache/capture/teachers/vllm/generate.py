@@ -33,8 +33,10 @@ class Completion:
 class VllmGenerator:
     """A vLLM engine in a process of its own.
 
-    longest: tokens of the longest prompt and its completion together.  engine_options: fields of vLLM's EngineArgs under their
-    own names.
+    Args:
+        model: the teacher.
+        longest: tokens of the longest prompt and its completion together.
+        engine_options: fields of vLLM's EngineArgs under their own names.
     """
 
     def __init__(self, model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> None:

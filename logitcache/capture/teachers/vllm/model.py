@@ -1,7 +1,7 @@
-"""Runs inside vLLM's engine: any language model as a pooling model that "embeds" a token as its packed row.
+"""Any language model as a pooling model that "embeds" a token as its packed position. It runs inside vLLM's engine.
 
-A pooling request names its stored positions and what is wanted of them. In each step the logits of all stored positions
-scheduled are computed in chunks of rows and selected from on the device; only packed rows leave it.
+A pooling request names its stored positions and what is asked about them. In each step the logits of all stored positions
+scheduled are computed in chunks and selected from on the device; only packed positions leave it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ POSITIONS_PER_CHUNK = 1024
 class Piece:
     """A sequence's share of one step.
 
-    rows: its stored positions among the step's hidden states, int64 [n].  first, total: those rows are number first … of
-    total stored positions.  results: those of its earlier pieces, and then of this one.
+    rows: the indices of its stored positions among the step's hidden states, int64 [n].  first, total: they are number
+    first … of total stored positions.  results: those of its earlier pieces, and then of this one.
     """
 
     request: ScoringRequest
@@ -48,14 +48,16 @@ class Piece:
     results: list[torch.Tensor]
 
     def uniforms(self, num_samples: int) -> np.ndarray:
-        """The numbers that decide this piece's tail samples, float64 [n, s]: the same however the sequence is cut up."""
+        """Returns the numbers that decide its tail samples, float64 [n, s]: the same however the sequence is cut up."""
         return draw_uniforms(self.request.row_id, self.total, num_samples)[self.first : self.first + len(self.rows)]
 
 
 class PositionPooler(Pooler):
-    """Hidden states → per finished sequence its packed rows, int32 [M, W], or its sum of distributions, float64 [V].
+    """The pooler that gives for each finished sequence its packed positions, int32 [M, W], or its sum of distributions.
 
-    compute_logits: hidden states [n, D] → logits [n, num_logits], or None on all ranks but the first.
+    Args:
+        compute_logits: hidden states [n, D] → logits [n, num_logits], or None on all ranks but the first.
+        num_logits: columns of the logits, with padding.
     """
 
     def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], num_logits: int) -> None:
@@ -66,11 +68,14 @@ class PositionPooler(Pooler):
         self._tail_groups: TailGroups | None = None
 
     def get_supported_tasks(self) -> Set[Any]:
-        """The one task under which requests come."""
+        """Returns the one task under which requests come."""
         return {TASK}
 
     def forward(self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata) -> list[torch.Tensor | None]:
-        """hidden_states: [scheduled tokens, D], all sequences of the step one after another."""
+        """Returns the result of each sequence that is finished, None for others.
+
+        hidden_states: [scheduled tokens, D], all sequences of the step one after another.
+        """
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled = cursor.num_scheduled_tokens_cpu.tolist()
         ends = cursor.seq_lens_cpu.tolist()
@@ -133,7 +138,10 @@ class PositionPooler(Pooler):
             piece.results[:] = [total + piece.results[0] if piece.results else total]
 
     def _logits(self, hidden_states: torch.Tensor, rows: np.ndarray, vocab_size: int) -> Iterator[torch.Tensor]:
-        """Logits [≤ POSITIONS_PER_CHUNK, vocab_size] of `rows`, chunk by chunk; every rank computes, the first alone gets any."""
+        """Yields the logits of hidden states, [≤ POSITIONS_PER_CHUNK, vocab_size], chunk by chunk.
+
+        Every rank computes, the first alone gets any. rows: indices of the hidden states.
+        """
         index = torch.from_numpy(rows).to(hidden_states.device)
         for start in range(0, len(rows), POSITIONS_PER_CHUNK):
             logits = self._compute_logits(hidden_states[index[start : start + POSITIONS_PER_CHUNK]])
@@ -151,7 +159,10 @@ class PositionPooler(Pooler):
         return result
 
     def _warm_up(self, hidden_states: torch.Tensor, scheduled: list[int]) -> list[torch.Tensor | None]:
-        """vLLM's own trial step, by which it learns how much memory to leave: all that can be asked for, on every row."""
+        """Does all that can be asked for on every hidden state, in vLLM's own trial step.
+
+        By that step vLLM learns how much memory to leave.
+        """
         settings = CaptureSettings(
             top_k=min(256, self._num_logits),
             tail_groups=min(32, self._num_logits),
@@ -169,7 +180,7 @@ class PositionPooler(Pooler):
 
 
 def _piece(request: ScoringRequest, start: int, end: int, offset: int, results: list[torch.Tensor]) -> Piece:
-    """The piece of positions start … end − 1, which are the step's hidden states from `offset` on."""
+    """Returns the piece of positions start … end − 1, which are the step's hidden states from `offset` on."""
     if start == 0:
         results.clear()  # a sequence that was preempted begins anew
     positions = np.flatnonzero(np.unpackbits(np.frombuffer(request.stored, dtype=np.uint8)))
@@ -179,7 +190,7 @@ def _piece(request: ScoringRequest, start: int, end: int, offset: int, results: 
 
 @cache
 def scoring_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A language model's class with a pooler of packed rows; everything else, its name included, stays."""
+    """Returns a language model's class with a pooler of packed positions; everything else, its name included, stays."""
 
     class Scoring(base):  # type: ignore[valid-type, misc]
         is_pooling_model = True
@@ -194,17 +205,17 @@ def scoring_class(base: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class ScoringEntry:
-    """An entry of vLLM's model registry whose class scores, where it is a language model."""
+    """An entry of vLLM's model registry whose class scores, if it is a language model."""
 
     entry: Any
 
     def inspect_model_cls(self) -> Any:
-        """What vLLM knows of the class before it is loaded."""
+        """Returns what vLLM knows about the class before it is loaded."""
         info = self.entry.inspect_model_cls()
         return dataclasses.replace(info, is_pooling_model=True) if info.is_text_generation_model else info
 
     def load_model_cls(self) -> type[nn.Module]:
-        """The class."""
+        """Returns the class."""
         base = self.entry.load_model_cls()
         return scoring_class(base) if is_text_generation_model(base) else base
 

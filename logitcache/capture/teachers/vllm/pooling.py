@@ -1,4 +1,4 @@
-"""vLLM as teacher, through a pooling model of our own: the engine sees the logits and sends packed rows of stored positions."""
+"""vLLM as teacher, through a pooling model of our own: the engine sees the logits and sends packed positions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ TOKENS_IN_FLIGHT = 1 << 16
 class VllmPoolingTeacher:
     """A vLLM engine in a process of its own.
 
-    longest: tokens of the longest sequence.  engine_options: fields of vLLM's EngineArgs under their own names.
+    Args:
+        model: the teacher.
+        longest: tokens of the longest sequence.
+        engine_options: fields of vLLM's EngineArgs under their own names.
     """
 
     def __init__(self, model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> None:
@@ -50,13 +53,13 @@ class VllmPoolingTeacher:
         self._has_tail_groups = False
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
-        """Group of each id, int [V]; needed before scoring with `settings.tail_groups`."""
+        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_groups`."""
         request_id = self._submit([0], {TAIL_GROUPS: tail_groups.astype(np.int32).tobytes()})
         self._wait_for(request_id)
         self._has_tail_groups = True
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
-        """SparseTargets of the stored positions of each sequence, in order. Raises UserError where rows are missing."""
+        """Yields the targets of each sequence, in order. Raises UserError if positions are missing."""
         assert self._has_tail_groups or not settings.tail_groups, "set_tail_groups comes first"
         for sequence, rows in self._results(sequences, json.dumps(settings.to_json())):
             if len(rows) != len(sequence.positions):
@@ -67,7 +70,7 @@ class VllmPoolingTeacher:
             yield unpack(rows, settings)
 
     def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
-        """Mean over the stored positions of the full next-token distribution, float64 [V]."""
+        """Returns the mean over the stored positions of the full next-token distribution, float64 [V]."""
         total, count = np.zeros(self._model.vocab_size), 0
         for sequence, summed in self._results(sequences, None):
             total += summed
@@ -81,7 +84,7 @@ class VllmPoolingTeacher:
     def _results(
         self, sequences: Iterable[TokenSequence], settings: str | None
     ) -> Iterator[tuple[TokenSequence, np.ndarray]]:
-        """Each sequence with what the engine gave for it, in order, while later ones are being computed."""
+        """Yields each sequence with the engine's result, in order, while later ones are being computed."""
         waiting: deque[tuple[str, TokenSequence]] = deque()
         tokens = 0
         try:
@@ -119,7 +122,7 @@ class VllmPoolingTeacher:
         return request_id
 
     def _wait_for(self, request_id: str) -> np.ndarray:
-        """The result of a request; those of others that come meanwhile are kept until they are waited for."""
+        """Returns the result of a request; results of others that come meanwhile are kept until they are waited for."""
         while request_id not in self._arrived:
             with self._processes.running():
                 outputs: list[Any] = self._engine.step()
@@ -129,7 +132,7 @@ class VllmPoolingTeacher:
 
 
 def why_not_pooling(model: TeacherModel, engine_options: Mapping[str, Any]) -> str | None:
-    """Why this teacher cannot be loaded as a pooling model, or None. Loads no weights."""
+    """Returns why this teacher cannot be loaded as a pooling model, or None if it can. Loads no weights."""
     if entry_point := _missing_entry_point():
         return entry_point
     if engine_options.get("speculative_config"):
@@ -152,7 +155,10 @@ def why_not_pooling(model: TeacherModel, engine_options: Mapping[str, Any]) -> s
 
 
 def _missing_entry_point() -> str | None:
-    """The engine's processes find our models through an entry point of the installed package only."""
+    """Returns why vLLM will not run our plugin, or None.
+
+    The engine's processes find our models through an entry point of the installed package only.
+    """
     wanted = f"{prepare_engine.__module__}:{prepare_engine.__name__}"
     installed = {point.name for point in entry_points(group="vllm.general_plugins") if point.value == wanted}
     if not installed:
@@ -164,7 +170,7 @@ def _missing_entry_point() -> str | None:
 
 @contextmanager
 def _scoring() -> Iterator[None]:
-    """Models that this process, and processes that it starts inside, load are scoring ones."""
+    """Makes the models that this process loads, and processes that it starts inside, scoring ones."""
     from logitcache.capture.teachers.vllm.model import scoring_models
 
     copied_by_ray = filter(None, [os.environ.get(COPIED_BY_RAY), SCORE_LOGITS])
@@ -173,7 +179,7 @@ def _scoring() -> Iterator[None]:
 
 
 def _arguments(model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> Any:
-    """vLLM's EngineArgs for this route."""
+    """Returns vLLM's EngineArgs for this route."""
     from vllm import EngineArgs
     from vllm.config import PoolerConfig
     from vllm.platforms import current_platform
