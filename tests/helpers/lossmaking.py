@@ -1,5 +1,6 @@
 """What the tests of the losses share: slow, obvious float64 references, and the three ways to the same loss."""
 
+import itertools
 import os
 from math import inf
 from typing import Any
@@ -30,6 +31,22 @@ TREATMENTS = [  # (tail, temperature)
 ]
 CUDA = torch.cuda.is_available()
 PATHS = ["kernel"] if INTERPRETED else ["unfused", "fused", *(["kernel"] if CUDA else [])]
+
+
+def every_loss_with_every_tail(*paths: str) -> pytest.MarkDecorator:
+    """Parametrises a test by loss, tail and temperature, and by `path` where several are given.
+
+    The normal run has each loss × tail once, each tail by every path at every temperature: losses see no tail, and tails no
+    loss. `-m matrix` has the rest of the product.
+    """
+    ways, names, cases = paths or ("",), ["loss", "tail", "temperature", *(["path"] if paths else [])], []
+    tails = list(dict(TREATMENTS))
+    for loss, (tail, temperature), way in itertools.product(LOSSES, TREATMENTS, ways):
+        turn = LOSSES.index(loss) + tails.index(tail)
+        hot = tail != "groups" and turn // len(ways) % 2
+        marks = () if (way, temperature) == (ways[turn % len(ways)], 2.0 if hot else 1.0) else pytest.mark.matrix
+        cases.append(pytest.param(*(loss, tail, temperature, way)[: len(names)], marks=marks))
+    return pytest.mark.parametrize(names, cases, indirect=["path"] if paths else False)
 
 
 def definition(loss: str, p: Tensor, q: Tensor, is_token: list[bool], **options: Any) -> Tensor:

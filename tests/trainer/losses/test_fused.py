@@ -19,6 +19,7 @@ from tests.helpers.lossmaking import (
     LOSSES,
     TREATMENTS,
     bands,
+    every_loss_with_every_tail,
     known,
     random_logits,
     seeded,
@@ -36,7 +37,7 @@ VOCABULARY, WIDTH = 11, 4
 
 @pytest.fixture(autouse=True)
 def _kernels_in_their_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:  # started so by test_loss_paths
+    if INTERPRETED:  # started so by test_kernels
         take("kernel", monkeypatch)
 
 
@@ -94,8 +95,7 @@ def assert_same(ours: Tensor, theirs: Tensor, parameters: tuple[Tensor, ...]) ->
     )
 
 
-@every_loss
-@every_treatment
+@every_loss_with_every_tail()
 def test_objective_and_gradients_are_those_of_the_loss_on_logits(loss: str, tail: str, temperature: float) -> None:
     parameters, labels = student(7), labels_of(7)
     arguments = {"loss": loss, "tail": tail, "temperature": temperature, **teacher_of(7, temperature)}
@@ -103,7 +103,8 @@ def test_objective_and_gradients_are_those_of_the_loss_on_logits(loss: str, tail
     assert_same(ours, unfused(*parameters, labels, 0.3, **arguments), parameters)
 
 
-@pytest.mark.parametrize("loss", [loss for loss in ("fkl", "rkl", "jsd") if loss in LOSSES])
+@pytest.mark.skipif(INTERPRETED, reason="the kernels' gradients are held against brute force")
+@pytest.mark.parametrize("loss", ["fkl", "rkl", "jsd"])
 @pytest.mark.parametrize(
     ("tail", "temperature", "t_squared"),
     [("bucket", 1.0, True), ("bucket", 2.0, True), ("bucket", 2.0, False), ("groups", 1.0, True), ("cap", 2.0, True)],
@@ -274,7 +275,7 @@ def test_a_second_backward_gives_the_same_where_the_first_kept_the_graph_and_is_
 @every_loss
 @pytest.mark.parametrize(("tail", "temperature"), [("bucket", 1.0), ("bucket", 2.0), ("groups", 1.0), ("cap", 1.0)])
 def test_bfloat16_products_with_float32_sums_stay_close_to_float64(loss: str, tail: str, temperature: float) -> None:
-    rows = 64 if INTERPRETED else 256
+    rows = 8 if INTERPRETED else 256
     hidden, weight, _ = student(rows)
     low = [tensor.detach().bfloat16() for tensor in (hidden, weight)]
     arguments = {"loss": loss, "tail": tail, "temperature": temperature, **teacher_of(rows, temperature)}
@@ -293,6 +294,7 @@ def test_bfloat16_products_with_float32_sums_stay_close_to_float64(loss: str, ta
         assert (gradient.double() - exact).norm() < kinks * 1e-2 * exact.norm()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a property of the sum over chunks, whatever computes the tails")
 def test_the_weights_gradient_is_summed_in_float32_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     # Summed in bfloat16, a thousand equal parts would stop growing at 256.
     monkeypatch.setattr(fused, "MIN_CHUNK_ELEMENTS", 1)

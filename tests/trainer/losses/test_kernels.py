@@ -310,8 +310,9 @@ def test_a_whole_vocabulary_at_the_sizes_used_in_training(num_groups: int) -> No
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run here")
-def test_the_kernels_pass_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+def test_the_kernels_and_the_losses_on_them_pass_in_the_interpreter() -> None:
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "loss_paths", "fused")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False

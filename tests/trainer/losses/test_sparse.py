@@ -15,6 +15,7 @@ from tests.helpers.lossmaking import (
     TREATMENTS,
     autograd_of,
     bands,
+    every_loss_with_every_tail,
     known,
     random_logits,
     reference_full,
@@ -35,9 +36,10 @@ every_loss = pytest.mark.parametrize("loss", LOSSES)
 every_treatment = pytest.mark.parametrize(("tail", "temperature"), TREATMENTS)
 
 
-@pytest.mark.parametrize("loss", SMOOTH)
-@every_treatment
+@every_loss_with_every_tail()
 def test_gradient_passes_gradcheck(loss: str, tail: str, temperature: float) -> None:
+    if loss not in SMOOTH:
+        pytest.skip("the value is not what the gradient is the derivative of")
     if (loss, tail) == ("ab", "cap"):
         pytest.skip("no f-divergence, so moving the completed teacher changes its value")
     teacher = random_logits(3, 9, seed=1)
@@ -170,8 +172,7 @@ def mixture_of(terms: DistillationTerms, kd_weight: Tensor | float, ce_weight: T
     return kd_weight * terms.kd + ce_weight * terms.cross_entropy
 
 
-@every_loss
-@every_treatment
+@every_loss_with_every_tail()
 def test_cross_entropy_and_its_mixture_with_the_divergence_have_the_gradients_of_their_definitions(
     loss: str, tail: str, temperature: float
 ) -> None:
@@ -205,8 +206,7 @@ def test_cross_entropy_and_its_mixture_with_the_divergence_have_the_gradients_of
     )
 
 
-@every_loss
-@every_treatment
+@every_loss_with_every_tail()
 def test_what_is_reported_is_the_buckets_at_temperature_one_whatever_is_trained(
     loss: str, tail: str, temperature: float
 ) -> None:
