@@ -28,6 +28,17 @@ TEXT = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_no_garbage() -> None:
+    """Each run of a trainer collects garbage, which takes a second where all that is imported is looked through."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # for what libraries count at the end
+
+
 @pytest.fixture(autouse=True)
 def _no_copies_of_other_tests(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where shards of remote caches are copied to; made when it is needed."""

@@ -249,7 +249,7 @@ def test_out_of_memory_is_one_line_that_says_what_takes_less(
     place: str,
     fails: Any,
 ) -> None:
-    monkeypatch.setattr(trainer.fit if place == "load_student" else DistillTrainer, place, fails)
+    monkeypatch.setattr(trainer.run.fit if place == "load_student" else DistillTrainer, place, fails)
     assert main([*options, "--output_dir", str(tmp_path / "run")]) == 2
     error = one_line(capsys)
     assert "trainer: error: out of memory (" in error
