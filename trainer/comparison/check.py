@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from logitcache import UserError
-from trainer.comparison.folder_state import FolderState, folder_state, held_out_sha256
+from trainer.comparison.folder_state import FolderState, folder_state, identities_at
 from trainer.comparison.generation import check_answers_folder
 from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.evaluation.generation_settings import GenerationSettings
@@ -49,7 +49,7 @@ def check(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
 
 def _check_held_out(run: PlannedRun, first: PlannedRun) -> None:
     here, there = str(run.config.eval_cache), str(first.config.eval_cache)
-    if held_out_sha256(here) != held_out_sha256(there):
+    if identities_at(here) != identities_at(there):
         raise UserError(
             f"--eval_cache {here}: {first.row} is measured on another one, {there}, and numbers of one table must be of "
             "the same"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import logitcache
 from logitcache import UserError
 from logitcache.urls import public_url
 from trainer.comparison.generation import Answers, answers_of
 from trainer.comparison.settings import filled_in
 from trainer.config.metrics import CURVES, ROUGE_L
 from trainer.config.schedules import parse_points
+from trainer.evaluation.identity import identities
 from trainer.run.files import EVALUATION_NAME, RUN_NAME, STATE_NAME, read_record
 
 NUMBER = int | float
@@ -102,7 +105,7 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
             raise UserError(f"{path} is named twice: it would count as two runs")
     runs = [read_run(path) for path in paths]
     for run in runs[1:]:
-        if run.eval_cache_sha256 != runs[0].eval_cache_sha256:
+        if not _same_cache(run, runs[0]):
             raise UserError(
                 f"{run.path} was evaluated on the cache {run.eval_cache}, {runs[0].path} on another one, "
                 f"{runs[0].eval_cache}: compare runs with the same --eval_cache"
@@ -111,6 +114,16 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     for run in runs:
         first |= {stem: run for stem in run.answers if stem not in first}
     return [_comparable(run, first) for run in runs]
+
+
+def _same_cache(a: FinishedRun, b: FinishedRun) -> bool:
+    """Whether two runs were evaluated on one cache, though a former version may have named it otherwise in one of them."""
+    if a.eval_cache_sha256 == b.eval_cache_sha256:
+        return True
+    for path in (a.eval_cache, b.eval_cache):
+        with suppress(UserError, OSError):
+            return {a.eval_cache_sha256, b.eval_cache_sha256} <= {*identities(logitcache.open(path))}
+    return False
 
 
 def _comparable(run: FinishedRun, first: Mapping[str, FinishedRun]) -> FinishedRun:

@@ -13,7 +13,7 @@ import logitcache
 from trainer.comparison.recipe import PlannedRun
 from trainer.comparison.settings import filled_in, matters
 from trainer.data.training_data import open_training_data
-from trainer.evaluation.evaluate import cache_sha256
+from trainer.evaluation.identity import identities
 from trainer.run.files import ANSWERS_NAME, EVALUATION_NAME, MODEL_FILES, RUN_NAME, STATE_NAME, NotARecord, read_record
 from trainer.run.resume import data_record, last_checkpoint
 
@@ -54,7 +54,7 @@ def folder_state(run: PlannedRun) -> FolderState:
     done = (
         evaluation is not None
         and (run.folder / STATE_NAME).exists()
-        and evaluation["cache_sha256"] == held_out_sha256(str(run.config.eval_cache))
+        and evaluation["cache_sha256"] in identities_at(str(run.config.eval_cache))
     )
     checkpoint = last_checkpoint(run.folder)
     return FolderState([], done, Path(checkpoint) if checkpoint else None)
@@ -90,6 +90,6 @@ def _caches(cache: tuple[str, ...], average_with: tuple[str, ...]) -> list[dict[
 
 
 @cache
-def held_out_sha256(path: str) -> str:
-    """The identity of a held-out cache."""
-    return cache_sha256(logitcache.open(path))
+def identities_at(path: str) -> tuple[str, str]:
+    """Return the `identities` of the held-out cache at a path."""
+    return identities(logitcache.open(path))

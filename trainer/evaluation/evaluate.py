@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from logitcache import LogitCache, UserError
 from logitcache.storage.atomic import write_json
 from trainer.data.collator import Collator
 from trainer.data.loader import BatchLoader
+from trainer.evaluation.identity import identities
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
@@ -66,12 +66,6 @@ def evaluate_folder(name: str, cache: LogitCache, *, batch_size: int = 8) -> dic
     return evaluate(model, cache, batch_size=batch_size, name=name)
 
 
-def cache_sha256(cache: LogitCache) -> str:
-    """Identity of a cache wherever it lies: SHA-256 of its manifest's content, which names every shard's."""
-    content = json.dumps(cache.manifest.to_json(), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def check_overwrites_same_cache(path: Path, cache: LogitCache) -> None:
     """Raises UserError where `path` holds an evaluation, but not on this cache."""
     if not path.exists():
@@ -80,7 +74,7 @@ def check_overwrites_same_cache(path: Path, cache: LogitCache) -> None:
         former = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         former = {}
-    if former.get("cache_sha256") != cache_sha256(cache):
+    if former.get("cache_sha256") not in identities(cache):
         raise UserError(
             f"{path} is the evaluation on another cache ({former.get('cache', 'unknown')}) than {cache.path}: name "
             "another file to write with --out"
@@ -89,4 +83,4 @@ def check_overwrites_same_cache(path: Path, cache: LogitCache) -> None:
 
 def write_evaluation(path: Path, model: str, cache: LogitCache, metrics: dict[str, float]) -> None:
     """Writes metrics as JSON, with what they are of."""
-    write_json(path, {"model": model, "cache": cache.path, "cache_sha256": cache_sha256(cache), "metrics": metrics})
+    write_json(path, {"model": model, "cache": cache.path, "cache_sha256": cache.identity, "metrics": metrics})

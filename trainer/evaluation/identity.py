@@ -1,12 +1,14 @@
-"""Which model is it, whatever its folder is called and whenever it was written."""
+"""Which model and which cache is it, whatever its folder is called and whenever it was written."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from logitcache import LogitCache
 from logitcache.storage.atomic import file_sha256
 from trainer.model.adapters import base_model
 from trainer.model.student import student_config
@@ -17,6 +19,12 @@ TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     "*.model",
 )
+
+
+def identities(cache: LogitCache) -> tuple[str, str]:
+    """Return the identity of a cache, and the hash of its manifest that evaluations of former versions have in its place."""
+    content = json.dumps(cache.manifest.to_json(), sort_keys=True, ensure_ascii=False)
+    return cache.identity, hashlib.sha256(content.encode()).hexdigest()
 
 
 def model_identity(name: str, config: PreTrainedConfig) -> str:

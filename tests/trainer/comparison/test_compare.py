@@ -17,7 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 from transformers import PreTrainedConfig
 
-from logitcache import UserError
+from logitcache import LogitCache, UserError
 from trainer.cli import main
 from trainer.comparison.finished import read_run, read_runs
 from trainer.comparison.page import page_html
@@ -25,7 +25,7 @@ from trainer.comparison.picture import draw, look
 from trainer.comparison.run_groups import Row, rows_of
 from trainer.comparison.statistics import estimate, paired_difference, t_quantile
 from trainer.comparison.table import table
-from trainer.evaluation.identity import model_identity
+from trainer.evaluation.identity import identities, model_identity
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 METRICS = {"ce": 2.0, "perplexity": 7.4, "fkl": 0.5, "rkl": 0.6, "agreement": 0.7, "ece": 0.1, "positions": 100}
@@ -383,6 +383,17 @@ def test_a_run_without_an_evaluation_is_refused(tmp_path: Path) -> None:
     (run / "eval.json").unlink()
     with pytest.raises(UserError, match=r"has no eval\.json"):
         read_run(run)
+
+
+def test_an_evaluation_of_a_former_version_is_of_the_same_cache(tmp_path: Path, cache: LogitCache) -> None:
+    runs = [finished_run(tmp_path, name, heldout=cache.path) for name in "ab"]
+    for run, identity in zip(runs, identities(cache), strict=True):
+        path = run / "eval.json"
+        path.write_text(path.read_text().replace(f"digest of {cache.path}", identity))
+    assert [run.eval_cache_sha256 for run in read_runs(runs)] == [*identities(cache)]
+    path.write_text(path.read_text().replace(identities(cache)[1], identities(cache)[1][::-1]))
+    with pytest.raises(UserError, match="was evaluated on the cache"):
+        read_runs(runs)
 
 
 def test_runs_evaluated_on_different_data_are_refused(tmp_path: Path) -> None:

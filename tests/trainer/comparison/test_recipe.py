@@ -111,7 +111,7 @@ def stood_in(
         for run in read.runs
     }
     held_out = str(read.runs[0].config.eval_cache)
-    evaluation = {"cache": held_out, "cache_sha256": folder_state.held_out_sha256(held_out)}
+    evaluation = {"cache": held_out, "cache_sha256": folder_state.identities_at(held_out)[0]}
     read.output_dir.mkdir(exist_ok=True)
     scores: dict[str, Any] = {}
     if read.generate:

@@ -15,7 +15,8 @@ from logitcache import LogitCache, UserError
 from tests.helpers.cachemaking import VOCAB, llama, teacher_logprobs
 from tests.helpers.distilling import not_understood
 from trainer.cli import main
-from trainer.evaluation.evaluate import cache_sha256, evaluate, evaluate_folder
+from trainer.evaluation.evaluate import evaluate, evaluate_folder
+from trainer.evaluation.identity import identities
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.settings import LossSettings
 from trainer.losses.sparse import distillation_terms
@@ -123,18 +124,24 @@ def test_an_evaluation_on_another_cache_is_not_overwritten(
     llama(seed=7).save_pretrained(tmp_path)
     assert main(["eval", str(tmp_path), "--cache", heldout.path]) == 0
     written = (tmp_path / "eval.json").read_text()
+    assert json.loads(written)["cache_sha256"] == heldout.identity
     assert main(["eval", str(tmp_path), "--cache", cache.path]) == 2
     error = capsys.readouterr().err
     assert all(words in error for words in (heldout.path, cache.path, "--out"))
     assert (tmp_path / "eval.json").read_text() == written
     assert main(["eval", str(tmp_path), "--cache", cache.path, "--out", str(tmp_path / "other.json")]) == 0
+    former = written.replace(*identities(heldout))
+    assert former != written
+    (tmp_path / "eval.json").write_text(former)
     assert main(["eval", str(tmp_path), "--cache", heldout.path]) == 0
+    assert (tmp_path / "eval.json").read_text() == written
 
 
 def test_a_cache_has_one_identity_wherever_it_lies(tmp_path: Path, cache: LogitCache, heldout: LogitCache) -> None:
     shutil.copytree(heldout.path, tmp_path / "copy")
-    assert cache_sha256(logitcache.open(tmp_path / "copy")) == cache_sha256(heldout)
-    assert cache_sha256(cache) != cache_sha256(heldout)
+    assert identities(logitcache.open(tmp_path / "copy")) == identities(heldout)
+    assert identities(heldout)[0] == heldout.identity
+    assert not {*identities(cache)} & {*identities(heldout)}
 
 
 @pytest.mark.parametrize(
