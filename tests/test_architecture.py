@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from logitcache.cli import COMMANDS
 from logitcache.cli import main as logitcache_main
 from logitcache.format.layout import FORMAT_VERSION, Layout
 from logitcache.format.quantization import PRESETS
@@ -15,15 +16,14 @@ from trainer.cli import main as trainer_main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("build", "view", "verify", "recode", "slice", "merge", "push", "pull", "import", "export")
 # Ground floor last: a room imports from rooms below it only.
 FLOORS = [
     ("logitcache.cli",),
-    ("logitcache.arguments",),
+    ("logitcache.commands",),
     ("logitcache.capture",),
     ("logitcache.exchange",),
-    ("logitcache.maintenance",),
     ("logitcache.sharing",),
+    ("logitcache.maintenance",),
     ("logitcache.assembly",),
     ("logitcache.report",),
     ("logitcache.reading",),

@@ -121,7 +121,13 @@ def passes_on_to(other: Callable[..., Any]) -> Callable[[F], F]:
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:
-    """Raises UserError for an option that contradicts what a build does."""
+    """Raises UserError for an option that vLLM does not have, or that contradicts what a build does."""
+    unknown = options.keys() - EngineOptions.__annotations__.keys() - OWN_OPTIONS
+    if unknown and importlib.util.find_spec("vllm"):
+        from vllm import EngineArgs
+
+        if unknown := unknown - EngineArgs.__dataclass_fields__.keys():
+            raise UserError(f"--{min(unknown).replace('_', '-')}: neither `logitcache build` nor vLLM has this option")
     if taken := sorted(OWN_OPTIONS & set(options)):
         raise UserError(f"--{taken[0].replace('_', '-')}: a build sets this option of vLLM itself, leave it out")
 

@@ -21,11 +21,20 @@ SHOWN_STEPS = 4
 BAR_WIDTH = 32
 
 
-def describe(cache: LogitCache | str | Path) -> str:
-    """What a cache holds and what it was made from, as aligned text.
+def info(cache: LogitCache | str | Path) -> str:
+    """Describes what a cache holds and what it was made from, without reading its rows.
 
-    Reads the footers of at most `footers.READ_SHARDS` shards, and of these the column num_entries where positions have different
-    numbers of entries. Raises UserError where the cache does not open.
+    It reads the footers of at most `footers.READ_SHARDS` shards, and their column num_entries if positions have different
+    numbers of entries.
+
+    Args:
+        cache: A cache, or its folder or URL.
+
+    Returns:
+        Aligned text that fits on one screen.
+
+    Raises:
+        UserError: The cache does not open.
     """
     if not isinstance(cache, LogitCache):
         cache = open_cache(cache)

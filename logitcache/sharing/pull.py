@@ -34,6 +34,7 @@ from logitcache.format.manifest import (
     parse_manifest,
     source_of,
 )
+from logitcache.maintenance.slice import slice_cache
 from logitcache.ranges import span_of
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.reading.shard_reader import ShardReader
@@ -57,17 +58,33 @@ def pull(
     *,
     against: str | None = None,
     shards: str | None = None,
+    rows: str | None = None,
     overwrite: bool = False,
 ) -> LogitCache:
-    """Copies a finished cache to a local folder, every file checked against its SHA-256 in the manifest.
+    """Copies a finished cache, or a part of it, to a local folder.
 
-    url: a folder, a URL that fsspec reads, or a bundle (.tar.zst) at either.  against: the identity that the cache must have.
-    shards: "A:B", from shard A, counted from 0, up to B, which is left out: these files and a manifest of them.  overwrite:
-    replace another cache that `out` holds.
+    Every file is checked against its SHA-256 in the manifest. The same call continues an interrupted one and mends a damaged
+    copy.
 
-    Raises UserError where there is no whole cache or another than `against`, for a file that is missing, altered or has no
-    business in a cache, where `out` holds something else, for a connection that breaks every time, and when the disk is full.
+    Args:
+        url: A folder, a URL that fsspec reads, or a bundle (.tar.zst) at either.
+        out: A local folder.
+        against: Identity that the cache must have.
+        shards: "A:B", from shard A, counted from 0, up to B, which is left out: these files and a manifest of them.
+        rows: "A:B", from row A up to B, not of a bundle. With `against` the shards that hold them are fetched whole and their
+            SHA-256 is checked. Otherwise only their row groups are fetched and checked against their CRC, which finds
+            damage, but not what somebody altered.
+        overwrite: Replaces another cache that `out` holds.
+
+    Returns:
+        The copy.
+
+    Raises:
+        UserError: There is no whole cache or another than `against`, a file is missing, altered or has no business in a
+            cache, `out` holds something else, the connection breaks every time, or the disk is full.
     """
+    if rows is not None:
+        return _pull_rows(url, out, rows, shards, against, overwrite)
     url, folder = str(url), Folder(out)
     if not url:
         raise UserError("the URL is empty: say where the cache is")
@@ -95,6 +112,18 @@ def pull(
         folder.remove(PLAN_NAME)
         folder.remove(BUILD_DIRECTORY)
     return open_cache(folder.path)
+
+
+def _pull_rows(
+    url: str | Path, out: str | Path, rows: str, shards: str | None, against: str | None, overwrite: bool
+) -> LogitCache:
+    if shards is not None:
+        raise UserError(f"--rows {rows} and --shards {shards}: choose one of them")
+    if is_bundle(str(url)):
+        raise UserError(
+            f"--rows {rows}: {url} is one file, read as a whole; pull it, then `logitcache slice --rows {rows}`"
+        )
+    return slice_cache(url, out, rows=rows, against=against, overwrite=overwrite)
 
 
 @contextmanager

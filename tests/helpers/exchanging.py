@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from logitcache import LogitCache
 from logitcache.exchange.importing import import_logits
-from logitcache.maintenance.verify.verify import verify
+from logitcache.maintenance.verify.verify import Verification
 
 FIXTURES = Path(__file__).parents[1] / "data/exchange"
 VOCAB = 60
@@ -65,4 +65,4 @@ def import_topk(source: Path | str, out: Path, tokenizer: Path, **settings: Any)
 
 def findings(cache: LogitCache) -> list[str]:
     """What `logitcache verify` says is wrong."""
-    return [str(finding) for finding in verify(cache.path)]
+    return [str(finding) for finding in Verification(cache.path)]

@@ -66,7 +66,7 @@ NEVER = {"--help", "-h", "--base-url", "--ray-address", "--trust-remote-code"}
 
 def command_lines(trial: Trial) -> list[Command]:
     """A command with what it needs, mostly, and some options more."""
-    from logitcache.arguments import parser
+    from logitcache.cli import parser
 
     commands = {("logitcache", name): _options(of) for name, of in _subcommands(parser()).items()}
     commands |= {("trainer", name): options for name, options in _of_the_trainer().items()}

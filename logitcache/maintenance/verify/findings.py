@@ -69,9 +69,14 @@ class Finding:
 
 
 class Report:
-    """Counts findings and keeps the first `SHOWN_PER_KIND` of each kind: a cache may have one per position."""
+    """What a verification found. It keeps the first `SHOWN_PER_KIND` findings of each kind: a cache may have one per position.
+
+    rescored: the teacher's new scores beside the cache's, as text; empty if no row was scored again.
+    summary: what was checked, as one line.
+    """
 
     def __init__(self) -> None:
+        self.rescored = self.summary = ""
         self._counts: dict[str, int] = defaultdict(int)
         self._shown: dict[str, list[Finding]] = defaultdict(list)
 
@@ -82,8 +87,13 @@ class Report:
             self._shown[finding.kind].append(finding)
 
     def __len__(self) -> int:
-        """Findings so far."""
+        """The number of findings."""
         return sum(self._counts.values())
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The findings that are kept."""
+        return [finding for findings in self._shown.values() for finding in findings]
 
     def text(self) -> str:
         """A paragraph per kind: what it is, what to do, then file, place and what is wrong, in columns."""

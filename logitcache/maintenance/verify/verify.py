@@ -36,25 +36,20 @@ WAITING_ROWS = 1 << 16
 """Row ids that are kept until they are dealt to the files."""
 
 
-def verify(path: str | Path, against: str | None = None) -> Verification:
-    """All that is wrong with the cache at a path or a URL, as an iterator of findings.
+class Verification(Iterator[Finding]):
+    """One pass over the cache at a path or a URL: an iterator of everything that is wrong with it.
 
-    against: the identity that the cache must have; where it has another, that is the one finding, and nothing else is read.
+    against: the identity that the cache must have. If it has another, that is the only finding, and nothing else is read.
+    is_another: whether it has another.
+    num_rows, num_positions, num_bytes, num_shards: checked so far.
 
-    Raises UserError where there is no cache at all, for an identity that is none, and for a store that stops answering. What
-    is damaged does not keep the rest from being checked. Memory and disk are bounded: a row group is held at a time, of a
+    Raises UserError if there is no cache at all, for an identity that is none, and for a store that stops answering. What is
+    damaged does not keep the rest from being checked. Memory and disk are bounded: one row group is in memory at a time, of a
     remote cache up to four shards lie in temporary files; row ids go to others, in which repeated ones are then looked for.
     """
-    return Verification(str(path), None if against is None else read_identity(against))
 
-
-class Verification(Iterator[Finding]):
-    """One pass over a cache. num_rows, num_positions, num_bytes, num_shards: checked so far.
-
-    is_another: whether the cache has another identity than it must have.
-    """
-
-    def __init__(self, path: str, against: str | None) -> None:
+    def __init__(self, path: str | Path, against: str | None = None) -> None:
+        against = None if against is None else read_identity(against)
         self._folder = Folder(path)
         self._has_manifest = self._folder.exists(MANIFEST_NAME)
         if not self._has_manifest and (self._folder.exists(BUILD_DIRECTORY) or not self._folder.names("data")):

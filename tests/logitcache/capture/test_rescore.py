@@ -22,7 +22,7 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
-from logitcache.maintenance.verify.verify import verify
+from logitcache.maintenance.verify.verify import Verification
 from logitcache.storage.folder import Folder
 from tests.helpers.references import full_logprobs
 
@@ -113,7 +113,7 @@ def test_targets_of_the_positions_beside_are_found_with_the_offset(
     built: Path, teacher: Path, tmp_path: Path, offset: int
 ) -> None:
     path = rewritten(built, tmp_path, shifted(offset))
-    assert list(verify(path)) == [], "nothing but the teacher can tell"
+    assert list(Verification(path)) == [], "nothing but the teacher can tell"
     findings = list(rescored(path, teacher).findings())
     (shift,) = [finding for finding in findings if "shift check fails" in finding.what]
     assert f"at {offset:+d}" in shift.what

@@ -24,7 +24,7 @@ from logitcache.exchange.source_files import find_sources
 from logitcache.exchange.source_rows import read_rows
 from logitcache.exchange.tails import LEAST_TAIL
 from logitcache.format.quantization import PRESETS
-from logitcache.maintenance.info import describe
+from logitcache.maintenance.info import info
 from logitcache.maintenance.recode import recode
 from tests.helpers.exchanging import (
     FIXTURES,
@@ -127,7 +127,7 @@ class TestDistillKit:
         assert fingerprint["source"]["config"]["polynomial_terms"] == [0, 1, 2, 3, 4, "sqrt"]
         assert fingerprint["corpus"]["sources"][0]["name"] == "web"
         assert fingerprint["capture"]["top_k"] == 64
-        lines = dict(line.split("  ", 1) for line in describe(cache).splitlines() if "  " in line)
+        lines = dict(line.split("  ", 1) for line in info(cache).splitlines() if "  " in line)
         assert lines["tail"].strip().startswith("approximate (1 − Σp")
         assert "t5" in json.loads((tmp_path / "out/tokenizer/tokenizer.json").read_text())["model"]["vocab"]
         narrowed = recode(cache.path, tmp_path / "narrowed", top_k=8)
@@ -377,7 +377,7 @@ class TestTopK:
         for sequence, row in zip(cache, rows, strict=True):
             assert np.array_equal(sequence.targets.tail_logprob, np.array(row["tail_logprob"], dtype=np.float32))
         assert "tail" not in cache.manifest.fingerprint["capture"]
-        assert "approximate" not in describe(cache)
+        assert "approximate" not in info(cache)
 
     def test_probabilities_above_one_in_sum_are_scaled_and_counted(self, tmp_path: Path, tokenizer: Path) -> None:
         row = {

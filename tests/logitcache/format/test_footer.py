@@ -31,9 +31,9 @@ from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.thrift import parse_struct
-from logitcache.maintenance.info import describe
+from logitcache.maintenance.info import info
 from logitcache.maintenance.row_scan import scan
-from logitcache.maintenance.verify.verify import verify
+from logitcache.maintenance.verify.verify import Verification
 from logitcache.report.page import view
 from logitcache.sharing import bundle
 from logitcache.sharing.bundle import opened_bundle, write_bundle
@@ -84,7 +84,7 @@ def with_column(root: Path, name: str, values: Any, **options: Any) -> None:
 READERS: dict[str, Callable[[Path], object]] = {
     "rows": lambda root: list(logitcache.open(root)),
     "columns": lambda root: list(logitcache.open(root).iter_columns(["row_id"])),
-    "info": lambda root: describe(root),
+    "info": lambda root: info(root),
     "view": lambda root: view(root, root.parent / "page.html"),
 }
 
@@ -107,7 +107,7 @@ def test_a_list_without_end_is_refused_before_it_is_decompressed(
     ):
         READERS[reader](root)
     if counted:
-        assert any("bytes uncompressed" in finding.what for finding in verify(root))
+        assert any("bytes uncompressed" in finding.what for finding in Verification(root))
 
 
 def test_what_the_writer_wrote_is_within_the_manifests_counts(root: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_footer_that_is_damaged_ends_in_one_line(
     for reader in READERS.values():
         with contextlib.suppress(UserError):
             reader(root)
-    list(verify(root))
+    list(Verification(root))
 
 
 @given(st.binary(max_size=200))

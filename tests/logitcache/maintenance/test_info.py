@@ -18,8 +18,7 @@ import logitcache
 from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import fingerprint_digest
-from logitcache.maintenance import info
-from logitcache.maintenance.info import describe
+from logitcache.maintenance.info import SHOWN_BARS, info
 from logitcache.report import footers
 from logitcache.report.footers import READ_SHARDS
 from logitcache.storage.folder import Folder
@@ -44,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_screen_says_what_the_manifest_says(root: Path) -> None:
-    manifest, text = logitcache.open(root).manifest, describe(root)
+    manifest, text = logitcache.open(root).manifest, info(root)
     assert value(text, "cache") == str(root)
     assert value(text, "fingerprint") == fingerprint_digest(FINGERPRINT)[:16]
     assert value(text, "teacher") == "tiny (Tiny, float32)"
@@ -63,7 +62,7 @@ def test_the_screen_says_what_the_manifest_says(root: Path) -> None:
 
 
 def test_bytes_by_column_add_up_to_the_files(root: Path) -> None:
-    text = describe(root)
+    text = info(root)
     table = text[text.index("\ncolumn") :].splitlines()[2:]
     sizes = {re.split(r" {2,}", line)[0]: int(re.split(r" {2,}", line)[1].replace(",", "")) for line in table}
     assert sum(sizes.values()) == sum(path.stat().st_size for path in (root / "data").iterdir())
@@ -83,11 +82,11 @@ def test_a_column_with_a_dot_in_its_name_is_called_by_all_of_it(tmp_path: Path) 
         (replace(sequence, columns={"meta.url": "x"}), targets) for sequence, targets in random_rows(3, Layout(VOCAB))
     ]
     write_cache(tmp_path, rows, layout)
-    assert len(lines_of(describe(tmp_path), "meta.url")) == 1
+    assert len(lines_of(info(tmp_path), "meta.url")) == 1
 
 
 def test_ragged_entries_are_drawn_as_bars_that_count_all_positions(root: Path) -> None:
-    cache, text = logitcache.open(root), describe(root)
+    cache, text = logitcache.open(root), info(root)
     counts = np.concatenate([row.targets.num_entries for row in cache])
     bars = text[text.index("\nentries") : text.index("\ncolumn")].split("\n")[2:-1]
     assert [int(bar.split()[0]) for bar in bars] == list(range(1, 9))
@@ -97,8 +96,8 @@ def test_ragged_entries_are_drawn_as_bars_that_count_all_positions(root: Path) -
 def test_many_numbers_of_entries_share_bars(tmp_path: Path) -> None:
     layout = Layout(VOCAB)
     write_cache(tmp_path, random_rows(60, layout, max_entries=VOCAB), layout)
-    bars = [line for line in describe(tmp_path).splitlines() if "…" in line.split(" ")[0]]
-    assert 4 < len(bars) <= info.SHOWN_BARS
+    bars = [line for line in info(tmp_path).splitlines() if "…" in line.split(" ")[0]]
+    assert 4 < len(bars) <= SHOWN_BARS
     assert bars[0].startswith("1…7 ")
 
 
@@ -109,7 +108,7 @@ def test_a_fixed_number_of_entries_is_one_line_and_no_column_is_read(tmp_path: P
         with patch.dict(FINGERPRINT["capture"], {"top_k": 1 if count == 8 else 8}):
             write_cache(tmp_path, rows, layout)
         with patch.object(footers, "flat", side_effect=AssertionError if not reads else footers.flat):
-            assert "\nentries  1 at every position\n" in describe(tmp_path)
+            assert "\nentries  1 at every position\n" in info(tmp_path)
 
 
 def test_few_footers_of_many_are_read_and_the_screen_says_so(tmp_path: Path) -> None:
@@ -122,7 +121,7 @@ def test_few_footers_of_many_are_read_and_the_screen_says_so(tmp_path: Path) -> 
         return plain(folder, name, num_bytes)
 
     with patch.object(Folder, "open", counting):
-        text = describe(cache)
+        text = info(cache)
     assert len(set(opened)) == READ_SHARDS
     assert {cache.manifest.shards[0].name, cache.manifest.shards[-1].name} <= set(opened)
     assert text.count("(of 32 of 40 shards)") == 2
@@ -136,20 +135,20 @@ def test_the_history_is_told_step_by_step(root: Path, tmp_path: Path) -> None:
         {"command": "slice", "created_by": "x", "rows": "0:40", "where": None, "from": [{"path": "ab"}]},
     ]
     replace(manifest, history=tuple(steps)).write(Folder(tmp_path / "c"))
-    text = describe(tmp_path / "c")
+    text = info(tmp_path / "c")
     at = next(i for i, line in enumerate(text.splitlines()) if line.startswith("history"))
     first, second = text.splitlines()[at : at + 2]
     assert first.endswith("merge: from a, b")
     assert second.endswith("slice: rows 0:40, from ab")
     assert first.index("merge") == second.index("slice")
     replace(manifest, history=tuple(steps * 50)).write(Folder(tmp_path / "c"))
-    assert len(describe(tmp_path / "c").splitlines()) <= 46
+    assert len(info(tmp_path / "c").splitlines()) <= 46
 
 
 def test_a_built_cache_names_teacher_tokenizer_engine_and_settings(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     logitcache.build(str(teacher), str(corpus), tmp_path / "c", backend="transformers", top_k=16, temperatures=(1, 2))
     cache = logitcache.open(tmp_path / "c")
-    text = describe(cache)
+    text = info(cache)
     fingerprint = cache.manifest.fingerprint
     content = fingerprint["teacher"]["content_sha256"][:12]
     assert value(text, "teacher") == f"{teacher.name} (LlamaForCausalLM, float32, content {content})"
@@ -162,7 +161,7 @@ def test_a_built_cache_names_teacher_tokenizer_engine_and_settings(teacher: Path
 
 
 def test_a_cache_of_format_1_is_described() -> None:
-    text = describe(Path(__file__).parents[2] / "data/format1" / "cache")
+    text = info(Path(__file__).parents[2] / "data/format1" / "cache")
     assert "precision exact" in value(text, "created by")
     assert "token_ids" in text
 
@@ -171,14 +170,14 @@ def test_a_url_is_described_as_a_folder_is(root: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/described", recursive=True)
     try:
-        assert describe("memory://described") == describe(root).replace(str(root), "memory://described")
+        assert info("memory://described") == info(root).replace(str(root), "memory://described")
     finally:
         memory.rm("/described", recursive=True)
 
 
 def test_the_command_prints_the_screen(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(root)]) == 0
-    assert capsys.readouterr().out == describe(root) + "\n"
+    assert capsys.readouterr().out == info(root) + "\n"
 
 
 def test_what_is_no_cache_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ from logitcache.format.shards import shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.maintenance.verify import verify as verify_module
 from logitcache.maintenance.verify.findings import KINDS, SHOWN_PER_KIND, Finding, Report
-from logitcache.maintenance.verify.verify import verify
+from logitcache.maintenance.verify.verify import Verification
 from logitcache.storage.atomic import file_sha256
 from tests.helpers.smallcaches import EVERYTHING, VOCAB, Row, random_rows, small, write_cache
 
@@ -125,7 +125,7 @@ def flip_page(root: Path, shard: int, row_group: int, column: str) -> None:
 
 
 def found(root: Path | str) -> list[Finding]:
-    return list(verify(root))
+    return list(Verification(root))
 
 
 def kinds(findings: list[Finding]) -> set[tuple[str, str]]:
@@ -136,7 +136,7 @@ def kinds(findings: list[Finding]) -> set[tuple[str, str]]:
 def test_nothing_is_wrong_with_a_sound_cache(tmp_path: Path, precision: str) -> None:
     layout = replace(EVERYTHING, precision=precision, quantization=None)
     cache = write_cache(tmp_path, random_rows(40, layout), layout, rows_per_shard=15, row_group_bytes=1500)
-    verification = verify(tmp_path)
+    verification = Verification(tmp_path)
     assert list(verification) == []
     assert (verification.num_rows, verification.num_positions) == (40, cache.num_positions)
     assert (verification.num_bytes, verification.num_shards) == (cache.manifest.num_bytes, 3)
@@ -337,7 +337,7 @@ def test_a_manifest_that_is_none_is_a_finding_and_shards_are_still_checked(root:
 
 def test_a_manifest_that_is_gone_is_a_finding_and_shards_are_still_checked(root: Path) -> None:
     (root / MANIFEST_NAME).unlink()
-    verification = verify(root)
+    verification = Verification(root)
     assert kinds(list(verification)) == {("missing", MANIFEST_NAME)}
     assert verification.num_rows == 30
 
@@ -746,7 +746,7 @@ def test_the_command_lists_findings_and_fails(root: Path, capsys: pytest.Capture
     (root / THIRD).unlink()
     assert main(["verify", str(root), "--rescore", "1"]) == 1
     printed = capsys.readouterr()
-    assert "no row is scored again" in printed.err
+    assert "--rescore was skipped: fix the problems listed above first" in printed.err
     lines = printed.out.splitlines()
     assert f"missing files (1): {KINDS['missing'][1]}" in lines
     (row,) = [line for line in lines if "row 3" in line]
@@ -761,7 +761,7 @@ def test_what_is_no_cache_at_all_is_bad_input(tmp_path: Path, name: str, capsys:
     assert main(["verify", str(tmp_path / name)]) == 2
     assert capsys.readouterr().err.count("logitcache: error: ") == 1
     with pytest.raises(UserError, match=name):
-        verify(tmp_path / name)
+        Verification(tmp_path / name)
 
 
 def test_options_of_rescoring_without_it_are_refused(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:

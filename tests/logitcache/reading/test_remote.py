@@ -32,12 +32,11 @@ from logitcache.cli import main
 from logitcache.format import shards
 from logitcache.format.codebook import CODEBOOK_KEY
 from logitcache.format.manifest import MANIFEST_NAME
-from logitcache.maintenance.pull_rows import pull_rows
 from logitcache.maintenance.recode import recode
 from logitcache.maintenance.slice import slice_cache
 from logitcache.maintenance.verify.findings import Finding
 from logitcache.maintenance.verify.shard import shard_files
-from logitcache.maintenance.verify.verify import verify
+from logitcache.maintenance.verify.verify import Verification
 from logitcache.storage import retries
 from logitcache.storage.folder import Folder
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401
@@ -368,10 +367,10 @@ def test_a_connection_that_is_cut_for_good_is_one_line(
 
 def test_verifying_over_a_connection_that_is_cut_calls_nothing_damaged(breaking: LogitCache) -> None:
     BreakingStore.breaks = 2
-    assert list(verify(breaking.path)) == []
+    assert list(Verification(breaking.path)) == []
     BreakingStore.breaks = 10**9
     with pytest.raises(UserError, match=r"does not answer .*, tried 3 times"):
-        list(verify(breaking.path))
+        list(Verification(breaking.path))
 
 
 @pytest.mark.parametrize(
@@ -492,8 +491,8 @@ def test_a_forged_shard_is_refused_against_an_identity_and_by_ranges_it_is_not(
             read()
     assert trusted[0].row_id == local[0].row_id
     with pytest.raises(UserError, match=message):
-        pull_rows(url, tmp_path / "part", rows="11:17", against=local.identity)
-    part = pull_rows(url, tmp_path / "part", rows="0:3", against=local.identity)
+        logitcache.pull(url, tmp_path / "part", rows="11:17", against=local.identity)
+    part = logitcache.pull(url, tmp_path / "part", rows="0:3", against=local.identity)
     assert ids(part) == ids(local)[:3]
 
 
@@ -543,7 +542,7 @@ def test_a_manifest_that_changes_after_it_was_checked_changes_nothing(
         return true if len(seen) == 1 else forged
 
     monkeypatch.setattr(Folder, "read", changing)
-    part = pull_rows(url, tmp_path / "part", rows="0:3", against=local.identity)
+    part = logitcache.pull(url, tmp_path / "part", rows="0:3", against=local.identity)
     assert part.manifest.history[-1]["from"][0]["manifest_sha256"] == local.identity
     assert seen == [MANIFEST_NAME]
 
@@ -552,12 +551,12 @@ def test_rows_of_a_cache_with_another_identity_are_not_pulled(local: LogitCache,
     with pytest.raises(
         UserError, match=rf"^{url} is not the cache that --against names: its identity is {local.identity}"
     ):
-        pull_rows(url, tmp_path / "part", rows="0:3", against="0" * 64)
+        logitcache.pull(url, tmp_path / "part", rows="0:3", against="0" * 64)
     assert not (tmp_path / "part").exists()
 
 
 def test_verifying_a_url_asks_for_each_shard_once(local: LogitCache, url: str, requests: Requests) -> None:
-    assert list(verify(url)) == []
+    assert list(Verification(url)) == []
     about_shards = [(operation, key.split("/", 1)[1]) for operation, key, _ in requests.made if "/data/" in key]
     assert sorted(about_shards) == [("get_object", info.name) for info in local.manifest.shards]
 
@@ -591,12 +590,12 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 def test_verifying_a_url_reads_what_is_there_and_keeps_no_copy(local: LogitCache, url: str, home: Path) -> None:
-    assert list(verify(url)) == []
+    assert list(Verification(url)) == []
     assert not home.exists()
     ids(LogitCache(url))
     name = shards.shard_name(1, NUM_SHARDS)
     alter(url, name)
-    findings = list(verify(url))  # though a right copy lies here
+    findings = list(Verification(url))  # though a right copy lies here
     assert (findings[0].kind, findings[0].file) == ("altered", name)
 
 
@@ -612,7 +611,7 @@ def test_a_cache_with_another_identity_is_one_finding_and_nothing_of_it_is_read(
     local: LogitCache, url: str, requests: Requests, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = "0" * 64
-    findings = list(verify(url, wanted))
+    findings = list(Verification(url, wanted))
     found = f"its SHA-256 is {local.identity}, {wanted} is wanted"
     assert findings == [Finding("another", "logitcache.json", found)]
     assert {key.rsplit("/")[-1] for operation, key, _ in requests.made if operation == "get_object"} == {
@@ -631,7 +630,7 @@ def test_another_identity_stops_a_rescoring_before_it_is_settled(
     assert main(["verify", local.path, *options]) == 1
     printed = capsys.readouterr()
     assert "1 finding" in printed.out
-    assert "no row is scored again" in printed.err
+    assert "--rescore was skipped: fix the problems listed above first" in printed.err
 
 
 @pytest.mark.parametrize("wrong", ["", "0" * 63, "0" * 65, "g" * 64, "sha256:" + "0" * 64])
@@ -643,7 +642,7 @@ def test_an_identity_that_is_none_is_refused(local: LogitCache, wrong: str, caps
 def test_a_cache_without_a_manifest_has_no_identity(local: LogitCache, tmp_path: Path) -> None:
     shutil.copytree(local.path, tmp_path / "cache")
     (tmp_path / "cache" / "logitcache.json").unlink()
-    findings = list(verify(tmp_path / "cache", "0" * 64))
+    findings = list(Verification(tmp_path / "cache", "0" * 64))
     assert [finding.kind for finding in findings] == ["missing"]
 
 

@@ -27,7 +27,7 @@ from logitcache.assembly import workspace
 from logitcache.cli import main
 from logitcache.format import manifest as manifests
 from logitcache.format.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
-from logitcache.maintenance.verify.verify import verify
+from logitcache.maintenance.verify.verify import Verification
 from logitcache.sharing import fetch as fetching
 from logitcache.sharing import transfer
 from logitcache.sharing.pull import pull
@@ -101,7 +101,7 @@ def test_every_file_comes_and_the_identity_is_the_same(cache: Path, url: str, tm
     pulled = pull(url, tmp_path / "out", against=logitcache.open(cache).identity)
     assert contents(tmp_path / "out") == contents(cache)
     assert pulled.identity == logitcache.open(cache).identity
-    assert list(verify(tmp_path / "out")) == []
+    assert list(Verification(tmp_path / "out")) == []
 
 
 def test_what_is_here_and_right_is_not_fetched_again(there: str, tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ class TestShards:
         for shard in part.manifest.shards:
             assert (tmp_path / "part" / shard.name).read_bytes() == (cache / shard.name).read_bytes()
         assert [row.row_id for row in part] == [row.row_id for row in whole][14:35]
-        assert list(verify(tmp_path / "part")) == []
+        assert list(Verification(tmp_path / "part")) == []
         (step,) = part.manifest.history
         assert (step["command"], step["shards"], step["sequences"], step["left_out"]) == ("pull", "2:5", 21, 39)
         (origin,) = step["from"]
@@ -566,4 +566,4 @@ def test_an_old_format_travels_whole_and_in_part(tmp_path: Path) -> None:
     copy(next(path.parent for path in old.rglob(MANIFEST_NAME)), tmp_path / "old")
     assert pull(tmp_path / "old", tmp_path / "out").identity == logitcache.open(tmp_path / "old").identity
     part = pull(tmp_path / "old", tmp_path / "part", shards=":1")
-    assert list(verify(part.path)) == []
+    assert list(Verification(part.path)) == []

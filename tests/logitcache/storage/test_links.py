@@ -14,7 +14,7 @@ import pytest
 import logitcache
 from logitcache import LogitCache, UserError
 from logitcache.cli import main
-from logitcache.maintenance.verify.verify import verify
+from logitcache.maintenance.verify.verify import Verification
 from logitcache.storage.folder import Folder
 from logitcache.storage.regular_files import regular_file
 from tests.helpers.maintained import contents, make_cache
@@ -111,7 +111,7 @@ def test_a_file_of_another_kind_is_refused_by_every_command(
     assert not (tmp_path / "pushed.tar.zst").exists()
     assert not (tmp_path / "part/logitcache.json").exists() or name == "logitcache.json.sig"
     if name not in ("README.md", "logitcache.json.sig"):
-        assert any("a cache consists of regular files" in str(finding.what) for finding in verify("cache"))
+        assert any("a cache consists of regular files" in str(finding.what) for finding in Verification("cache"))
 
 
 @pytest.mark.parametrize("directory", ["data", "tokenizer"])
@@ -122,7 +122,7 @@ def test_a_folder_of_a_cache_is_no_link(
     for command in (["push", "cache", "pushed"], ["pull", "cache", "--out", "pulled"], ["view", "cache"]):
         assert main(command) == 2
         assert f"cache/{directory} is a symbolic link: a cache consists of regular files" in capsys.readouterr().err
-    assert any("a cache consists of regular files" in finding.what for finding in verify("cache"))
+    assert any("a cache consists of regular files" in finding.what for finding in Verification("cache"))
 
 
 @pytest.mark.parametrize("name", ["README.md", "logitcache.json.sig"])
@@ -149,7 +149,7 @@ def test_links_that_lead_round_in_circles_end(cache: LogitCache, tmp_path: Path)
     for name in ("a", "b"):
         (tmp_path / "cache/data" / name).symlink_to(tmp_path / "cache")
     assert main(["pull", "cache", "--out", "pulled"]) == 0
-    assert {finding.kind for finding in verify("cache")} == {"foreign"}
+    assert {finding.kind for finding in Verification("cache")} == {"foreign"}
     assert contents(tmp_path / "pulled").keys() == contents(tmp_path / "published").keys() | {"logitcache.json.sig"}
 
 
@@ -172,7 +172,7 @@ def test_a_link_in_the_place_that_is_pulled_or_pushed_to_gives_way_to_the_file(
 def test_the_cache_and_a_bundle_may_themselves_be_reached_by_a_link(cache: LogitCache, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "cache")
     assert len(logitcache.open("link")) == len(cache)
-    assert not list(verify("link"))
+    assert not list(Verification("link"))
     assert main(["push", "link", "it.tar.zst"]) == 0
     (tmp_path / "elsewhere.tar.zst").symlink_to(tmp_path / "it.tar.zst")
     assert main(["pull", "elsewhere.tar.zst", "--out", "pulled"]) == 0
@@ -198,7 +198,7 @@ class TestSnapshotOfTheHub:
 
     def test_is_read_verified_sliced_pulled_and_pushed(self, snapshot: Path, cache: LogitCache, tmp_path: Path) -> None:
         assert [row.row_id for row in logitcache.open(snapshot)] == [row.row_id for row in cache]
-        assert not list(verify(snapshot))
+        assert not list(Verification(snapshot))
         for command in (
             ["slice", str(snapshot), "--rows", "0:3", "--out", "part"],
             ["pull", str(snapshot), "--out", "pulled"],

@@ -13,7 +13,7 @@ import logitcache
 from logitcache import UserError
 from logitcache.cli import main
 from logitcache.exchange.source_files import find_sources
-from logitcache.maintenance.verify.verify import verify
+from logitcache.maintenance.verify.verify import Verification
 from logitcache.reading.cache import LogitCache
 from logitcache.storage.folder import Folder
 from tests.helpers.exchanging import random_rows as topk_rows
@@ -201,7 +201,7 @@ class TestListingsOfAWebServer:
     def test_are_not_read_of_a_cache(self, site: Website, tmp_path: Path) -> None:
         url = site.url("cache")
         assert len(list(logitcache.open(url))) == 12
-        assert not list(verify(url))
+        assert not list(Verification(url))
         for command in (
             ["pull", url, "--out", "pulled"],
             ["pull", url, "--shards", "0:1", "--out", "shard"],

@@ -20,7 +20,6 @@ import torch
 
 import logitcache
 from logitcache import UserError
-from logitcache.arguments import parser
 from logitcache.assembly.unfinished import SHARD_POSITIONS
 from logitcache.capture import plan, worker
 from logitcache.capture.corpus.documents import find_sources
@@ -32,6 +31,7 @@ from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.request import make_request
 from logitcache.capture.teachers.hf import TransformersTeacher
 from logitcache.capture.teachers.vllm.generate import Completion, VllmGenerator
+from logitcache.cli import parser
 from logitcache.format.sequences import TokenSequence
 from logitcache.storage.folder import Folder
 from tests.helpers.references import assert_scores_agree, full_logprobs

@@ -1,4 +1,4 @@
-"""What is written after an option → its value."""
+"""The values of options: text → value."""
 
 from __future__ import annotations
 

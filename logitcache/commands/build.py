@@ -1,44 +1,37 @@
-"""Options of build, plan and finish."""
+"""`logitcache build`."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from logitcache.arguments.shared import teacher_options
-from logitcache.arguments.values import assignments, mapping, names, numbers, part_of
-from logitcache.errors import Parser
+from logitcache.commands.shared import engines_needed, print_cache, teacher_options
+from logitcache.commands.values import assignments, mapping, names, numbers, part_of
 from logitcache.format.quantization import PRESETS
 
+HELP = "run a teacher once over a corpus and write its top-k log-probabilities to a cache"
+DESCRIPTION = (
+    "Runs a teacher once over a corpus and writes its top-k log-probabilities, with the tail, to a cache. "
+    "The same command continues an interrupted build. Options of vLLM (--tensor-parallel-size, "
+    "--gpu-memory-utilization, --quantization, --max-model-len, …) are passed on under their own names."
+)
+CONTINUES = True
 
-def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
-    """Adds a parser for each of them."""
-    _build(commands)
-    _plan(commands)
-    _finish(commands)
 
-
-def _build(commands: argparse._SubParsersAction[Parser]) -> None:
-    build = commands.add_parser(
-        "build",
-        help="run a teacher once over a corpus and write its top-k log-probabilities to a cache",
-        description="Runs a teacher once over a corpus and writes its top-k log-probabilities, with the tail, to a cache. "
-        "The same command continues an interrupted build. Options of vLLM (--tensor-parallel-size, "
-        "--gpu-memory-utilization, --quantization, --max-model-len, …) are passed on under their own names.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    _inputs(build)
-    build.add_argument("--out", required=True, metavar="DIR", help="the cache: a folder, or a URL such as s3://…")
-    build.add_argument("--overwrite", action="store_true", help="replace the cache that DIR holds")
-    build.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    input_options(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the cache: a folder, or a URL such as s3://…")
+    parser.add_argument("--overwrite", action="store_true", help="replace the cache that DIR holds")
+    parser.add_argument(
         "--reuse",
         nargs="+",
         metavar="CACHE",
         help="caches of the same teacher and settings: rows that they hold are copied, only the others are scored",
     )
-    build.add_argument("--shard-positions", type=int, metavar="N", help="positions per shard (default 262144)")
+    parser.add_argument("--shard-positions", type=int, metavar="N", help="positions per shard (default 262144)")
 
-    group = build.add_argument_group("generation")
+    group = parser.add_argument_group("generation")
     group.add_argument(
         "--generate",
         action="store_true",
@@ -53,7 +46,7 @@ def _build(commands: argparse._SubParsersAction[Parser]) -> None:
         "temperature=1.0,seed=0, answers as long as --max-length leaves)",
     )
 
-    group = build.add_argument_group("many engines")
+    group = parser.add_argument_group("many engines")
     group.add_argument("--executor", choices=["local", "ray"], help="ray: several engines, on one host or many")
     group.add_argument("--engines", type=int, metavar="N", help="engines on Ray (default: as many as its GPUs hold)")
     group.add_argument(
@@ -70,30 +63,8 @@ def _build(commands: argparse._SubParsersAction[Parser]) -> None:
     )
 
 
-def _plan(commands: argparse._SubParsersAction[Parser]) -> None:
-    plan = commands.add_parser(
-        "plan",
-        help="what a build would take and give, from a sample: positions, bytes, hours, fidelity of each k",
-        description="Counts the corpus, tokenises and scores a sample of it, and prints what `logitcache build` with the "
-        "same options would take (positions, bytes, hours) and what each --top-k would give. Writes nothing.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    _inputs(plan)
-
-
-def _finish(commands: argparse._SubParsersAction[Parser]) -> None:
-    finish = commands.add_parser(
-        "finish",
-        help="make a cache of the shards that `logitcache build --shard-range` left",
-        description="Makes a cache of the shards that several `logitcache build --shard-range` processes left in DIR.",
-        allow_abbrev=False,
-    )
-    finish.add_argument("out", metavar="DIR", help="the folder or URL that they shared")
-
-
-def _inputs(parser: argparse.ArgumentParser) -> None:
-    """Options that decide what a cache will hold."""
+def input_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that decide what a cache will hold."""
     parser.add_argument("--teacher", default=None, metavar="NAME", help="model name or folder")
     parser.add_argument(
         "--data",
@@ -157,3 +128,14 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--data-split", metavar="NAME", help="split of a dataset (default train)")
     group.add_argument("--data-config", metavar="NAME", help="configuration of a dataset")
+
+
+def run(options: dict[str, Any], rest: list[str]) -> None:
+    """Builds and prints the cache."""
+    with engines_needed():
+        from logitcache.capture.build import build
+        from logitcache.capture.options import parse_engine_options
+
+    cache = build(**options, **parse_engine_options(rest))
+    if cache is not None:
+        print_cache(cache)

@@ -60,10 +60,10 @@ def test_a_message_that_quotes_several_lines_is_one_line(
 ) -> None:
     """As those of pyarrow and of SQL do."""
 
-    def refuse(path: str) -> str:
-        raise UserError(f"{path} was altered: invalid\n  data\r\n")
+    def refuse(cache: str) -> str:
+        raise UserError(f"{cache} was altered: invalid\n  data\r\n")
 
-    monkeypatch.setattr("logitcache.maintenance.info.describe", refuse)
+    monkeypatch.setattr("logitcache.maintenance.info.info", refuse)
     assert main(["info", "cache"]) == 2
     assert capsys.readouterr().err == "logitcache: error: cache was altered: invalid data\n"
 
@@ -78,7 +78,7 @@ def test_an_empty_corpus_is_refused(teacher: Path, tmp_path: Path, capsys: pytes
 def test_ctrl_c_says_how_to_continue(
     teacher: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("logitcache.capture.worker.ShardWorker.capture", interrupted)
@@ -90,10 +90,10 @@ def test_ctrl_c_says_how_to_continue(
 def test_ctrl_c_promises_nothing_where_nothing_continues(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("logitcache.maintenance.verify.verify.verify", interrupted)
-    monkeypatch.setattr("logitcache.maintenance.info.describe", interrupted)
+    monkeypatch.setattr("logitcache.capture.verify.verify", interrupted)
+    monkeypatch.setattr("logitcache.maintenance.info.info", interrupted)
     assert main([command, str(tmp_path)]) == 130
     assert capsys.readouterr().err == "logitcache: stopped\n"

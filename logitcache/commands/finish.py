@@ -1,0 +1,26 @@
+"""`logitcache finish`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from logitcache.commands.shared import engines_needed, print_cache, refuse_unknown
+
+HELP = "make a cache of the shards that `logitcache build --shard-range` left"
+DESCRIPTION = "Makes a cache of the shards that several `logitcache build --shard-range` processes left in DIR."
+CONTINUES = True
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("out", metavar="DIR", help="the folder or URL that they shared")
+
+
+def run(options: dict[str, Any], rest: list[str]) -> None:
+    """Finishes and prints the cache."""
+    refuse_unknown(rest, "finish")
+    with engines_needed():
+        from logitcache.capture.finish import finish
+
+    print_cache(finish(**options))

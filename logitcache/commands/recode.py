@@ -1,0 +1,41 @@
+"""`logitcache recode`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from logitcache.commands.shared import output_options, print_rewritten, refuse_unknown
+from logitcache.commands.values import names
+from logitcache.format.quantization import PRESETS
+
+HELP = "fewer entries, coarser numbers or fewer columns of a cache, without the teacher"
+DESCRIPTION = (
+    "Writes the rows of a cache to another with fewer entries, coarser numbers or fewer columns, without the "
+    "teacher. Entries that are left out join the tail. The same command continues an interrupted one."
+)
+CONTINUES = True
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("path", metavar="CACHE", help="folder or URL of the cache")
+    parser.add_argument("--top-k", type=int, metavar="K", help="at most so many entries per position")
+    parser.add_argument("--top-p", type=float, metavar="P", help="only as many entries as hold this mass")
+    parser.add_argument("--min-k", type=int, metavar="K", help="floor under --top-p (default 32)")
+    parser.add_argument("--precision", choices=list(PRESETS), help="no finer than the cache's own (default: the same)")
+    parser.add_argument(
+        "--drop",
+        type=names,
+        metavar="NAME,NAME",
+        help="leave out: tail_groups, temperatures, tail_entropy, tail_samples, or kept columns",
+    )
+    output_options(parser)
+
+
+def run(options: dict[str, Any], rest: list[str]) -> None:
+    """Recodes and prints the new cache."""
+    from logitcache.maintenance.recode import recode
+
+    refuse_unknown(rest, "recode")
+    print_rewritten(recode(**options))

@@ -1,0 +1,81 @@
+"""Every command is a function of `logitcache`, with a parameter for each option that it has."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import inspect
+from pathlib import Path
+
+import pytest
+from mypy import api
+
+import logitcache
+from logitcache import UserError
+from logitcache.capture.inputs import resolve_inputs
+from logitcache.capture.options import EngineOptions, InputOptions
+from logitcache.cli import COMMANDS
+
+ROOT = Path(__file__).parents[3]
+BESIDE_THE_OPTIONS = {"slice": {"against"}}
+
+
+def parameters(function: object) -> set[str]:
+    named = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return {parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_a_function_with_a_parameter_for_each_option(name: str) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    COMMANDS[name].add_options(parser)
+    function = getattr(logitcache, "import_logits" if name == "import" else name)
+    options = {action.dest for action in parser._actions}
+    assert parameters(function) == options | BESIDE_THE_OPTIONS.get(name, set())
+
+
+def test_types_and_defaults_of_a_build_name_the_same_options() -> None:
+    assert InputOptions.__annotations__.keys() - EngineOptions.__annotations__.keys() == parameters(resolve_inputs) - {
+        "teacher",
+        "data",
+        "sampling_params",
+    }
+
+
+def test_a_wrong_keyword_is_refused_by_name(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--top-kk"):
+        logitcache.build(str(teacher), str(corpus), tmp_path / "c", backend="transformers", top_kk=3)  # type: ignore[call-overload]
+    with pytest.raises(UserError, match=r"^--top-kk"):
+        logitcache.plan(str(teacher), str(corpus), backend="transformers", top_kk=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="top_kk"):
+        logitcache.recode("c", tmp_path / "c", top_kk=3)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="--seed needs --rescore"):
+        logitcache.verify("c", seed=3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dir_shows_every_public_name_and_a_star_import_hides_nothing_of_python() -> None:
+    functions = {"import_logits" if name == "import" else name for name in COMMANDS}
+    assert functions | {"open", *logitcache.__all__} <= set(dir(logitcache))
+    assert functions - {"slice"} <= set(logitcache.__all__)
+    assert not set(logitcache.__all__) & set(dir(builtins))
+    for name in [*dir(logitcache), *logitcache.__all__]:
+        getattr(logitcache, name)
+
+
+@pytest.mark.programs
+def test_a_type_checker_knows_the_functions(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("""\
+import logitcache
+cache = logitcache.build("teacher", "data", "out", top_k=8, tensor_parallel_size=2)
+rows: int = len(cache)
+text: str = logitcache.info(cache)
+logitcache.slice(cache.path, "part", rows="0:8").num_positions
+logitcache.build("teacher", "data", "out", top_kk=8)
+logitcache.verify(cache.path, top_k=8)
+""")
+    options = ["--no-error-summary", "--config-file", str(ROOT / "pyproject.toml")]
+    printed, errors, status = api.run([*options, str(program)])
+    assert (status, errors) == (1, "")
+    assert [line.split(":")[1] for line in printed.splitlines() if ": error: Unexpected keyword" in line] == ["6", "7"]
