@@ -55,10 +55,20 @@ def prepare_rescoring(
     attn_implementation: str | None = None,
     **engine_options: Unpack[EngineOptions],
 ) -> Rescoring:
-    """Rescoring of `num_rows` random rows of a cache, or of the one at a path or a URL. Loads no weights.
+    """Returns the rescoring of random rows of a cache. Loads no weights.
 
-    teacher, revision, dtype: by default those of the cache's fingerprint.  The others: see `logitcache.build`.
-    Raises UserError where there is no such teacher, and where its vocabulary or tokenizer is not the cache's.
+    Args:
+        cache: a cache, its path or its URL.
+        num_rows: number of rows.
+        teacher: model name or folder. None: the one that the cache's fingerprint records.
+        seed: random seed for choosing the rows.
+        revision: branch, tag or commit. None: the recorded one.
+        dtype: of the weights. None: the recorded one.
+        backend, capture_route, base_url, model, trust_remote_code, attn_implementation: see `logitcache.build`.
+        **engine_options: options of vLLM under their own names.
+
+    Raises:
+        UserError: There is no such teacher, or its vocabulary or tokenizer is not the cache's.
     """
     if num_rows < 1:
         raise UserError(f"--rescore {num_rows}: at least 1 row is needed")
@@ -100,7 +110,7 @@ def _refuse_other_vocabulary(manifest: Manifest, model: TeacherModel) -> None:
 
 @dataclass(frozen=True)
 class Rescoring:
-    """Which rows of a cache are scored again, and by what."""
+    """The rows of a cache that are scored again, and the teacher and engine that score them."""
 
     cache: LogitCache
     model: TeacherModel
@@ -109,7 +119,7 @@ class Rescoring:
     seed: int
 
     def run(self) -> Rescored:
-        """Loads the teacher and scores. Raises UserError where it does not load, and where the cache cannot be read."""
+        """Loads the teacher and scores. Raises UserError if it does not load, or if the cache cannot be read."""
         drawn = np.random.default_rng(self.seed).choice(len(self.cache), self.num_rows, replace=False)
         numbers = np.sort(drawn).tolist()
         rows = [self.cache[number] for number in numbers]
@@ -135,7 +145,7 @@ class Rescoring:
         )
 
     def _place(self, number: int) -> tuple[str, int]:
-        """File of a row, and its number there."""
+        """Returns the file of a row, and its number there."""
         for shard in self.cache.manifest.shards:
             if number < shard.num_sequences:
                 return shard.name, number
@@ -145,11 +155,11 @@ class Rescoring:
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """A row beside what the teacher gives now.
+    """A row beside the teacher's scores of today.
 
     differences_nats: |Δ log p| of every entry of both with p > 1e-3, float64.  tail_differences: of the tail's mass at each
     position.  same_best: positions whose most probable token is the same, bool.  distances: mean over the positions of
-    Σ |Δp| over the stored entries, by offset; nan where no position has a neighbour there.
+    Σ |Δp| over the stored entries, by offset; nan if no position has a neighbour there.
     """
 
     row_id: str
@@ -166,7 +176,10 @@ class ComparedRow:
 
 @dataclass(frozen=True)
 class Rescored:
-    """What came of it. places: file and number there, of each row.  other_weights: the teacher is not the recorded one."""
+    """The result of a rescoring.
+
+    places: file and number there, of each row.  other_weights: the teacher is not the recorded one.
+    """
 
     rows: Sequence[ComparedRow]
     places: Sequence[tuple[str, int]]
@@ -183,7 +196,7 @@ class Rescored:
         return found
 
     def findings(self) -> Iterator[Finding]:
-        """Rows beyond the tolerance, and targets that stand at other positions than their own."""
+        """Yields rows beyond the tolerance, and targets that stand at other positions than their own."""
         for row, (file, number) in zip(self.rows, self.places, strict=True):
             if row.mean_nats > self.tolerance_nats:
                 what = f"mean |Δ log p| {row.mean_nats:.3f} nats, at most {self.tolerance_nats:.3f} is tolerated"
@@ -203,7 +216,7 @@ class Rescored:
                 yield Finding("teacher", self.places[0][0], what)
 
     def table(self) -> str:
-        """Everything measured, as aligned text."""
+        """Returns everything measured as aligned text."""
         nats = np.concatenate([row.differences_nats for row in self.rows])
         tails = np.concatenate([row.tail_differences for row in self.rows])
         best = np.concatenate([row.same_best for row in self.rows])
@@ -227,24 +240,24 @@ class Rescored:
 
 
 def _tolerance_nats(dtype: str | None) -> float:
-    """Of a server nobody knows the dtype."""
+    """Returns the tolerance for a dtype; the largest for that of a server, which nobody knows."""
     return TOLERANCE_NATS.get(str(dtype), max(TOLERANCE_NATS.values()))
 
 
 def _all_positions(row: CachedSequence) -> TokenSequence:
-    """The row with every position to be scored, so that its neighbours can be compared with."""
+    """Returns the row with every position to be scored, so that its neighbours can be compared with."""
     mask = np.ones(len(row.input_ids), dtype=bool)
     mask[:1] = False
     return TokenSequence(np.array(row.input_ids), mask)
 
 
 def _compare(row: CachedSequence, again: SparseTargets) -> ComparedRow:
-    """`again` holds every position of the row: the logits' row is its own."""
+    """Returns the comparison of a row. again: the targets of each of its positions."""
     stored, positions = row.targets, row.positions.astype(np.int64)
     own = again[positions]
-    held = stored.token_ids != PAD_ID
+    is_entry = stored.token_ids != PAD_ID
     found, now = _looked_up(stored.token_ids, own)
-    judged = held & found & (np.maximum(stored.logprobs, now) > np.log(JUDGED_PROBABILITY))
+    judged = is_entry & found & (np.maximum(stored.logprobs, now) > np.log(JUDGED_PROBABILITY))
     with np.errstate(invalid="ignore"):
         differences = np.abs(stored.logprobs.astype(np.float64) - now)[judged]
     beyond = np.arange(own.token_ids.shape[1]) >= stored.num_entries[:, None]
@@ -256,8 +269,8 @@ def _compare(row: CachedSequence, again: SparseTargets) -> ComparedRow:
         there = positions + offset
         inside = (there >= 0) & (there < len(again))
         found, now = _looked_up(stored.token_ids[inside], again[there[inside]])
-        probs = np.where(held[inside], np.exp(stored.logprobs[inside], dtype=np.float64), 0)
-        distance = np.abs(probs - np.where(found & held[inside], np.exp(now), 0)).sum(axis=1)
+        probs = np.where(is_entry[inside], np.exp(stored.logprobs[inside], dtype=np.float64), 0)
+        distance = np.abs(probs - np.where(found & is_entry[inside], np.exp(now), 0)).sum(axis=1)
         distances[offset] = float(distance.mean()) if inside.any() else float("nan")
     return ComparedRow(
         row_id=row.row_id,
@@ -271,7 +284,7 @@ def _compare(row: CachedSequence, again: SparseTargets) -> ComparedRow:
 
 
 def _looked_up(token_ids: np.ndarray, targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each id [M, k] is among the entries of its position [M, j], and its log-probability there, float64."""
+    """Returns whether each id [M, k] is among the entries of its position [M, j], and its log-probability there, float64."""
     order = np.argsort(targets.token_ids, axis=1)
     found = np.zeros(token_ids.shape, dtype=bool)
     logprobs = np.full(token_ids.shape, -np.inf)

@@ -1,6 +1,6 @@
-"""logitcache build --reuse: rows that finished caches hold already are copied, only the others are scored.
+"""`logitcache build --reuse`: rows that finished caches have already are copied, only the others are scored.
 
-    OUT/.build/places/00000       of each row of shard 0 its place in the other caches, −1 where it is to be scored
+    OUT/.build/places/00000       place of each row of shard 0 in the other caches, −1 if it is to be scored
     OUT/.build/copied/00000.json  what was copied to shard 0 and from where, once it is written
 
 Nothing of a row says whether it was copied, so `--reuse` is no setting that a resumed build must repeat: places are looked up
@@ -43,9 +43,9 @@ logger = logging.getLogger("logitcache")
 
 
 class ReusedCaches:
-    """Finished caches whose rows a build copies; a row's place is its number, counted through all of them.
+    """Finished caches whose rows a build copies. A row's place is its number, counted through all of them.
 
-    Opened where they are first needed, so that another process opens them itself.
+    They are opened when they are first needed, so that another process opens them itself.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ class ReusedCaches:
 
     @cached_property
     def caches(self) -> list[LogitCache]:
-        """Raises UserError for what is no finished cache, and for a damaged one."""
+        """The caches. Raises UserError for one that is not finished, or damaged."""
         return [_opened(path) for path in self.paths]
 
     @cached_property
@@ -67,9 +67,11 @@ class ReusedCaches:
         return np.cumsum([0] + [len(cache) for cache in self.caches])
 
     def check(self, request: Mapping[str, Any], layout: Layout) -> None:
-        """Raises UserError, naming what differs, for a cache whose rows the build that `request` asks for would not make.
+        """Raises UserError, naming what differs, for a cache whose rows are not those that a build would make.
 
-        layout: of the build, whatever its kept columns.
+        Args:
+            request: everything that decides what the build's cache will hold.
+            layout: of the build, whatever its kept columns.
         """
         wanted = _comparable(request, layout)
         for cache in self.caches:
@@ -84,7 +86,7 @@ class ReusedCaches:
                 raise UserError(f"--reuse {self.caches[0].path} {cache.path}: their tail groups are not the same")
 
     def take_tail_groups(self, folder: Folder) -> None:
-        """Makes the tail groups those of the build in `folder`, unless it has them. Raises UserError where it has others."""
+        """Makes the tail groups those of the build in `folder`, unless it has them. Raises UserError if it has others."""
         source = self.caches[0]
         theirs = _tail_groups(source)
         if not folder.exists(PARTITION_NAME):
@@ -98,9 +100,12 @@ class ReusedCaches:
                 )
 
     def match(self, plan: Plan, shards: Sequence[int]) -> dict[int, int]:
-        """Looks the rows of shards up and writes down their places. Returns shard → tokens that are left to score.
+        """Looks the rows of shards up and writes down their places.
 
-        What is not of the rows goes to disk: about 24 bytes for each row of the caches, for the time of the call.
+        All but the rows of one shard goes to disk: about 24 bytes for each row of the caches, for the time of the call.
+
+        Returns:
+            The tokens of each shard that are left to score.
         """
         local = plan.folder.local
         tokens_left = {}
@@ -131,23 +136,27 @@ class ReusedCaches:
                     raise UserError(f"--reuse {cache.path}: {error}: fetch or build it again") from error
 
     def rows(self, places: np.ndarray, positions: np.ndarray) -> Iterator[CachedSequence]:
-        """The rows at places [n], in that order. positions: how many stored positions each has, int64 [n].
+        """Yields the rows at places, in that order.
 
-        Rows are read in windows of about `WINDOW_BYTES`, each in the order of the caches: a row group is decoded once for
-        all the rows of a window, so rows in the caches' own order cost no more than a stream of them.
+        Rows are read in windows of about `WINDOW_BYTES`, each in the order of the caches: a row group is decoded once for all the
+        rows of a window, so rows in the caches' own order cost no more than a stream of them.
+
+        Args:
+            places: int64 [n].
+            positions: how many stored positions each row has, int64 [n].
         """
         manifest = self.caches[0].manifest
         values = sum(count for _, count in manifest.layout.values_per_position().values())
         position_bytes = 4 * values + 8 * manifest.fingerprint["capture"]["top_k"]
         window = positions.cumsum() * position_bytes // WINDOW_BYTES
         for part in np.split(places, np.flatnonzero(np.diff(window)) + 1):
-            held = {place: self._row(place) for place in np.unique(part).tolist()}
-            yield from (held[place] for place in part.tolist())
+            decoded = {place: self._row(place) for place in np.unique(part).tolist()}
+            yield from (decoded[place] for place in part.tolist())
 
     def _row(self, place: int) -> CachedSequence:
         owner = int(np.searchsorted(self._first_places, place, side="right")) - 1
         cached = self.caches[owner][place - int(self._first_places[owner])]
-        # A copy: a view would hold its whole row group.
+        # A copy: a view would keep its whole row group.
         return CachedSequence(
             cached.row_id,
             cached.input_ids,
@@ -157,7 +166,7 @@ class ReusedCaches:
         )
 
     def sources(self, places: np.ndarray, positions: np.ndarray) -> list[dict[str, Any]]:
-        """What a history says of copied rows: for each cache with any, which it is and how much is from there."""
+        """Returns what a history says about copied rows: each cache with any, and how much is from there."""
         owners = np.searchsorted(self._first_places, places, side="right") - 1
         return [
             {
@@ -174,7 +183,7 @@ class ReusedCaches:
 
 
 def refuse_itself(sources: Iterable[Folder], out: Folder) -> None:
-    """Raises UserError where a cache to reuse is what a build writes to, or one of both lies in the other."""
+    """Raises UserError if a build writes to a cache that it reuses, or if one of both lies in the other."""
     for source in sources:
         inside, around = source.lies_in(out), out.lies_in(source)
         if inside and around:
@@ -184,12 +193,12 @@ def refuse_itself(sources: Iterable[Folder], out: Folder) -> None:
 
 
 def read_places(folder: Folder, shard: int) -> np.ndarray:
-    """Place of each row of a shard, −1 for none, and its stored positions: int64 [2, n]."""
+    """Returns the place of each row of a shard, −1 for none, and its stored positions: int64 [2, n]."""
     return np.frombuffer(folder.read(_places_name(shard)), "<i8").reshape(2, -1)
 
 
 def record_copied(folder: Folder, shard: int, sources: list[dict[str, Any]]) -> None:
-    """Writes down where rows of a shard that was just written were copied from."""
+    """Writes down from where rows of a shard, which was just written, were copied."""
     name = _copied_name(shard)
     if sources:
         folder.write(name, json.dumps(sources))
@@ -198,7 +207,7 @@ def record_copied(folder: Folder, shard: int, sources: list[dict[str, Any]]) -> 
 
 
 def copied_history(folder: Folder) -> tuple[dict[str, Any], ...]:
-    """The step of the history that says what was copied to the shards of a build; none where nothing was."""
+    """Returns the step of the history for rows copied to the shards of a build; none if nothing was copied."""
     sources: dict[str, dict[str, Any]] = {}
     for name in folder.names(COPIED_NAME):
         for source in json.loads(folder.read(f"{COPIED_NAME}/{name}")):
@@ -218,7 +227,7 @@ def copied_history(folder: Folder) -> tuple[dict[str, Any], ...]:
 
 
 def _tail_groups(cache: LogitCache) -> np.ndarray:
-    """Of a cache that has them."""
+    """Returns the tail groups of a cache that has some."""
     groups = cache.tail_groups
     assert groups is not None
     return groups
@@ -232,7 +241,7 @@ def _opened(path: str) -> LogitCache:
 
 
 def _comparable(fingerprint: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """What must be the same for rows to be the same."""
+    """Returns what must be the same for rows to be the same."""
     # The layout says the precision, also of caches that were written before there was a choice.
     elsewhere = {"shard_positions", "precision"}
     quantization = layout.quantization
@@ -246,7 +255,7 @@ def _comparable(fingerprint: Mapping[str, Any], layout: Layout) -> dict[str, Any
 
 
 def _counted(plan: Plan, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row ids as bytes, S16, stored positions and tokens of each row of a shard, int64, all [n]."""
+    """Returns the id (as bytes, S16), stored positions and tokens (int64) of each row of a shard, all [n]."""
     rows = [(s.row_id, len(s.positions), len(s.input_ids)) for s in plan.sequences(shard)]
     ids, positions, tokens = zip(*rows, strict=True)
     return id_bytes(ids), np.array(positions), np.array(tokens)

@@ -1,4 +1,4 @@
-"""Answers to prompts with vLLM, through its public `vllm.LLM`; only the end of its processes goes deeper."""
+"""The answers of a student on vLLM, through its public `vllm.LLM`; only the end of its processes goes deeper."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class VllmGenerator:
         self._llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN_S)
 
     def answers(self, prompts: Sequence[Prompt], seed: int, label: str = "generating") -> list[Answer]:
-        """An answer to each prompt. label: of the progress bar. Raises UserError where vLLM gives up."""
+        """Returns an answer to each prompt. label: of the progress bar. Raises UserError if vLLM gives up."""
         from vllm import SamplingParams
 
         def bar(*args: Any, **options: Any) -> Any:

@@ -1,8 +1,8 @@
-"""A chat → token ids and loss mask, through the tokenizer's chat template.
+"""The tokenisation of chats through the tokenizer's chat template: messages → token ids and loss mask.
 
-Trained is the text that the template renders for an answer, shown by renderings of parts of the chat: an answer is the text
-that its turn adds to the rendering of the turns before it with the generation prompt, of which the `{% generation %}` marks
-of a template may choose a part.
+The text that the template renders for an answer is trained. Renderings of parts of the chat show it: an answer is the text
+that its turn adds to the rendering of the turns before it with the generation prompt. `{% generation %}` marks of a template
+may choose a part of it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Span = tuple[int, int]
 
 
 def tokenize_messages(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`messages` and the optional `tools` → one sequence, or as many as the chat has answers.
+    """Returns the tokens of `messages` and the optional `tools`: one sequence, or as many as the chat has answers.
 
     `by.turns` chooses the answers. "all": the chat is one sequence, with all its answers trained. "last": the chat up to its
     last answer, which is trained. "each": for every answer, the chat up to it, with this answer trained; each is rendered as
     at inference, so that any template will do.
 
     Raises:
-        BadDocument: The columns hold no chat, the template fails, or it does not show where an answer lies.
+        BadDocument: The columns contain no chat, the template fails, or it does not show where an answer lies.
     """
     chat = read_chat(document)
     by.notes.update(chat.notes)
@@ -49,7 +49,7 @@ def tokenize_messages(document: Mapping[str, Any], by: Tokenization) -> list[Tok
 
 
 def _answers_of_all(rendering: Rendering, trained: Sequence[int], text: str, by: Tokenization) -> list[Answer]:
-    """The trained answers of a whole chat, whose rendering is `text`."""
+    """Returns the trained answers of a whole chat, whose rendering is `text`."""
     marks = rendering.marks(len(rendering.messages))
     if marks is None:
         by.notes["chats lose the template's {% generation %} marks; trained is the text that each turn adds"] += 1
@@ -73,7 +73,7 @@ def _answers_of_all(rendering: Rendering, trained: Sequence[int], text: str, by:
 
 
 def _answer_as_generated(rendering: Rendering, turn: int, by: Tokenization) -> tuple[str, list[Answer]]:
-    """The chat up to one answer as text, and this answer's place in it."""
+    """Returns the chat up to one answer as text, and this answer's place in it."""
     if whole := rendering.thought(turn):
         return whole[0], [whole[1]]
     if answer := rendering.answer(turn):
@@ -88,7 +88,7 @@ def _answer_as_generated(rendering: Rendering, turn: int, by: Tokenization) -> t
 
 
 def _marked_parts(answer: Answer, marks: Sequence[Span], rendering: Rendering, by: Tokenization) -> Iterator[Answer]:
-    """The parts of an answer that the template marks, or all of it where they leave out what the message says."""
+    """Yields the parts of an answer that the template marks, or all of it if they leave out words of the message."""
     if answer.unrendered:
         by.notes[
             f"answers are rendered without {answer.unrendered!r}, with which the template's generation prompt ends "
@@ -102,7 +102,7 @@ def _marked_parts(answer: Answer, marks: Sequence[Span], rendering: Rendering, b
     inside = [(start, end) for start, end in inside if start < end]
     if not marks:
         yield answer
-    elif not inside or not _holds(inside, text, rendering.says(answer.turn), rendered):
+    elif not inside or not _contain(inside, text, rendering.says(answer.turn), rendered):
         by.notes[
             "answers are not whole within the template's {% generation %} marks; trained is all of their turn"
         ] += 1
@@ -114,23 +114,23 @@ def _marked_parts(answer: Answer, marks: Sequence[Span], rendering: Rendering, b
 
 
 def _mark_of_turn(rendering: Rendering, turn: int, marks: Sequence[Span], text: str) -> Span | None:
-    """The mark of a turn, where every answer has one and this one holds what the message says."""
+    """Returns the mark of a turn, if every answer has one and this one contains the words of the message."""
     answers = [number for number, message in enumerate(rendering.messages) if message["role"] == ASSISTANT]
     marks = [mark for mark in marks if mark[0] < mark[1]]
     if len(answers) != len(marks):
         return None
     mark = marks[answers.index(turn)]
-    return mark if _holds([mark], text, rendering.says(turn), text) else None
+    return mark if _contain([mark], text, rendering.says(turn), text) else None
 
 
-def _holds(spans: Sequence[Span], text: str, said: Sequence[str], rendered: str) -> bool:
-    """Whether spans of a text hold what a message says, as far as it is rendered at all."""
-    held = "\n".join(text[start:end] for start, end in spans)
-    return all(words in held for words in said if words in rendered)
+def _contain(spans: Sequence[Span], text: str, said: Sequence[str], rendered: str) -> bool:
+    """Returns whether spans of a text contain the words of a message, as far as it is rendered at all."""
+    inside = "\n".join(text[start:end] for start, end in spans)
+    return all(words in inside for words in said if words in rendered)
 
 
 def _masked(text: str, answers: Sequence[Answer], by: Tokenization) -> Tokens:
-    """Tokens of a rendered chat; those that lie in an answer are trained.
+    """Returns the tokens of a rendered chat; those that lie in an answer are trained.
 
     A token that begins in the generation prompt and reaches into the answer is trained: the prompt's last space belongs to
     the answer's first word for many tokenizers. A token that begins in an earlier turn is not.

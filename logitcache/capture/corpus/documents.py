@@ -1,4 +1,4 @@
-"""Sources → documents, one at a time: files, folders, globs, or anything that `datasets.load_dataset` takes."""
+"""The documents of a corpus, one at a time: from files, folders, globs, or anything that `datasets.load_dataset` takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from logitcache.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """Something that documents come from. identity: what the fingerprint records of it, without reading documents."""
+    """A source of documents. identity: returns what the fingerprint records of it, without reading documents."""
 
     name: str
     identity: Callable[[], dict[str, Any]]
@@ -26,10 +26,15 @@ class Source:
 
 
 def find_sources(data: str | Sequence[str], split: str = "train", config_name: str | None = None) -> list[Source]:
-    """Resolves `--data`, in a stable order.
+    """Returns the sources that `--data` names, in a stable order.
 
-    Each item is a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), a folder or glob of such, or a dataset's name.
-    Raises UserError for a path that does not exist and for a folder or glob without such files.
+    Args:
+        data: files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders or globs of such, or names of datasets.
+        split: of a dataset.
+        config_name: configuration of a dataset.
+
+    Raises:
+        UserError: A path does not exist, or a folder or glob has no such files.
     """
     sources: list[Source] = []
     for item in [data] if isinstance(data, str) else data:

@@ -1,4 +1,4 @@
-"""What a document's columns mean: one function per layout, document → token ids + loss mask."""
+"""The layouts of documents: one function for each, document → token ids + loss mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from logitcache.errors import UserError
 
 
 def tokenize_text(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`text`: every token is trained; the tokenizer's own special tokens, and its end-of-text token at the end."""
+    """Returns the tokens of `text`, all of them trained.
+
+    The tokenizer's own special tokens are added, and its end-of-text token at the end.
+    """
     if document["text"] == "":
         return [tokens([], [])]
     ids = by.texts.of_text(document["text"])
@@ -23,7 +26,7 @@ def tokenize_text(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]
 
 
 def tokenize_prompt_completion(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`prompt` + `completion`: the completion is trained, end-of-text token included.
+    """Returns the tokens of `prompt` and `completion`, of which the completion is trained, end-of-text token included.
 
     The two are tokenised apart and joined, as they are when the student later generates from the prompt.
     """
@@ -33,9 +36,9 @@ def tokenize_prompt_completion(document: Mapping[str, Any], by: Tokenization) ->
 
 
 def tokenize_input_ids(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`input_ids`, taken as they are, but for padding; trained where `loss_mask`, `labels` or another mask says so.
+    """Returns `input_ids` as they are, but for padding.
 
-    Without a mask every token is trained. See `read_masks`.
+    `loss_mask`, `labels` or another mask says which are trained, see `read_masks`; without one, every token is.
     """
     ids = read_input_ids(document["input_ids"])
     for name in unused_masks(document, (*LOSS_MASKS, PADDING), len(ids)):
@@ -45,7 +48,7 @@ def tokenize_input_ids(document: Mapping[str, Any], by: Tokenization) -> list[To
 
 
 def read_input_ids(value: Any) -> np.ndarray:
-    """Token ids, int [T]. Raises BadDocument for anything else."""
+    """Returns token ids, int32 [T]. Raises BadDocument for any other value."""
     if not isinstance(value, list) or not all(type(i) is int for i in value):
         raise BadDocument("`input_ids` must be a list of integers")
     if value and not 0 <= min(value) <= max(value) < 2**31:
@@ -67,9 +70,9 @@ LAYOUTS: Layouts = {
 def find_layout(
     columns: Mapping[str, Any], where: str, renamed: Collection[str] = (), layouts: Layouts = LAYOUTS
 ) -> str:
-    """Name of the layout that a document's columns have, first of those with `renamed` columns.
+    """Returns the name of the layout that a document's columns have, first of those with `renamed` columns.
 
-    Raises UserError where none fits.
+    Raises UserError if none fits.
     """
     for name, (needed, _) in sorted(layouts.items(), key=lambda item: not set(item[1][0]) & set(renamed)):
         if all(column in columns for column in needed):

@@ -1,4 +1,4 @@
-"""Documents → prompts for the teacher to answer: token sequences of which nothing is trained."""
+"""The prompts that the teacher answers: token sequences of documents, nothing of which is trained."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ANSWER_COLUMNS = ("completion", "finish_reason", "sample")
 
 
 def prompt_of_text(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`prompt`: with the special tokens that the tokenizer adds before a text."""
+    """Returns the tokens of `prompt`, with the special tokens that the tokenizer adds before a text."""
     if document["prompt"] == "":
         return [_prompt([])]
     return [_prompt(by.texts.of_prompt(document["prompt"]))]
 
 
 def prompt_of_messages(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`messages` (and optional `tools`): everything before the assistant's last turn, where the chat ends with one.
+    """Returns the tokens of `messages` (and optional `tools`) without answers at their end.
 
-    Through the tokenizer's chat template, with its generation prompt.
+    They are rendered by the tokenizer's chat template, with its generation prompt.
     """
     chat = read_chat(document)
     by.notes.update(chat.notes)
@@ -49,7 +49,7 @@ def prompt_of_messages(document: Mapping[str, Any], by: Tokenization) -> list[To
 
 
 def prompt_of_input_ids(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
-    """`input_ids`: taken as they are, but for padding."""
+    """Returns `input_ids` as they are, but for padding."""
     ids = read_input_ids(document["input_ids"])
     for name in unused_masks(document, (PADDING,), len(ids)):
         by.notes[f"documents have a column {name!r}, which is not used: all of `input_ids` is the prompt"] += 1
@@ -65,9 +65,9 @@ PROMPT_LAYOUTS: Layouts = {
 
 @dataclass(frozen=True)
 class PromptSettings(CorpusSettings):
-    """How documents become prompts: as sequences do, but long ones are refused or skipped.
+    """The settings by which documents become prompts: as sequences do, but long ones are refused or skipped.
 
-    max_length: tokens of the longest prompt and its answer together.
+    max_length: tokens of the longest prompt and its completion together.
     """
 
     layouts: ClassVar[Layouts] = PROMPT_LAYOUTS
@@ -80,9 +80,9 @@ class PromptSettings(CorpusSettings):
 
 
 class Prompts(Corpus):
-    """Iterates the prompts of all sources once, in order, and counts as `Corpus` does.
+    """The prompts of all sources, which are iterated once, in order, and counted as by `Corpus`.
 
-    room: tokens, at least, that must be left for an answer.
+    room: tokens, at least, that must be left for a completion.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Renderings of a chat and of its parts, which show where its answers lie."""
+"""The renderings of a chat and of its parts, which show where its answers lie."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHER_WORDS = "\U000f0a00"
 
 @dataclass(frozen=True)
 class Answer:
-    """Characters start … end − 1 of a rendered chat, which an assistant's turn is trained on.
+    """The characters start … end − 1 of a rendered chat, which an assistant's turn is trained on.
 
     prompt_start: where the generation prompt before them begins.  turn: number of the message.  unrendered: the end of the
     generation prompt that the rendered turn does not have.
@@ -42,14 +42,14 @@ class Rendering:
         self._texts: dict[tuple[int, bool], str] = {}
 
     def upto(self, count: int, prompt: bool = False) -> str:
-        """Text of the first `count` messages; prompt: with the generation prompt. Raises BadDocument."""
+        """Returns the text of the first `count` messages; prompt: with the generation prompt. Raises BadDocument."""
         key = count, prompt
         if key not in self._texts:
             self._texts[key] = self._render(self.messages[:count], prompt)
         return self._texts[key]
 
     def answer(self, turn: int) -> Answer | None:
-        """The place of an answer in the text up to it, or None where the renderings do not show it."""
+        """Returns the place of an answer in the text up to it, or None if the renderings do not show it."""
         after = self.upto(turn + 1)
         prompt = self._prompt(turn)
         if prompt is None:
@@ -63,10 +63,10 @@ class Rendering:
         return Answer(len(before), len(before) + len(opened), len(after), turn, left)
 
     def thought(self, turn: int) -> tuple[str, Answer] | None:
-        """An answer that goes on from a generation prompt which opens a thought, where the template drops thoughts.
+        """Returns an answer that goes on from a generation prompt which opens a thought, if the template drops thoughts.
 
         Templates of reasoning models end their generation prompt with, say, `<think>`, and show answers without their thought.
-        Where the message has it, the text is generation prompt, thought and answer, as the model wrote them.
+        If the message has it, the text is generation prompt, thought and answer, as the model wrote them.
         """
         content = self.messages[turn].get("content")
         prompt = self._prompt(turn)
@@ -89,7 +89,7 @@ class Rendering:
         return text, Answer(len(before), len(prompt), len(text), turn)
 
     def after_prompt(self, turn: int) -> tuple[str, Answer] | None:
-        """The generation prompt with an answer, as text, where the template renders the history differently once it follows.
+        """Returns the generation prompt with an answer, as text, if the template renders the history differently with it.
 
         The answer is then the text that it is rendered as after a question alone, which must end the whole chat's too.
         """
@@ -100,7 +100,7 @@ class Rendering:
         return text, Answer(len(prompt), len(prompt), len(text), turn, alone[2])
 
     def marks(self, count: int) -> list[tuple[int, int]] | None:
-        """The characters that `{% generation %}` marks enclose in the text of the first `count` messages.
+        """Returns the characters that `{% generation %}` marks enclose in the text of the first `count` messages.
 
         The marks become calls that put a private character before and after what they enclose. Without these characters the text
         must be the template's own; a filter around a mark can change it, and then no mark is believed: None.
@@ -137,7 +137,7 @@ class Rendering:
         return spans if marked.replace(opening, "").replace(closing, "") == text else None
 
     def says(self, turn: int) -> list[str]:
-        """Texts of a message that its rendering is known by: the content without a thought, names of called functions."""
+        """Returns texts of a message that its rendering is known by: content without a thought, names of called functions."""
         message = self.messages[turn]
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
@@ -146,7 +146,7 @@ class Rendering:
         return [words for words in said if words] + self.called(turn)
 
     def called(self, turn: int) -> list[str]:
-        """Names of the functions that a message calls."""
+        """Returns the names of the functions that a message calls."""
         calls = self.messages[turn].get("tool_calls")
         functions = [
             call.get("function", call)
@@ -160,7 +160,7 @@ class Rendering:
         return render(self.tokenizer, messages, self.tools, add_generation_prompt=prompt, **more)
 
     def _prompt(self, turn: int) -> str | None:
-        """The text that the model goes on from at a turn, or None where there is nothing before it to render."""
+        """Returns the text that the model goes on from at a turn, or None if there is nothing before it to render."""
         if not turn:
             return None
         try:
@@ -169,7 +169,7 @@ class Rendering:
             return None
 
     def _shared_prompt(self, turn: int) -> tuple[str, str, str] | None:
-        """Text before a turn, the part of its generation prompt that the turn's rendering has too, and the rest of it."""
+        """Returns the text before a turn, and its generation prompt in two: the part in the turn's rendering, and the rest."""
         before, prompt, after = self.upto(turn), self.upto(turn, prompt=True), self.upto(turn + 1)
         other = self._with_other_words(turn)
         if not all(text.startswith(before) for text in (prompt, after, other)):
@@ -184,7 +184,7 @@ class Rendering:
         return self._render([*self.messages[:turn], other])
 
     def _alone(self, turn: int) -> tuple[str, str, str] | None:
-        """The answer of a turn to a question alone: generation prompt and answer as rendered, and the prompt's rest."""
+        """Returns the answer of a turn to a question alone: generation prompt and answer as rendered, and the prompt's rest."""
         if self.messages[0] is _QUESTION:
             return None
         alone = Rendering(self.tokenizer, [_QUESTION, self.messages[turn]], self.tools)
@@ -198,7 +198,7 @@ class Rendering:
         return text[answer.prompt_start : answer.start], text[answer.start :], answer.unrendered
 
     def _after_no_prompt(self, turn: int) -> Answer | None:
-        """The place of an answer that has nothing before it, as the same answer to a question shows it."""
+        """Returns the place of an answer that has nothing before it, as the same answer to a question shows it."""
         after, alone = self.upto(turn + 1), self._alone(turn)
         if alone is None:
             return None

@@ -25,7 +25,7 @@ logger = logging.getLogger("logitcache")
 
 @dataclass(frozen=True)
 class Total:
-    """A total over the corpus as estimated from the sample, with its standard error (0: everything was in the sample)."""
+    """A total over the corpus, estimated from the sample, with its standard error (0: everything was in the sample)."""
 
     value: float
     standard_error: float
@@ -36,7 +36,7 @@ class Total:
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """Documents of a corpus counted, some of them tokenised.
+    """The documents of a corpus counted, some of them tokenised.
 
     num_documents: of the whole corpus.  num_sampled: of the sample.  sequences: the sample's, in the corpus's order.
     num_sequences, num_tokens, num_positions: of the whole corpus.  skipped: documents of the sample that are left out, by
@@ -68,7 +68,7 @@ def sample_corpus(
 ) -> CorpusSample:
     """Reads all documents and tokenises `num_documents` of them, drawn with a fixed seed.
 
-    Raises UserError for what a build would refuse in the sample, and where nothing of it can be trained.
+    Raises UserError for documents of the sample that a build would refuse, and if nothing of it can be trained.
     """
     count, first, sampled = _reservoir(sources, num_documents)
     # The first readable document of the corpus decides about the layout, as it does in a build.
@@ -105,7 +105,7 @@ def sample_corpus(
 
 
 def _reservoir(sources: Sequence[Source], size: int) -> tuple[int, list[Document], list[Document]]:
-    """The number of all documents, the first readable one (in a list, if there is one), and `size` drawn, in order."""
+    """Returns the number of documents, the first readable one (in a list, if there is one), and `size` drawn, in order."""
     generator = random.Random(0)
     count = 0
     first: list[Document] = []
@@ -130,7 +130,7 @@ def _source(documents: Sequence[Document]) -> Source:
 
 
 def _total(per_document: np.ndarray, num_documents: int) -> Total:
-    """Of a simple random sample without replacement."""
+    """Returns the total that a simple random sample without replacement estimates."""
     sampled = len(per_document)
     spread = float(per_document.std(ddof=1)) if sampled > 1 else 0.0
     unseen = 1 - sampled / num_documents

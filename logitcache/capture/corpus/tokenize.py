@@ -1,4 +1,4 @@
-"""Documents → token sequences within the teacher's length, counting what is left out."""
+"""The token sequences of a corpus, within the teacher's length; documents that are left out are counted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONG_POLICIES = ("split", "truncate", "skip")
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """How documents become sequences.
+    """The settings by which documents become sequences.
 
     max_length: tokens of the longest sequence.  layout: a name of LAYOUTS, or None to find it from the first document's
     columns.  turns: which answers of a chat are trained, see `chat.tokenize_messages`.  columns: the layout's column name →
@@ -61,12 +61,12 @@ class CorpusSettings:
                 raise UserError(f"--keep {name}: the cache has a column of that name itself; rename the source's")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, for the fingerprint."""
+        """Returns the settings as plain JSON types, for the fingerprint."""
         return asdict(self) | {"columns": dict(self.columns), "keep": list(self.keep)}
 
 
 class Corpus:
-    """Iterates the sequences of all sources once, in order.
+    """The sequences of all sources, which are iterated once, in order.
 
     skipped: documents left out so far, by reason.  layout: found with the first document.  never_kept: columns of
     `keep` that no document has had.  notes: see `Tokenization`.
@@ -136,7 +136,7 @@ class Corpus:
         return {name: document.values.get(name) for name in self._settings.keep}
 
     def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Columns by the layout's names. A mask that the user names is the only one."""
+        """Returns the columns by the layout's names. A mask that the user names is the only one."""
         columns = self._settings.columns
         others = {name: value for name, value in values.items() if name not in columns.values()}
         named = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}

@@ -1,4 +1,4 @@
-"""logitcache plan: what a build will take and what it will keep, from a random sample of the corpus.
+"""`logitcache plan`: an estimate of what a build will take and what it will keep, from a random sample of the corpus.
 
 The corpus is read and its documents counted; only a sample is tokenised, and of that only some thousand positions are
 scored: once with many entries, from which the gradient's error at every smaller k follows, once with the entries of the
@@ -92,17 +92,17 @@ def plan(teacher: str | None, data: str | Sequence[str], **options: Unpack[Input
 
 
 def _as_built(sequence: TokenSequence, layout: Layout) -> TokenSequence:
-    """A sequence with its kept columns as a build stores them."""
+    """Returns a sequence with its kept columns as a build stores them."""
     columns = json.loads(columns_text(sequence.columns))
     return replace(sequence, columns=stored_columns(layout.columns, columns))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What storing `top_k` entries and the masses of `tail_groups` (0: of the whole tail) takes and keeps.
+    """The price and the worth of storing `top_k` entries and the masses of `tail_groups` (0: of the whole tail).
 
     mass_covered: mean probability of the entries.  gradient_error: (loss, stage) → relative error of the summed gradient
-    for a student that stands in for a real one of that stage; empty where the teacher gives only its top-k.
+    for a student that stands in for a real one of that stage; empty if the teacher gives only its top-k.
     """
 
     top_k: int
@@ -129,7 +129,7 @@ class Estimate:
 
     @property
     def num_bytes(self) -> float:
-        """Of the cache."""
+        """Bytes of the cache."""
         return self.bytes_per_position * self.sample.num_positions.value
 
     @property
@@ -138,7 +138,7 @@ class Estimate:
         return self.sample.num_tokens.value / self.tokens_per_s
 
     def table(self) -> str:
-        """Everything, as aligned text."""
+        """Returns everything as aligned text."""
         sample, settings = self.sample, self.settings
         scale = sample.num_documents / sample.num_sampled
         left_out = [f"{count * scale:,.0f} {reason}" for reason, count in sample.skipped.items()]
@@ -188,10 +188,15 @@ def estimate(
     sees_logits: bool,
     skip_bad: bool = False,
 ) -> Estimate:
-    """Scores some thousand positions of the sample, a few times over.
+    """Scores some thousand positions of a sample, a few times over.
 
-    layout: of the build's shards, with kept columns.  settings: of the build.  sees_logits: it is a `LogitTeacher`; the
-    tail groups that it has are replaced.  skip_bad: rows for which it gives NaN are left out, otherwise refused.
+    Args:
+        teacher: the loaded teacher. Tail groups that it has are replaced.
+        sample: the sample of the corpus.
+        layout: of the build's shards, with kept columns.
+        settings: of the build.
+        sees_logits: whether the teacher is a `LogitTeacher`.
+        skip_bad: whether rows for which the teacher gives NaN are left out, otherwise refused.
     """
     sequences = random.Random(0).sample(sample.sequences, len(sample.sequences))
     priced = _first(sequences, [len(sequence.positions) for sequence in sequences], PRICED_POSITIONS)
@@ -229,7 +234,7 @@ def estimate(
 
 
 def _with_numbers(teacher: Teacher, sequences: Sequence[TokenSequence], skip_bad: bool) -> Sequence[TokenSequence]:
-    """The sequences without those for which the teacher gives NaN. Raises UserError for one unless `skip_bad`."""
+    """Returns the sequences without those for which the teacher gives NaN. Raises UserError for one unless `skip_bad`."""
     scored = teacher.score(sequences, CaptureSettings(top_k=1))
     wrong = [find_nan(sequence, targets) for sequence, targets in zip(sequences, scored, strict=True)]
     reasons = [reason for reason in wrong if reason]
@@ -249,7 +254,7 @@ class _Judgement(NamedTuple):
 def _judge(
     teacher: LogitTeacher, priced: Sequence[TokenSequence], num_groups: int, vocab_size: int, ks: Sequence[int]
 ) -> _Judgement:
-    """Gradient errors, on some of the positions, of every k with one bucket and with groups."""
+    """Returns the gradient errors, on some of the positions, of every k with one bucket and with groups."""
     mean_probability = teacher.mean_probability(priced)
     tail_groups = make_tail_groups(teacher, priced, num_groups)
     teacher.set_tail_groups(tail_groups)
@@ -274,7 +279,7 @@ def _choice(
     judgement: _Judgement | None,
 ) -> Choice:
     num_groups = 0 if tail_groups is None else int(tail_groups.max()) + 1
-    stored = [narrowed(targets, k, tail_groups) for targets in scored]
+    stored = [truncate_to_top_k(targets, k, tail_groups) for targets in scored]
     num_bytes = stored_bytes(
         sequences, stored, Layout(layout.vocab_size, num_groups, columns=layout.columns, precision=layout.precision)
     )
@@ -284,7 +289,7 @@ def _choice(
 
 
 def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets], layout: Layout) -> int:
-    """Bytes of the rows' columns in a shard, encoded and compressed, without the file's footer."""
+    """Returns the bytes of the rows' columns in a shard, encoded and compressed, without the file's footer."""
     table = encode(sequences, targets, layout, Codebook.of(concatenate(targets), layout))
     buffer = pa.BufferOutputStream()
     with pq.ParquetWriter(buffer, table.schema, **layout.parquet_options()) as writer:
@@ -293,14 +298,17 @@ def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTar
     return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
 
 
-def narrowed(targets: SparseTargets, k: int, tail_groups: np.ndarray | None) -> SparseTargets:
-    """The first k entries; the others go to the tail, and with `tail_groups`, int [V], to the groups' masses."""
+def truncate_to_top_k(targets: SparseTargets, k: int, tail_groups: np.ndarray | None) -> SparseTargets:
+    """Returns the first k entries; the others join the tail and, with `tail_groups`, int [V], the groups."""
     known = targets if tail_groups is not None else replace(targets, group_logprobs=None)
     return truncate(known, nucleus(targets.logprobs, top_k=k, top_p=1.0, min_k=k).sum(axis=1), tail_groups)
 
 
 def thinned(sequences: Sequence[TokenSequence], num_positions: int) -> list[TokenSequence]:
-    """The same sequences with at most so many stored positions in all, drawn at random; those without any are left out."""
+    """Returns the sequences with at most `num_positions` stored positions in all, drawn at random.
+
+    Sequences without any are left out.
+    """
     owners = np.repeat(np.arange(len(sequences)), [len(sequence.positions) for sequence in sequences])
     positions = np.concatenate([sequence.positions for sequence in sequences])
     drawn = np.random.default_rng(0).permutation(len(owners))[:num_positions]
@@ -317,7 +325,7 @@ def _candidate_ks(own: int, most: int) -> list[int]:
 
 
 def _first(sequences: Sequence[TokenSequence], sizes: Sequence[int], enough: float) -> Sequence[TokenSequence]:
-    """The fewest sequences from the front whose sizes reach `enough`, or all."""
+    """Returns the fewest sequences from the front whose sizes reach `enough`, or all."""
     return sequences[: int(np.searchsorted(np.cumsum(sizes), enough)) + 1]
 
 
@@ -330,6 +338,6 @@ def _num_tokens(sequences: Sequence[TokenSequence]) -> int:
 
 
 def _size(num_bytes: float) -> str:
-    """Bytes as people write them: 640 B, 1.2 GB."""
+    """Returns bytes as people write them: 640 B, 1.2 GB."""
     power = min(int(math.log10(max(num_bytes, 1)) // 3), 4)
     return f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -1,7 +1,7 @@
-"""The error of a training step's gradient when only k entries and masses of the tail are stored.
+"""The error of a training step's gradient if only k entries and masses of the tail are stored.
 
 The gradient of a divergence with respect to logit j is q_j·(s(ρ_j) − Σ q s(ρ)), where ρ_j = p/q of the outcome that token j
-belongs to: itself, its tail group, or the whole tail. So storing less only replaces ρ_j. numpy, float64, rows in chunks.
+belongs to: itself, its tail group, or the whole tail. So storing less only replaces ρ_j. numpy, float64, in chunks.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ STUDENTS = {"early": (0.25, 0.35, 1.0), "late": (0.8, 0.1, 0.5)}
 
 Fitted on one teacher, of 7.5 M parameters, to a student of 3 M parameters and to a mixture of the two with noise: there the
 errors come out 0.6 to 1.2 times the real ones and in their order. Without noise, groups of tokens of about the same mean
-probability would hold such a student's ratios exactly and seem to cost no error.
+probability would keep such a student's ratios exactly and seem to cost no error.
 """
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The (almost) full distribution at N positions as E outcomes: tokens, most probable first, then what is left of groups.
+    """The (almost) full distribution at N positions as E outcomes: tokens, most probable first, then the rests of groups.
 
     logprobs, mean_probs: float64 [N, E], log p and the outcome's mean p over a sample.  groups: int [N, E], tail group.
-    ids: int [N, E], token; V + g for what is left of group g.  sizes: int [N, E], tokens of the outcome.
+    ids: int [N, E], token; V + g for the rest of group g.  sizes: int [N, E], tokens of the outcome.
     """
 
     logprobs: np.ndarray
@@ -74,21 +74,27 @@ class Outcomes:
 
     @classmethod
     def of_logprobs(cls, logprobs: np.ndarray, mean_probs: np.ndarray, tail_groups: np.ndarray) -> Outcomes:
-        """From full distributions, float [N, V], the mean probability, float64 [V], and the group, int [V], of each id."""
+        """Returns the outcomes of full distributions, each token one.
+
+        Args:
+            logprobs: float [N, V].
+            mean_probs: the mean probability of each id, float64 [V].
+            tail_groups: the group of each id, int [V].
+        """
         ids = np.argsort(-logprobs, axis=1, kind="stable")
         ordered = np.take_along_axis(logprobs, ids, axis=1).astype(np.float64)
         return cls(ordered, mean_probs[ids], tail_groups[ids], ids, np.ones_like(ids))
 
     @classmethod
     def of_targets(cls, targets: SparseTargets, mean_probs: np.ndarray, tail_groups: np.ndarray) -> Outcomes:
-        """From targets with many entries, and tail groups for what is left."""
+        """Returns the outcomes of targets with many entries, and with tail groups for the rest. Arguments as of `of_logprobs`."""
         assert targets.group_logprobs is not None
         num_groups = targets.group_logprobs.shape[1]
-        held = targets.token_ids != PAD_ID
-        ids = np.where(held, targets.token_ids, 0).astype(np.int64)
-        groups, entry_means = tail_groups[ids], np.where(held, mean_probs[ids], 0.0)
+        is_entry = targets.token_ids != PAD_ID
+        ids = np.where(is_entry, targets.token_ids, 0).astype(np.int64)
+        groups, entry_means = tail_groups[ids], np.where(is_entry, mean_probs[ids], 0.0)
         rests = np.broadcast_to(np.arange(num_groups), targets.group_logprobs.shape)
-        rest_sizes = np.bincount(tail_groups, minlength=num_groups) - group_sums(held, groups, num_groups)
+        rest_sizes = np.bincount(tail_groups, minlength=num_groups) - group_sums(is_entry, groups, num_groups)
         rest_means = np.bincount(tail_groups, mean_probs, num_groups) - group_sums(entry_means, groups, num_groups)
         rest_means = np.where(rest_sizes > 0, np.maximum(rest_means, 0.0), 0.0)
         return cls(
@@ -96,12 +102,12 @@ class Outcomes:
             mean_probs=np.concatenate([entry_means, rest_means], axis=1),
             groups=np.concatenate([groups, rests], axis=1),
             ids=np.concatenate([ids, len(tail_groups) + rests], axis=1),
-            sizes=np.concatenate([held, rest_sizes], axis=1).astype(np.int64),
+            sizes=np.concatenate([is_entry, rest_sizes], axis=1).astype(np.int64),
         )
 
 
 def stand_in(outcomes: Outcomes, stage: str) -> np.ndarray:
-    """Log-probabilities, float64 [N, E], of the student of a stage in STUDENTS; the noise has a fixed seed."""
+    """Returns the log-probabilities, float64 [N, E], of the student of a stage in STUDENTS; the noise has a fixed seed."""
     of_teacher, of_mean, deviation = STUDENTS[stage]
     noise = deviation * np.random.default_rng(0).standard_normal(outcomes.logprobs.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -121,11 +127,17 @@ def gradient_errors(
     grouped: bool,
     group_step_nats: float = 0.0,
 ) -> list[dict[str, float]]:
-    """‖Σ g_stored − Σ g_full‖ / ‖Σ g_full‖ by loss, for each choice of entries; sums over the positions, norms over the logits.
+    """Returns ‖Σ g_stored − Σ g_full‖ / ‖Σ g_full‖ by loss, for each choice of entries.
 
-    student_logprobs: float64 [N, E].  entries: k, or bool [N, E], which outcomes are stored by themselves.
-    grouped: the tail's mass is known by group, otherwise as one number.  group_step_nats: the logs of the groups' shares of
-    the tail are rounded to multiples of it (0: not at all), and the groups then scaled to the tail, as the loss does.
+    Sums run over the positions, norms over the logits.
+
+    Args:
+        outcomes: the teacher's distributions.
+        student_logprobs: float64 [N, E].
+        entries: for each choice k, or bool [N, E]: the outcomes that are stored by themselves.
+        grouped: whether the tail's mass is known by group, otherwise as one number.
+        group_step_nats: the logs of the groups' shares of the tail are rounded to multiples of it (0: not at all), and the
+            groups then scaled to the tail, as the loss does.
     """
     num_rows, width = outcomes.logprobs.shape
     sums = np.zeros((1 + len(entries), len(SLOPES), int(outcomes.ids.max()) + 1))
@@ -138,12 +150,12 @@ def gradient_errors(
         # The norm over n tokens with equal parts of a sum is that sum over √n.
         weight = q / np.sqrt(np.maximum(outcomes.sizes[rows], 1))
         for choice, stored in enumerate([width, *entries]):
-            held = np.arange(width) < stored if isinstance(stored, int) else stored[rows]
-            held = np.broadcast_to(held, q.shape)
+            alone = np.arange(width) < stored if isinstance(stored, int) else stored[rows]
+            alone = np.broadcast_to(alone, q.shape)
             known = log_ratio
-            if not held.all():
-                known = np.where(held, log_ratio, _of_groups(p * ~held, q * ~held, groups, group_step_nats))
-            head = held & _head(p)
+            if not alone.all():
+                known = np.where(alone, log_ratio, _of_groups(p * ~alone, q * ~alone, groups, group_step_nats))
+            head = alone & _head(p)
             for loss, slope in enumerate(SLOPES.values()):
                 slopes = slope(known, q, head)
                 gradient = weight * (slopes - (q * slopes).sum(axis=1, keepdims=True))
@@ -153,20 +165,20 @@ def gradient_errors(
 
 
 def group_sums(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """Sums of each row by group: [N, E] and int [N, E] → float64 [N, G]."""
+    """Returns the sums of each row by group: [N, E] and int [N, E] → float64 [N, G]."""
     cells = np.arange(len(groups))[:, None] * num_groups + groups
     return np.bincount(cells.ravel(), values.ravel(), len(groups) * num_groups).reshape(-1, num_groups)
 
 
 def _head(p: np.ndarray) -> np.ndarray:
-    """The most probable tokens that hold HEAD_MASS at most, and the first one: bool [N, E], most probable first."""
+    """Returns the most probable tokens that have HEAD_MASS at most, and the first one: bool [N, E], most probable first."""
     head: np.ndarray = p.cumsum(axis=1) <= HEAD_MASS
     head[:, 0] = True
     return head
 
 
 def _of_groups(p: np.ndarray, q: np.ndarray, groups: np.ndarray, step_nats: float) -> np.ndarray:
-    """log(p/q) of the group of each outcome [N, E]; 0 where the student gives the group nothing."""
+    """Returns log(p/q) of the group of each outcome [N, E]; 0 if the student gives the group nothing."""
     num_groups = int(groups.max()) + 1
     group_p, group_q = group_sums(p, groups, num_groups), group_sums(q, groups, num_groups)
     tail = group_p.sum(axis=1, keepdims=True)

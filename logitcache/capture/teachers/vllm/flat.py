@@ -90,12 +90,12 @@ class VllmFlatTeacher:
 def _windows(sequences: Iterable[TokenSequence], tokens: int) -> Iterator[list[TokenSequence]]:
     """Yields consecutive sequences of about `tokens` tokens together, at least one."""
     window: list[TokenSequence] = []
-    held = 0
+    length = 0
     for sequence in sequences:
-        if window and held + len(sequence.input_ids) > tokens:
+        if window and length + len(sequence.input_ids) > tokens:
             yield window
-            window, held = [], 0
+            window, length = [], 0
         window.append(sequence)
-        held += len(sequence.input_ids)
+        length += len(sequence.input_ids)
     if window:
         yield window

@@ -19,7 +19,7 @@ from logitcache.capture.calibration import make_tail_groups
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.sample import sample_corpus
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
-from logitcache.capture.estimate.estimate import Estimate, estimate, narrowed, plan, stored_bytes, thinned
+from logitcache.capture.estimate.estimate import Estimate, estimate, plan, stored_bytes, thinned, truncate_to_top_k
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
@@ -150,12 +150,12 @@ def test_narrowing_gives_what_the_teacher_gives_with_fewer_entries(
     engine.set_tail_groups(tail_groups)
     wide = list(engine.score(sequences, CaptureSettings(top_k=100, tail_groups=8)))
     for one, few in zip(wide, engine.score(sequences, CaptureSettings(top_k=10, tail_groups=8)), strict=True):
-        found = narrowed(one, 10, tail_groups)
+        found = truncate_to_top_k(one, 10, tail_groups)
         assert np.array_equal(found.token_ids, few.token_ids)
         assert found.tail_logprob == pytest.approx(few.tail_logprob, abs=1e-5)
         assert few.group_logprobs is not None and found.group_logprobs is not None
         assert np.exp(found.group_logprobs) == pytest.approx(np.exp(few.group_logprobs), abs=1e-6)
-        assert narrowed(one, 10, None).group_logprobs is None
+        assert truncate_to_top_k(one, 10, None).group_logprobs is None
 
 
 def test_thinning_keeps_single_positions_of_whole_sequences(
@@ -181,7 +181,7 @@ def test_stored_bytes_count_entries_groups_and_kept_columns(
 
     def per_position(sequences: list[TokenSequence], k: int, layout: Layout) -> float:
         groups = tail_groups if layout.num_tail_groups else None
-        return stored_bytes(sequences, [narrowed(t, k, groups) for t in scored], layout) / positions
+        return stored_bytes(sequences, [truncate_to_top_k(t, k, groups) for t in scored], layout) / positions
 
     few, many = per_position(sequences, 16, Layout(V)), per_position(sequences, 64, Layout(V))
     assert 48 / 2 < many - few < 2 * 48
