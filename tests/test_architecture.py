@@ -12,6 +12,7 @@ from logitcache.cli import COMMANDS
 from logitcache.cli import main as logitcache_main
 from logitcache.format.layout import FORMAT_VERSION, Layout
 from logitcache.format.quantization import PRESETS
+from logitcache.format.tail_parts import TailParts
 from trainer.cli import main as trainer_main
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +129,7 @@ def test_losses_import_nothing_but_each_other_and_torch() -> None:
 def test_the_readmes_format_section_names_every_column() -> None:
     section = README.split(f"## Format {FORMAT_VERSION}")[1].split("## Architecture")[0]
     for precision in PRESETS:
-        layout = Layout(10, 2, (2.0,), tail_entropy=True, num_tail_samples=1, precision=precision)
+        layout = Layout(10, TailParts(groups=2, temperatures=(2.0,), entropy=True, samples=1), precision=precision)
         for column in layout.schema().names:
             assert f"`{column}`" in section, column
 

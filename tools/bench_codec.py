@@ -254,7 +254,7 @@ def frontier_table(results: Sequence[Result]) -> str:
 def storage_table(sample: Sample) -> str:
     """The chosen columns under other Parquet settings."""
     layout = Layout(sample.vocab_size, precision=CHOSEN)
-    codebook = Codebook.of(sample.targets, layout)
+    codebook = Codebook.of(sample.targets, layout.quantization)
     table = encode(sample.sequences, sample.parts, layout, codebook)
     entries = ["id_gaps", "levels_above_lowest"]
     rows = [["", *entries, "whole file", "encode, write/s", "read, decode/s"]]
@@ -308,7 +308,7 @@ def storage_table(sample: Sample) -> str:
 def dictionary_line(sample: Sample) -> str:
     """What a zstd dictionary, trained on other pages, would save: Parquet has no place for one."""
     layout = Layout(sample.vocab_size, precision=CHOSEN)
-    table = encode(sample.sequences, sample.parts, layout, Codebook.of(sample.targets, layout))
+    table = encode(sample.sequences, sample.parts, layout, Codebook.of(sample.targets, layout.quantization))
     plain = trained = 0
     for name in ("id_gaps", "levels_above_lowest"):
         values = table[name].combine_chunks().flatten().to_numpy()

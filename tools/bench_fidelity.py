@@ -170,12 +170,12 @@ class Sample:
         if stored.groups:
             tail_groups = self.partitions(stored.partition, stored.groups)[0]
             targets = replace(targets, group_logprobs=self._spread_tail(tail_groups))
-            layout = replace(layout, num_tail_groups=stored.groups)
+            layout = replace(layout, tail_parts=replace(layout.tail_parts, groups=stored.groups))
             if layout.quantization:
                 layout = replace(layout, quantization=replace(layout.quantization, group_step=self.step(stored)))
         if stored.samples:
             targets = self._with_samples(targets, stored.samples)
-            layout = replace(layout, num_tail_samples=stored.samples)
+            layout = replace(layout, tail_parts=replace(layout.tail_parts, samples=stored.samples))
         targets = truncate(targets, stored.counts(targets.logprobs), tail_groups, random)
         mask = np.arange(CONTEXT + 1) > 0
         starts = range(0, len(self.input_ids) - CONTEXT, CONTEXT)

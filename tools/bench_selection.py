@@ -54,7 +54,9 @@ def with_more(k: int, vocab_size: int, device: str) -> dict[str, Call]:
 
     def selecting(settings: dict[str, Any]) -> Call:
         drawn = uniforms if "tail_samples" in settings else None
-        return lambda logits: select(logits, CaptureSettings(k, **settings), tail_groups, drawn)
+        return lambda logits: select(
+            logits, CaptureSettings.from_json(CaptureSettings(k).to_json() | settings), tail_groups, drawn
+        )
 
     everything = {name: value for settings in MORE.values() for name, value in settings.items()}
     more = {**MORE, "all of these": everything, "cut at top_p": {"top_p": 0.95}}

@@ -6,13 +6,14 @@ from dataclasses import asdict
 
 import numpy as np
 
-from logitcache.format.layout import TEMPERED_PREFIX, Layout
+from logitcache.format.layout import Layout
 
 
 def column_table(layout: Layout) -> str:
     """A Markdown table of the columns."""
-    rows = "\n".join(f"| `{c.name}` | `{c.type}` | {_meaning(c.name)} |" for c in layout.schema())
-    return f"| column | type | meaning |\n|---|---|---|\n{rows}"
+    meanings = _MEANINGS | {name: column.meaning for name, column in layout.tail_columns().items()}
+    rows = [f"| `{c.name}` | `{c.type}` | {meanings.get(c.name, 'kept from the source')} |" for c in layout.schema()]
+    return "\n".join(["| column | type | meaning |", "|---|---|---|", *rows])
 
 
 def decoding(layout: Layout) -> tuple[str, str]:
@@ -29,12 +30,6 @@ def decoding(layout: Layout) -> tuple[str, str]:
     return _ROUNDED.format(**names), _ROUNDED_SQL.format(**names)
 
 
-def _meaning(column: str) -> str:
-    if column.startswith(TEMPERED_PREFIX):
-        return f"log Σ p^(1/T) over the tail, T = {column.removeprefix(TEMPERED_PREFIX)}"
-    return _MEANINGS.get(column, "kept from the source")
-
-
 _MEANINGS = {
     "row_id": "hash of token ids and loss mask",
     "input_ids": "the sequence",
@@ -45,12 +40,7 @@ _MEANINGS = {
     "id_gaps": "ranks between an entry and the one before it in its position, ascending",
     "levels_above_lowest": "levels from the position's least probable entry up to this one",
     "lowest_level": "level of each position's least probable entry",
-    "group_levels": "log of a tail group's share of the tail, by group as above; groups in `tail_groups.parquet`",
     "tail_logprob": "log of the probability outside a position's entries",
-    "group_logprobs": "log of the probability outside the entries, by tail group; groups in `tail_groups.parquet`",
-    "tail_entropy": "Σ p log p over the tail, divided by its mass",
-    "sample_ids": "ids drawn from the tail",
-    "sample_logprobs": "their log-probabilities",
 }
 
 _EXACT = "Log-probabilities are what the teacher gave in float32."

@@ -248,7 +248,7 @@ def _announce(plan: Plan, job: Job) -> None:
         job.model.dtype,
         f"{job.model.vocab_size:,}",
         settings.top_k,
-        f" and the tail in {settings.tail_groups} groups" if settings.tail_groups else "",
+        f" and the tail in {settings.tail_parts.groups} groups" if settings.tail_parts.groups else "",
         settings.precision,
     )
 
@@ -263,7 +263,7 @@ def _capture(plan: Plan, job: Job, placement: Placement) -> None:
         logger.info("continuing: %d of %d shards are complete", len(mine) - len(missing), len(mine))
     if placement.shard_range is None:
         plan.folder.remove_leftovers("data")
-    if job.settings.tail_groups and not placement.is_first:
+    if job.settings.tail_parts.groups and not placement.is_first:
         _wait_for(plan.folder, PARTITION_NAME, "has made the tail groups")
     to_score = {index: plan.shards[index].num_tokens for index in missing}
     if job.reused:
@@ -283,7 +283,7 @@ def _capture(plan: Plan, job: Job, placement: Placement) -> None:
 
 def _copy(plan: Plan, reused: ReusedCaches, shards: Sequence[int]) -> dict[int, int]:
     """Writes the shards of which nothing is to be scored. Returns the others, to the number of tokens that are."""
-    if plan.cache_layout.num_tail_groups:
+    if plan.cache_layout.tail_parts.groups:
         reused.take_tail_groups(plan.folder)
     to_score = reused.match(plan, shards)
     whole = [index for index in shards if not to_score[index]]

@@ -54,7 +54,7 @@ def finish_plan(plan: Plan) -> LogitCache:
             "shard range that holds them again"
         )
     folder.remove(TAIL_GROUPS_NAME)  # of a cache that was overwritten
-    if plan.cache_layout.num_tail_groups:
+    if plan.cache_layout.tail_parts.groups:
         folder.write(TAIL_GROUPS_NAME, folder.read(PARTITION_NAME))
     left_out = plan.left_out()
     fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": _sha256(plan, left_out)}}

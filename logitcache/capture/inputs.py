@@ -16,6 +16,7 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.documents.chat_template import read_chat_template
 from logitcache.errors import UserError
+from logitcache.format.tail_parts import TailParts
 
 DEFAULT_MAX_LENGTH = 4096
 
@@ -98,10 +99,7 @@ def resolve_inputs(
         top_k=min(CaptureSettings.top_k, loaded.vocab_size) if top_k is None else top_k,
         top_p=top_p,
         min_k=min_k,  # type: ignore[arg-type]
-        tail_groups=tail_groups,
-        temperatures=temperatures,
-        tail_entropy=tail_entropy,
-        tail_samples=tail_samples,
+        tail_parts=TailParts(tail_groups, tuple(temperatures), tail_entropy, tail_samples),
         precision=precision,
     )
     settings.check(loaded.vocab_size)

@@ -133,15 +133,7 @@ class Plan:
 
 def cache_layout(settings: CaptureSettings, vocab_size: int, column_types: Mapping[str, str]) -> Layout:
     """Columns of the shards that a capture with these settings makes."""
-    return Layout(
-        vocab_size=vocab_size,
-        num_tail_groups=settings.tail_groups,
-        temperatures=tuple(settings.temperatures),
-        tail_entropy=settings.tail_entropy,
-        num_tail_samples=settings.tail_samples,
-        columns=column_types,
-        precision=settings.precision,
-    )
+    return Layout(vocab_size, settings.tail_parts, column_types, settings.precision)
 
 
 def read_plan(folder: Folder) -> Plan:

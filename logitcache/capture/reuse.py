@@ -82,7 +82,7 @@ class ReusedCaches:
                     f"--reuse {cache.path}: {what}. Its rows are not what this build would make: repeat its settings "
                     "(`logitcache recode` can bring it to fewer entries or a coarser precision) or leave --reuse out"
                 )
-            if layout.num_tail_groups and not np.array_equal(_tail_groups(self.caches[0]), _tail_groups(cache)):
+            if layout.tail_parts.groups and not np.array_equal(_tail_groups(self.caches[0]), _tail_groups(cache)):
                 raise UserError(f"--reuse {self.caches[0].path} {cache.path}: their tail groups are not the same")
 
     def take_tail_groups(self, folder: Folder) -> None:

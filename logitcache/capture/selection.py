@@ -82,8 +82,8 @@ def select(
     Args:
         logits: [N, V], any float dtype, without padding columns; OVERWRITTEN.
         settings: what is stored.
-        tail_groups: the partition of the vocabulary, if `settings.tail_groups`.
-        uniforms: float64 [N, s] in [0, 1), if `settings.tail_samples`.
+        tail_groups: the partition of the vocabulary, if `settings.tail_parts.groups`.
+        uniforms: float64 [N, s] in [0, 1), if `settings.tail_parts.samples`.
     """
     on_cpu = logits.device.type == "cpu"
     rows = max(1, (CPU_BLOCK_LOGITS if on_cpu else GPU_BLOCK_LOGITS) // logits.shape[1])
@@ -117,7 +117,7 @@ def _select(
     weights = scratch[:, :vocab_size]
     tempered_masses = [
         torch.div(relative, temperature, out=weights).exp_().sum(dim=1, keepdim=True)
-        for temperature in settings.temperatures
+        for temperature in settings.tail_parts.temperatures
     ]
     torch.exp(relative, out=weights)
     block_masses = scratch.unflatten(1, (-1, SUM_WIDTH)).sum(dim=2).double()  # [n, blocks]
@@ -135,19 +135,19 @@ def _select(
         "logprobs": entries - normaliser,
         "tail_logprob": tail - normaliser,
     }
-    if settings.tail_groups:
+    if settings.tail_parts.groups:
         assert tail_groups is not None
         packed["group_logprobs"] = tail_groups.masses(scratch).log() + offset
-    if settings.temperatures:
-        tempered = zip(tempered_masses, settings.temperatures, strict=True)
+    if settings.tail_parts.temperatures:
+        tempered = zip(tempered_masses, settings.tail_parts.temperatures, strict=True)
         packed["tempered_tail"] = torch.cat([m.double().log() + offset / t for m, t in tempered], dim=1)
-    if settings.tail_samples:
+    if settings.tail_parts.samples:
         assert uniforms is not None
         drawn = _inverse_distribution_function(scratch, block_masses, uniforms).clamp_(max=vocab_size - 1)
         has_tail = mass > 0
         packed["sample_ids"] = torch.where(has_tail, drawn, PAD_ID)
         packed["sample_logprobs"] = torch.where(has_tail, relative.gather(1, drawn) + offset, -torch.inf)
-    if settings.tail_entropy:
+    if settings.tail_parts.entropy:
         # Σ (p / t) log p over the tail; an empty tail has none.
         products = relative.clamp_min_(NEGLIGIBLE_LOG).mul_(weights).sum(dim=1, keepdim=True)
         packed["tail_entropy"] = torch.where(mass == 0, 0, products / mass + offset)

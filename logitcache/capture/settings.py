@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from logitcache.errors import UserError
-from logitcache.format.layout import tempered_column
 from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
+from logitcache.format.tail_parts import TailParts
 
 
 @dataclass(frozen=True)
@@ -18,24 +17,21 @@ class CaptureSettings:
 
     top_k: entries of a position, the cap under `top_p`.  top_p: entries are taken until they hold this probability
     mass (1.0: always `top_k`).  min_k: floor under `top_p`, by default 32 or `top_k`; mass alone chooses badly for RKL and
-    ToDi early in training.  tail_groups: G, number of tail groups (0: none).  temperatures: the T ≠ 1 that training may
-    use; the tempered tail log Σ p^(1/T) is stored for each.  tail_entropy: store it.  tail_samples: ids drawn from the
-    tail per position.  precision: how finely all that is stored, exact, balanced or compact (`logitcache.format.quantization`).
+    ToDi early in training.  tail_parts: what is stored of the tail beside its mass.  precision: how finely all that is stored,
+    exact, balanced or compact (`logitcache.format.quantization`).
     """
 
     top_k: int = 64
     top_p: float = 1.0
     min_k: int = None  # type: ignore[assignment]  # becomes a number at once
-    tail_groups: int = 0
-    temperatures: Sequence[float] = ()
-    tail_entropy: bool = False
-    tail_samples: int = 0
+    tail_parts: TailParts = field(default_factory=TailParts)
     precision: str = DEFAULT_PRECISION
 
     def __post_init__(self) -> None:
         """Brings the settings into canonical form."""
         object.__setattr__(self, "min_k", min(32, self.top_k) if self.min_k is None else self.min_k)
-        object.__setattr__(self, "temperatures", tuple(sorted({float(t) for t in self.temperatures} - {1.0})))
+        temperatures = tuple(sorted({float(t) for t in self.tail_parts.temperatures} - {1.0}))
+        object.__setattr__(self, "tail_parts", replace(self.tail_parts, temperatures=temperatures))
 
     def check(self, vocab_size: int) -> None:
         """Raises UserError for settings that a teacher with `vocab_size` tokens cannot meet."""
@@ -47,40 +43,25 @@ class CaptureSettings:
             ),
             (0 < self.top_p <= 1, f"--top-p {self.top_p}: choose a probability mass in (0, 1]"),
             (1 <= self.min_k <= self.top_k, f"--min-k {self.min_k}: choose 1…{self.top_k}, the value of --top-k"),
-            (
-                0 <= self.tail_groups <= vocab_size,
-                f"--tail-groups {self.tail_groups}: choose 0…{vocab_size}, the teacher's vocabulary",
-            ),
-            (
-                all(0 < t < math.inf for t in self.temperatures),
-                f"--temperatures {', '.join(map(str, self.temperatures))}: all must be positive and finite",
-            ),
-            (
-                len({tempered_column(t) for t in self.temperatures}) == len(self.temperatures),
-                f"--temperatures {', '.join(map(str, self.temperatures))}: columns are named by six digits of them, "
-                "in which all must differ",
-            ),
-            (self.tail_samples >= 0, f"--tail-samples {self.tail_samples}: must not be negative"),
         ]:
             if not holds:
+                raise UserError(message)
+        for part, value in self.tail_parts.stored():
+            for message in part.refusals(value, vocab_size):
                 raise UserError(message)
 
     @property
     def beyond_top_k(self) -> list[str]:
         """The options asked for that need the logits themselves, not only the top-k log-probabilities."""
-        wanted = {
-            "--tail-groups": self.tail_groups,
-            "--temperatures": self.temperatures,
-            "--tail-entropy": self.tail_entropy,
-            "--tail-samples": self.tail_samples,
-        }
-        return [name for name, value in wanted.items() if value]
+        return [part.flag for part, _ in self.tail_parts.stored()]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as plain JSON types, for the fingerprint."""
-        return asdict(self) | {"temperatures": list(self.temperatures)}
+        entries = {"top_k": self.top_k, "top_p": self.top_p, "min_k": self.min_k}
+        return {**entries, **self.tail_parts.to_json("option"), "precision": self.precision}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> CaptureSettings:
+    def from_json(cls, data: Mapping[str, Any]) -> CaptureSettings:
         """Returns the settings of `to_json`."""
-        return cls(**data)
+        entries = {name: data[name] for name in ("top_k", "top_p", "min_k", "precision")}
+        return cls(**entries, tail_parts=TailParts.from_json(data, "option"))

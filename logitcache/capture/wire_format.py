@@ -15,16 +15,9 @@ from logitcache.format.targets import SparseTargets
 
 def fields(settings: CaptureSettings) -> dict[str, slice]:
     """Returns the place of each captured quantity in a packed position, by its name in SparseTargets."""
-    widths = {
-        "token_ids": settings.top_k,
-        "logprobs": settings.top_k,
-        "tail_logprob": 1,
-        "group_logprobs": settings.tail_groups,
-        "tempered_tail": len(settings.temperatures),
-        "tail_entropy": int(settings.tail_entropy),
-        "sample_ids": settings.tail_samples,
-        "sample_logprobs": settings.tail_samples,
-    }
+    widths = {"token_ids": settings.top_k, "logprobs": settings.top_k, "tail_logprob": 1}
+    for part, value in settings.tail_parts.stored():
+        widths |= dict.fromkeys(part.dtypes, part.width(value))
     edges = accumulate(widths.values(), initial=0)
     return {name: slice(*edge) for name, edge in zip(widths, pairwise(edges), strict=True) if edge[0] < edge[1]}
 
@@ -48,17 +41,8 @@ def unpack(packed: np.ndarray, settings: CaptureSettings) -> SparseTargets:
         raise ValueError(
             f"packed positions: received {packed.dtype} {packed.shape}, these settings pack int32 [N, {position_width(settings)}]"
         )
-    part = {name: packed[:, where] for name, where in fields(settings).items()}
-    floats = {name: values.view(np.float32) for name, values in part.items()}
-    tempered = floats.get("tempered_tail")
-    entropy = floats.get("tail_entropy")
-    return SparseTargets(
-        token_ids=part["token_ids"],
-        logprobs=floats["logprobs"],
-        tail_logprob=floats["tail_logprob"][:, 0],
-        group_logprobs=floats.get("group_logprobs"),
-        tempered_tail={} if tempered is None else dict(zip(settings.temperatures, tempered.T, strict=True)),
-        tail_entropy=None if entropy is None else entropy[:, 0],
-        sample_ids=part.get("sample_ids"),
-        sample_logprobs=floats.get("sample_logprobs"),
-    )
+    stored = list(settings.tail_parts.stored())
+    dtypes = {"token_ids": np.int32} | {name: dtype for part, _ in stored for name, dtype in part.dtypes.items()}
+    arrays = {name: packed[:, at].view(dtypes.get(name, np.float32)) for name, at in fields(settings).items()}
+    tail = {name: values for part, value in stored for name, values in part.unpack(arrays, value).items()}
+    return SparseTargets(arrays["token_ids"], arrays["logprobs"], arrays["tail_logprob"][:, 0], **tail)

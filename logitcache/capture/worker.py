@@ -59,10 +59,10 @@ class ShardWorker:
 
     def make_partition(self) -> None:
         """Cuts the vocabulary into tail groups by the first positions of the corpus, unless that has been done."""
-        if not self._job.settings.tail_groups or self._plan.folder.exists(PARTITION_NAME):
+        if not self._job.settings.tail_parts.groups or self._plan.folder.exists(PARTITION_NAME):
             return
         first = list(islice(self._plan.sequences(0), CALIBRATION_SEQUENCES))
-        groups = make_tail_groups(cast(LogitTeacher, self._teacher), first, self._job.settings.tail_groups)
+        groups = make_tail_groups(cast(LogitTeacher, self._teacher), first, self._job.settings.tail_parts.groups)
         write_tail_groups(self._plan.folder, groups, PARTITION_NAME)
 
     def capture(self, shards: Sequence[int], advance: Callable[[int], None] = lambda tokens: None) -> None:
@@ -71,7 +71,7 @@ class ShardWorker:
         What other caches hold of their rows is copied between the scored ones. advance: told the tokens of every sequence
         that was scored and written. Raises UserError where the teacher's rows cannot be.
         """
-        if self._job.settings.tail_groups:
+        if self._job.settings.tail_parts.groups:
             with self._plan.folder.open(PARTITION_NAME) as file:
                 cast(LogitTeacher, self._teacher).set_tail_groups(read_tail_groups(file))
         plan, reused = self._plan, self._job.reused

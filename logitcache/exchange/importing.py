@@ -276,7 +276,7 @@ def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: 
             "top_k": total.most_entries,
             "top_p": 1.0,
             "min_k": total.most_entries,
-            **{"tail_groups": 0, "temperatures": [], "tail_entropy": False, "tail_samples": 0},
+            **layout.tail_parts.to_json("option"),
             "precision": layout.precision,
             "shard_positions": request["shard_positions"],
             **({"tail": APPROXIMATE} if total.num_approximate else {}),

@@ -12,8 +12,9 @@ from logitcache.documents.masks import LOSS_MASKS, PADDING, read_masks
 from logitcache.errors import UserError
 from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.values import BadRow, numbers, plain
-from logitcache.format.layout import RESERVED_COLUMNS, TEMPERED_PREFIX
+from logitcache.format.layout import RESERVED_COLUMNS
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_parts import TEMPERED_PREFIX
 
 TOKENS = "input_ids"
 

@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from logitcache.format.layout import Layout
+from logitcache.format.quantization import QuantizationSpec
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 CODEBOOK_KEY = b"logitcache.codebook"
@@ -31,19 +31,20 @@ class Codebook:
     group_profile: np.ndarray
 
     @classmethod
-    def of(cls, targets: SparseTargets, layout: Layout) -> Self:
+    def of(cls, targets: SparseTargets, quantization: QuantizationSpec | None) -> Self:
         """For rows like these."""
         ids = targets.token_ids[targets.token_ids != PAD_ID]
         counts = np.bincount(ids, minlength=1)
         frequent = np.argsort(-counts, kind="stable")[:MOST_FREQUENT_IDS]
         frequent = frequent[counts[frequent] >= LEAST_OCCURRENCES].astype(np.int32)
-        profile = np.zeros(layout.num_tail_groups, np.int32)
-        if targets.group_logprobs is not None and layout.quantization:
-            for group, logprobs in enumerate(targets.group_logprobs.T):
+        groups = targets.group_logprobs
+        profile = np.zeros(0 if groups is None else groups.shape[1], np.int32)
+        if groups is not None and quantization:
+            for group, logprobs in enumerate(groups.T):
                 held = np.isfinite(logprobs) & np.isfinite(targets.tail_logprob)
                 if held.any():
                     share = np.median(logprobs[held] - targets.tail_logprob[held])
-                    profile[group] = np.rint(share / layout.quantization.group_step)
+                    profile[group] = np.rint(share / quantization.group_step)
         return cls(frequent, profile)
 
     def ranks_of_ids(self, vocab_size: int) -> np.ndarray:

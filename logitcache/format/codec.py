@@ -44,7 +44,7 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.format.codebook import Codebook
-from logitcache.format.layout import Layout, tempered_column
+from logitcache.format.layout import Layout
 from logitcache.format.quantization import MOST_LEVELS, QuantizationSpec, rounded
 from logitcache.format.sequences import CachedSequence, TokenSequence, trained_positions
 from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
@@ -59,16 +59,18 @@ def encode(
     positions = np.array([len(t) for t in targets])
     joined = concatenate(targets)
     num_entries = joined.num_entries
-    values: dict[str, np.ndarray] = {"num_entries": num_entries, **_tail(joined, layout)}
-    if layout.quantization:
-        values |= _levelled_entries(joined, layout.quantization, codebook.ranks_of_ids(layout.vocab_size))
-        if joined.group_logprobs is not None:
-            values["group_levels"] = _group_levels(joined, layout.quantization, codebook.group_profile)
+    quantization = layout.quantization
+    values: dict[str, np.ndarray] = {
+        "num_entries": num_entries,
+        "tail_logprob": rounded(joined.tail_logprob, quantization.tail_step if quantization else None),
+    }
+    for part, _ in layout.tail_parts.stored():
+        values |= part.encode(joined, quantization, codebook)
+    if quantization:
+        values |= _levelled_entries(joined, quantization, codebook.ranks_of_ids(layout.vocab_size))
     else:
         held = joined.token_ids != PAD_ID
         values |= {"token_ids": joined.token_ids[held], "logprobs": joined.logprobs[held]}
-        if joined.group_logprobs is not None:
-            values["group_logprobs"] = joined.group_logprobs
     arrays: dict[str, pa.Array] = {
         "row_id": pa.array([s.row_id for s in sequences], pa.string()),
         "input_ids": _lists(np.concatenate([s.input_ids for s in sequences]), lengths, pa.int32()),
@@ -107,36 +109,22 @@ class DecodedRows(Sequence[CachedSequence]):
         for name in layout.values_per_entry():
             values[name], offsets = flat(table[name])
             _check_offsets(name, offsets, _offsets(self.num_entries)[self.offsets])
+        tail_columns = layout.tail_columns()
         for name, (_, count) in layout.values_per_position().items():
             column, offsets = flat(table[name])
             _check_offsets(name, offsets, self.offsets * count)
-            values[name] = column.reshape(-1, count) if name in _MATRICES else column
-        tail_logprob = values["tail_logprob"]
-        if layout.quantization:
+            values[name] = column.reshape(-1, count) if name in tail_columns else column
+        tail_logprob, quantization, codebook = values["tail_logprob"], layout.quantization, None
+        if quantization:
             codebook = Codebook.from_metadata(table.schema.metadata)
-            token_ids, logprobs = _entries_of_levels(
-                values, layout.quantization, codebook.ids_of_ranks(layout.vocab_size)
-            )
-            group_levels = values.get("group_levels")
-            group_logprobs = (
-                _groups_of_levels(group_levels, tail_logprob, layout.quantization, codebook.group_profile)
-                if group_levels is not None
-                else None
-            )
+            token_ids, logprobs = _entries_of_levels(values, quantization, codebook.ids_of_ranks(layout.vocab_size))
         else:
             token_ids = _padded(values["token_ids"], self.num_entries, PAD_ID)
             logprobs = _padded(values["logprobs"], self.num_entries, -np.inf)
-            group_logprobs = values.get("group_logprobs")
-        self.targets = SparseTargets(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            tail_logprob=tail_logprob,
-            group_logprobs=group_logprobs,
-            tempered_tail={t: values[tempered_column(t)] for t in layout.temperatures},
-            tail_entropy=values.get("tail_entropy"),
-            sample_ids=values.get("sample_ids"),
-            sample_logprobs=values.get("sample_logprobs"),
-        )
+        fields: dict[str, Any] = {}
+        for part, value in layout.tail_parts.stored():
+            fields |= part.decode(values, value, tail_logprob, quantization, codebook)
+        self.targets = SparseTargets(token_ids, logprobs, tail_logprob, **fields)
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -162,20 +150,6 @@ class DecodedRows(Sequence[CachedSequence]):
 
 MOST_PADDED, MOST_PADDING = 1 << 26, 4
 """Places of a row group in [M, k] arrays, and, of more than that, places for each entry."""
-_MATRICES = {"group_logprobs", "group_levels", "sample_ids", "sample_logprobs"}
-
-
-def _tail(targets: SparseTargets, layout: Layout) -> dict[str, np.ndarray]:
-    """What is stored of the tail but for its groups."""
-    tail_step = layout.quantization.tail_step if layout.quantization else None
-    floats = {"tail_logprob": targets.tail_logprob, "tail_entropy": targets.tail_entropy}
-    floats |= {tempered_column(t): values for t, values in targets.tempered_tail.items()}
-    stored = {name: rounded(values, tail_step) for name, values in floats.items() if values is not None}
-    if targets.sample_ids is not None and targets.sample_logprobs is not None:
-        stored["sample_ids"] = targets.sample_ids
-        sample_step = layout.quantization.sample_step if layout.quantization else None
-        stored["sample_logprobs"] = rounded(targets.sample_logprobs, sample_step)
-    return stored
 
 
 def _levelled_entries(
@@ -243,30 +217,6 @@ def _sorted_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np
     second = (keys & ((1 << bits) - 1)).astype(np.int32, copy=False)
     keys >>= bits
     return keys.astype(np.int32, copy=False), second
-
-
-def _group_levels(targets: SparseTargets, quantization: QuantizationSpec, profile: np.ndarray) -> np.ndarray:
-    """0 for a group without mass, otherwise 1 + the zigzag code of its difference from the profile, int32 [M, G]."""
-    assert targets.group_logprobs is not None
-    tail = rounded(targets.tail_logprob, quantization.tail_step)[:, None]
-    held = np.isfinite(targets.group_logprobs) & np.isfinite(tail)
-    with np.errstate(invalid="ignore"):
-        steps = np.where(held, np.rint((targets.group_logprobs - tail) / np.float32(quantization.group_step)), 0)
-    difference = steps.astype(np.int32) - profile
-    return np.where(held, 1 + ((difference << 1) ^ (difference >> 31)), 0)
-
-
-def _groups_of_levels(
-    levels: np.ndarray, tail_logprob: np.ndarray, quantization: QuantizationSpec, profile: np.ndarray
-) -> np.ndarray:
-    """Inverse of `_group_levels`: log masses, float32 [M, G]."""
-    if profile.shape != levels.shape[1:]:
-        raise ValueError(f"its codebook is of {profile.size} tail groups, its layout of {levels.shape[1]}")
-    code = levels - 1
-    steps = ((code >> 1) ^ -(code & 1)) + profile
-    logprobs = tail_logprob[:, None] + steps.astype(np.float32) * np.float32(quantization.group_step)
-    logprobs[levels == 0] = -np.inf
-    return logprobs
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

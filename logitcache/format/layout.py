@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from logitcache.errors import UserError
 from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS, QuantizationSpec, check_precision
+from logitcache.format.tail_part import Column
+from logitcache.format.tail_parts import PARTS, TailParts
 
 FORMAT_VERSION = 2
 METADATA_KEY = b"logitcache"
-TEMPERED_PREFIX = "tail_log_norm_T"
-
-
-def tempered_column(temperature: float) -> str:
-    """Column name of log Σ p^(1/T) over the tail."""
-    return f"{TEMPERED_PREFIX}{temperature:g}"
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which columns a cache holds.
 
-    vocab_size: V of the teacher.  num_tail_groups: G or 0.  temperatures: captured T ≠ 1.  num_tail_samples: s or 0.
-    columns: Arrow type name of each kept source column.  precision: a name in `quantization.PRESETS`.  quantization: what that
-    name meant when the cache was written, None for exact.
+    vocab_size: V of the teacher.  tail_parts: what is stored of the tail beside its mass.  columns: Arrow type name of each
+    kept source column.  precision: a name in `quantization.PRESETS`.  quantization: what that name meant when the cache was
+    written, None for exact.
     """
 
     vocab_size: int
-    num_tail_groups: int = 0
-    temperatures: tuple[float, ...] = ()
-    tail_entropy: bool = False
-    num_tail_samples: int = 0
+    tail_parts: TailParts = field(default_factory=TailParts)
     columns: Mapping[str, str] = field(default_factory=dict)
     precision: str = DEFAULT_PRECISION
     quantization: QuantizationSpec | None = None
@@ -48,9 +41,14 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        settings = asdict(self) | {"temperatures": list(self.temperatures), "columns": dict(self.columns)}
-        settings["rounding"] = settings.pop("quantization")
-        return {"format_version": FORMAT_VERSION, **settings}
+        return {
+            "format_version": FORMAT_VERSION,
+            "vocab_size": self.vocab_size,
+            **self.tail_parts.to_json("layout_key"),
+            "columns": dict(self.columns),
+            "precision": self.precision,
+            "rounding": self.quantization.to_json() if self.quantization else None,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
@@ -58,10 +56,7 @@ class Layout:
         rounding = data.get("rounding")
         return cls(
             vocab_size=data["vocab_size"],
-            num_tail_groups=data["num_tail_groups"],
-            temperatures=tuple(data["temperatures"]),
-            tail_entropy=data["tail_entropy"],
-            num_tail_samples=data["num_tail_samples"],
+            tail_parts=TailParts.from_json(data, "layout_key"),
             columns=data["columns"],
             precision=data.get("precision", "exact"),
             quantization=QuantizationSpec.from_json(rounding) if rounding else None,
@@ -72,17 +67,14 @@ class Layout:
         columns = {"num_entries": (pa.int32(), 1), "tail_logprob": (pa.float32(), 1)}
         if self.quantization:
             columns["lowest_level"] = (pa.int32(), 1)
-        if self.num_tail_groups:
-            groups = {"group_levels": pa.int32()} if self.quantization else {"group_logprobs": pa.float32()}
-            columns |= {name: (arrow_type, self.num_tail_groups) for name, arrow_type in groups.items()}
-        for temperature in self.temperatures:
-            columns[tempered_column(temperature)] = (pa.float32(), 1)
-        if self.tail_entropy:
-            columns["tail_entropy"] = (pa.float32(), 1)
-        if self.num_tail_samples:
-            columns["sample_ids"] = (pa.int32(), self.num_tail_samples)
-            columns["sample_logprobs"] = (pa.float32(), self.num_tail_samples)
+        for name, column in self.tail_columns().items():
+            columns[name] = (column.arrow_type, column.width)
         return columns
+
+    def tail_columns(self) -> dict[str, Column]:
+        """Columns of the tail's optional parts by name."""
+        parts = self.tail_parts.stored()
+        return {n: c for part, value in parts for n, c in part.columns(value, self.quantization).items()}
 
     def values_per_entry(self) -> dict[str, pa.DataType]:
         """Columns with a value per entry: name → Arrow type."""
@@ -121,7 +113,8 @@ class Layout:
 
 
 def _reserved() -> frozenset[str]:
-    everything = [Layout(1, 1, (), True, 1, precision=precision).schema().names for precision in PRESETS]
+    once = TailParts(**{part.name: type(part.absent)(1) for part in PARTS if part.absent != ()})
+    everything = [Layout(1, once, precision=precision).schema().names for precision in PRESETS]
     return frozenset().union(*everything)
 
 

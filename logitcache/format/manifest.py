@@ -15,6 +15,7 @@ from logitcache.errors import UserError
 from logitcache.format.layout import FORMAT_VERSION, Layout, check_version
 from logitcache.format.quantization import PRESETS
 from logitcache.format.shards import ShardInfo
+from logitcache.format.tail_parts import PARTS
 from logitcache.storage.folder import Folder
 from logitcache.urls import public_url
 
@@ -213,9 +214,8 @@ _SHAPE: dict[str, Any] = {
         **dict.fromkeys(["generation", "format"], (dict,)),
     },
     "layout": {
-        **dict.fromkeys(["vocab_size", "num_tail_groups", "num_tail_samples"], int),
-        "temperatures": [float],
-        "tail_entropy": bool,
+        "vocab_size": int,
+        **{part.layout_key: part.shape for part in PARTS},
         "columns": {...: str},
         "precision": (set(PRESETS),),
     },

@@ -119,7 +119,7 @@ class ShardWriter:
             return
         sequences, targets = zip(*self._buffer, strict=True)
         if self._codebook is None:
-            self._codebook = Codebook.of(concatenate(targets), self._layout)
+            self._codebook = Codebook.of(concatenate(targets), self._layout.quantization)
             self._parquet.add_key_value_metadata(self._codebook.to_metadata())
         table = encode(sequences, targets, self._layout, self._codebook)
         self._parquet.write_table(table, row_group_size=len(table))

@@ -6,21 +6,20 @@ tails. `find_wrong` looks closely; the reader asks it where something seems wron
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
 from logitcache.format.codec import DecodedRows
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import mass_tolerance, mass_tolerances
+from logitcache.format.tail_parts import parts_of, tail_ids
 from logitcache.format.targets import PAD_ID, SparseTargets, find_defect
 
 BLOCK_ENTRIES = 1 << 16
 SORTED_ENTRIES = 1 << 16
 """Of a row group; those of the writer have up to half a million."""
-GROUP_STEP_OF_FORMAT_1 = 2.0**-5
-GROUP_TOLERANCE_NATS = 0.01
-"""Beyond rounding, between the log of the tail and that of its groups' sum: float32 sums over a vocabulary."""
 
 
 def check_rows(rows: DecodedRows, layout: Layout) -> None:
@@ -60,7 +59,7 @@ def _outside(ids: np.ndarray, vocab_size: int, least: int = 0) -> bool:
 def _is_doubtful(rows: DecodedRows, layout: Layout) -> bool:
     """Whether something may be wrong. False only where nothing is that training relies on."""
     targets = rows.targets
-    ids, samples = targets.token_ids, targets.sample_ids
+    ids, others = targets.token_ids, tail_ids(targets)
     # Of a rounded cache the decoder made the ids of ranks that ascend: they are in the vocabulary, none is there twice.
     if layout.quantization is None:
         num_pads = ids.size - int(rows.num_entries.sum(dtype=np.int64))
@@ -68,9 +67,9 @@ def _is_doubtful(rows: DecodedRows, layout: Layout) -> bool:
             return True
         if num_pads and np.count_nonzero(ids == PAD_ID) != num_pads:
             return True
-    if samples is not None and _outside(samples, layout.vocab_size, PAD_ID):
+    if any(_outside(of_tail, layout.vocab_size, PAD_ID) for of_tail in others):
         return True
-    if (layout.quantization is None or samples is not None) and _repeats(ids, samples):
+    if (layout.quantization is None or others) and _repeats(ids, others):
         return True
     # Where a number is none, or a log-probability above 0, the sum is not near 1 either.
     near = np.abs(_masses(targets.logprobs) + np.exp(targets.tail_logprob) - 1) <= mass_tolerance(layout.precision)
@@ -89,15 +88,15 @@ def _masses(logprobs: np.ndarray) -> np.ndarray:
     return masses
 
 
-def _repeats(ids: np.ndarray, samples: np.ndarray | None) -> bool:
-    """Whether a position has an entry twice, or a sample that is an entry. ids: [M, k].  samples: [M, s] or None.
+def _repeats(ids: np.ndarray, others: Sequence[np.ndarray]) -> bool:
+    """Whether a position has an entry twice, or an id of the tail that is an entry. ids: [M, k].  others: [M, s] each.
 
     Sorting takes longer than all else: of more than `SORTED_ENTRIES` it looks at positions that lie equally far apart.
     """
     step = 1 + ids.size // SORTED_ENTRIES
     keys = ids[::step] << 1  # entries are even
-    if samples is not None:
-        keys = np.concatenate([keys, samples[::step] << 1 | 1], axis=1)
+    if others:
+        keys = np.concatenate([keys, *(of_tail[::step] << 1 | 1 for of_tail in others)], axis=1)
     if not keys.size:
         return False
     keys.sort(axis=1)
@@ -115,32 +114,14 @@ def find_wrong(targets: SparseTargets, layout: Layout) -> tuple[int, str] | None
         found = find_defect(targets, layout.vocab_size, mass_tolerance=tolerance)
         if found is not None:
             return found
-        defects = [*_tail_defects(targets, layout), *_sample_defects(targets, layout)]
+        close = (part.close_defects(targets, layout.vocab_size) for part in parts_of(targets))
+        defects = [*_tail_defects(targets, layout), *chain.from_iterable(close)]
         places = [(int(np.argmax(wrong)), what) for what, wrong in defects if wrong.any()]
         return min(places, key=lambda place: place[0], default=None)
 
 
 def _tail_defects(targets: SparseTargets, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
     """What may be wrong with the tail, and with which positions it is, bool [M]. A comparison with no number is false."""
-    mass = np.exp(targets.tail_logprob, dtype=np.float64)
     yield "a tail log-probability above 0", targets.tail_logprob > 1e-4
-    if targets.group_logprobs is not None:
-        groups = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
-        step = layout.quantization.group_step if layout.quantization else GROUP_STEP_OF_FORMAT_1
-        factor = np.exp(step + GROUP_TOLERANCE_NATS)  # half a step as captured, and half for entries that joined later
-        fits = (groups <= mass * factor + 1e-7) & (groups >= mass / factor - 1e-7)
-        yield "tail groups that do not add up to the tail", ~fits
-    for tempered in targets.tempered_tail.values():
-        yield "a tempered tail that is not a number", ~(tempered < np.inf)
-    if targets.tail_entropy is not None:
-        yield "a tail entropy that is not ≤ 0", ~(targets.tail_entropy <= 1e-6)
-    if targets.sample_logprobs is not None:
-        yield "a sampled log-probability above 0", np.any(~(targets.sample_logprobs <= 1e-6), axis=1)
-
-
-def _sample_defects(targets: SparseTargets, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    ids = targets.sample_ids
-    if ids is not None:
-        yield "a sampled id outside the vocabulary", np.any((ids < PAD_ID) | (ids >= layout.vocab_size), axis=1)
-        entries = [((column[:, None] == targets.token_ids) & (column >= 0)[:, None]).any(axis=1) for column in ids.T]
-        yield "a sampled id that is an entry", np.any(entries, axis=0)
+    for part in parts_of(targets):
+        yield from part.defects(targets, layout.quantization)

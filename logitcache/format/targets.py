@@ -75,23 +75,11 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
     if len(parts) == 1:
         return parts[0]
     k = max(part.token_ids.shape[1] for part in parts)
-    first = parts[0]
-
-    def join(name: str) -> np.ndarray | None:
-        if getattr(first, name) is None:
-            return None
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    return SparseTargets(
-        token_ids=np.concatenate([_widen(part.token_ids, k, PAD_ID) for part in parts]),
-        logprobs=np.concatenate([_widen(part.logprobs, k, -np.inf) for part in parts]),
-        tail_logprob=np.concatenate([part.tail_logprob for part in parts]),
-        group_logprobs=join("group_logprobs"),
-        tempered_tail={t: np.concatenate([part.tempered_tail[t] for part in parts]) for t in first.tempered_tail},
-        tail_entropy=join("tail_entropy"),
-        sample_ids=join("sample_ids"),
-        sample_logprobs=join("sample_logprobs"),
-    )
+    wide = [
+        replace(part, token_ids=_widen(part.token_ids, k, PAD_ID), logprobs=_widen(part.logprobs, k, -np.inf))
+        for part in parts
+    ]
+    return SparseTargets(**{f.name: _joined([getattr(part, f.name) for part in wide]) for f in fields(SparseTargets)})
 
 
 def find_defect(
@@ -137,6 +125,13 @@ def _select(value: object, rows: slice | np.ndarray) -> object:
     if isinstance(value, Mapping):
         return {key: array[rows] for key, array in value.items()}
     return value
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: np.concatenate([value[key] for value in values]) for key in first}
+    return None if first is None else np.concatenate(values)
 
 
 def _widen(array: np.ndarray, k: int, fill: float) -> np.ndarray:

@@ -13,6 +13,7 @@ from logitcache.assembly.unfinished import SHARD_POSITIONS, compared, first_of
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import PARTS
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.row_scan import Rows, scan
 from logitcache.reading.cache import LogitCache
@@ -71,7 +72,7 @@ def _comparable(cache: LogitCache) -> dict[str, Any]:
     manifest, fingerprint = cache.manifest, cache.manifest.fingerprint
     layout = {name: value for name, value in manifest.layout.to_json().items() if name != "format_version"}
     # The layout says it too, or it is no matter of content.
-    elsewhere = {"precision", "tail_groups", "temperatures", "tail_entropy", "tail_samples", "shard_positions"}
+    elsewhere = {"precision", *(part.option for part in PARTS), "shard_positions"}
     return {
         "teacher": fingerprint["teacher"],
         "tokenizer": fingerprint.get("tokenizer"),

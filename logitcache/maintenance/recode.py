@@ -16,6 +16,7 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.quantization import PRESETS, check_precision
 from logitcache.format.sequences import CachedSequence
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.format.truncation import nucleus, truncate
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
@@ -41,7 +42,7 @@ def recode(
     """Writes the rows of a cache to another with less of each position. What leaves the entries joins the tail, exactly.
 
     top_k, top_p, min_k: as of `logitcache.build`; no more than the cache holds.  precision: the cache's own or a coarser one.
-    drop: names among tail_groups, temperatures, tail_entropy, tail_samples and the kept columns.
+    drop: options of tail parts, such as tail_groups, and kept columns.
     shard_positions, overwrite: see `rewrite`.
 
     The same call continues an interrupted one. Raises UserError for what the cache does not hold, and as `rewrite` does.
@@ -53,23 +54,19 @@ def recode(
     entries = _fewer_entries(_Entries.of(capture), top_k, top_p, min_k)
     dropped = _checked(drop, source.manifest.layout)
     layout = _with_precision(_without(source.manifest.layout, dropped), precision)
-    extras = {name: empty for name, empty in _EXTRAS.items() if name in dropped}
+    absent = {name: value for name, value in TailParts().to_json("option").items() if name in dropped}
     stored = {"top_k": entries.top_k, "top_p": entries.top_p, "min_k": entries.min_k, "precision": layout.precision}
     work = Rewrite(
         command="recode",
         settings={**stored, "drop": dropped},
         sources=[source],
         layout=layout,
-        fingerprint={**source.manifest.fingerprint, "capture": {**capture, **stored, **extras}},
+        fingerprint={**source.manifest.fingerprint, "capture": {**capture, **stored, **absent}},
         skipped=source.manifest.skipped,
         select=lambda folder: (rows for rows, _ in scan([source])),
         transform=_Recoder(entries, layout, source),
     )
     return rewrite(work, out, shard_positions, overwrite)
-
-
-_EXTRAS: dict[str, Any] = {"tail_groups": 0, "temperatures": [], "tail_entropy": False, "tail_samples": 0}
-"""What a capture may store beside entries and tail, and the setting without it."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +107,7 @@ def _fewer_entries(held: _Entries, top_k: int | None, top_p: float | None, min_k
 
 
 def _checked(drop: Sequence[str], layout: Layout) -> list[str]:
-    held = {
-        "tail_groups": layout.num_tail_groups,
-        "temperatures": layout.temperatures,
-        "tail_entropy": layout.tail_entropy,
-        "tail_samples": layout.num_tail_samples,
-        **dict.fromkeys(layout.columns, True),
-    }
-    known = [name for name, value in held.items() if value]
+    known = [*(part.option for part, _ in layout.tail_parts.stored()), *layout.columns]
     for name in drop:
         if name not in known:
             raise UserError(f"--drop {name}: the cache holds {', '.join(known) or 'nothing that can be dropped'}")
@@ -125,14 +115,8 @@ def _checked(drop: Sequence[str], layout: Layout) -> list[str]:
 
 
 def _without(layout: Layout, dropped: Sequence[str]) -> Layout:
-    return replace(
-        layout,
-        num_tail_groups=0 if "tail_groups" in dropped else layout.num_tail_groups,
-        temperatures=() if "temperatures" in dropped else layout.temperatures,
-        tail_entropy=layout.tail_entropy and "tail_entropy" not in dropped,
-        num_tail_samples=0 if "tail_samples" in dropped else layout.num_tail_samples,
-        columns={name: alias for name, alias in layout.columns.items() if name not in dropped},
-    )
+    columns = {name: alias for name, alias in layout.columns.items() if name not in dropped}
+    return replace(layout, tail_parts=layout.tail_parts.without(dropped), columns=columns)
 
 
 def _with_precision(layout: Layout, precision: str | None) -> Layout:
@@ -155,24 +139,13 @@ class _Recoder:
 
     def __init__(self, entries: _Entries, layout: Layout, source: LogitCache) -> None:
         self._entries, self._layout = entries, layout
-        self._tail_groups = source.tail_groups if layout.num_tail_groups else None
+        self._tail_groups = source.tail_groups if layout.tail_parts.groups else None
         self._seed = int.from_bytes(hashlib.sha256(source.folder.read(MANIFEST_NAME)).digest())
 
     def __call__(self, sequence: CachedSequence) -> SparseTargets:
-        entries, targets = self._entries, self._fewer_columns(sequence.targets)
+        entries, targets = self._entries, self._layout.tail_parts.of(sequence.targets)
         keep = nucleus(targets.logprobs, entries.top_k, entries.top_p, entries.min_k).sum(axis=1)
         random = (
             np.random.default_rng([self._seed, int(sequence.row_id, 16)]) if targets.sample_ids is not None else None
         )
         return truncate(targets, keep, self._tail_groups, random)
-
-    def _fewer_columns(self, targets: SparseTargets) -> SparseTargets:
-        layout = self._layout
-        return replace(
-            targets,
-            group_logprobs=targets.group_logprobs if layout.num_tail_groups else None,
-            tempered_tail={t: targets.tempered_tail[t] for t in layout.temperatures},
-            tail_entropy=targets.tail_entropy if layout.tail_entropy else None,
-            sample_ids=targets.sample_ids if layout.num_tail_samples else None,
-            sample_logprobs=targets.sample_logprobs if layout.num_tail_samples else None,
-        )

@@ -231,7 +231,7 @@ def _copy_files(source: LogitCache, folder: Folder, layout: Layout) -> None:
     folder.remove(TOKENIZER_DIRECTORY)
     folder.remove(TAIL_GROUPS_NAME)
     for name in source.manifest.files:
-        if name != TAIL_GROUPS_NAME or layout.num_tail_groups:
+        if name != TAIL_GROUPS_NAME or layout.tail_parts.groups:
             folder.write(name, read_trusted(source.folder, source.manifest, name))
 
 

@@ -115,14 +115,14 @@ class LogitCache(Sequence[CachedSequence]):
     @cached_property
     def tail_groups(self) -> np.ndarray | None:
         """Tail group of each token id, int32 [V], or None where the cache holds no tail groups."""
-        if not self.manifest.layout.num_tail_groups:
+        if not self.manifest.layout.tail_parts.groups:
             return None
         content = read_trusted(self._folder, self.manifest, TAIL_GROUPS_NAME, MAX_TAIL_GROUPS_BYTES)
         layout = self.manifest.layout
         try:
             groups = read_tail_groups(BytesIO(content))
-            if len(groups) != layout.vocab_size or not 0 <= groups.min() <= groups.max() < layout.num_tail_groups:
-                raise ValueError(f"it is not of {layout.vocab_size:,} ids in {layout.num_tail_groups:,} groups")
+            if len(groups) != layout.vocab_size or not 0 <= groups.min() <= groups.max() < layout.tail_parts.groups:
+                raise ValueError(f"it is not of {layout.vocab_size:,} ids in {layout.tail_parts.groups:,} groups")
             return groups
         except ValueError as error:
             raise UserError(

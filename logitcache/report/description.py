@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from logitcache.format.manifest import Manifest, fingerprint_digest
+from logitcache.format.tail_parts import PARTS
 from logitcache.urls import public_url
 
 
@@ -42,13 +43,8 @@ def origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "generated with", _assignments(fingerprint["generation"])
     shown = {name: value for name, value in capture.items() if name not in _SHOWN_ELSEWHERE}
     yield "captured with", _assignments(shown)
-    extras = [
-        f"{layout.num_tail_groups} groups" if layout.num_tail_groups else "",
-        f"normalisers at T = {', '.join(f'{t:g}' for t in layout.temperatures)}" if layout.temperatures else "",
-        "entropy" if layout.tail_entropy else "",
-        f"{layout.num_tail_samples} samples" if layout.num_tail_samples else "",
-    ]
-    yield "of the tail", ", ".join(["mass", *(extra for extra in extras if extra)])
+    parts = [part.describe(value) for part, value in layout.tail_parts.stored()]
+    yield "of the tail", ", ".join(["mass", *parts])
     if "tail" in capture:
         yield "tail", str(capture["tail"])
     if layout.columns:
@@ -57,15 +53,7 @@ def origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "left out", left_out or "no document"
 
 
-_SHOWN_ELSEWHERE = {
-    "tail",
-    "tail_groups",
-    "temperatures",
-    "tail_entropy",
-    "tail_samples",
-    "precision",
-    "shard_positions",
-}
+_SHOWN_ELSEWHERE = {"tail", *(part.option for part in PARTS), "precision", "shard_positions"}
 
 
 def history(manifest: Manifest) -> list[str]:

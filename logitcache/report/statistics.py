@@ -85,7 +85,7 @@ def statistics(folder: Folder, manifest: Manifest) -> Statistics:
             float(sum(masses[min(k, len(masses)) - 1] for masses in covered if len(masses)) / total) for k in ks
         ),
         entropy=_summary(entropy_all),
-        entropy_is_lower_bound=not manifest.layout.tail_entropy,
+        entropy_is_lower_bound=not manifest.layout.tail_parts.entropy,
         tail_mass=_summary(tail_all),
         entries_per_position=dict(sorted(counts.items())),
         entropy_histogram=_histogram(

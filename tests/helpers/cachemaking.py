@@ -15,6 +15,7 @@ from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
 from logitcache.storage.atomic import file_sha256
@@ -92,16 +93,16 @@ def sparse(logprobs: torch.Tensor, k: int, groups: np.ndarray | None, layout: La
     share = tail.softmax(1)
     entropy = torch.where(share > 0, share * tail, 0.0).sum(1).float().numpy()
     sample_ids = sample_logprobs = None
-    if layout.num_tail_samples:
-        samples = torch.multinomial(share, layout.num_tail_samples, replacement=True)
+    if layout.tail_parts.samples:
+        samples = torch.multinomial(share, layout.tail_parts.samples, replacement=True)
         sample_ids, sample_logprobs = samples.int().numpy(), tail.gather(1, samples).float().numpy()
     return SparseTargets(
         ids.int().numpy(),
         top.float().numpy(),
         tail.logsumexp(1).float().numpy(),
         group_logprobs,
-        {T: (tail / T).logsumexp(1).float().numpy() for T in layout.temperatures},
-        entropy if layout.tail_entropy else None,
+        {T: (tail / T).logsumexp(1).float().numpy() for T in layout.tail_parts.temperatures},
+        entropy if layout.tail_parts.entropy else None,
         sample_ids,
         sample_logprobs,
     )
@@ -123,7 +124,11 @@ def write_cache(
     """A finished cache of `sequences`. groups: tail group of each id, int [V]."""
     teacher = teacher or llama()
     num_groups = 0 if groups is None else int(groups.max()) + 1
-    layout = Layout(VOCAB, num_groups, temperatures, tail_entropy, num_tail_samples, precision=precision)
+    layout = Layout(
+        VOCAB,
+        TailParts(groups=num_groups, temperatures=temperatures, entropy=tail_entropy, samples=num_tail_samples),
+        precision=precision,
+    )
     with ShardWriter(Folder(path), shard_name(0, 1), layout) as writer:
         for sequence in sequences:
             writer.write(sequence, sparse(teacher_logprobs(teacher, sequence), k, groups, layout))

@@ -62,18 +62,15 @@ def assert_same_row(read: CachedSequence, expected: CachedSequence) -> None:
 
 
 def assert_same_targets(read: SparseTargets, expected: SparseTargets) -> None:
-    for name in (
-        "token_ids",
-        "logprobs",
-        "tail_logprob",
-        "group_logprobs",
-        "tail_entropy",
-        "sample_ids",
-        "sample_logprobs",
-    ):
-        ours, theirs = getattr(read, name), getattr(expected, name)
-        assert (ours is None) == (theirs is None), name
-        assert ours is None or (ours.dtype == theirs.dtype and np.array_equal(ours, theirs)), name
-    assert read.tempered_tail.keys() == expected.tempered_tail.keys()
-    for temperature, values in expected.tempered_tail.items():
-        assert np.array_equal(read.tempered_tail[temperature], values)
+    """Bit for bit, dtypes and shapes included."""
+    ours, theirs = arrays_of(read), arrays_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert ours[name].dtype == values.dtype, name
+        np.testing.assert_array_equal(ours[name], values, err_msg=str(name))
+
+
+def arrays_of(targets: SparseTargets) -> dict[Any, np.ndarray]:
+    """What the targets hold, by field; of the tempered tail by temperature."""
+    present = {name: values for name, values in vars(targets).items() if values is not None}
+    return {**present.pop("tempered_tail"), **present}

@@ -18,12 +18,13 @@ from logitcache.format.manifest import Manifest
 from logitcache.format.quantization import PRESETS, QuantizationSpec
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
+from logitcache.format.tail_parts import TailParts
 from logitcache.storage.atomic import file_sha256
 from logitcache.storage.folder import Folder
 
 VOCAB = 50
 COLUMNS = {"id": "int64", "url": "string", "score": "double", "flag": "bool"}
-EVERYTHING = Layout(VOCAB, 3, (0.5, 2.0), tail_entropy=True, num_tail_samples=2, columns=COLUMNS)
+EVERYTHING = Layout(VOCAB, TailParts(groups=3, temperatures=(0.5, 2.0), entropy=True, samples=2), columns=COLUMNS)
 FINGERPRINT = {
     "teacher": {"name": "tiny", "architecture": "Tiny", "dtype": "float32", "engine": "none", "engine_version": "0"},
     "corpus": {"sources": [{"name": "random"}]},
@@ -42,7 +43,7 @@ def full_distributions(random: np.random.Generator, positions: int, vocab_size: 
 
 def tail_groups(layout: Layout) -> np.ndarray:
     """Every id its own group, as far as there are groups; the last group holds the rest."""
-    return np.minimum(np.arange(layout.vocab_size), layout.num_tail_groups - 1).astype(np.int32)
+    return np.minimum(np.arange(layout.vocab_size), layout.tail_parts.groups - 1).astype(np.int32)
 
 
 def sparse_targets(
@@ -58,9 +59,9 @@ def sparse_targets(
         entries, rest = order[:count], order[count:]
         mass = np.exp(logprobs[rest]).sum()
         drawn = (
-            random.choice(rest, layout.num_tail_samples, p=np.exp(logprobs[rest]) / mass)
+            random.choice(rest, layout.tail_parts.samples, p=np.exp(logprobs[rest]) / mass)
             if mass > 0
-            else np.full(layout.num_tail_samples, -1)
+            else np.full(layout.tail_parts.samples, -1)
         )
         rows.append(
             {
@@ -69,9 +70,9 @@ def sparse_targets(
                 "tail_logprob": _log(mass),
                 "group_logprobs": [
                     _log(np.exp(logprobs[[i for i in rest if groups[i] == g]]).sum())
-                    for g in range(layout.num_tail_groups)
+                    for g in range(layout.tail_parts.groups)
                 ],
-                **{T: _log((np.exp(logprobs[rest]) ** (1 / T)).sum()) for T in layout.temperatures},
+                **{T: _log((np.exp(logprobs[rest]) ** (1 / T)).sum()) for T in layout.tail_parts.temperatures},
                 "tail_entropy": (np.exp(logprobs[rest]) * logprobs[rest]).sum() / mass if mass > 0 else 0.0,
                 "sample_ids": drawn,
                 "sample_logprobs": [logprobs[i] if i >= 0 else -np.inf for i in drawn],
@@ -85,12 +86,14 @@ def sparse_targets(
         token_ids=column("token_ids", np.int32, k),
         logprobs=column("logprobs", np.float32, k),
         tail_logprob=column("tail_logprob", np.float32),
-        group_logprobs=column("group_logprobs", np.float32, layout.num_tail_groups) if layout.num_tail_groups else None,
-        tempered_tail={T: column(T, np.float32) for T in layout.temperatures},
-        tail_entropy=column("tail_entropy", np.float32) if layout.tail_entropy else None,
-        sample_ids=column("sample_ids", np.int32, layout.num_tail_samples) if layout.num_tail_samples else None,
-        sample_logprobs=column("sample_logprobs", np.float32, layout.num_tail_samples)
-        if layout.num_tail_samples
+        group_logprobs=column("group_logprobs", np.float32, layout.tail_parts.groups)
+        if layout.tail_parts.groups
+        else None,
+        tempered_tail={T: column(T, np.float32) for T in layout.tail_parts.temperatures},
+        tail_entropy=column("tail_entropy", np.float32) if layout.tail_parts.entropy else None,
+        sample_ids=column("sample_ids", np.int32, layout.tail_parts.samples) if layout.tail_parts.samples else None,
+        sample_logprobs=column("sample_logprobs", np.float32, layout.tail_parts.samples)
+        if layout.tail_parts.samples
         else None,
     )
 
@@ -125,7 +128,7 @@ def write_cache(
                     writer.write(sequence, targets)
             infos.append(writer.info)
     files = {}
-    if layout.num_tail_groups:
+    if layout.tail_parts.groups:
         write_tail_groups(Folder(root), tail_groups(layout))
         files[TAIL_GROUPS_NAME] = file_sha256(root / TAIL_GROUPS_NAME)
     Manifest(layout, FINGERPRINT, tuple(infos), {"empty": 2}, "tests", files).write(Folder(root))
@@ -195,10 +198,12 @@ def layouts(draw: st.DrawFn) -> Layout:
     """Any choice of optional fields and kept columns."""
     return Layout(
         VOCAB,
-        num_tail_groups=draw(st.integers(0, 3)),
-        temperatures=tuple(sorted(draw(st.sets(st.sampled_from([0.5, 1.5, 2.0]))))),
-        tail_entropy=draw(st.booleans()),
-        num_tail_samples=draw(st.integers(0, 2)),
+        TailParts(
+            groups=draw(st.integers(0, 3)),
+            temperatures=tuple(sorted(draw(st.sets(st.sampled_from([0.5, 1.5, 2.0]))))),
+            entropy=draw(st.booleans()),
+            samples=draw(st.integers(0, 2)),
+        ),
         columns={name: COLUMNS[name] for name in sorted(draw(st.sets(st.sampled_from(sorted(COLUMNS)))))},
         precision=draw(st.sampled_from(sorted(PRESETS))),
     )

@@ -126,13 +126,13 @@ class Held:
 def held_by_all(caches: Sequence[LogitCache]) -> Held:
     """What targets of any of the caches can be used for; groups count where all caches have the same partition."""
     layouts = [cache.manifest.layout for cache in caches]
-    samples = {layout.num_tail_samples for layout in layouts}
+    samples = {layout.tail_parts.samples for layout in layouts}
     groups = caches[0].tail_groups
     same_groups = groups is not None and all(_equal(groups, cache.tail_groups) for cache in caches[1:])
     return Held(
-        temperatures=tuple(sorted(set.intersection(*(set(layout.temperatures) for layout in layouts)))),
-        tail_entropy=all(layout.tail_entropy for layout in layouts),
-        num_tail_groups=layouts[0].num_tail_groups if same_groups else 0,
+        temperatures=tuple(sorted(set.intersection(*(set(layout.tail_parts.temperatures) for layout in layouts)))),
+        tail_entropy=all(layout.tail_parts.entropy for layout in layouts),
+        num_tail_groups=layouts[0].tail_parts.groups if same_groups else 0,
         num_tail_samples=samples.pop() if len(samples) == 1 else 0,
     )
 

@@ -28,7 +28,7 @@ def approximates_tail(config: DistillConfig, data: TrainingData, temperature: fl
 
 def _refuse_tail(name: str, data: TrainingData) -> None:
     _refuse_averaged(f"--tail {name}", data)
-    lacking = [cache for cache in data.caches if not getattr(cache.manifest.layout, f"num_tail_{name}")]
+    lacking = [cache for cache in data.caches if not getattr(cache.manifest.layout.tail_parts, name)]
     if not lacking:
         raise UserError(
             f"--tail {name}: the caches of {data.path} do not hold the same tail {name}. Take --tail bucket"
@@ -41,8 +41,8 @@ def _refuse_tail(name: str, data: TrainingData) -> None:
 
 def _refuse_temperature(temperature: float, data: TrainingData) -> None:
     _refuse_averaged(f"--temperature {temperature:g}", data)
-    lacking = next(cache for cache in data.caches if temperature not in cache.manifest.layout.temperatures)
-    held = ", ".join(f"{t:g}" for t in sorted({1.0, *lacking.manifest.layout.temperatures}))
+    lacking = next(cache for cache in data.caches if temperature not in cache.manifest.layout.tail_parts.temperatures)
+    held = ", ".join(f"{t:g}" for t in sorted({1.0, *lacking.manifest.layout.tail_parts.temperatures}))
     build = f"build the cache with `logitcache build --temperatures {temperature:g}`"
     if data.held.tail_entropy:
         ways = f"add --approximate_temperature (it holds the tail's entropy), or {build}"

@@ -16,8 +16,9 @@ from logitcache.capture.corpus.tokens import Tokenization, Tokens
 from logitcache.documents.document import BadDocument, Document
 from logitcache.documents.masks import LOSS_MASKS, PADDING
 from logitcache.errors import UserError
-from logitcache.format.layout import RESERVED_COLUMNS, TEMPERED_PREFIX
+from logitcache.format.layout import RESERVED_COLUMNS
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_parts import TEMPERED_PREFIX
 
 LONG_POLICIES = ("split", "truncate", "skip")
 

@@ -37,6 +37,7 @@ from logitcache.format.codebook import Codebook
 from logitcache.format.codec import encode
 from logitcache.format.layout import Layout
 from logitcache.format.sequences import ColumnTypes, TokenSequence, columns_text, stored_columns
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets, concatenate
 from logitcache.format.truncation import nucleus, truncate
 from logitcache.progress import duration
@@ -142,7 +143,7 @@ class Estimate:
         sample, settings = self.sample, self.settings
         scale = sample.num_documents / sample.num_sampled
         left_out = [f"{count * scale:,.0f} {reason}" for reason, count in sample.skipped.items()]
-        tail = f" + {settings.tail_groups} groups" if settings.tail_groups else ""
+        tail = f" + {settings.tail_parts.groups} groups" if settings.tail_parts.groups else ""
         lines = [
             f"documents  {sample.num_documents:,}, {sample.num_sampled:,} of them tokenised (layout {sample.layout})",
             f"sequences  {sample.num_sequences}, the longest seen has {sample.longest:,} tokens",
@@ -205,10 +206,10 @@ def estimate(
     priced = _with_numbers(teacher, priced, skip_bad)
     judgement, num_groups = None, 0
     if sees_logits:
-        num_groups = settings.tail_groups or min(SHOWN_TAIL_GROUPS, layout.vocab_size)
+        num_groups = settings.tail_parts.groups or min(SHOWN_TAIL_GROUPS, layout.vocab_size)
         judgement = _judge(cast(LogitTeacher, teacher), priced, num_groups, layout.vocab_size, ks)
     began = time.monotonic()
-    scored = list(teacher.score(priced, CaptureSettings(top_k=ks[-1], tail_groups=num_groups)))
+    scored = list(teacher.score(priced, CaptureSettings(top_k=ks[-1], tail_parts=TailParts(groups=num_groups))))
     tokens_per_s = _num_tokens(priced) / (time.monotonic() - began)
     choices = []
     for k in ks:
@@ -258,7 +259,7 @@ def _judge(
     mean_probability = teacher.mean_probability(priced)
     tail_groups = make_tail_groups(teacher, priced, num_groups)
     teacher.set_tail_groups(tail_groups)
-    wide = CaptureSettings(top_k=max(min(vocab_size, JUDGED_ENTRIES), ks[-1]), tail_groups=num_groups)
+    wide = CaptureSettings(top_k=max(min(vocab_size, JUDGED_ENTRIES), ks[-1]), tail_parts=TailParts(groups=num_groups))
     targets = concatenate(list(teacher.score(thinned(priced, JUDGED_POSITIONS), wide)))
     outcomes = Outcomes.of_targets(targets, mean_probability, tail_groups)
     students = {stage: stand_in(outcomes, stage) for stage in STUDENTS}
@@ -281,7 +282,9 @@ def _choice(
     num_groups = 0 if tail_groups is None else int(tail_groups.max()) + 1
     stored = [truncate_to_top_k(targets, k, tail_groups) for targets in scored]
     num_bytes = stored_bytes(
-        sequences, stored, Layout(layout.vocab_size, num_groups, columns=layout.columns, precision=layout.precision)
+        sequences,
+        stored,
+        Layout(layout.vocab_size, TailParts(groups=num_groups), columns=layout.columns, precision=layout.precision),
     )
     tail_mass = np.concatenate([np.exp(targets.tail_logprob, dtype=np.float64) for targets in stored]).mean()
     errors = judgement.gradient_error[k, tail_groups is not None] if judgement else {}
@@ -290,7 +293,7 @@ def _choice(
 
 def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets], layout: Layout) -> int:
     """Returns the bytes of the rows' columns in a shard, encoded and compressed, without the file's footer."""
-    table = encode(sequences, targets, layout, Codebook.of(concatenate(targets), layout))
+    table = encode(sequences, targets, layout, Codebook.of(concatenate(targets), layout.quantization))
     buffer = pa.BufferOutputStream()
     with pq.ParquetWriter(buffer, table.schema, **layout.parquet_options()) as writer:
         writer.write_table(table, row_group_size=len(table))

@@ -43,7 +43,7 @@ class LogitTeacher(Teacher, Protocol):
         """Returns the mean over the stored positions of the full next-token distribution, float64 [V]."""
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
-        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_groups`."""
+        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_parts.groups`."""
 
 
 @dataclass(frozen=True)

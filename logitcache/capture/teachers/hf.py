@@ -65,7 +65,7 @@ class TransformersTeacher:
         self._tail_groups: TailGroups | None = None
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
-        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_groups`."""
+        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_parts.groups`."""
         self._tail_groups = TailGroups(tail_groups, self._device)
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
@@ -75,7 +75,8 @@ class TransformersTeacher:
                 np.empty((len(sequence.positions), position_width(settings)), dtype=np.int32) for sequence in window
             ]
             uniforms = [
-                draw_uniforms(sequence.row_id, len(sequence.positions), settings.tail_samples) for sequence in window
+                draw_uniforms(sequence.row_id, len(sequence.positions), settings.tail_parts.samples)
+                for sequence in window
             ]
             for i, rows, logits in self._logits(window):
                 drawn = torch.from_numpy(uniforms[i][rows]).to(self._device)

@@ -14,6 +14,7 @@ from logitcache.errors import UserError, one_line
 from logitcache.format.layout import FORMAT_VERSION, Layout
 from logitcache.format.manifest import MANIFEST_NAME, Manifest, is_as_written, is_plain
 from logitcache.format.shards import ShardInfo
+from logitcache.format.tail_parts import PARTS
 from logitcache.maintenance.verify.findings import Finding
 
 
@@ -93,7 +94,8 @@ def _check_parts(data: Mapping[str, Any], claims: Claims) -> Iterator[Finding]:
 def _check_layout(data: Mapping[str, Any], fingerprint: Any, claims: Claims) -> Iterator[Finding]:
     try:
         layout = Layout.from_json(data)
-        counts = (layout.vocab_size, layout.num_tail_groups, layout.num_tail_samples)
+        numbers = (getattr(layout.tail_parts, part.name) for part in PARTS if part.shape is int)
+        counts = (layout.vocab_size, *numbers)
         if not (all(map(_is_count, counts)) and layout.vocab_size):
             raise TypeError("a count is no whole number")
         layout.schema()

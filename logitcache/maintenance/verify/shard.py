@@ -186,8 +186,8 @@ def _check_codebook(metadata: Mapping[bytes, bytes] | None, layout: Layout, name
     ids = codebook.frequent_ids
     if ids.size and not 0 <= ids.min() <= ids.max() < layout.vocab_size:
         yield Finding("layout", name, f"its codebook has ids outside the vocabulary of {layout.vocab_size:,}")
-    if codebook.group_profile.shape != (layout.num_tail_groups,):
-        what = f"its codebook is of {codebook.group_profile.size} tail groups, its layout of {layout.num_tail_groups}"
+    if codebook.group_profile.shape != (layout.tail_parts.groups,):
+        what = f"its codebook is of {codebook.group_profile.size} tail groups, its layout of {layout.tail_parts.groups}"
         yield Finding("layout", name, what)
 
 

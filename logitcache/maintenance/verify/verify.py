@@ -207,7 +207,7 @@ def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
         for name in held:
             if name not in claims.named:
                 yield Finding("foreign", name, "a reader would trust it")
-    if claims.layout is not None and claims.layout.num_tail_groups:
+    if claims.layout is not None and claims.layout.tail_parts.groups:
         if groups_stored:
             yield from _check_tail_groups(folder, claims)
         elif TAIL_GROUPS_NAME not in claims.files:
@@ -216,7 +216,7 @@ def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
 
 def _check_tail_groups(folder: Folder, claims: Claims) -> Iterator[Finding]:
     assert claims.layout is not None
-    vocab_size, num_groups = claims.layout.vocab_size, claims.layout.num_tail_groups
+    vocab_size, num_groups = claims.layout.vocab_size, claims.layout.tail_parts.groups
     try:
         groups = read_tail_groups(BytesIO(folder.read(TAIL_GROUPS_NAME)))
     except Exception as error:  # Arrow has its own kinds

@@ -16,6 +16,7 @@ from logitcache.capture.selection import TailGroups, draw_uniforms, select, sele
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.wire_format import position_width, unpack
 from logitcache.format.layout import Layout
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import concatenate, find_defect
 from logitcache.format.truncation import nucleus
 from tests.helpers.smallcaches import small, sparse_targets
@@ -40,7 +41,7 @@ def full(logits: torch.Tensor) -> np.ndarray:
 
 
 def captured(**settings: Any) -> CaptureSettings:
-    return CaptureSettings(**{"top_k": 8, "min_k": 1, **settings})
+    return CaptureSettings.from_json(CaptureSettings(8, min_k=1).to_json() | settings)
 
 
 def selected(
@@ -99,7 +100,7 @@ def test_everything_is_that_of_the_full_distribution(seed: int, positions: int, 
     )
     logits = random_logits(seed, positions, vocab_size)
     group_of = np.random.default_rng(seed).permutation(np.arange(vocab_size) % groups)
-    layout = Layout(vocab_size, groups, (0.5, 2.0), tail_entropy=True)
+    layout = Layout(vocab_size, TailParts(groups=groups, temperatures=(0.5, 2.0), entropy=True))
     expected = sparse_targets(full(logits), [settings.top_k] * positions, layout, group_of)
     found = selected(logits, settings, group_of)
     assert_entries_and_tail(found, expected)
@@ -123,7 +124,7 @@ def test_the_tail_of_a_confident_teacher_is_exact() -> None:
     group_of = np.arange(1000) % 2
     settings = captured(top_k=1, tail_groups=2, temperatures=(2.0,), tail_entropy=True)
     found = selected(logits, settings, group_of)
-    layout = Layout(1000, 2, (2.0,), tail_entropy=True)
+    layout = Layout(1000, TailParts(groups=2, temperatures=(2.0,), entropy=True))
     expected = sparse_targets(full(logits), [1, 1], layout, group_of)
     assert 6e-10 < np.exp(expected.tail_logprob[0]) < 8e-10
     assert_entries_and_tail(found, expected)
@@ -164,7 +165,7 @@ def test_groups_of_very_unequal_mass_and_size_are_each_exact() -> None:
     settings = captured(top_k=30, tail_groups=41)
     exact = full(logits)
     found = selected(logits, settings, group_of)
-    expected = sparse_targets(exact, [30] * 3, Layout(5000, 41), group_of).group_logprobs
+    expected = sparse_targets(exact, [30] * 3, Layout(5000, TailParts(groups=41)), group_of).group_logprobs
     assert expected is not None and expected.min() < -40
     assert_close(found.group_logprobs, expected, 1e-5)
 
@@ -427,18 +428,18 @@ def test_an_engines_tail_is_never_smaller_than_the_rounding_of_one() -> None:
 )
 def test_settings_that_no_teacher_can_meet_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        CaptureSettings(**{"top_k": 8, **settings}).check(50)
+        CaptureSettings.from_json(CaptureSettings(8).to_json() | settings).check(50)
 
 
 def test_settings_take_their_canonical_form() -> None:
-    settings = CaptureSettings(8, temperatures=[2, 1.0, 0.5, 2.0])
+    settings = CaptureSettings(8, tail_parts=TailParts(temperatures=(2, 1.0, 0.5, 2.0)))
     settings.check(50)
-    assert settings == CaptureSettings(8, 1.0, 8, 0, (0.5, 2.0))
+    assert settings == CaptureSettings(8, 1.0, 8, tail_parts=TailParts(groups=0, temperatures=(0.5, 2.0)))
     assert CaptureSettings(40, 0.9).min_k == 32
     assert CaptureSettings.from_json(settings.to_json()) == settings
 
 
 def test_settings_know_what_top_k_alone_cannot_give() -> None:
-    assert CaptureSettings(8, 0.9, temperatures=(1.0,)).beyond_top_k == []
-    wanted = CaptureSettings(8, tail_groups=2, temperatures=(2.0,), tail_entropy=True)
+    assert CaptureSettings(8, 0.9, tail_parts=TailParts(temperatures=(1.0,))).beyond_top_k == []
+    wanted = CaptureSettings(8, tail_parts=TailParts(groups=2, temperatures=(2.0,), entropy=True))
     assert wanted.beyond_top_k == ["--tail-groups", "--temperatures", "--tail-entropy"]

@@ -14,9 +14,10 @@ from logitcache import SparseTargets
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.wire_format import position_width, unpack
 from logitcache.format.layout import Layout
+from logitcache.format.tail_parts import TailParts
 from tests.helpers.smallcaches import full_distributions, small, sparse_targets
 
-BY_HAND = CaptureSettings(2, 1.0, 1, tail_groups=3, temperatures=(0.5, 2.0), tail_entropy=True, tail_samples=1)
+BY_HAND = CaptureSettings(2, 1.0, 1, tail_parts=TailParts(groups=3, temperatures=(0.5, 2.0), entropy=True, samples=1))
 
 
 def bits(value: float) -> int:
@@ -50,8 +51,10 @@ def packed(targets: SparseTargets) -> np.ndarray:
 def test_a_row_holds_every_quantity_bit_for_bit(
     k: int, groups: int, temperatures: tuple[float, ...], tail_entropy: bool, samples: int
 ) -> None:
-    settings = CaptureSettings(k, 0.9, 1, groups, temperatures, tail_entropy, samples)
-    layout = Layout(50, groups, temperatures, tail_entropy=tail_entropy, num_tail_samples=samples)
+    settings = CaptureSettings(
+        k, 0.9, 1, tail_parts=TailParts(groups=groups, temperatures=temperatures, entropy=tail_entropy, samples=samples)
+    )
+    layout = Layout(50, TailParts(groups=groups, temperatures=temperatures, entropy=tail_entropy, samples=samples))
     full = full_distributions(np.random.default_rng(k), 5)
     expected = sparse_targets(full, [k, 1, k, 1, 1], layout)
     rows = packed(expected)

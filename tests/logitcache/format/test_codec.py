@@ -40,7 +40,7 @@ from tests.helpers.smallcaches import (
 def encoded(rows: list[Row], layout: Layout, codebook: Codebook | None = None) -> pa.Table:
     """As it comes from a shard, whose file metadata holds the codebook."""
     targets = [targets for _, targets in rows]
-    codebook = codebook or Codebook.of(concatenate(targets), layout)
+    codebook = codebook or Codebook.of(concatenate(targets), layout.quantization)
     table = encode([sequence for sequence, _ in rows], targets, layout, codebook)
     return table.replace_schema_metadata(table.schema.metadata | codebook.to_metadata())
 
@@ -49,7 +49,9 @@ def encoded(rows: list[Row], layout: Layout, codebook: Codebook | None = None) -
 def codebooks(draw: st.DrawFn, layout: Layout) -> Codebook:
     """Any ids may be called frequent, and any profile typical."""
     ids = draw(st.lists(st.integers(0, layout.vocab_size - 1), unique=True, max_size=layout.vocab_size))
-    profile = draw(st.lists(st.integers(-300, 20), min_size=layout.num_tail_groups, max_size=layout.num_tail_groups))
+    profile = draw(
+        st.lists(st.integers(-300, 20), min_size=layout.tail_parts.groups, max_size=layout.tail_parts.groups)
+    )
     return Codebook(np.array(ids, np.int32), np.array(profile, np.int32))
 
 
@@ -151,7 +153,7 @@ def test_frequent_ids_come_first_and_rare_ones_are_not_listed(precision: str) ->
     layout = Layout(VOCAB, precision=precision)
     ids = np.array([[9, 30 + i] if i < 10 else [9, 4] for i in range(40)], np.int32)
     targets = SparseTargets(ids, np.full((40, 2), -1.0, np.float32), np.full(40, -2.0, np.float32))
-    assert Codebook.of(targets, layout).frequent_ids.tolist() == [9, 4]
+    assert Codebook.of(targets, layout.quantization).frequent_ids.tolist() == [9, 4]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_a_shard_without_its_codebook_is_refused() -> None:
 @pytest.mark.parametrize("cut", [0, 4], ids=["one chunk", "two chunks"])
 def test_part_of_a_table_decodes_like_the_whole(cut: int) -> None:
     rows = random_rows(9, EVERYTHING)
-    codebook = Codebook.of(concatenate([targets for _, targets in rows]), EVERYTHING)
+    codebook = Codebook.of(concatenate([targets for _, targets in rows]), EVERYTHING.quantization)
     table = pa.concat_tables(encoded(part, EVERYTHING, codebook) for part in (rows[:cut], rows[cut:]) if part)
     for cached, row in zip(DecodedRows(table.slice(2, 5), EVERYTHING), rows[2:7], strict=True):
         assert_holds(cached, row)

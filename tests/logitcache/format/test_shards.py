@@ -21,6 +21,7 @@ from logitcache.format import shards
 from logitcache.format.layout import Layout, read_layout
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.reading import shard_reader
 from logitcache.reading.cache import LogitCache
@@ -87,7 +88,7 @@ def test_the_file_says_itself_what_its_columns_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "limit"),
-    [(Layout(VOCAB), 20_000), (Layout(VOCAB, num_tail_groups=20, num_tail_samples=30), 100_000)],
+    [(Layout(VOCAB), 20_000), (Layout(VOCAB, TailParts(groups=20, samples=30)), 100_000)],
     ids=["entries", "more tail than entries"],
 )
 def test_row_groups_are_as_large_as_asked_for(tmp_path: Path, layout: Layout, limit: int) -> None:

@@ -21,12 +21,15 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.quantization import PRESETS
 from logitcache.format.shards import shard_name
+from logitcache.format.tail_parts import TailParts
 from logitcache.maintenance.slice import slice_cache
 from tests.helpers.smallcaches import EVERYTHING, VOCAB, layouts, random_rows, scored_rows, small, write_cache
 
-ROWS = random_rows(60, Layout(VOCAB, 3, (2.0,), tail_entropy=True, num_tail_samples=2), seed=3, longest=20)
+ROWS = random_rows(
+    60, Layout(VOCAB, TailParts(groups=3, temperatures=(2.0,), entropy=True, samples=2)), seed=3, longest=20
+)
 LAYOUTS = {
-    precision: Layout(VOCAB, 3, (2.0,), tail_entropy=True, num_tail_samples=2, precision=precision)
+    precision: Layout(VOCAB, TailParts(groups=3, temperatures=(2.0,), entropy=True, samples=2), precision=precision)
     for precision in PRESETS
 }
 Change = Callable[[list[Any]], object]
@@ -154,7 +157,7 @@ def test_what_the_writer_wrote_is_read(
 
 def test_wide_and_ragged_rows_are_read(tmp_path: Path) -> None:
     for precision in PRESETS:
-        layout = Layout(VOCAB, 3, (0.5,), True, 2, precision=precision)
+        layout = Layout(VOCAB, TailParts(groups=3, temperatures=(0.5,), entropy=True, samples=2), precision=precision)
         rows = random_rows(30, layout, seed=9, max_entries=VOCAB)
         assert len(list(write_cache(tmp_path / precision, rows, layout))) == 30
     assert EVERYTHING.vocab_size == VOCAB

@@ -105,7 +105,10 @@ def make_other(root: Path, rows: Sequence[Row], change: dict[str, Any]) -> Logit
             {"layout": {"precision": "exact"}},
             r"precision is balanced in .*/one, exact in .*/other.*`logitcache recode`",
         ),
-        ({"layout": {"tail_entropy": False}}, r"tail_entropy is True in .*, False in .*`logitcache recode`"),
+        (
+            {"layout": {"tail_parts": replace(EVERYTHING.tail_parts, entropy=False)}},
+            r"tail_entropy is True in .*, False in .*`logitcache recode`",
+        ),
         ({"layout": {"columns": {"id": "int64"}}}, r"columns\.url is string in .*, None in .*`logitcache recode`"),
         ({"layout": {"columns": {**COLUMNS, "id": "string"}}}, r"columns\.id is int64 in .*, string in"),
         (

@@ -17,6 +17,7 @@ from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import PRESETS, mass_tolerance
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import find_defect
 from logitcache.format.truncation import nucleus, truncate
 from tests.helpers.maintained import CAPTURE, assert_same_row, assert_same_targets, history, make_cache
@@ -24,7 +25,7 @@ from tests.helpers.smallcaches import EVERYTHING, VOCAB, Row, full_distributions
 
 FORMAT_1 = Path(__file__).parents[2] / "data/format1/cache"
 EXACT = replace(EVERYTHING, precision="exact", quantization=None)
-NO_SAMPLES = replace(EXACT, num_tail_samples=0)
+NO_SAMPLES = replace(EXACT, tail_parts=replace(EXACT.tail_parts, samples=0))
 
 
 def bands(num_groups: int) -> np.ndarray:
@@ -54,7 +55,7 @@ def assert_close(found: SparseTargets, expected: SparseTargets, atol: float = 2e
 def test_narrowed_targets_are_those_of_a_capture_of_fewer_entries(
     counts: list[tuple[int, int]], num_groups: int, seed: int
 ) -> None:
-    layout = replace(NO_SAMPLES, num_tail_groups=num_groups)
+    layout = replace(NO_SAMPLES, tail_parts=replace(NO_SAMPLES.tail_parts, groups=num_groups))
     full = full_distributions(np.random.default_rng(seed), len(counts))
     groups = bands(num_groups)
     held = [max(pair) for pair in counts]
@@ -111,7 +112,7 @@ class TestTailSamples:
 
     VOCAB = 12
     NUM_SAMPLES = 4
-    LAYOUT = Layout(VOCAB, num_tail_samples=NUM_SAMPLES, precision="exact")
+    LAYOUT = Layout(VOCAB, TailParts(samples=NUM_SAMPLES), precision="exact")
 
     def source(self, root: Path) -> tuple[LogitCache, np.ndarray]:
         """One distribution at 6 000 positions, with 9 entries of 12 each; and its log-probabilities [V]."""
@@ -158,7 +159,7 @@ class TestTailSamples:
 
     def test_they_come_from_the_entries_where_there_was_no_tail(self, tmp_path: Path) -> None:
         full = np.repeat(full_distributions(np.random.default_rng(3), 1, 6), 2000, axis=0)
-        targets = sparse_targets(full, [6] * 2000, Layout(6, num_tail_samples=3))
+        targets = sparse_targets(full, [6] * 2000, Layout(6, TailParts(samples=3)))
         assert (np.asarray(targets.sample_ids) == -1).all()
         found = truncate(targets, np.full(2000, 2), random=np.random.default_rng(0))
         tail = np.argsort(-full[0])[2:]

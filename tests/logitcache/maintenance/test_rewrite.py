@@ -25,6 +25,7 @@ from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
+from logitcache.format.tail_parts import TailParts
 from logitcache.maintenance.row_scan import scan
 from logitcache.storage.folder import Folder
 from tests.helpers.maintained import assert_same_row, contents, history, make_cache
@@ -270,7 +271,9 @@ class TestDamagedSources:
 
     def test_shards_of_a_cache_of_another_layout_are_refused(self, root: Path) -> None:
         manifest = logitcache.open(root / "a").manifest
-        replace(manifest, layout=replace(manifest.layout, temperatures=(3.0,))).write(Folder(root / "a"))
+        replace(manifest, layout=replace(manifest.layout, tail_parts=TailParts(temperatures=(3.0,)))).write(
+            Folder(root / "a")
+        )
         with pytest.raises(UserError, match=r"parquet was made with another layout than the manifest says"):
             recode(root, root / "out")
 

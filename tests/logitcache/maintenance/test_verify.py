@@ -28,6 +28,7 @@ from logitcache.format.quantization import PRESETS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TailParts
 from logitcache.maintenance.verify import verify as verify_module
 from logitcache.maintenance.verify.findings import KINDS, SHOWN_PER_KIND, Finding, Report
 from logitcache.maintenance.verify.verify import Verification
@@ -720,7 +721,7 @@ def test_groups_may_miss_the_tail_by_as_much_as_two_roundings_do(
     tmp_path: Path, precision: str, steps: int, findings: int
 ) -> None:
     """That of the capture, and that of a recode which added entries to what was rounded."""
-    layout = Layout(VOCAB, num_tail_groups=1, precision=precision)
+    layout = Layout(VOCAB, TailParts(groups=1), precision=precision)
     half = np.log([0.5], dtype=np.float32)
     groups = half + steps * layout.quantization.group_step  # type: ignore[union-attr]
     targets = SparseTargets(np.array([[7]], np.int32), half[:, None], half, groups[:, None].astype(np.float32))

@@ -49,7 +49,7 @@ ROWS_PER_SHARD = 6
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     """24 rows in four shards of 200 KiB, each row in a row group of its own: a footer is read with 64 KiB before it."""
-    layout = replace(EVERYTHING, num_tail_samples=200)
+    layout = replace(EVERYTHING, tail_parts=replace(EVERYTHING.tail_parts, samples=200))
     rows = random_rows(NUM_SHARDS * ROWS_PER_SHARD, layout, longest=200)
     root = tmp_path_factory.mktemp("local")
     return write_cache(root, rows, layout, rows_per_shard=ROWS_PER_SHARD, row_group_bytes=1)

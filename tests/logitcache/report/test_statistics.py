@@ -94,7 +94,7 @@ def test_entries_without_probability_and_an_empty_tail_add_nothing() -> None:
 def test_a_cache_says_whether_its_entropy_is_a_lower_bound(tmp_path: Path) -> None:
     for number, layout in enumerate([EVERYTHING, Layout(VOCAB)]):
         cache = write_cache(tmp_path / str(number), random_rows(3, layout), layout)
-        assert of(cache).entropy_is_lower_bound is not layout.tail_entropy
+        assert of(cache).entropy_is_lower_bound is not layout.tail_parts.entropy
 
 
 def test_few_row_groups_of_many_are_read_the_same_ones_each_time(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from logitcache import LogitCache, UserError
 from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
+from logitcache.format.tail_parts import TailParts
 from logitcache.report.page import view
 from logitcache.report.samples import MOST_ROWS, PAGE_TOKENS, SHOWN_CHARACTERS, chosen_rows, fair_lengths, read_samples
 from logitcache.report.token_text import MOST_CHARACTERS, TOKENIZER_NAME, token_texts
@@ -467,7 +468,7 @@ def test_the_overview_says_what_info_says(cache: LogitCache, tmp_path: Path) -> 
 
 def test_a_full_page_of_a_large_vocabulary_is_less_than_5_mb(tmp_path: Path) -> None:
     texts = [f"token{i:06}" for i in range(100_000)]
-    layout = Layout(len(texts), num_tail_groups=32)
+    layout = Layout(len(texts), TailParts(groups=32))
     random = np.random.default_rng(0)
     rows = [
         (sequence, wide(random, len(targets), layout)) for sequence, targets in random_rows(4, Layout(VOCAB), 0, 5000)

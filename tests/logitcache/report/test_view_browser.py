@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from logitcache import LogitCache
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
+from logitcache.format.tail_parts import TailParts
 from logitcache.report.page import view
 from logitcache.report.samples import PAGE_TOKENS
 from logitcache.report.statistics import ENTROPY_BARS
@@ -25,7 +26,7 @@ from tests.helpers.tokenizing import byte_level
 
 pytestmark = [needs_browser, pytest.mark.programs]
 WORDS = [f" word{i}" for i in range(50)] + ["\n", " Fox", " fox"]
-LAYOUT = Layout(len(WORDS), 3, tail_entropy=True, columns={"source": "string"})
+LAYOUT = Layout(len(WORDS), TailParts(groups=3, entropy=True), columns={"source": "string"})
 
 
 @pytest.fixture(scope="module")

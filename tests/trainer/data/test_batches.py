@@ -17,6 +17,7 @@ from logitcache.format.quantization import PRESETS
 from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled_within_tail
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.reading.shard_reader import ShardReader
 from logitcache.storage.folder import Folder
@@ -112,7 +113,7 @@ def test_samples_hold_no_more_than_the_tail_each_token_counted_once() -> None:
 
 @pytest.mark.parametrize("precision", PRESETS)
 def test_samples_that_are_the_whole_tail_are_accepted_at_every_precision(precision: str, tmp_path: Path) -> None:
-    layout = Layout(4, num_tail_samples=2, precision=precision)
+    layout = Layout(4, TailParts(samples=2), precision=precision)
     random = np.random.default_rng(0)
     probs = random.dirichlet([1.0, 1.0, 1.0, 1e-9], 50)
     order = np.argsort(-probs, axis=1).astype(np.int32)

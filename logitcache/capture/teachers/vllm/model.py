@@ -28,6 +28,7 @@ from logitcache.capture.selection import TailGroups, draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.vllm.protocol import TAIL_GROUPS, TASK, ScoringRequest
 from logitcache.capture.wire_format import position_width
+from logitcache.format.tail_parts import TailParts
 
 POSITIONS_PER_CHUNK = 1024
 """Rows of logits that exist at a time."""
@@ -115,8 +116,8 @@ class PositionPooler(Pooler):
         tail_groups: TailGroups | None,
     ) -> None:
         uniforms: list[torch.Tensor] | None = None
-        if settings.tail_samples:
-            drawn = np.concatenate([piece.uniforms(settings.tail_samples) for piece in pieces])
+        if settings.tail_parts.samples:
+            drawn = np.concatenate([piece.uniforms(settings.tail_parts.samples) for piece in pieces])
             uniforms = list(torch.from_numpy(drawn).to(hidden_states.device).split(POSITIONS_PER_CHUNK))
         rows = np.concatenate([piece.rows for piece in pieces])
         packed = [
@@ -165,13 +166,10 @@ class PositionPooler(Pooler):
         """
         settings = CaptureSettings(
             top_k=min(256, self._num_logits),
-            tail_groups=min(32, self._num_logits),
-            temperatures=(2.0,),
-            tail_entropy=True,
-            tail_samples=8,
+            tail_parts=TailParts(groups=min(32, self._num_logits), temperatures=(2.0,), entropy=True, samples=8),
         )
         tail_groups = TailGroups(
-            np.arange(self._num_logits, dtype=np.int32) % settings.tail_groups, hidden_states.device
+            np.arange(self._num_logits, dtype=np.int32) % settings.tail_parts.groups, hidden_states.device
         )
         request = ScoringRequest(None, self._num_logits, b"", "")
         piece = Piece(request, np.arange(len(hidden_states)), 0, len(hidden_states), [])

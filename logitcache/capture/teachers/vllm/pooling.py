@@ -53,14 +53,14 @@ class VllmPoolingTeacher:
         self._has_tail_groups = False
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
-        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_groups`."""
+        """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_parts.groups`."""
         request_id = self._submit([0], {TAIL_GROUPS: tail_groups.astype(np.int32).tobytes()})
         self._wait_for(request_id)
         self._has_tail_groups = True
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
         """Yields the targets of each sequence, in order. Raises UserError if positions are missing."""
-        assert self._has_tail_groups or not settings.tail_groups, "set_tail_groups comes first"
+        assert self._has_tail_groups or not settings.tail_parts.groups, "set_tail_groups comes first"
         for sequence, rows in self._results(sequences, json.dumps(settings.to_json())):
             if len(rows) != len(sequence.positions):
                 raise UserError(

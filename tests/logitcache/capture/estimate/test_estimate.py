@@ -26,6 +26,7 @@ from logitcache.capture.teachers.hf import TransformersTeacher
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets, concatenate
 from tests.helpers.references import full_logprobs
 
@@ -148,8 +149,10 @@ def test_narrowing_gives_what_the_teacher_gives_with_fewer_entries(
 ) -> None:
     tail_groups = make_tail_groups(engine, sequences, 8)
     engine.set_tail_groups(tail_groups)
-    wide = list(engine.score(sequences, CaptureSettings(top_k=100, tail_groups=8)))
-    for one, few in zip(wide, engine.score(sequences, CaptureSettings(top_k=10, tail_groups=8)), strict=True):
+    wide = list(engine.score(sequences, CaptureSettings(top_k=100, tail_parts=TailParts(groups=8))))
+    for one, few in zip(
+        wide, engine.score(sequences, CaptureSettings(top_k=10, tail_parts=TailParts(groups=8))), strict=True
+    ):
         found = truncate_to_top_k(one, 10, tail_groups)
         assert np.array_equal(found.token_ids, few.token_ids)
         assert found.tail_logprob == pytest.approx(few.tail_logprob, abs=1e-5)
@@ -173,19 +176,19 @@ def test_stored_bytes_count_entries_groups_and_kept_columns(
 ) -> None:
     tail_groups = make_tail_groups(engine, sequences, 8)
     engine.set_tail_groups(tail_groups)
-    scored = list(engine.score(sequences, CaptureSettings(top_k=64, tail_groups=8)))
+    scored = list(engine.score(sequences, CaptureSettings(top_k=64, tail_parts=TailParts(groups=8))))
     kept = [
         TokenSequence(s.input_ids, s.loss_mask, {"note": row * 500}) for s, row in zip(sequences, "abcdef", strict=True)
     ]
     positions = sum(len(s.positions) for s in sequences)
 
     def per_position(sequences: list[TokenSequence], k: int, layout: Layout) -> float:
-        groups = tail_groups if layout.num_tail_groups else None
+        groups = tail_groups if layout.tail_parts.groups else None
         return stored_bytes(sequences, [truncate_to_top_k(t, k, groups) for t in scored], layout) / positions
 
     few, many = per_position(sequences, 16, Layout(V)), per_position(sequences, 64, Layout(V))
     assert 48 / 2 < many - few < 2 * 48
-    assert 2 < per_position(sequences, 16, Layout(V, num_tail_groups=8)) - few < 8 + 4
+    assert 2 < per_position(sequences, 16, Layout(V, TailParts(groups=8))) - few < 8 + 4
     assert per_position(kept, 16, Layout(V, columns={"note": "string"})) > few
 
 
@@ -205,13 +208,13 @@ class TopKOnly:
 
 def of_corpus(teacher: Teacher, corpus: Path, tokenizer: Any, settings: CaptureSettings, sees_logits: bool) -> Estimate:
     sample = sample_corpus(find_sources(str(corpus)), tokenizer, V, SETTINGS)
-    layout = Layout(V, num_tail_groups=settings.tail_groups, temperatures=tuple(settings.temperatures))
+    layout = Layout(V, settings.tail_parts)
     return estimate(teacher, sample, layout, settings, sees_logits=sees_logits)
 
 
 @pytest.fixture(scope="module")
 def estimated(engine: TransformersTeacher, corpus: Path, teacher_tokenizer: Any) -> Estimate:
-    settings = CaptureSettings(top_k=40, tail_groups=16, temperatures=(2.0,))
+    settings = CaptureSettings(top_k=40, tail_parts=TailParts(groups=16, temperatures=(2.0,)))
     return of_corpus(engine, corpus, teacher_tokenizer, settings, sees_logits=True)
 
 
@@ -242,7 +245,7 @@ def test_bytes_and_time_follow_from_what_was_scored_as_the_build_will(
     estimated: Estimate, engine: TransformersTeacher
 ) -> None:
     sequences, settings = estimated.sample.sequences, estimated.settings
-    layout = Layout(V, num_tail_groups=16, temperatures=(2.0,))
+    layout = Layout(V, TailParts(groups=16, temperatures=(2.0,)))
     targets = list(engine.score(sequences, settings))
     positions = len(concatenate(targets))
     assert estimated.bytes_per_position == pytest.approx(stored_bytes(sequences, targets, layout) / positions, rel=0.05)

@@ -23,6 +23,7 @@ from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.wire_format import position_width, unpack
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")]
@@ -40,7 +41,7 @@ VOCAB_SIZE = 512
 PADDED_SIZE = 640
 LONGEST = 200
 GROUPS = (np.arange(VOCAB_SIZE) * 7 % 5).astype(np.int32)
-EVERYTHING = CaptureSettings(top_k=16, tail_groups=5, temperatures=(2.0,), tail_entropy=True, tail_samples=3)
+EVERYTHING = CaptureSettings(top_k=16, tail_parts=TailParts(groups=5, temperatures=(2.0,), entropy=True, samples=3))
 CHUNKED = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 """Fewer tokens a step than most sequences have."""
 
@@ -177,7 +178,7 @@ def test_settings_may_change_between_calls(engine: VllmPoolingTeacher, llama: Pa
 def test_tail_samples_are_drawn_as_often_as_the_tail_says(engine: VllmPoolingTeacher, llama: Path) -> None:
     sequence = SEQUENCES[0]
     draws = 5000
-    (targets,) = engine.score([sequence], CaptureSettings(top_k=4, tail_samples=draws))
+    (targets,) = engine.score([sequence], CaptureSettings(top_k=4, tail_parts=TailParts(samples=draws)))
     tail = full_logprobs(llama, sequence).scatter(1, torch.from_numpy(targets.token_ids).long(), -torch.inf)
     for position, expected in enumerate(draws * tail.softmax(dim=1).numpy()):
         counts = np.bincount(targets.sample_ids[position], minlength=VOCAB_SIZE)
@@ -315,7 +316,7 @@ class Steps:
 def test_chunks_preemption_and_mixed_requests_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_model, "POSITIONS_PER_CHUNK", 7)
     steps = Steps(monkeypatch)
-    settings = CaptureSettings(top_k=5, temperatures=(2.0,), tail_samples=2), CaptureSettings(top_k=3)
+    settings = CaptureSettings(top_k=5, tail_parts=TailParts(temperatures=(2.0,), samples=2)), CaptureSettings(top_k=3)
     long, short, summed = np.argsort([-len(sequence.input_ids) for sequence in SEQUENCES])[[0, 1, 2]]
     wants = [steps.wanted(long, settings[0]), steps.wanted(short, settings[1]), steps.wanted(summed, None)]
     ends = [len(SEQUENCES[i].input_ids) for i in (long, short, summed)]

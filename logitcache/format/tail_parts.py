@@ -1,0 +1,317 @@
+"""The optional numbers that a cache stores of the tail, beside its mass: one entry of `PARTS` each.
+
+A part is what one option of `logitcache build` adds. It fills fields of SparseTargets, which have the same names in the wire
+format, in a batch and in TeacherTargets. Capture, layout, codec, truncation, recode, merge, checks, descriptions and the
+trainer's batches ask this table. A new number is thus a field of `TailParts` and of SparseTargets, a class here, the code
+that computes it in `logitcache.capture.selection`, and the loss that uses it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from logitcache.format.codebook import Codebook
+from logitcache.format.quantization import QuantizationSpec, rounded
+from logitcache.format.scaling import scaled_to_tail, scaled_within_tail
+from logitcache.format.tail_part import Column, Field, Leaving, TailPart, logsumexp, ratio, to_step
+from logitcache.format.targets import PAD_ID, SparseTargets
+
+TEMPERED_PREFIX = "tail_log_norm_T"
+GROUP_STEP_OF_FORMAT_1 = 2.0**-5
+GROUP_TOLERANCE_NATS = 0.01
+"""Beyond rounding, between the log of the tail and that of its groups' sum: float32 sums over a vocabulary."""
+
+
+class _Groups(TailPart):
+    """Mass of each group of a partition of the vocabulary."""
+
+    name, option, layout_key = "groups", "tail_groups", "num_tail_groups"
+    fields = (
+        Field(
+            "group_logprobs",
+            "group_step",
+            "log of the probability outside the entries, by tail group; groups in `tail_groups.parquet`",
+        ),
+    )
+
+    def refusals(self, value: int, vocab_size: int) -> Iterator[str]:
+        if not 0 <= value <= vocab_size:
+            yield f"--tail-groups {value}: choose 0…{vocab_size}, the teacher's vocabulary"
+
+    def columns(self, value: int, quantization: QuantizationSpec | None) -> dict[str, Column]:
+        if quantization is None:
+            return super().columns(value, quantization)
+        meaning = "log of a tail group's share of the tail, by group as above; groups in `tail_groups.parquet`"
+        return {"group_levels": Column(pa.int32(), value, meaning)}
+
+    def encode(
+        self, targets: SparseTargets, quantization: QuantizationSpec | None, codebook: Codebook
+    ) -> dict[str, np.ndarray]:
+        """Levels: 0 for a group without mass, otherwise 1 + the zigzag code of its difference from the profile."""
+        groups = targets.group_logprobs
+        assert groups is not None
+        if quantization is None:
+            return {"group_logprobs": groups}
+        tail = rounded(targets.tail_logprob, quantization.tail_step)[:, None]
+        has_mass = np.isfinite(groups) & np.isfinite(tail)
+        with np.errstate(invalid="ignore"):
+            steps = np.where(has_mass, np.rint((groups - tail) / np.float32(quantization.group_step)), 0)
+        difference = steps.astype(np.int32) - codebook.group_profile
+        return {"group_levels": np.where(has_mass, 1 + ((difference << 1) ^ (difference >> 31)), 0)}
+
+    def decode(
+        self,
+        columns: Mapping[str, np.ndarray],
+        value: int,
+        tail_logprob: np.ndarray,
+        quantization: QuantizationSpec | None,
+        codebook: Codebook | None,
+    ) -> dict[str, Any]:
+        if quantization is None:
+            return self.unpack(columns, value)
+        assert codebook is not None
+        levels, profile = columns["group_levels"], codebook.group_profile
+        if profile.shape != levels.shape[1:]:
+            raise ValueError(f"its codebook is of {profile.size} tail groups, its layout of {levels.shape[1]}")
+        code = levels - 1
+        steps = ((code >> 1) ^ -(code & 1)) + profile
+        logprobs = tail_logprob[:, None] + steps.astype(np.float32) * np.float32(quantization.group_step)
+        logprobs[levels == 0] = -np.inf
+        return {"group_logprobs": logprobs}
+
+    def truncate(self, leaving: Leaving) -> dict[str, Any]:
+        """log(t + Σ_D p) of each group."""
+        targets, logprobs, tail_groups = leaving.targets, leaving.logprobs, leaving.tail_groups
+        assert targets.group_logprobs is not None and tail_groups is not None
+        scaled = scaled_to_tail(targets.group_logprobs, targets.tail_logprob)
+        changes = leaving.leaves.any(axis=1, keepdims=True)
+        assert scaled is not None
+        before: np.ndarray = np.where(changes, scaled, targets.group_logprobs)
+        num_positions, num_groups = before.shape
+        groups = tail_groups[np.where(targets.token_ids == PAD_ID, 0, targets.token_ids)]
+        cells = (groups + num_groups * np.arange(num_positions)[:, None]).reshape(-1)
+        added = np.bincount(cells, weights=np.exp(logprobs).reshape(-1), minlength=before.size)
+        with np.errstate(divide="ignore"):
+            joined = np.logaddexp(before, np.log(added).reshape(before.shape))
+        return {"group_logprobs": joined.astype(np.float32)}
+
+    def rescaled(self, targets: SparseTargets) -> dict[str, Any]:
+        assert targets.group_logprobs is not None
+        return {"group_logprobs": scaled_to_tail(targets.group_logprobs, targets.tail_logprob)}
+
+    def defects(
+        self, targets: SparseTargets, quantization: QuantizationSpec | None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        assert targets.group_logprobs is not None
+        mass = np.exp(targets.tail_logprob, dtype=np.float64)
+        groups = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
+        step = quantization.group_step if quantization else GROUP_STEP_OF_FORMAT_1
+        factor = np.exp(step + GROUP_TOLERANCE_NATS)  # half a step as captured, and half for entries that joined later
+        fits = (groups <= mass * factor + 1e-7) & (groups >= mass / factor - 1e-7)
+        yield "tail groups that do not add up to the tail", ~fits
+
+
+class _Temperatures(TailPart):
+    """log Σ p^(1/T) over the tail for each T, a dict by T in memory and a column for each T on disk."""
+
+    name = option = layout_key = "temperatures"
+    shape, absent = [float], ()
+    fields = (Field("tempered_tail", "tail_step", "log Σ p^(1/T) over the tail, T = "),)
+
+    def refusals(self, value: tuple[float, ...], vocab_size: int) -> Iterator[str]:
+        given = f"--temperatures {', '.join(map(str, value))}"
+        if not all(0 < t < math.inf for t in value):
+            yield f"{given}: all must be positive and finite"
+        elif len({tempered_column(t) for t in value}) < len(value):
+            yield f"{given}: columns are named by six digits of them, in which all must differ"
+
+    def shared(self, values: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+        return tuple(sorted(set.intersection(*map(set, values))))
+
+    def describe(self, value: tuple[float, ...]) -> str:
+        return f"normalisers at T = {', '.join(f'{t:g}' for t in value)}"
+
+    def columns(self, value: tuple[float, ...], quantization: QuantizationSpec | None) -> dict[str, Column]:
+        meaning = self.fields[0].meaning
+        return {tempered_column(t): Column(pa.float32(), 1, f"{meaning}{t:g}") for t in value}
+
+    def of(self, targets: SparseTargets, value: tuple[float, ...]) -> dict[str, Any]:
+        return {"tempered_tail": {t: targets.tempered_tail[t] for t in value}}
+
+    def encode(
+        self, targets: SparseTargets, quantization: QuantizationSpec | None, codebook: Codebook
+    ) -> dict[str, np.ndarray]:
+        tempered = targets.tempered_tail.items()
+        return {tempered_column(t): to_step(values, quantization, "tail_step") for t, values in tempered}
+
+    def decode(
+        self,
+        columns: Mapping[str, np.ndarray],
+        value: tuple[float, ...],
+        tail_logprob: np.ndarray,
+        quantization: QuantizationSpec | None,
+        codebook: Codebook | None,
+    ) -> dict[str, Any]:
+        return {"tempered_tail": {t: columns[tempered_column(t)][:, 0] for t in value}}
+
+    def unpack(self, arrays: Mapping[str, np.ndarray], value: tuple[float, ...]) -> dict[str, Any]:
+        return {"tempered_tail": dict(zip(value, arrays["tempered_tail"].T, strict=True))}
+
+    def truncate(self, leaving: Leaving) -> dict[str, Any]:
+        """log(Σ_T p^(1/τ) + Σ_D p^(1/τ))."""
+        tempered = {
+            t: np.logaddexp(before, logsumexp(leaving.logprobs / t)).astype(np.float32)
+            for t, before in leaving.targets.tempered_tail.items()
+        }
+        return {"tempered_tail": tempered}
+
+    def defects(
+        self, targets: SparseTargets, quantization: QuantizationSpec | None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        for tempered in targets.tempered_tail.values():
+            yield "a tempered tail that is not a number", ~(tempered < np.inf)
+
+
+class _Entropy(TailPart):
+    """Σ p log p over the tail, divided by its mass."""
+
+    name, option, layout_key = "entropy", "tail_entropy", "tail_entropy"
+    shape, absent = bool, False
+    fields = (Field("tail_entropy", "tail_step", "Σ p log p over the tail, divided by its mass"),)
+    per_position = True
+
+    def describe(self, value: bool) -> str:
+        return "entropy"
+
+    def truncate(self, leaving: Leaving) -> dict[str, Any]:
+        """(t·e + Σ_D p log p) / (t + Σ_D p)."""
+        targets, logprobs, tail = leaving.targets, leaving.logprobs, leaving.tail
+        finite = np.where(np.isneginf(logprobs), 0.0, logprobs)
+        before = ratio(targets.tail_logprob.astype(np.float64), tail) * targets.tail_entropy
+        added = (ratio(logprobs, tail[:, None]) * finite).sum(axis=1)
+        return {"tail_entropy": (before + added).astype(np.float32)}
+
+    def defects(
+        self, targets: SparseTargets, quantization: QuantizationSpec | None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        assert targets.tail_entropy is not None
+        yield "a tail entropy that is not ≤ 0", ~(targets.tail_entropy <= 1e-6)
+
+
+class _Samples(TailPart):
+    """Ids drawn with replacement from the tail, and their log-probabilities."""
+
+    name, option, layout_key = "samples", "tail_samples", "num_tail_samples"
+    fields = (
+        Field("sample_ids", "", "ids drawn from the tail", np.int32),
+        Field("sample_logprobs", "sample_step", "their log-probabilities"),
+    )
+
+    def truncate(self, leaving: Leaving) -> dict[str, Any]:
+        """Each sample stays with probability t / (t + Σ_D p), otherwise it is drawn from D in proportion to p."""
+        targets, logprobs, random = leaving.targets, leaving.logprobs, leaving.random
+        assert targets.sample_ids is not None and targets.sample_logprobs is not None and random is not None
+        replaced = random.random(targets.sample_ids.shape) < ratio(leaving.mass, leaving.tail)[:, None]
+        drawn = _draw(ratio(logprobs, leaving.mass[:, None]), targets.sample_ids.shape[1], random)
+        rows = np.arange(len(drawn))[:, None]
+        return {
+            "sample_ids": np.where(replaced, targets.token_ids[rows, drawn], targets.sample_ids),
+            "sample_logprobs": np.where(replaced, targets.logprobs[rows, drawn], targets.sample_logprobs),
+        }
+
+    def rescaled(self, targets: SparseTargets) -> dict[str, Any]:
+        assert targets.sample_ids is not None and targets.sample_logprobs is not None
+        scaled = scaled_within_tail(targets.sample_logprobs, targets.sample_ids, targets.tail_logprob)
+        return {"sample_logprobs": scaled}
+
+    def defects(
+        self, targets: SparseTargets, quantization: QuantizationSpec | None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        assert targets.sample_logprobs is not None
+        yield "a sampled log-probability above 0", np.any(~(targets.sample_logprobs <= 1e-6), axis=1)
+
+    def close_defects(self, targets: SparseTargets, vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
+        ids = targets.sample_ids
+        assert ids is not None
+        yield "a sampled id outside the vocabulary", np.any((ids < PAD_ID) | (ids >= vocab_size), axis=1)
+        entries = [((column[:, None] == targets.token_ids) & (column >= 0)[:, None]).any(axis=1) for column in ids.T]
+        yield "a sampled id that is an entry", np.any(entries, axis=0)
+
+
+PARTS: tuple[TailPart, ...] = (_Groups(), _Temperatures(), _Entropy(), _Samples())
+"""In the order of the columns."""
+
+
+@dataclass(frozen=True)
+class TailParts:
+    """Which optional numbers a cache stores of the tail at each position, and how many of each.
+
+    groups: G, the number of tail groups, or 0.  temperatures: each T ≠ 1 at which the tail is stored.  entropy: whether
+    the tail's entropy is.  samples: s, ids drawn from the tail, or 0.
+    """
+
+    groups: int = 0
+    temperatures: tuple[float, ...] = ()
+    entropy: bool = False
+    samples: int = 0
+
+    def stored(self) -> Iterator[tuple[TailPart, Any]]:
+        """The parts that there are, each with its value."""
+        return ((part, value) for part in PARTS if (value := getattr(self, part.name)))
+
+    def without(self, options: Container[str]) -> TailParts:
+        """The others than those whose options are named."""
+        return replace(self, **{part.name: part.absent for part in PARTS if part.option in options})
+
+    def of(self, targets: SparseTargets) -> SparseTargets:
+        """The same positions with these parts alone, of targets that hold them all."""
+        kept = [part.of(targets, value) for part, value in self.stored()]
+        fields = {name: values for fields in kept for name, values in fields.items()}
+        return SparseTargets(targets.token_ids, targets.logprobs, targets.tail_logprob, **fields)
+
+    def to_json(self, names: Literal["option", "layout_key"]) -> dict[str, Any]:
+        """Plain JSON types, by the parts' options, as in a fingerprint, or by their keys in a layout."""
+        values = {getattr(part, names): getattr(self, part.name) for part in PARTS}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], names: Literal["option", "layout_key"]) -> TailParts:
+        """Inverse of `to_json`; other names beside those of the parts do not matter. Raises KeyError for a missing one."""
+        values = {part.name: data[getattr(part, names)] for part in PARTS}
+        return cls(**values | {"temperatures": tuple(values["temperatures"])})
+
+
+def shared_parts(caches: Sequence[TailParts]) -> TailParts:
+    """What all of several caches hold. Groups count as the same where there are equally many."""
+    return TailParts(**{part.name: part.shared([getattr(parts, part.name) for parts in caches]) for part in PARTS})
+
+
+def parts_of(targets: SparseTargets) -> list[TailPart]:
+    """The parts that the targets hold."""
+    return [part for part in PARTS if part.is_in(targets)]
+
+
+def tail_ids(targets: SparseTargets) -> list[np.ndarray]:
+    """Fields of the targets that hold ids of the tail, int32 [M, width] each, `PAD_ID` pads."""
+    names = [field.name for part in PARTS for field in part.fields if field.dtype is np.int32]
+    return [ids for name in names if (ids := getattr(targets, name)) is not None]
+
+
+def tempered_column(temperature: float) -> str:
+    """Column name of log Σ p^(1/T) over the tail."""
+    return f"{TEMPERED_PREFIX}{temperature:g}"
+
+
+def _draw(weights: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Columns drawn in proportion to weights [M, k], with replacement: int [M, count]; anything where all are 0."""
+    cumulated = weights.cumsum(axis=1)
+    wanted = random.random((len(weights), count)) * cumulated[:, -1:]
+    columns = np.stack([(cumulated <= wanted[:, [i]]).sum(axis=1) for i in range(count)], axis=1)
+    last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=1)  # rounding may carry a draw past the last
+    return np.minimum(columns, last[:, None])

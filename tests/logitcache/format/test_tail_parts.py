@@ -1,0 +1,138 @@
+"""Every entry of the table of tail parts goes the whole way, alone and with the others, and the table is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import logitcache
+from logitcache import SparseTargets
+from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.wire_format import fields as places
+from logitcache.capture.wire_format import position_width, unpack
+from logitcache.format.codebook import Codebook
+from logitcache.format.codec import DecodedRows, encode
+from logitcache.format.layout import Layout
+from logitcache.format.quantization import PRESETS
+from logitcache.format.soundness import find_wrong
+from logitcache.format.tail_parts import PARTS, TailPart, TailParts, parts_of, shared_parts
+from logitcache.format.targets import concatenate
+from logitcache.maintenance.verify.verify import verify
+from logitcache.report.description import origin
+from tests.helpers.maintained import assert_same_row, assert_same_targets, make_cache
+from tests.helpers.smallcaches import COLUMNS, EVERYTHING, VOCAB, random_rows
+
+EVERY_PART = EVERYTHING.tail_parts
+ALONE = {part.name: TailParts(**{part.name: getattr(EVERY_PART, part.name)}) for part in PARTS}
+CHOICES = {**ALONE, "all": EVERY_PART, "none": TailParts()}
+ROWS = random_rows(20, EVERYTHING, seed=5)
+
+each_part = pytest.mark.parametrize("part", PARTS, ids=[part.name for part in PARTS])
+each_choice = pytest.mark.parametrize("parts", CHOICES.values(), ids=list(CHOICES))
+
+
+def test_the_table_has_every_part_and_every_optional_field_of_the_targets() -> None:
+    assert [part.name for part in PARTS] == [field.name for field in fields(TailParts)]
+    assert all(value for value in vars(EVERY_PART).values()), "a part that no test of this file sees"
+    optional = [field.name for field in fields(SparseTargets)][3:]
+    assert [name for part in PARTS for name in part.dtypes] == optional
+    assert TailParts() == TailParts(**{part.name: part.absent for part in PARTS})
+
+
+@each_part
+def test_a_part_is_in_the_json_of_settings_and_layout(part: TailPart) -> None:
+    parts = ALONE[part.name]
+    for names in ("option", "layout_key"):
+        assert TailParts.from_json(parts.to_json(names), names) == parts
+    settings = CaptureSettings(8, tail_parts=parts)
+    assert CaptureSettings.from_json(settings.to_json()) == settings
+    assert settings.beyond_top_k == [part.flag]
+    layout = Layout(VOCAB, parts)
+    assert Layout.from_json(layout.to_json()) == layout
+    assert layout.to_json()[part.layout_key] == settings.to_json()[part.option]
+    with pytest.raises(KeyError):
+        TailParts.from_json({}, "option")
+
+
+@each_choice
+def test_the_wire_format_carries_the_parts_bit_for_bit(parts: TailParts) -> None:
+    targets = parts.of(concatenate([targets for _, targets in ROWS]))
+    settings = CaptureSettings(targets.token_ids.shape[1], tail_parts=parts)
+    lines = np.zeros((len(targets), position_width(settings)), np.int32)
+    for name, at in places(settings).items():
+        values = getattr(targets, name)
+        values = np.stack(list(values.values()), axis=1) if isinstance(values, Mapping) else values
+        lines[:, at] = values.reshape(len(targets), -1).view(np.int32)
+    assert_same_targets(unpack(lines, settings), targets)
+
+
+@each_choice
+@pytest.mark.parametrize("precision", PRESETS)
+def test_the_codec_gives_back_the_parts_and_again_the_same_numbers(parts: TailParts, precision: str) -> None:
+    layout = Layout(VOCAB, parts, COLUMNS, precision)
+
+    def through(targets: list[SparseTargets]) -> SparseTargets:
+        codebook = Codebook.of(concatenate(targets), layout.quantization)
+        table = encode([sequence for sequence, _ in ROWS], targets, layout, codebook)
+        read = DecodedRows(table.replace_schema_metadata({**table.schema.metadata, **codebook.to_metadata()}), layout)
+        return concatenate([row.targets for row in read])
+
+    given = [parts.of(targets) for _, targets in ROWS]
+    once = through(given)
+    assert [part.name for part in parts_of(once)] == [part.name for part, _ in parts.stored()]
+    assert find_wrong(once, layout) is None
+    if precision == "exact":
+        assert_same_targets(once, concatenate(given))
+    edges = np.cumsum([len(targets) for targets in given])[:-1]
+    assert_same_targets(through([once[rows] for rows in np.split(np.arange(len(once)), edges)]), once)
+
+
+@each_choice
+def test_the_commands_keep_the_parts(parts: TailParts, tmp_path: Path) -> None:
+    whole = make_cache(
+        tmp_path / "whole", ROWS, EVERYTHING, capture=CaptureSettings(8, tail_parts=EVERY_PART).to_json()
+    )
+    others = [part.option for part in PARTS if part not in dict(parts.stored())]
+    cache = logitcache.recode(whole.path, tmp_path / "some", drop=[*others, "flag"])
+    assert cache.manifest.layout.tail_parts == parts
+    capture = cache.manifest.fingerprint["capture"]
+    assert {part.option: capture[part.option] for part in PARTS} == parts.to_json("option")
+    for read, source in zip(cache, whole, strict=True):
+        assert_same_targets(read.targets, parts.of(source.targets))
+    described = dict(origin(cache.manifest))["of the tail"]
+    assert described == ", ".join(["mass", *(part.describe(value) for part, value in parts.stored())])
+
+    first, second = (
+        logitcache.slice(cache.path, tmp_path / name, rows=rows) for name, rows in (("a", "0:9"), ("b", "9:"))
+    )
+    merged = logitcache.merge([first.path, second.path], tmp_path / "merged")
+    for read, expected in zip(merged, cache, strict=True):
+        assert_same_row(read, expected)
+    fewer = logitcache.recode(merged.path, tmp_path / "fewer", top_k=4, precision="compact")
+    assert fewer.manifest.layout.tail_parts == parts
+    for found in (cache, merged, fewer):
+        assert not list(verify(found.path))
+
+
+@each_part
+def test_a_part_in_some_caches_only_is_not_shared(part: TailPart) -> None:
+    assert shared_parts([EVERY_PART, EVERY_PART]) == EVERY_PART
+    assert shared_parts([EVERY_PART, EVERY_PART.without([part.option])]) == EVERY_PART.without([part.option])
+    assert shared_parts([EVERY_PART, ALONE[part.name]]) == ALONE[part.name]
+
+
+def test_of_the_temperatures_those_are_shared_that_all_caches_have() -> None:
+    some, others = TailParts(temperatures=(0.5, 2.0)), TailParts(temperatures=(2.0, 4.0))
+    assert shared_parts([some, others]).temperatures == (2.0,)
+
+
+@each_part
+def test_other_settings_are_refused_by_the_options_name(part: TailPart) -> None:
+    if part.shape is not bool:
+        impossible = replace(TailParts(), **{part.name: (-1.0,) if part.shape == [float] else -1})
+        with pytest.raises(logitcache.UserError, match=f"{part.flag} -1"):
+            CaptureSettings(8, tail_parts=impossible).check(VOCAB)
