@@ -33,8 +33,7 @@ from measure import machine, peak_mib
 from logitcache.capture.engine import TransformersEngine, VllmEngine, start_teacher
 from logitcache.capture.executors import capture_on_ray
 from logitcache.capture.inputs import Inputs, resolve_inputs
-from logitcache.capture.plan import Plan, make_plan
-from logitcache.capture.request import make_request
+from logitcache.capture.plan import BuildPlan, make_plan
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.capture.teachers.vllm.engine import set_environment
@@ -226,7 +225,7 @@ def write_teacher(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def planned(folder: Path, k: int, sequences: int, shard_positions: int) -> tuple[Job, Plan]:
+def planned(folder: Path, k: int, sequences: int, shard_positions: int) -> tuple[Job, BuildPlan]:
     """A build in `folder` that only has to be scored."""
     write_teacher(folder / "teacher")
     corpus = folder / "corpus.jsonl"
@@ -235,7 +234,7 @@ def planned(folder: Path, k: int, sequences: int, shard_positions: int) -> tuple
             file.write(json.dumps({"input_ids": sequence.input_ids.tolist()}) + "\n")
     inputs: Inputs = resolve_inputs(str(folder / "teacher"), str(corpus), backend="vllm", top_k=k)
     out = Folder(folder / "cache")
-    plan = make_plan(out, make_request(inputs, shard_positions), inputs.corpus(), shard_positions)
+    plan = make_plan(out, inputs.spec(shard_positions), inputs.corpus(), shard_positions)
     save_tokenizer(out, inputs.model.tokenizer)
     return Job(str(folder / "cache"), inputs.model, inputs.engine, inputs.settings), plan
 

@@ -1,15 +1,26 @@
-"""Shards that are all there → a finished cache: the card, then the manifest."""
+"""Complete shards become a finished cache: the card is written, then the manifest, and the build directory goes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from logitcache.assembly.card import write_card
-from logitcache.format.manifest import SIGNATURE_NAME, TOKENIZER_DIRECTORY, Manifest, without_secrets_of_sources
+from logitcache.assembly.plan import PLAN_NAME
+from logitcache.format.manifest import (
+    BUILD_DIRECTORY,
+    SIGNATURE_NAME,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    without_secrets_of_sources,
+)
+from logitcache.format.shards import ShardInfo
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.storage.atomic import TEMPORARY_SUFFIX
 from logitcache.storage.folder import Folder
+from logitcache.version import CREATED_BY
 
 
 def trusted_files(folder: Folder) -> dict[str, str]:
@@ -18,10 +29,24 @@ def trusted_files(folder: Folder) -> dict[str, str]:
     return {name: hashlib.sha256(folder.read(name)).hexdigest() for name in names if folder.exists(name)}
 
 
-def seal(folder: Folder, manifest: Manifest, licenses: Mapping[str, str] | None = None) -> None:
-    """Removes shards that the manifest does not name, then writes card and manifest: from here on it is a cache.
+def history_step(spec: Mapping[str, Any], shards: Sequence[ShardInfo], **counts: int) -> dict[str, Any]:
+    """The step of a cache's history that records the command which wrote these shards; counts: what else it says of the rows."""
+    return {
+        **spec,
+        "created_by": CREATED_BY,
+        "sequences": sum(shard.num_sequences for shard in shards),
+        "positions": sum(shard.num_positions for shard in shards),
+        **counts,
+    }
 
-    licenses: what the card states, see `card.LICENSES`.
+
+def finalize_cache(folder: Folder, manifest: Manifest, licenses: Mapping[str, str] | None = None) -> LogitCache:
+    """Writes card and manifest beside the shards, removes all other shards and the build directory, and opens the cache.
+
+    Args:
+        folder: the cache's folder; the files that a reader trusts are there.
+        manifest: the cache's manifest; secrets of URLs are left out of what is written.
+        licenses: the licences that the card states, see `card.LICENSES`.
     """
     named = {shard.name for shard in manifest.shards}
     for name in folder.names("data"):
@@ -31,3 +56,11 @@ def seal(folder: Folder, manifest: Manifest, licenses: Mapping[str, str] | None 
     manifest = without_secrets_of_sources(manifest)
     write_card(folder, manifest, hashlib.sha256(manifest.to_bytes()).hexdigest(), licenses or {})
     manifest.write(folder)
+    return open_finished(folder)
+
+
+def open_finished(folder: Folder) -> LogitCache:
+    """Removes the build directory of a cache whose manifest was just written, and opens the cache."""
+    folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
+    folder.remove(BUILD_DIRECTORY)
+    return open_cache(folder.path)

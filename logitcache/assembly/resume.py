@@ -1,47 +1,126 @@
-"""The same command again: is the cache complete, is one under way? For commands that end a history with their request."""
+"""A command run again with the same settings returns the finished cache, or continues the unfinished one; others are refused.
+
+The settings are a `spec` in plain JSON. That of a build is the fingerprint of its cache; every other command names itself in
+it, and the spec becomes the last step of the cache's history.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from logitcache.assembly.unfinished import PLAN_NAME, differences, read_request, refuse_changes
-from logitcache.assembly.workspace import ANSWERS_NAME, remove_former
+from logitcache.assembly.plan import PLAN_NAME, P
+from logitcache.assembly.workspace import ANSWERS_NAME, PROMPTS_NAME, remove_former
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.storage.folder import Folder
 
+logger = logging.getLogger("logitcache")
 
-def finished_cache(folder: Folder, request: Mapping[str, Any]) -> LogitCache | None:
-    """The cache in `folder`, if it is complete and was made from the same request.
 
-    Raises UserError where it does not open or was made otherwise.
+def finished_cache(folder: Folder, spec: Mapping[str, Any]) -> LogitCache | None:
+    """Opens the cache in `folder`, if it is complete and was made with the same settings.
+
+    Raises UserError if it does not open or was made otherwise.
     """
     if not folder.exists(MANIFEST_NAME):
         return None
     try:
         cache = open_cache(folder.path)
     except UserError as error:
-        raise UserError(f"{error}, or write the whole cache anew with --overwrite") from error
+        raise UserError(f"{error}, or make the whole cache anew with --overwrite") from error
     last = cache.manifest.history[-1] if cache.manifest.history else {"command": "build"}
-    refuse_changes({name: last.get(name) for name in request}, request, folder, "a finished cache")
+    is_build = "command" not in spec
+    recorded = _without_result(cache.manifest.fingerprint) if is_build else {name: last.get(name) for name in spec}
+    refuse_changes(recorded, spec, folder, "a finished cache")
+    if is_build and not last["command"].startswith("build"):
+        raise UserError(
+            f"--out {folder} holds what `logitcache {last['command']}` made of a cache like this one: choose another --out, "
+            "or start anew with --overwrite"
+        )
     folder.remove(BUILD_DIRECTORY)
+    logger.info("%s is already complete", folder)
     return cache
 
 
-def begun_plan(folder: Folder, request: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """plan.json of an interrupted command that this request continues, or None; under `overwrite` no other is refused."""
-    recorded = read_request(folder)
-    if recorded is None and not folder.exists(ANSWERS_NAME):
+def _without_result(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of a build in the fingerprint of its cache."""
+    corpus = {name: value for name, value in fingerprint["corpus"].items() if name != "sequences_sha256"}
+    return {**fingerprint, "corpus": corpus}
+
+
+def recorded_spec(folder: Folder) -> dict[str, Any] | None:
+    """The settings that an unfinished cache was begun with; None if it was interrupted before they were recorded."""
+    for name in (PLAN_NAME, PROMPTS_NAME):
+        if folder.exists(name):
+            spec: dict[str, Any] = json.loads(folder.read(name))["request"]
+            return spec
+    return None
+
+
+def continues(folder: Folder, spec: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether `folder` holds an unfinished cache with a plan, begun with the same settings.
+
+    Raises UserError if it was begun with others, which `overwrite` may replace.
+    """
+    recorded = recorded_spec(folder)
+    if recorded is None:
+        return False
+    if overwrite and differences(recorded, spec):
+        folder.remove(ANSWERS_NAME)
+        return False
+    refuse_changes(recorded, spec, folder, "an unfinished cache")
+    return folder.exists(PLAN_NAME)
+
+
+def begun_plan(kind: type[P], folder: Folder, spec: Mapping[str, Any], overwrite: bool) -> P | None:
+    """Reads the plan of an interrupted command that `spec` continues, if there is one; see `continues`."""
+    if not continues(folder, spec, overwrite):
         return None
-    if recorded is None or "command" not in recorded:
-        recorded = {"command": "build"}
-    if overwrite and differences(recorded, request):
-        return None
-    refuse_changes(recorded, request, folder, "an unfinished cache")
     if overwrite and folder.exists(MANIFEST_NAME):
         remove_former(folder)  # interrupted between planning and removing the cache that it overwrites
-    plan: dict[str, Any] = json.loads(folder.read(PLAN_NAME))
-    return plan
+    return kind.read(folder)
+
+
+def refuse_changes(recorded: Mapping[str, Any], spec: Mapping[str, Any], folder: Folder, what: str) -> None:
+    """Raises UserError naming the first settings in which `spec` differs from the recorded ones."""
+    changes = differences(recorded, spec)
+    if changes:
+        raise UserError(
+            f"--out {folder} holds {what} made otherwise: {first_of(changes)}. "
+            "Repeat the former settings, choose another --out, or start anew with --overwrite"
+        )
+
+
+def differences(recorded: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
+    """The settings in which two specs differ, in words; of two commands that they are two."""
+    before, now = (each.get("command", "build") for each in (recorded, spec))
+    if before != now:
+        return [f"command was {before}, now {now}"]
+    return [f"{name} was {old}, now {new}" for name, old, new in compared(recorded, spec)]
+
+
+def first_of(changes: list[str]) -> str:
+    """The first three changes, and how many more there are."""
+    return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def compared(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yields where two trees of plain JSON differ: the dotted name of the place, and its value in each as text."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in {**one, **other}:
+            yield from compared(one.get(key), other.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, (first, second) in enumerate(zip(one, other, strict=True)):
+            yield from compared(first, second, f"{path}[{index}]")
+    elif one != other:
+        yield path, _shown(one), _shown(other)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} items"
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 48 else str(value)

@@ -24,6 +24,8 @@ MARK_NAME = f"{BUILD_DIRECTORY}/logitcache"
 """File by which a later command knows that the folder is one of ours."""
 ANSWERS_NAME = f"{BUILD_DIRECTORY}/answers"
 """What the teacher answered, hours of work: not to be removed with a plan that was cut off."""
+PROMPTS_NAME = f"{ANSWERS_NAME}/prompts.json"
+"""The settings of a build whose teacher answers prompts, and the counts of them; there before plan.json."""
 
 
 @contextmanager

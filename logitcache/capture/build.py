@@ -8,22 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-from logitcache.assembly.unfinished import PLAN_NAME, SHARD_POSITIONS, differences, read_request, refuse_changes
-from logitcache.assembly.workspace import ANSWERS_NAME, range_held, remove_former, workspace
+from logitcache.assembly.plan import PLAN_NAME, SHARD_POSITIONS
+from logitcache.assembly.resume import begun_plan, finished_cache
+from logitcache.assembly.workspace import range_held, workspace
+from logitcache.assembly.write import complete_shards
 from logitcache.capture.executors import Placement, capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
-from logitcache.capture.generation.completions import PROMPTS_NAME, complete_prompts
+from logitcache.capture.generation.completions import complete_prompts
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
-from logitcache.capture.plan import PARTITION_NAME, Plan, cache_layout, make_plan, read_plan
-from logitcache.capture.request import make_request
+from logitcache.capture.plan import PARTITION_NAME, BuildPlan, cache_layout, make_plan
 from logitcache.capture.reuse import ReusedCaches, refuse_itself
-from logitcache.capture.worker import Job, write_shard
+from logitcache.capture.worker import Job, write_scored
 from logitcache.errors import UserError
-from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
 from logitcache.format.tokenizer import save_tokenizer
 from logitcache.progress import Progress
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.cache import LogitCache
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
 
@@ -145,21 +145,19 @@ def build(
     reused = _reused([reuse] if isinstance(reuse, str | Path) else reuse, folder)
     inputs = resolve_inputs(teacher, data, (sampling_params or {}) if generate else None, **options)
     with workspace(folder, shared=shard_range is not None), space_needed(out):
-        request = make_request(inputs, shard_positions)
-        if not overwrite and (finished := _finished(folder, request)):
-            logger.info("%s is already complete", folder)
+        spec = inputs.spec(shard_positions)
+        if not overwrite and (finished := finished_cache(folder, spec)):
             return finished
         if reused:
-            reused.check(request, cache_layout(inputs.settings, inputs.model.vocab_size, {}))
+            reused.check(spec, cache_layout(inputs.settings, inputs.model.vocab_size, {}))
         if not placement.is_first:
             _wait_for(folder, PLAN_NAME, "has the answers" if inputs.generation else "reads the corpus")
         with range_held(folder, shard_range):
-            plan = _begun(folder, request, overwrite)
+            plan = begun_plan(BuildPlan, folder, spec, overwrite)
             if plan is None:
                 logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
-                corpus = complete_prompts(folder, request, inputs) if inputs.generation else inputs.corpus()
-                plan = make_plan(folder, request, corpus, shard_positions)
-                remove_former(folder)
+                corpus = complete_prompts(folder, spec, inputs) if inputs.generation else inputs.corpus()
+                plan = make_plan(folder, spec, corpus, shard_positions)
             if placement.is_first:
                 save_tokenizer(folder, inputs.model.tokenizer)
             job = Job(str(folder.local or out), inputs.model, inputs.engine, inputs.settings, reused)
@@ -177,47 +175,6 @@ def _reused(paths: Sequence[str | Path], out: Folder) -> ReusedCaches | None:
     return ReusedCaches([str(folder.local or folder.path) for folder in folders]) if folders else None
 
 
-def _finished(folder: Folder, request: Mapping[str, Any]) -> LogitCache | None:
-    """The cache in `folder`, if it is complete and was made from the same request."""
-    if not folder.exists(MANIFEST_NAME):
-        return None
-    try:
-        cache = open_cache(folder.path)
-    except UserError as error:
-        raise UserError(f"{error}, or make the whole cache anew with --overwrite") from error
-    refuse_changes(_without_result(cache.manifest.fingerprint), request, folder, "a finished cache")
-    made_by = cache.manifest.history[-1]["command"] if cache.manifest.history else "build"
-    if not made_by.startswith("build"):
-        raise UserError(
-            f"--out {folder} holds what `logitcache {made_by}` made of a cache like this one: choose another --out, "
-            "or start anew with --overwrite"
-        )
-    folder.remove(BUILD_DIRECTORY)
-    return cache
-
-
-def _begun(folder: Folder, request: Mapping[str, Any], overwrite: bool) -> Plan | None:
-    """The plan of an interrupted build that this request continues; under `overwrite` no other is refused."""
-    recorded = read_request(folder) or read_request(folder, PROMPTS_NAME)
-    if recorded is None:
-        return None
-    if overwrite and differences(recorded, request):
-        folder.remove(ANSWERS_NAME)
-        return None
-    refuse_changes(recorded, request, folder, "an unfinished build")
-    if not folder.exists(PLAN_NAME):
-        return None
-    if overwrite and folder.exists(MANIFEST_NAME):
-        remove_former(folder)  # interrupted between planning and removing the cache that it overwrites
-    return read_plan(folder)
-
-
-def _without_result(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The request in a finished cache's fingerprint."""
-    corpus = {name: value for name, value in fingerprint["corpus"].items() if name != "sequences_sha256"}
-    return {**fingerprint, "corpus": corpus}
-
-
 def _wait_for(folder: Folder, name: str, what: str) -> None:
     """Returns when the process of the first shard range has written a file."""
     if not folder.exists(name):
@@ -226,7 +183,7 @@ def _wait_for(folder: Folder, name: str, what: str) -> None:
         time.sleep(LOOK_AGAIN_S)
 
 
-def _announce(plan: Plan, job: Job) -> None:
+def _announce(plan: BuildPlan, job: Job) -> None:
     sequences = sum(shard.num_sequences for shard in plan.shards)
     logger.info(
         "plan: %s positions in %s sequences (layout %s, longest %d tokens) from %s documents, %d shard(s)",
@@ -253,14 +210,13 @@ def _announce(plan: Plan, job: Job) -> None:
     )
 
 
-def _capture(plan: Plan, job: Job, placement: Placement) -> None:
+def _capture(plan: BuildPlan, job: Job, placement: Placement) -> None:
     """Scores, or copies, every shard of this process that is not there yet."""
     mine = placement.shards(len(plan.shards))
-    missing = plan.missing(mine)
+    complete = complete_shards(plan, mine)
+    missing = [index for index in mine if index not in complete]
     if not missing:
         return
-    if len(missing) < len(mine):
-        logger.info("continuing: %d of %d shards are complete", len(mine) - len(missing), len(mine))
     if placement.shard_range is None:
         plan.folder.remove_leftovers("data")
     if job.settings.tail_parts.groups and not placement.is_first:
@@ -281,7 +237,7 @@ def _capture(plan: Plan, job: Job, placement: Placement) -> None:
         progress.close()
 
 
-def _copy(plan: Plan, reused: ReusedCaches, shards: Sequence[int]) -> dict[int, int]:
+def _copy(plan: BuildPlan, reused: ReusedCaches, shards: Sequence[int]) -> dict[int, int]:
     """Writes the shards of which nothing is to be scored. Returns the others, to the number of tokens that are."""
     if plan.cache_layout.tail_parts.groups:
         reused.take_tail_groups(plan.folder)
@@ -292,7 +248,7 @@ def _copy(plan: Plan, reused: ReusedCaches, shards: Sequence[int]) -> dict[int, 
     progress = Progress("copying", sum(plan.shards[index].num_tokens for index in whole), 0, "tokens")
     try:
         for index in whole:
-            write_shard(plan, index, iter(()), reused)
+            write_scored(plan, index, iter(()), reused)
             progress.advance(plan.shards[index].num_tokens)
     finally:
         progress.close()

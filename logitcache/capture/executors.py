@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logitcache.capture.plan import Plan
+from logitcache.capture.plan import BuildPlan
 from logitcache.capture.teachers.base import EngineLost
 from logitcache.capture.worker import Job, ShardWorker
 from logitcache.errors import UserError, one_line
@@ -88,7 +88,12 @@ def capture_here(job: Job, shards: Mapping[int, int], progress: Progress) -> Non
 
 
 def capture_on_ray(
-    job: Job, plan: Plan, shards: Mapping[int, int], progress: Progress, address: str | None, num_engines: int | None
+    job: Job,
+    plan: BuildPlan,
+    shards: Mapping[int, int],
+    progress: Progress,
+    address: str | None,
+    num_engines: int | None,
 ) -> None:
     """Scores shards with several engines, each in an actor with the GPUs of one tensor-parallel group.
 
@@ -160,7 +165,7 @@ def _knock(address: str | None) -> None:
 class _ActorPool:
     """The engines of a build, which get shards as they become free."""
 
-    def __init__(self, plan: Plan, actors: Sequence[Any], progress: Progress) -> None:
+    def __init__(self, plan: BuildPlan, actors: Sequence[Any], progress: Progress) -> None:
         self._plan = plan
         self._actors = list(actors)
         self._progress = progress

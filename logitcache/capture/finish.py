@@ -7,17 +7,18 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from logitcache.assembly.finalize import seal, trusted_files
-from logitcache.assembly.unfinished import PLAN_NAME, read_request
+from logitcache.assembly.finalize import finalize_cache, trusted_files
+from logitcache.assembly.plan import PLAN_NAME
+from logitcache.assembly.resume import recorded_spec
 from logitcache.assembly.workspace import workspace
-from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
+from logitcache.capture.plan import PARTITION_NAME, BuildPlan
 from logitcache.capture.reuse import copied_history
 from logitcache.errors import UserError
-from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, Manifest
+from logitcache.format.manifest import MANIFEST_NAME, Manifest
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.storage.folder import Folder
-from logitcache.version import __version__
+from logitcache.version import CREATED_BY
 
 NOT_SCORED = "not scored"
 """What `skipped` of the manifest calls rows for which the teacher gave NaN."""
@@ -32,17 +33,16 @@ def finish(out: str | Path) -> LogitCache:
     """
     folder = Folder(out)
     with workspace(folder):
-        request = read_request(folder)
-        if request is None:
+        if not folder.exists(PLAN_NAME):
             if folder.exists(MANIFEST_NAME):
                 return open_cache(out)
             raise UserError(f"{folder}: nothing to finish, no build was begun there")
-        if "command" in request:
-            raise UserError(f"{folder} is an unfinished `logitcache {request['command']}`: run the same command again")
-        return finish_plan(read_plan(folder))
+        if command := (recorded_spec(folder) or {}).get("command"):
+            raise UserError(f"{folder} is an unfinished `logitcache {command}`: run the same command again")
+        return finish_plan(BuildPlan.read(folder))
 
 
-def finish_plan(plan: Plan) -> LogitCache:
+def finish_plan(plan: BuildPlan) -> LogitCache:
     """The same while the folder is held."""
     folder = plan.folder
     shards = [plan.finished(index) for index in range(len(plan.shards))]
@@ -57,28 +57,25 @@ def finish_plan(plan: Plan) -> LogitCache:
     if plan.cache_layout.tail_parts.groups:
         folder.write(TAIL_GROUPS_NAME, folder.read(PARTITION_NAME))
     left_out = plan.left_out()
-    fingerprint = {**plan.request, "corpus": plan.request["corpus"] | {"sequences_sha256": _sha256(plan, left_out)}}
+    fingerprint = {**plan.spec, "corpus": plan.spec["corpus"] | {"sequences_sha256": _sha256(plan, left_out)}}
     skipped = dict(plan.skipped)
     if reasons := [reason for rows in left_out.values() for reason in rows.values()]:
         skipped[NOT_SCORED] = len(reasons)
         logger.warning("left out: %s %s; the first: %s", f"{len(reasons):,}", NOT_SCORED, reasons[0])
     complete = tuple(shard for shard in shards if shard is not None)
     manifest = Manifest(
-        plan.cache_layout,
-        fingerprint,
-        complete,
-        skipped,
-        f"logitcache {__version__}",
-        trusted_files(folder),
-        copied_history(folder),
+        layout=plan.cache_layout,
+        fingerprint=fingerprint,
+        shards=complete,
+        skipped=skipped,
+        created_by=CREATED_BY,
+        files=trusted_files(folder),
+        history=copied_history(folder),
     )
-    seal(folder, manifest)
-    folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
-    folder.remove(BUILD_DIRECTORY)
-    return open_cache(folder.path)
+    return finalize_cache(folder, manifest)
 
 
-def _sha256(plan: Plan, left_out: Mapping[int, Mapping[int, str]]) -> str:
+def _sha256(plan: BuildPlan, left_out: Mapping[int, Mapping[int, str]]) -> str:
     """Of the row ids in order, without the rows that are left out."""
     if not left_out:
         return plan.sequences_sha256

@@ -12,6 +12,7 @@ from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.engine import ENGINES, Engine, EngineChoice, choose_engine
 from logitcache.capture.generation.sampling import GenerationSettings
 from logitcache.capture.options import EngineOptions
+from logitcache.capture.plan import cache_layout
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.documents.chat_template import read_chat_template
@@ -31,6 +32,18 @@ class Inputs:
     corpus_settings: CorpusSettings
     sources: Sequence[Source]
     generation: GenerationSettings | None = None
+
+    def spec(self, shard_positions: int) -> dict[str, Any]:
+        """Everything that decides what the cache will hold, as plain JSON types: the fingerprint that it will have."""
+        capture = self.settings.to_json() | {"shard_positions": shard_positions}
+        return {
+            "teacher": self.model.fingerprint() | self.engine.identity(),
+            "tokenizer": self.model.tokenizer_fingerprint(),
+            "corpus": self.corpus_settings.to_json() | {"sources": [source.identity() for source in self.sources]},
+            **({"generation": dict(self.generation.params)} if self.generation else {}),
+            "capture": capture,
+            "format": cache_layout(self.settings, self.model.vocab_size, {}).stored_format,
+        }
 
     def corpus(self) -> Corpus:
         """The token sequences, read anew."""

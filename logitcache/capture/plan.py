@@ -1,16 +1,14 @@
-"""The plan of a build: the corpus tokenised once and cut into shards, kept beside the cache until it is finished.
+"""The plan of a build: the corpus is tokenised once and cut into shards, which lie beside the cache until it is finished.
 
-    OUT/.build/logitcache           marks the folder as ours
-    OUT/.build/plan.json            settings, shards, counts; its presence means that planning is complete
     OUT/.build/tokens/00000.parquet token sequences of shard 0, and so on
-    OUT/.build/shards/00000.json    what the manifest will say of shard 0, once it is written
     OUT/.build/left_out/00000.json  rows of shard 0 for which the teacher gave NaN, only with --skip-bad
     OUT/.build/tail_groups.parquet  the partition, once it is made
     OUT/.build/ranges               held by the processes of shard ranges
-    OUT/.build/answers              what the teacher answered, see `answers`; only with --generate
+    OUT/.build/answers              what the teacher answered, see `completions`; only with --generate
     OUT/.build/places, copied       rows that are copied from other caches, see `reuse`; only with --reuse
 
-A resumed build reads its tokens from here: the corpus is not tokenised again, and every shard holds the same rows.
+See `logitcache.assembly.plan` for what else the build directory holds. A resumed build reads its tokens from here: the corpus
+is not tokenised again, and every shard holds the same rows.
 """
 
 from __future__ import annotations
@@ -19,19 +17,22 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
-from logitcache.assembly.unfinished import PLAN_NAME, finished_shard, record_shard
-from logitcache.assembly.workspace import ANSWERS_NAME, abandon, begin
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitcache.assembly.plan import Plan, PlannedShard, new_plan
+from logitcache.assembly.workspace import ANSWERS_NAME
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.errors import UserError
+from logitcache.format.codec import flat
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
-from logitcache.format.sequences import ColumnTypes, TokenSequence, stored_columns
-from logitcache.format.shards import ShardInfo, shard_name
+from logitcache.format.sequences import ColumnTypes, TokenSequence, columns_text, stored_columns
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.progress import Progress
 from logitcache.storage.folder import Folder
@@ -39,37 +40,26 @@ from logitcache.storage.folder import Folder
 LEFT_OUT_NAME = f"{BUILD_DIRECTORY}/left_out"
 PARTITION_NAME = f"{BUILD_DIRECTORY}/{TAIL_GROUPS_NAME}"
 
+TOKENS_SCHEMA = pa.schema(
+    {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_()), "columns": pa.string(), "where": pa.string()}
+)
+ROWS_PER_GROUP = 1024
+
 logger = logging.getLogger("logitcache")
 
 
-@dataclass(frozen=True)
-class PlannedShard:
-    """Counts of one shard's rows, known before any is scored."""
+@dataclass(frozen=True, kw_only=True)
+class BuildPlan(Plan):
+    """The plan of a build.
 
-    num_sequences: int
-    num_positions: int
-    num_tokens: int
+    layout: of the documents.  longest: tokens of the longest sequence.  num_documents, skipped, first_bad: see `Corpus`.
+    """
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What a build will do. folder: the cache's. request: the settings that a resumed build must share."""
-
-    folder: Folder
-    request: Mapping[str, Any]
     layout: str
-    shards: tuple[PlannedShard, ...]
     longest: int
-    column_types: Mapping[str, str]
     num_documents: int
     skipped: Mapping[str, int]
     first_bad: str | None
-    sequences_sha256: str
-
-    @property
-    def num_positions(self) -> int:
-        """Positions of all shards."""
-        return sum(shard.num_positions for shard in self.shards)
 
     @property
     def num_tokens(self) -> int:
@@ -79,18 +69,8 @@ class Plan:
     @property
     def cache_layout(self) -> Layout:
         """Columns of every shard."""
-        capture = {name: value for name, value in self.request["capture"].items() if name != "shard_positions"}
-        return cache_layout(
-            CaptureSettings.from_json(capture), self.request["teacher"]["vocab_size"], self.column_types
-        )
-
-    def shard_name(self, index: int) -> str:
-        """Final name of a shard, relative to the cache."""
-        return shard_name(index, len(self.shards))
-
-    def missing(self, shards: Iterable[int]) -> list[int]:
-        """Which of the shards are not complete."""
-        return [index for index in shards if self.finished(index) is None]
+        capture = {name: value for name, value in self.spec["capture"].items() if name != "shard_positions"}
+        return cache_layout(CaptureSettings.from_json(capture), self.spec["teacher"]["vocab_size"], self.column_types)
 
     def sequences(self, index: int) -> Iterator[TokenSequence]:
         """The token sequences of a shard, in order."""
@@ -98,14 +78,10 @@ class Plan:
             for sequence in read_tokens(source):
                 yield replace(sequence, columns=stored_columns(self.column_types, sequence.columns))
 
-    def finished(self, index: int) -> ShardInfo | None:
-        """What was recorded of a shard, if it is complete."""
-        return finished_shard(self.folder, index)
-
     @property
     def skips_bad(self) -> bool:
         """Whether rows that cannot be used are left out."""
-        return bool(self.request["corpus"]["skip_bad"])
+        return bool(self.spec["corpus"]["skip_bad"])
 
     def record_left_out(self, index: int, rows: Mapping[int, str]) -> None:
         """Writes down the rows of a shard that could not be scored, number to reason, before the shard is recorded."""
@@ -120,27 +96,58 @@ class Plan:
         names = self.folder.names(LEFT_OUT_NAME)
         return {int(name[:5]): dict(json.loads(self.folder.read(f"{LEFT_OUT_NAME}/{name}"))) for name in sorted(names)}
 
-    def record(self, index: int, info: ShardInfo) -> None:
-        """Marks a shard as complete."""
-        record_shard(self.folder, index, info)
-
-    def write(self) -> None:
-        """Writes plan.json atomically."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "folder"}
-        data["shards"] = [asdict(shard) for shard in self.shards]
-        self.folder.write(PLAN_NAME, json.dumps(data, indent=2, ensure_ascii=False))
-
 
 def cache_layout(settings: CaptureSettings, vocab_size: int, column_types: Mapping[str, str]) -> Layout:
     """Columns of the shards that a capture with these settings makes."""
     return Layout(vocab_size, settings.tail_parts, column_types, settings.precision)
 
 
-def read_plan(folder: Folder) -> Plan:
-    """The plan of an unfinished build whose request is this format's."""
-    data = json.loads(folder.read(PLAN_NAME))
-    shards = tuple(PlannedShard(**shard) for shard in data.pop("shards"))
-    return Plan(folder=folder, shards=shards, **data)
+class TokensWriter:
+    """Context manager: writes sequences to a file. Kept columns become JSON text, what JSON has not becomes a string."""
+
+    def __init__(self, path: Path) -> None:
+        self._parquet = pq.ParquetWriter(path, TOKENS_SCHEMA, compression="zstd")
+        self._rows: list[dict[str, Any]] = []
+
+    def write(self, sequence: TokenSequence) -> None:
+        """Appends a sequence."""
+        self._rows.append(
+            {
+                "input_ids": sequence.input_ids,
+                "loss_mask": sequence.loss_mask,
+                "columns": columns_text(sequence.columns),
+                "where": sequence.where,
+            }
+        )
+        if len(self._rows) == ROWS_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._parquet.write_table(pa.Table.from_pylist(self._rows, TOKENS_SCHEMA))
+            self._rows.clear()
+
+    def __enter__(self) -> TokensWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        with self._parquet:
+            if kind is None:
+                self._flush()
+
+
+def read_tokens(source: BinaryIO) -> Iterator[TokenSequence]:
+    """The sequences of such a file, in order."""
+    with pq.ParquetFile(source) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            ids, offsets = flat(table["input_ids"])
+            mask, _ = flat(table["loss_mask"])
+            # A build that an earlier version began has no places.
+            places = table["where"].to_pylist() if "where" in table.column_names else [""] * len(table)
+            for row, columns in enumerate(table["columns"].to_pylist()):
+                tokens = slice(offsets[row], offsets[row + 1])
+                yield TokenSequence(ids[tokens], mask[tokens], json.loads(columns), places[row])
 
 
 class ReadCorpus(Protocol):
@@ -156,18 +163,13 @@ class ReadCorpus(Protocol):
     def __iter__(self) -> Iterator[TokenSequence]: ...
 
 
-def make_plan(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_positions: int) -> Plan:
+def make_plan(folder: Folder, spec: Mapping[str, Any], corpus: ReadCorpus, shard_positions: int) -> BuildPlan:
     """Tokenises the corpus into `folder` and cuts it into shards of about `shard_positions` positions.
 
     Raises UserError for bad documents and for a corpus in which nothing can be trained.
     """
-    keep = ANSWERS_NAME if "generation" in request else None
-    begin(folder, keep)
-    try:
-        return _cut(folder, request, corpus, shard_positions)
-    except BaseException:
-        abandon(folder, keep)
-        raise
+    keep = ANSWERS_NAME if "generation" in spec else None
+    return new_plan(folder, lambda: _cut(folder, spec, corpus, shard_positions), keep)
 
 
 def check_read(corpus: ReadCorpus, found: bool, what: str) -> None:
@@ -184,7 +186,7 @@ def check_read(corpus: ReadCorpus, found: bool, what: str) -> None:
         raise UserError(f"--keep {', '.join(sorted(corpus.never_kept))}: no document has this column")
 
 
-def _cut(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_positions: int) -> Plan:
+def _cut(folder: Folder, spec: Mapping[str, Any], corpus: ReadCorpus, shard_positions: int) -> BuildPlan:
     progress = Progress("reading", None, 0, "positions")
     shards: list[PlannedShard] = []
     digest, longest = hashlib.sha256(), 0
@@ -207,9 +209,9 @@ def _cut(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_p
         shards.append(PlannedShard(**counts))
     progress.close()
     check_read(corpus, bool(shards), "sequence to train on")
-    plan = Plan(
+    return BuildPlan(
         folder=folder,
-        request=request,
+        spec=spec,
         layout=str(corpus.layout),
         shards=tuple(shards),
         longest=longest,
@@ -219,8 +221,6 @@ def _cut(folder: Folder, request: Mapping[str, Any], corpus: ReadCorpus, shard_p
         first_bad=corpus.first_bad,
         sequences_sha256=digest.hexdigest(),
     )
-    plan.write()
-    return plan
 
 
 def _tokens_name(index: int) -> str:

@@ -17,7 +17,7 @@ from typing import Unpack
 
 import numpy as np
 
-from logitcache.assembly.unfinished import compared, first_of
+from logitcache.assembly.resume import compared, first_of
 from logitcache.capture.engine import Engine, EngineChoice, choose_engine, start_teacher
 from logitcache.capture.options import EngineOptions
 from logitcache.capture.settings import CaptureSettings

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.assembly.unfinished import compared, first_of
-from logitcache.capture.plan import PARTITION_NAME, Plan
+from logitcache.assembly.resume import compared, first_of
+from logitcache.capture.plan import PARTITION_NAME, BuildPlan
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY, source_of
@@ -31,7 +31,7 @@ from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.reading.row_index import RowIndex, id_bytes
 from logitcache.storage.folder import Folder
 from logitcache.urls import public_url
-from logitcache.version import __version__
+from logitcache.version import CREATED_BY
 
 WINDOW_BYTES = 64 << 20
 """Of copied rows, decoded: what is read in the other cache's order before it is written in ours."""
@@ -66,14 +66,14 @@ class ReusedCaches:
     def _first_places(self) -> np.ndarray:
         return np.cumsum([0] + [len(cache) for cache in self.caches])
 
-    def check(self, request: Mapping[str, Any], layout: Layout) -> None:
+    def check(self, spec: Mapping[str, Any], layout: Layout) -> None:
         """Raises UserError, naming what differs, for a cache whose rows are not those that a build would make.
 
         Args:
-            request: everything that decides what the build's cache will hold.
+            spec: everything that decides what the build's cache will hold.
             layout: of the build, whatever its kept columns.
         """
-        wanted = _comparable(request, layout)
+        wanted = _comparable(spec, layout)
         for cache in self.caches:
             found = list(compared(_comparable(cache.manifest.fingerprint, cache.manifest.layout), wanted))
             if found:
@@ -99,7 +99,7 @@ class ReusedCaches:
                     "or choose another --out"
                 )
 
-    def match(self, plan: Plan, shards: Sequence[int]) -> dict[int, int]:
+    def match(self, plan: BuildPlan, shards: Sequence[int]) -> dict[int, int]:
         """Looks the rows of shards up and writes down their places.
 
         All but the rows of one shard goes to disk: about 24 bytes for each row of the caches, for the time of the call.
@@ -218,7 +218,7 @@ def copied_history(folder: Folder) -> tuple[dict[str, Any], ...]:
         return ()
     step = {
         "command": "build --reuse",
-        "created_by": f"logitcache {__version__}",
+        "created_by": CREATED_BY,
         "sequences": sum(source["sequences"] for source in sources.values()),
         "positions": sum(source["positions"] for source in sources.values()),
         "from": list(sources.values()),
@@ -254,7 +254,7 @@ def _comparable(fingerprint: Mapping[str, Any], layout: Layout) -> dict[str, Any
     }
 
 
-def _counted(plan: Plan, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _counted(plan: BuildPlan, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the id (as bytes, S16), stored positions and tokens (int64) of each row of a shard, all [n]."""
     rows = [(s.row_id, len(s.positions), len(s.input_ids)) for s in plan.sequences(shard)]
     ids, positions, tokens = zip(*rows, strict=True)

@@ -12,9 +12,10 @@ from typing import Self, cast
 
 import numpy as np
 
+from logitcache.assembly.write import StoredRow, write_shard
 from logitcache.capture.calibration import make_tail_groups
 from logitcache.capture.engine import Engine, start_teacher
-from logitcache.capture.plan import PARTITION_NAME, Plan, read_plan
+from logitcache.capture.plan import PARTITION_NAME, BuildPlan
 from logitcache.capture.reuse import ReusedCaches, read_places, record_copied
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher, TeacherModel
@@ -22,7 +23,6 @@ from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import mass_tolerance
 from logitcache.format.sequences import CachedSequence, TokenSequence
-from logitcache.format.shards import ShardWriter
 from logitcache.format.tail_groups import read_tail_groups, write_tail_groups
 from logitcache.format.targets import SparseTargets, find_defect
 from logitcache.storage.folder import Folder
@@ -49,7 +49,7 @@ class ShardWorker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._plan = read_plan(Folder(job.out))
+        self._plan = BuildPlan.read(Folder(job.out))
 
     def start(self) -> None:
         """Loads the teacher. Raises UserError where it does not load."""
@@ -81,7 +81,7 @@ class ShardWorker:
             for sequence, is_copied in zip(plan.sequences(shard), _is_copied(plan, shard, reused), strict=True)
             if not is_copied
         )
-        with _ShardThread(plan, shards, reused, advance) as writing:
+        with ShardWriterThread(plan, shards, reused, advance) as writing:
             for targets in self._teacher.score(to_score, self._job.settings):
                 writing.put(targets)
 
@@ -90,8 +90,8 @@ class ShardWorker:
         self._teacher.close()
 
 
-def write_shard(
-    plan: Plan,
+def write_scored(
+    plan: BuildPlan,
     shard: int,
     scored: Iterator[SparseTargets],
     reused: ReusedCaches | None,
@@ -99,12 +99,28 @@ def write_shard(
 ) -> None:
     """Writes a shard and records it.
 
-    scored: targets of the rows that are not copied, in order; more than those are left alone.  advance: told the tokens of
-    each of them. Under --skip-bad, rows for which the teacher gave NaN are left out and recorded.
+    Under --skip-bad, rows for which the teacher gave NaN are left out and recorded.
 
-    Raises UserError where `scored` ends too early, for targets that no teacher can have given, and where all rows are left
-    out.
+    Args:
+        plan: the plan of the build.
+        shard: the shard's number.
+        scored: targets of the rows that are not copied, in order; the targets of later shards are left alone.
+        reused: the caches that the other rows are copied from.
+        advance: told the tokens of each scored row.
+
+    Raises:
+        UserError: `scored` ends too early, targets are such that no teacher can have given them, or all rows are left out.
     """
+    write_shard(plan, shard, plan.cache_layout, _rows(plan, shard, scored, reused, advance))
+
+
+def _rows(
+    plan: BuildPlan,
+    shard: int,
+    scored: Iterator[SparseTargets],
+    reused: ReusedCaches | None,
+    advance: Callable[[int], None],
+) -> Iterator[StoredRow]:
     layout = plan.cache_layout
     copies: Iterator[CachedSequence] = iter(())
     sources = []
@@ -114,35 +130,34 @@ def write_shard(
         copies, sources = reused.rows(places[found], positions[found]), reused.sources(places[found], positions[found])
     num_scored = 0
     left_out: dict[int, str] = {}
-    with ShardWriter(plan.folder, plan.shard_name(shard), layout) as writer:
-        rows = zip(plan.sequences(shard), _is_copied(plan, shard, reused), strict=True)
-        for row, (sequence, is_copied) in enumerate(rows):
-            if is_copied:
-                writer.write(sequence, _checked_copy(sequence, next(copies), layout))
-                continue
-            targets = next(scored, None)
-            if targets is None:
-                raise UserError(
-                    f"shard {shard}: the teacher scored {num_scored} sequences and then no more; nothing of this shard is kept"
-                )
-            nan = find_nan(sequence, targets)
-            if nan and plan.skips_bad:
-                left_out[row] = nan
-            else:
-                if nan:
-                    raise UserError(
-                        f"{nan}; or leave such rows out with --skip-bad, and --overwrite where the build began without it. "
-                        "Nothing of this shard is kept"
-                    )
-                _check(sequence, targets, layout, 1e-5, "the teacher")
-                writer.write(sequence, targets)
-            num_scored += 1
-            advance(len(sequence.input_ids))
-        if len(left_out) == plan.shards[shard].num_sequences:
-            raise UserError(f"shard {shard}: no row of it could be scored; {left_out[0]}")
+    for row, (sequence, is_copied) in enumerate(
+        zip(plan.sequences(shard), _is_copied(plan, shard, reused), strict=True)
+    ):
+        if is_copied:
+            yield sequence, _checked_copy(sequence, next(copies), layout)
+            continue
+        targets = next(scored, None)
+        if targets is None:
+            raise UserError(
+                f"shard {shard}: the teacher scored {num_scored} sequences and then no more; nothing of this shard is kept"
+            )
+        nan = find_nan(sequence, targets)
+        if nan and plan.skips_bad:
+            left_out[row] = nan
+        elif nan:
+            raise UserError(
+                f"{nan}; or leave such rows out with --skip-bad, and --overwrite where the build began without it. "
+                "Nothing of this shard is kept"
+            )
+        else:
+            _check(sequence, targets, layout, 1e-5, "the teacher")
+            yield sequence, targets
+        num_scored += 1
+        advance(len(sequence.input_ids))
+    if len(left_out) == plan.shards[shard].num_sequences:
+        raise UserError(f"shard {shard}: no row of it could be scored; {left_out[0]}")
     plan.record_left_out(shard, left_out)
     record_copied(plan.folder, shard, sources)
-    plan.record(shard, writer.info)
 
 
 def find_nan(sequence: TokenSequence, targets: SparseTargets) -> str | None:
@@ -157,7 +172,7 @@ def find_nan(sequence: TokenSequence, targets: SparseTargets) -> str | None:
     )
 
 
-def _is_copied(plan: Plan, shard: int, reused: ReusedCaches | None) -> list[bool]:
+def _is_copied(plan: BuildPlan, shard: int, reused: ReusedCaches | None) -> list[bool]:
     """Of each row of a shard."""
     if reused is None:
         return [False] * plan.shards[shard].num_sequences
@@ -182,14 +197,14 @@ def _check(sequence: TokenSequence, targets: SparseTargets, layout: Layout, tole
     raise UserError(f"row {sequence.row_id}: {source} gave {defect}; nothing of this shard is kept")
 
 
-class _ShardThread:
+class ShardWriterThread:
     """Context manager: a thread that writes shards with the targets that it is given, in the order of their rows.
 
     Leaving it with an exception leaves no half shard.
     """
 
     def __init__(
-        self, plan: Plan, shards: Sequence[int], reused: ReusedCaches | None, advance: Callable[[int], None]
+        self, plan: BuildPlan, shards: Sequence[int], reused: ReusedCaches | None, advance: Callable[[int], None]
     ) -> None:
         self._plan = plan
         self._shards = shards
@@ -228,7 +243,7 @@ class _ShardThread:
         try:
             scored = self._scored()
             for shard in self._shards:
-                write_shard(self._plan, shard, scored, self._reused, self._advance)
+                write_scored(self._plan, shard, scored, self._reused, self._advance)
             if next(scored, None) is not None:
                 raise UserError("the teacher scored more sequences than it was given")
         except BaseException as error:

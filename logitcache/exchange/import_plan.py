@@ -1,9 +1,9 @@
 """The plan of an import: which of the sources' rows make which shard, decided from their tokens alone.
 
-OUT/.build/plan.json        what was asked for, the rows of every shard; see `format.unfinished`
-OUT/.build/written/00000.json   what writing shard 0 came to, see `Written`; there before the shard counts as complete
-OUT/.build/ids/00000        row ids of shard 0, 16 bytes each
-OUT/.build/shards/…         the shards that are complete
+    OUT/.build/written/00000.json   what writing shard 0 came to, see `Written`; there before the shard counts as complete
+    OUT/.build/ids/00000            row ids of shard 0, 16 bytes each
+
+See `logitcache.assembly.plan` for what else the build directory holds.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from logitcache.assembly.unfinished import PLAN_NAME
-from logitcache.assembly.workspace import abandon, begin
+from logitcache.assembly.plan import Plan, PlannedShard
 from logitcache.errors import UserError
 from logitcache.exchange.sequences import SequenceReader
 from logitcache.exchange.source_files import SourceFile
@@ -27,31 +26,6 @@ from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import ColumnTypes, TokenSequence
 from logitcache.progress import Progress
 from logitcache.storage.folder import Folder
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """Rows of a shard: num_rows from row `row` of file number `file` on, and their stored positions."""
-
-    file: int
-    row: int
-    num_rows: int
-    num_positions: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """column_types: Arrow type of each kept column."""
-
-    folder: Folder
-    request: Mapping[str, Any]
-    shards: Sequence[PlannedShard]
-    column_types: Mapping[str, str]
-
-    @classmethod
-    def from_json(cls, folder: Folder, data: Mapping[str, Any]) -> Plan:
-        """Of what plan.json holds."""
-        return cls(folder, data["request"], [PlannedShard(**shard) for shard in data["shards"]], data["column_types"])
 
 
 @dataclass
@@ -87,34 +61,11 @@ class Written:
         self.most_entries = max(self.most_entries, other.most_entries)
 
 
-def make_plan(
-    folder: Folder,
-    request: Mapping[str, Any],
-    files: Sequence[SourceFile],
-    reader: SequenceReader,
-    shard_positions: int,
-    skip_bad: bool,
-) -> Plan:
+def cut(folder: Folder, spec: Mapping[str, Any], files: Sequence[SourceFile], reader: SequenceReader) -> Plan:
     """Reads the tokens of all rows and deals the rows to shards: each takes rows until it has `shard_positions`.
 
     Raises UserError for a bad row, unless such are skipped, where nothing is trained, and for a kept column that no row has.
     """
-    begin(folder)
-    try:
-        return _cut(folder, request, files, reader, shard_positions, skip_bad)
-    except BaseException:
-        abandon(folder)
-        raise
-
-
-def _cut(
-    folder: Folder,
-    request: Mapping[str, Any],
-    files: Sequence[SourceFile],
-    reader: SequenceReader,
-    shard_positions: int,
-    skip_bad: bool,
-) -> Plan:
     shards: list[PlannedShard] = []
     types, never_kept = ColumnTypes(), set(reader.keep)
     begins = (0, 0)
@@ -126,31 +77,28 @@ def _cut(
             num_rows += 1
             total += 1
             never_kept -= {name for name in never_kept if name in row.values}
-            tokens = _tokens(row, reader, skip_bad)
+            tokens = _tokens(row, reader, spec["skip_bad"])
             if tokens is not None:
                 types.see(tokens.columns)
                 num_positions += len(tokens.positions)
                 progress.advance(len(tokens.positions))
-            if num_positions >= shard_positions:
-                shards.append(PlannedShard(*begins, num_rows, num_positions))
+            if num_positions >= spec["shard_positions"]:
+                shards.append(PlannedShard(num_positions, num_rows, file=begins[0], row=begins[1]))
                 num_rows = num_positions = 0
     finally:
         progress.close()
     if num_positions:
-        shards.append(PlannedShard(*begins, num_rows, num_positions))
+        shards.append(PlannedShard(num_positions, num_rows, file=begins[0], row=begins[1]))
     elif num_rows and shards:  # so that they are counted as left out
         last = shards[-1]
-        shards[-1] = PlannedShard(last.file, last.row, last.num_rows + num_rows, last.num_positions)
+        shards[-1] = replace(last, num_sequences=last.num_sequences + num_rows)
     if not shards:
         raise UserError(
             f"the sources hold no row to train on: {total:,} rows, all of them bad, empty or without a trained token"
         )
     if never_kept:
         raise UserError(f"--keep {', '.join(sorted(never_kept))}: no row has this column")
-    plan = Plan(folder, request, shards, types.names())
-    data = {"request": request, "shards": [asdict(shard) for shard in shards], "column_types": plan.column_types}
-    folder.write(PLAN_NAME, json.dumps(data, ensure_ascii=False))
-    return plan
+    return Plan(folder=folder, spec=spec, shards=tuple(shards), column_types=types.names())
 
 
 def rows_from(

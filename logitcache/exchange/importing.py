@@ -1,8 +1,4 @@
-"""logitcache import: other people's logit datasets → a cache, shard by shard; resumed where it stopped.
-
-What is written of a row depends on nothing but the row, and the rows of a shard are decided before the first is written: an
-import that was interrupted anywhere ends in the same bytes as one that was not.
-"""
+"""logitcache import: other people's logit datasets become a cache."""
 
 from __future__ import annotations
 
@@ -14,32 +10,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from logitcache.assembly.finalize import seal, trusted_files
+from logitcache.assembly.finalize import finalize_cache, history_step, trusted_files
+from logitcache.assembly.plan import SHARD_POSITIONS, Plan, PlannedShard, new_plan
 from logitcache.assembly.resume import begun_plan, finished_cache
-from logitcache.assembly.unfinished import PLAN_NAME, SHARD_POSITIONS, finished_shard, record_shard
-from logitcache.assembly.workspace import remove_former, workspace
+from logitcache.assembly.workspace import workspace
+from logitcache.assembly.write import StoredRow, write_missing
 from logitcache.errors import UserError, one_line
 from logitcache.exchange.formats import FORMATS, SourceFormat
-from logitcache.exchange.import_plan import Plan, PlannedShard, Written, bad_row, make_plan, no_positions, rows_from
+from logitcache.exchange.import_plan import Written, bad_row, cut, no_positions, rows_from
 from logitcache.exchange.sequences import SequenceReader
 from logitcache.exchange.source_files import SourceFile, find_sources
 from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.tails import APPROXIMATE, finish_targets
 from logitcache.exchange.values import BadRow
-from logitcache.format.layout import FORMAT_VERSION, Layout
-from logitcache.format.manifest import BUILD_DIRECTORY, MAX_VOCAB_SIZE, Manifest
+from logitcache.format.layout import Layout
+from logitcache.format.manifest import MAX_VOCAB_SIZE, Manifest
 from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
-from logitcache.format.sequences import TokenSequence, stored_columns
-from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
+from logitcache.format.sequences import stored_columns
+from logitcache.format.shards import ShardInfo
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
-from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
-from logitcache.progress import Progress
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.cache import LogitCache
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
 from logitcache.urls import public_url
-from logitcache.version import __version__
+from logitcache.version import CREATED_BY
 
 logger = logging.getLogger("logitcache")
 
@@ -107,7 +102,7 @@ def import_logits(
     logger.info("reading %s", ", ".join(public_url(source.argument) for source in found))
     tokens = tokenizer_fingerprint(loaded)
     named = {"name": public_url(data_name)} if data_name else {}
-    request = {
+    spec = {
         "command": "import",
         "source_format": source_format,
         **kind.settings,
@@ -123,21 +118,16 @@ def import_logits(
         "from": [{**source.identity(), **named} for source in found],
     }
     with workspace(folder), space_needed(out):
-        if not overwrite and (finished := finished_cache(folder, request)):
-            logger.info("%s is already complete", folder)
+        if not overwrite and (finished := finished_cache(folder, spec)):
             return finished
-        begun = begun_plan(folder, request, overwrite)
-        if begun is not None:
-            plan = Plan.from_json(folder, begun)
-        else:
-            plan = make_plan(folder, request, job.files, reader, shard_positions, skip_bad)
-            remove_former(folder)
+        plan = begun_plan(Plan, folder, spec, overwrite)
+        if plan is None:
+            plan = new_plan(folder, lambda: cut(folder, spec, job.files, reader))
         folder.remove(TAIL_GROUPS_NAME)
         save_tokenizer(folder, loaded)
         layout = Layout(vocabulary, columns=plan.column_types, precision=precision)
-        shards = _write_shards(plan, job, layout)
-        _finish(plan, shards, layout, tokens)
-    return open_cache(folder.path)
+        shards = write_missing(plan, layout, _Rows(job, plan).of, "importing")
+        return _finish(plan, shards, layout, tokens)
 
 
 @dataclass(frozen=True)
@@ -152,9 +142,7 @@ class _Job:
     precision: str
     skip_bad: bool
 
-    def read(
-        self, row: SourceRow, types: Mapping[str, str], written: Written
-    ) -> tuple[TokenSequence, SparseTargets] | None:
+    def read(self, row: SourceRow, types: Mapping[str, str], written: Written) -> StoredRow | None:
         """What a shard holds of a row, or None where it is left out, which `written` counts."""
         try:
             tokens = self.reader.read(row)
@@ -186,49 +174,30 @@ class _Job:
         return replace(tokens, columns=columns), targets
 
 
-def _write_shards(plan: Plan, job: _Job, layout: Layout) -> list[ShardInfo]:
-    folder, count = plan.folder, len(plan.shards)
-    shards = [finished_shard(folder, index) for index in range(count)]
-    missing = [index for index, shard in enumerate(shards) if shard is None]
-    if 0 < len(missing) < count:
-        logger.info("continuing: %d of %d shards are complete", count - len(missing), count)
-    total, left = (sum(plan.shards[index].num_positions for index in some) for some in (range(count), missing))
-    progress = Progress("importing", total, total - left, "positions")
-    rows = _Rows(job)
-    folder.remove_leftovers("data")
-    try:
-        for index in missing:
-            written, row_ids = Written(), []
-            with ShardWriter(folder, shard_name(index, count), layout) as writer:
-                for row in rows.of(plan.shards[index]):
-                    stored = job.read(row, plan.column_types, written)
-                    if stored is not None:
-                        row_ids.append(stored[0].row_id)
-                        writer.write(*stored)
-                        progress.advance(len(stored[1]))
-            written.record(folder, index, row_ids)
-            record_shard(folder, index, writer.info)
-            shards[index] = writer.info
-    finally:
-        progress.close()
-    return [shard for shard in shards if shard is not None]
-
-
 class _Rows:
-    """Rows of shard after shard: where one follows the other, reading goes on."""
+    """Yields the rows of shard after shard: where one follows the other, reading goes on."""
 
-    def __init__(self, job: _Job) -> None:
-        self._job = job
+    def __init__(self, job: _Job, plan: Plan) -> None:
+        self._job, self._plan = job, plan
         self._columns = [*job.reader.columns, *(name for name in job.kind.columns if name not in job.reader.columns)]
         self._stream: Iterator[tuple[int, int, SourceRow]] = iter(())
         self._after: tuple[int, int] | None = None
 
-    def of(self, shard: PlannedShard) -> Iterator[SourceRow]:
-        """The rows of a shard."""
+    def of(self, index: int) -> Iterator[StoredRow]:
+        """What is stored of a shard's rows; records after the last of them what it came to."""
+        written, row_ids = Written(), []
+        for row in self._source_rows(self._plan.shards[index]):
+            stored = self._job.read(row, self._plan.column_types, written)
+            if stored is not None:
+                row_ids.append(stored[0].row_id)
+                yield stored
+        written.record(self._plan.folder, index, row_ids)
+
+    def _source_rows(self, shard: PlannedShard) -> Iterator[SourceRow]:
         if (shard.file, shard.row) != self._after:
             self._stream = rows_from(self._job.files, self._columns, (shard.file, shard.row))
-        missing = shard.num_rows
-        for file, row, values in islice(self._stream, shard.num_rows):
+        missing = shard.num_sequences
+        for file, row, values in islice(self._stream, shard.num_sequences):
             self._after = (file, row + 1)
             missing -= 1
             yield values
@@ -236,8 +205,8 @@ class _Rows:
             raise UserError("the sources were changed while they were read: import them again with --overwrite")
 
 
-def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: Mapping[str, Any]) -> None:
-    folder, request = plan.folder, plan.request
+def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: Mapping[str, Any]) -> LogitCache:
+    folder, spec = plan.folder, plan.spec
     digest, total = hashlib.sha256(), Written()
     for index in range(len(plan.shards)):
         written, row_ids = Written.of(folder, index)
@@ -246,54 +215,44 @@ def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: 
     kept = tuple(shard for shard in shards if shard.num_sequences)
     if not kept:
         raise UserError(f"no row could be imported: {_counted(total.skipped)}; the first bad one: {total.first_bad}")
-    counts = {
-        "sequences": sum(shard.num_sequences for shard in kept),
-        "positions": sum(shard.num_positions for shard in kept),
-        "scaled": total.num_scaled,
-    }
-    quantization = layout.quantization
+    step = history_step(spec, kept, scaled=total.num_scaled)
     fingerprint = {
         "teacher": {
-            "name": request["teacher"],
+            "name": spec["teacher"],
             "architecture": "unknown",
             "dtype": "unknown",
-            "engine": request["source_format"],
+            "engine": spec["source_format"],
             "engine_version": "",
             "vocab_size": layout.vocab_size,
         },
         "tokenizer": tokenizer,
         "corpus": {
-            "sources": [
-                {name: value for name, value in source.items() if name != "path"} for source in request["from"]
-            ],
-            "keep": request["keep"],
-            "skip_bad": request["skip_bad"],
-            "loss_mask": request["loss_mask"],
+            "sources": [{name: value for name, value in source.items() if name != "path"} for source in spec["from"]],
+            "keep": spec["keep"],
+            "skip_bad": spec["skip_bad"],
+            "loss_mask": spec["loss_mask"],
             "sequences_sha256": digest.hexdigest(),
         },
-        "source": {"format": request["source_format"], "config": request.get("config")},
+        "source": {"format": spec["source_format"], "config": spec.get("config")},
         "capture": {
             "top_k": total.most_entries,
             "top_p": 1.0,
             "min_k": total.most_entries,
             **layout.tail_parts.to_json("option"),
             "precision": layout.precision,
-            "shard_positions": request["shard_positions"],
+            "shard_positions": spec["shard_positions"],
             **({"tail": APPROXIMATE} if total.num_approximate else {}),
         },
-        "format": {"version": FORMAT_VERSION, "rounding": quantization.to_json() if quantization else None},
+        "format": layout.stored_format,
     }
-    created_by = f"logitcache {__version__}"
-    step = {**request, "created_by": created_by, **counts}
     files = trusted_files(folder)
-    seal(folder, Manifest(layout, fingerprint, kept, dict(total.skipped), created_by, files, (step,)))
-    folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
-    folder.remove(BUILD_DIRECTORY)
+    cache = finalize_cache(folder, Manifest(layout, fingerprint, kept, dict(total.skipped), CREATED_BY, files, (step,)))
     if total.num_scaled:
-        logger.info("%s of %s positions held more than 1: scaled", f"{total.num_scaled:,}", f"{counts['positions']:,}")
+        logger.info("%s of %s positions held more than 1: scaled", f"{total.num_scaled:,}", f"{step['positions']:,}")
     if total.skipped:
         bad = f"; first bad: {total.first_bad}" if total.first_bad else ""
         logger.info("left out: %s%s", _counted(total.skipped), bad)
+    return cache
 
 
 def _counted(skipped: Mapping[str, int]) -> str:

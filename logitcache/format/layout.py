@@ -39,6 +39,11 @@ class Layout:
             check_precision(self.precision)
             object.__setattr__(self, "quantization", PRESETS[self.precision])
 
+    @property
+    def stored_format(self) -> dict[str, Any]:
+        """What a fingerprint says of the format: its version, and how numbers are rounded."""
+        return {"version": FORMAT_VERSION, "rounding": self.quantization.to_json() if self.quantization else None}
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from logitcache.assembly.unfinished import SHARD_POSITIONS, compared, first_of
+from logitcache.assembly.plan import SHARD_POSITIONS
+from logitcache.assembly.resume import compared, first_of
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.assembly.unfinished import SHARD_POSITIONS
+from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import MANIFEST_NAME

@@ -1,18 +1,13 @@
-"""Rows of finished caches → a new cache beside them: planned, written shard by shard, sealed; resumed where it stopped.
+"""Rows of finished caches become a new cache beside them.
 
-    OUT/.build/plan.json        what was asked for, the stored positions of every shard; see `format.unfinished`
     OUT/.build/rows/00000       numbers of the source rows of shard 0, little-endian int64, and so on
-    OUT/.build/shards/…         the shards that are complete
 
-What is written of a row depends on nothing but the row, and the rows of a shard are decided before the first is written: a
-rewrite that was interrupted anywhere ends in the same bytes as one that was not.
+See `logitcache.assembly.plan` for what else the build directory holds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from logitcache.assembly.card import common_licenses
-from logitcache.assembly.finalize import seal, trusted_files
+from logitcache.assembly.finalize import finalize_cache, history_step, trusted_files
+from logitcache.assembly.plan import Plan, PlannedShard, new_plan
 from logitcache.assembly.resume import begun_plan, finished_cache
-from logitcache.assembly.unfinished import PLAN_NAME, finished_shard, record_shard
-from logitcache.assembly.workspace import abandon, begin, remove_former, workspace
+from logitcache.assembly.workspace import workspace
+from logitcache.assembly.write import StoredRow, write_missing
 from logitcache.errors import UserError
-from logitcache.format.layout import FORMAT_VERSION, Layout
+from logitcache.format.layout import Layout
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,
     MANIFEST_NAME,
@@ -38,19 +34,15 @@ from logitcache.format.manifest import (
     without_secrets_of_sources,
 )
 from logitcache.format.sequences import CachedSequence, TokenSequence
-from logitcache.format.shards import ShardInfo, ShardWriter, shard_name
+from logitcache.format.shards import ShardInfo
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.targets import SparseTargets
 from logitcache.format.trusted import read_trusted
 from logitcache.maintenance.row_scan import Rows
-from logitcache.progress import Progress
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
-from logitcache.version import __version__
-
-logger = logging.getLogger("logitcache")
-
+from logitcache.version import CREATED_BY
 
 _FINGERPRINT = {
     "teacher": dict.fromkeys(["name", "architecture", "dtype", "engine", "engine_version"], object),
@@ -111,56 +103,30 @@ def rewrite(work: Rewrite, out: str | Path, shard_positions: int, overwrite: boo
     for source in work.sources:
         _refuse_overlap(folder, source.folder)
     origins = [_origin(source, work.merged) for source in work.sources]
-    request = {"command": work.command, **work.settings, "shard_positions": shard_positions, "from": origins}
+    spec = {"command": work.command, **work.settings, "shard_positions": shard_positions, "from": origins}
     with workspace(folder), space_needed(out):
-        if not overwrite and (finished := finished_cache(folder, request)):
-            logger.info("%s is already complete", folder)
+        if not overwrite and (finished := finished_cache(folder, spec)):
             return finished
-        begun = begun_plan(folder, request, overwrite)
-        if begun is not None:
-            plan = _Plan(folder, **begun)
-        else:
-            plan = _make_plan(folder, request, work, shard_positions)
-            remove_former(folder)
+        plan = begun_plan(Plan, folder, spec, overwrite)
+        if plan is None:
+            plan = new_plan(folder, lambda: _cut(folder, spec, work, shard_positions))
         _copy_files(work.sources[0], folder, work.layout)
-        shards = _write_shards(plan, work)
-        _finish(plan, work, shards)
-    return open_cache(folder.path)
+        shards = write_missing(plan, work.layout, lambda shard: _rows(work, folder, shard), work.command)
+        licenses = common_licenses(source.folder for source in work.sources)
+        return finalize_cache(folder, _manifest(plan, work, shards), licenses)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """num_positions: stored positions of each shard.  sequences_sha256: of the row ids."""
-
-    folder: Folder
-    request: Mapping[str, Any]
-    num_positions: list[int]
-    sequences_sha256: str
-
-    def rows(self, shard: int) -> np.ndarray:
-        """Source rows of a shard, int64, ascending."""
-        return np.frombuffer(self.folder.read(_rows_name(shard)), "<i8")
-
-
-def _make_plan(folder: Folder, request: Mapping[str, Any], work: Rewrite, shard_positions: int) -> _Plan:
-    begin(folder)
-    try:
-        return _cut(folder, request, work, shard_positions)
-    except BaseException:
-        abandon(folder)
-        raise
-
-
-def _cut(folder: Folder, request: Mapping[str, Any], work: Rewrite, shard_positions: int) -> _Plan:
+def _cut(folder: Folder, spec: Mapping[str, Any], work: Rewrite, shard_positions: int) -> Plan:
     """Chooses the rows and deals them to shards: each takes rows until it has `shard_positions`."""
     digest = hashlib.sha256()
-    num_positions: list[int] = []
+    shards: list[PlannedShard] = []
     pending: list[np.ndarray] = []
-    held = 0
+    num_positions = 0
 
     def close() -> None:
-        folder.write(_rows_name(len(num_positions)), np.concatenate(pending).astype("<i8").tobytes())
-        num_positions.append(held)
+        numbers = np.concatenate(pending).astype("<i8")
+        folder.write(_rows_name(len(shards)), numbers.tobytes())
+        shards.append(PlannedShard(num_positions, len(numbers)))
         pending.clear()
 
     with closing(work.select(folder)) as selected:
@@ -168,21 +134,19 @@ def _cut(folder: Folder, request: Mapping[str, Any], work: Rewrite, shard_positi
             digest.update(rows.ids.tobytes().hex().encode())
             numbers, counts = rows.numbers, rows.num_positions
             while len(numbers):
-                reached = held + counts.cumsum()
+                reached = num_positions + counts.cumsum()
                 take = int(np.searchsorted(reached, shard_positions)) + 1
                 pending.append(numbers[:take])
-                held = int(reached[:take][-1])
+                num_positions = int(reached[:take][-1])
                 numbers, counts = numbers[take:], counts[take:]
-                if held >= shard_positions:
+                if num_positions >= shard_positions:
                     close()
-                    held = 0
+                    num_positions = 0
     if pending:
         close()
-    if not sum(num_positions):
+    plan = Plan(folder=folder, spec=spec, shards=tuple(shards), sequences_sha256=digest.hexdigest())
+    if not plan.num_positions:
         raise UserError(f"logitcache {work.command}: no row with a stored position is selected, nothing is written")
-    plan = _Plan(folder, request, num_positions, digest.hexdigest())
-    data = {"request": request, "num_positions": num_positions, "sequences_sha256": plan.sequences_sha256}
-    folder.write(PLAN_NAME, json.dumps(data, ensure_ascii=False))
     return plan
 
 
@@ -190,33 +154,18 @@ def _rows_name(shard: int) -> str:
     return f"{BUILD_DIRECTORY}/rows/{shard:05d}"
 
 
-def _write_shards(plan: _Plan, work: Rewrite) -> tuple[ShardInfo, ...]:
-    folder, count = plan.folder, len(plan.num_positions)
-    shards = [finished_shard(folder, index) for index in range(count)]
-    missing = [index for index, shard in enumerate(shards) if shard is None]
-    if 0 < len(missing) < count:
-        logger.info("continuing: %d of %d shards are complete", count - len(missing), count)
-    total, left = sum(plan.num_positions), sum(plan.num_positions[index] for index in missing)
-    progress = Progress(work.command, total, total - left, "positions")
-    try:
-        for index in missing:
-            with ShardWriter(folder, shard_name(index, count), work.layout) as writer:
-                for sequence in _sequences(work.sources, plan.rows(index)):
-                    kept = {name: sequence.columns.get(name) for name in work.layout.columns}
-                    tokens = TokenSequence(sequence.input_ids, sequence.loss_mask, kept)
-                    if tokens.row_id != sequence.row_id:
-                        where = ", ".join(source.path for source in work.sources)
-                        raise UserError(
-                            f"{where}: row {sequence.row_id} was altered: the hash of its tokens is {tokens.row_id}. "
-                            "`logitcache verify` lists all that is wrong"
-                        )
-                    writer.write(tokens, work.transform(sequence))
-                    progress.advance(len(sequence.positions))
-            record_shard(folder, index, writer.info)
-            shards[index] = writer.info
-    finally:
-        progress.close()
-    return tuple(shard for shard in shards if shard is not None)
+def _rows(work: Rewrite, folder: Folder, shard: int) -> Iterator[StoredRow]:
+    """What is stored of the source rows of a shard. Raises UserError for a row whose id is not that of its tokens."""
+    for sequence in _sequences(work.sources, np.frombuffer(folder.read(_rows_name(shard)), "<i8")):
+        kept = {name: sequence.columns.get(name) for name in work.layout.columns}
+        tokens = TokenSequence(sequence.input_ids, sequence.loss_mask, kept)
+        if tokens.row_id != sequence.row_id:
+            where = ", ".join(source.path for source in work.sources)
+            raise UserError(
+                f"{where}: row {sequence.row_id} was altered: the hash of its tokens is {tokens.row_id}. "
+                "`logitcache verify` lists all that is wrong"
+            )
+        yield tokens, work.transform(sequence)
 
 
 def _sequences(sources: Sequence[LogitCache], numbers: np.ndarray) -> Iterator[CachedSequence]:
@@ -235,38 +184,26 @@ def _copy_files(source: LogitCache, folder: Folder, layout: Layout) -> None:
             folder.write(name, read_trusted(source.folder, source.manifest, name))
 
 
-def _finish(plan: _Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> None:
-    folder = plan.folder
-    before = sum(len(source) for source in work.sources)
-    after = sum(shard.num_sequences for shard in shards)
-    step = {
-        **plan.request,
-        "created_by": f"logitcache {__version__}",
-        "sequences": after,
-        "positions": sum(shard.num_positions for shard in shards),
-        work.left_out: before - after,
-    }
-    quantization = work.layout.quantization
-    stored = {"version": FORMAT_VERSION, "rounding": quantization.to_json() if quantization else None}
+def _manifest(plan: Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> Manifest:
+    """The manifest of the new cache: what follows from its rows joins the fingerprint and the history of its source."""
+    before, after = sum(len(source) for source in work.sources), sum(shard.num_sequences for shard in shards)
+    step = history_step(plan.spec, shards, **{work.left_out: before - after})
     fingerprint = {
         **work.fingerprint,
         "corpus": {**work.fingerprint["corpus"], "sequences_sha256": plan.sequences_sha256},
-        "capture": {**work.fingerprint["capture"], "shard_positions": plan.request["shard_positions"]},
-        "format": {**work.fingerprint.get("format", {}), **stored},
+        "capture": {**work.fingerprint["capture"], "shard_positions": plan.spec["shard_positions"]},
+        "format": {**work.fingerprint.get("format", {}), **work.layout.stored_format},
     }
     former = () if work.merged else work.sources[0].manifest.history
-    manifest = Manifest(
+    return Manifest(
         layout=work.layout,
         fingerprint=fingerprint,
         shards=shards,
         skipped=work.skipped,
-        created_by=f"logitcache {__version__}",
-        files=trusted_files(folder),
+        created_by=CREATED_BY,
+        files=trusted_files(plan.folder),
         history=(*former, step),
     )
-    seal(folder, manifest, common_licenses(source.folder for source in work.sources))
-    folder.remove(PLAN_NAME)  # without it nothing asks what else is left, should this be cut off
-    folder.remove(BUILD_DIRECTORY)
 
 
 def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitcache.assembly.unfinished import SHARD_POSITIONS
+from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.errors import UserError, one_line
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.row_scan import Rows, scan

@@ -1,6 +1,6 @@
 """logitcache pull: a cache, or some of its shards, from a URL, a folder or a bundle; its manifest last.
 
-    OUT/.build/plan.json    which cache it will be, see `format.unfinished`
+    OUT/.build/plan.json    which cache it will be, see `logitcache.assembly.plan`
     OUT/data/…              files appear under their names when their SHA-256 is found to be the manifest's
 
 What is there and right is not fetched again, so the same command continues an interrupted pull and mends a damaged copy.
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.assembly.card import read_card
-from logitcache.assembly.finalize import seal
-from logitcache.assembly.unfinished import PLAN_NAME, read_request, refuse_changes
-from logitcache.assembly.workspace import ANSWERS_NAME, begin, workspace
+from logitcache.assembly.finalize import finalize_cache, history_step, open_finished
+from logitcache.assembly.plan import PLAN_NAME
+from logitcache.assembly.resume import continues
+from logitcache.assembly.workspace import begin, workspace
 from logitcache.errors import UserError, one_line
 from logitcache.format.manifest import (
-    BUILD_DIRECTORY,
     CARD_NAME,
     MANIFEST_NAME,
     Manifest,
@@ -36,7 +36,7 @@ from logitcache.format.manifest import (
 )
 from logitcache.maintenance.slice import slice_cache
 from logitcache.ranges import span_of
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.cache import LogitCache
 from logitcache.reading.shard_reader import ShardReader
 from logitcache.sharing.bundle import bundled_manifest, is_bundle
 from logitcache.sharing.fetch import Source, fetch
@@ -47,7 +47,7 @@ from logitcache.sharing.transfer import (
 )
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
-from logitcache.version import __version__
+from logitcache.version import CREATED_BY
 
 logger = logging.getLogger("logitcache")
 
@@ -101,17 +101,13 @@ def pull(
     check_identity(identity, against, url)
     source = Source(url, identity, parse_manifest(content, f"{url.rstrip('/')}/{MANIFEST_NAME}"))
     chosen = span_of(shards, len(source.manifest.shards), "shard")
-    request = {"command": "pull", "manifest_sha256": identity, "shards": shards and f"{chosen.start}:{chosen.stop}"}
+    spec = {"command": "pull", "manifest_sha256": identity, "shards": shards and f"{chosen.start}:{chosen.stop}"}
     with workspace(folder), _writable(folder), space_needed(out):
-        _begin(folder, request, content, overwrite)
+        _begin(folder, spec, content, overwrite)
         texts = fetch(source, chosen, folder)
         if shards is None:
-            _finish_whole(folder, content, source, texts)
-        else:
-            _finish_part(folder, source, chosen, texts)
-        folder.remove(PLAN_NAME)
-        folder.remove(BUILD_DIRECTORY)
-    return open_cache(folder.path)
+            return _finish_whole(folder, content, source, texts)
+        return _finish_part(folder, source, chosen, texts)
 
 
 def _pull_rows(
@@ -135,38 +131,34 @@ def _writable(folder: Folder) -> Iterator[None]:
         raise UserError(f"--out {folder} cannot be written ({one_line(error)})") from error
 
 
-def _begin(folder: Folder, request: Mapping[str, Any], content: bytes, overwrite: bool) -> None:
-    """Records the request. Raises UserError where another cache is in the folder, finished or not, and is to stay."""
-    recorded = read_request(folder)
-    if recorded is not None or folder.exists(ANSWERS_NAME):
-        unfinished = recorded if recorded is not None and "command" in recorded else {"command": "build"}
-        if not overwrite:
-            refuse_changes(unfinished, request, folder, "an unfinished cache")
-    holds_another = folder.exists(MANIFEST_NAME) and not _is_what_it_makes(folder, request, content)
-    if holds_another and recorded is None and not overwrite:
+def _begin(folder: Folder, spec: Mapping[str, Any], content: bytes, overwrite: bool) -> None:
+    """Records the settings. Raises UserError where another cache is in the folder, finished or not, and is to stay."""
+    begun = continues(folder, spec, overwrite)
+    holds_another = folder.exists(MANIFEST_NAME) and not _is_what_it_makes(folder, spec, content)
+    if holds_another and not begun and not overwrite:
         raise UserError(
             f"--out {folder} holds another cache (identity {cache_identity(folder)}): choose another folder, or replace it "
             "with --overwrite"
         )
-    if recorded != request:
+    if not begun:
         begin(folder)
-        folder.write(PLAN_NAME, json.dumps({"request": request}))
+        folder.write(PLAN_NAME, json.dumps({"request": spec}))
     if holds_another:
         folder.remove(MANIFEST_NAME)
 
 
-def _is_what_it_makes(folder: Folder, request: Mapping[str, Any], content: bytes) -> bool:
-    """Whether the finished cache in a folder was made by the same request."""
+def _is_what_it_makes(folder: Folder, spec: Mapping[str, Any], content: bytes) -> bool:
+    """Whether the finished cache in a folder was made with the same settings."""
     there = folder.read(MANIFEST_NAME)
-    if request["shards"] is None:
+    if spec["shards"] is None:
         return there == content
     with suppress(UserError):
         history = parse_manifest(there, folder.where(MANIFEST_NAME)).history
-        return bool(history) and _request_of(history[-1]) == request
+        return bool(history) and _spec_of(history[-1]) == spec
     return False
 
 
-def _request_of(step: Mapping[str, Any]) -> dict[str, Any]:
+def _spec_of(step: Mapping[str, Any]) -> dict[str, Any]:
     origins = step.get("from") or [{}]
     return {
         "command": step["command"],
@@ -175,7 +167,7 @@ def _request_of(step: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finish_whole(folder: Folder, content: bytes, source: Source, texts: Mapping[str, bytes]) -> None:
+def _finish_whole(folder: Folder, content: bytes, source: Source, texts: Mapping[str, bytes]) -> LogitCache:
     files = vouched_files(source.manifest, source.where)
     for name in left_behind(folder.stored(), [*(file.name for file in files), *texts, MANIFEST_NAME]):
         folder.remove(name)
@@ -184,22 +176,20 @@ def _finish_whole(folder: Folder, content: bytes, source: Source, texts: Mapping
     if CARD_NAME in texts:
         logger.info("%s is what its author says: no checksum covers it", folder.where(CARD_NAME))
     folder.write(MANIFEST_NAME, content)
+    return open_finished(folder)
 
 
-def _finish_part(folder: Folder, source: Source, chosen: range, texts: Mapping[str, bytes]) -> None:
+def _finish_part(folder: Folder, source: Source, chosen: range, texts: Mapping[str, bytes]) -> LogitCache:
     """A manifest of some of the shards, with what was left out in its history, and a card of it."""
     whole = source.manifest
     shards = whole.shards[chosen.start : chosen.stop]
-    step = {
+    spec = {
         "command": "pull",
         "shards": f"{chosen.start}:{chosen.stop}",
         "from": [source_of(Folder(source.url), source.identity, whole)],
-        "created_by": f"logitcache {__version__}",
-        "sequences": sum(shard.num_sequences for shard in shards),
-        "positions": sum(shard.num_positions for shard in shards),
-        "left_out": whole.num_sequences - sum(shard.num_sequences for shard in shards),
     }
-    part = replace(whole, shards=shards, history=(*whole.history, step), created_by=f"logitcache {__version__}")
+    step = history_step(spec, shards, left_out=whole.num_sequences - sum(shard.num_sequences for shard in shards))
+    part = replace(whole, shards=shards, history=(*whole.history, step), created_by=CREATED_BY)
     corpus = whole.fingerprint.get("corpus")
     if isinstance(corpus, dict) and "sequences_sha256" in corpus:
         corpus = {**corpus, "sequences_sha256": _sequences_sha256(folder, part)}
@@ -208,7 +198,7 @@ def _finish_part(folder: Folder, source: Source, chosen: range, texts: Mapping[s
         folder.remove(name)
     if CARD_NAME in texts:
         folder.write(CARD_NAME, texts[CARD_NAME])
-    seal(folder, part, read_card(folder).licenses)
+    return finalize_cache(folder, part, read_card(folder).licenses)
 
 
 def _sequences_sha256(folder: Folder, manifest: Manifest) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from logitcache.assembly.card import update_card
-from logitcache.assembly.unfinished import differences, first_of
+from logitcache.assembly.resume import differences, first_of
 from logitcache.errors import UserError, one_line
 from logitcache.format.manifest import (
     BUILD_DIRECTORY,

@@ -15,11 +15,11 @@ import pytest
 
 import logitcache
 from logitcache import LogitCache, UserError
-from logitcache.assembly.finalize import seal
-from logitcache.assembly.workspace import BUILD_DIRECTORY
+from logitcache.assembly.finalize import finalize_cache
+from logitcache.assembly.plan import Plan
 from logitcache.cli import main
-from logitcache.format.manifest import Manifest
-from logitcache.maintenance import rewrite
+from logitcache.format.manifest import BUILD_DIRECTORY, Manifest
+from logitcache.format.shards import ShardInfo
 from logitcache.maintenance.slice import slice_cache
 from logitcache.storage.folder import Folder
 from tests.helpers.exchanging import random_rows as topk_rows
@@ -182,16 +182,16 @@ class TestAnotherPassword:
         self, site: Website, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         whole = slice_cache(site.url("cache"), tmp_path / "whole", rows="0:9", shard_positions=8)
-        record, done = rewrite.record_shard, []
+        record, done = Plan.record, []
 
-        def killed(folder: Folder, index: int, info: object) -> None:
-            record(folder, index, info)  # type: ignore[arg-type]
+        def killed(plan: Plan, index: int, info: ShardInfo) -> None:
+            record(plan, index, info)
             done.append(index)
             if len(done) == 2:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
-            patched.setattr(rewrite, "record_shard", killed)
+            patched.setattr(Plan, "record", killed)
             slice_cache(site.url("cache"), tmp_path / "out", rows="0:9", shard_positions=8)
         assert (tmp_path / "out" / BUILD_DIRECTORY / "plan.json").exists()
         assert SECRET.encode() not in written_to(tmp_path / "out")
@@ -254,8 +254,8 @@ class TestWhatAnEarlierVersionRecorded:
             assert "nested too deep" in capsys.readouterr().err
             assert not out.exists()
 
-    def test_a_manifest_that_is_sealed_now_has_none(self, old: LogitCache, tmp_path: Path) -> None:
-        seal(old.folder, old.manifest)
+    def test_a_manifest_that_is_finalized_now_has_none(self, old: LogitCache, tmp_path: Path) -> None:
+        finalize_cache(old.folder, old.manifest)
         sealed = json.loads((tmp_path / "old/logitcache.json").read_bytes())
         assert SECRET not in json.dumps([step["from"] for step in sealed["history"]])
         assert isinstance(LogitCache(old.path).manifest, Manifest)

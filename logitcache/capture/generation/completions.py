@@ -19,17 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.assembly.workspace import ANSWERS_NAME, abandon, begin
+from logitcache.assembly.workspace import ANSWERS_NAME, PROMPTS_NAME, abandon, begin
 from logitcache.capture.generation.sampling import GenerationSettings
 from logitcache.capture.inputs import Inputs
-from logitcache.capture.plan import check_read
+from logitcache.capture.plan import TokensWriter, check_read, read_tokens
 from logitcache.capture.teachers.vllm.generate import Completion, VllmGenerator
-from logitcache.capture.tokens import TokensWriter, read_tokens
 from logitcache.format.sequences import TokenSequence
 from logitcache.progress import Progress
 from logitcache.storage.folder import Folder
 
-PROMPTS_NAME = f"{ANSWERS_NAME}/prompts.json"
 COMPLETED_NAME = f"{ANSWERS_NAME}/answered"
 COMPLETIONS_PER_BATCH = 256
 """About how many completions a batch has: the least that is kept."""
@@ -85,12 +83,12 @@ class CompletedPrompts:
         )
 
 
-def complete_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -> CompletedPrompts:
+def complete_prompts(folder: Folder, spec: Mapping[str, Any], inputs: Inputs) -> CompletedPrompts:
     """Lets the teacher answer every prompt that has no completions yet.
 
     Args:
-        folder: the cache that is built; completions that it has were made with this request.
-        request: everything that decides what the cache will hold.
+        folder: the cache that is built; completions that it has were made with this spec.
+        spec: everything that decides what the cache will hold.
         inputs: the inputs of the build.
 
     Raises:
@@ -100,7 +98,7 @@ def complete_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs)
     if not folder.exists(PROMPTS_NAME):
         begin(folder)
         try:
-            _read_prompts(folder, request, inputs)
+            _read_prompts(folder, spec, inputs)
         except BaseException:
             abandon(folder)
             raise
@@ -127,7 +125,7 @@ def complete_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs)
     return CompletedPrompts(folder, batches)
 
 
-def _read_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) -> None:
+def _read_prompts(folder: Folder, spec: Mapping[str, Any], inputs: Inputs) -> None:
     assert inputs.generation is not None
     corpus = inputs.prompts()
     progress = Progress("reading", None, 0, "prompts")
@@ -149,7 +147,7 @@ def _read_prompts(folder: Folder, request: Mapping[str, Any], inputs: Inputs) ->
     progress.close()
     check_read(corpus, bool(counts), "prompt to answer")
     data = {
-        "request": request,
+        "request": spec,
         "layout": corpus.layout,
         "num_prompts": counts,
         "longest": longest,

@@ -14,7 +14,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from logitcache.assembly.unfinished import compared
+from logitcache.assembly.resume import compared
 from logitcache.errors import UserError, one_line
 from logitcache.format.codebook import Codebook
 from logitcache.format.footer import check_pages, open_parquet, read_footer

@@ -22,7 +22,6 @@ from logitcache.format.manifest import (
 )
 from logitcache.format.shards import ShardInfo
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
-from logitcache.maintenance.verify.buckets import Buckets
 from logitcache.maintenance.verify.findings import Finding
 from logitcache.maintenance.verify.manifest import Claims, check_manifest
 from logitcache.maintenance.verify.shard import Claimed, check_shard, fetched_sha256, shard_files
@@ -150,7 +149,7 @@ class _RowIds:
     """The ids of all rows: their SHA-256 in order, and which come twice."""
 
     def __init__(self, directory: Path) -> None:
-        self._buckets = Buckets(directory, [("id", "S16"), ("shard", "<i4"), ("row", "<i8")])
+        self._buckets = HashBuckets(directory, [("id", "S16"), ("shard", "<i4"), ("row", "<i8")])
         self._waiting: list[tuple[np.ndarray, int, int]] = []
         self._num_waiting = 0
         self._digest = hashlib.sha256()
@@ -246,3 +245,27 @@ def _check_unnamed(folder: Folder, held: list[str], claims: Claims) -> Iterator[
             yield Finding("swapped", name, f"this is what the manifest calls {same}")
         else:
             yield Finding("foreign", name, f"{num_bytes:,} bytes" + (f", the same as {same}" if same else ""))
+
+
+class HashBuckets:
+    """Records of a structured type, dealt to numbered files of a directory, so that those of one file fit in memory."""
+
+    def __init__(self, directory: Path, fields: list[tuple[str, str]]) -> None:
+        directory.mkdir()
+        self._directory, self._type = directory, np.dtype(fields)
+
+    def add(self, buckets: np.ndarray, *columns: np.ndarray) -> None:
+        """Appends records, given by columns [n], each to the bucket [n] of its own."""
+        records = np.empty(len(buckets), self._type)
+        for name, column in zip(self._type.names or (), columns, strict=True):
+            records[name] = column
+        order = np.argsort(buckets, kind="stable")
+        numbers, starts = np.unique(buckets[order], return_index=True)
+        for number, part in zip(numbers.tolist(), np.split(records[order], starts[1:]), strict=True):
+            with (self._directory / str(number)).open("ab") as file:
+                file.write(part.tobytes())
+
+    def read(self, bucket: int) -> np.ndarray:
+        """All records of a bucket, in the order in which they came."""
+        path = self._directory / str(bucket)
+        return np.fromfile(path, self._type) if path.exists() else np.empty(0, self._type)

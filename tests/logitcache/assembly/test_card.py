@@ -14,7 +14,7 @@ import yaml
 import logitcache
 from logitcache import UserError
 from logitcache.assembly.card import read_card, update_card, write_card
-from logitcache.assembly.finalize import seal
+from logitcache.assembly.finalize import finalize_cache
 from logitcache.cli import main
 from logitcache.format.manifest import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, cache_identity
 from logitcache.maintenance.merge import merge
@@ -167,7 +167,7 @@ def test_what_people_put_beside_the_shards_stays(folder: Folder, tmp_path: Path)
     for name in ("notes.txt", "train-00007-of-00008.parquet", "x.parquet.tmp"):
         out.write(f"data/{name}", "x")
     manifest = logitcache.open(out.path).manifest
-    seal(out, manifest)
+    finalize_cache(out, manifest)
     assert out.names("data") == ["notes.txt", "train-00000-of-00001.parquet"]
 
 

@@ -37,7 +37,7 @@ def stop_at_shard(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
         begun.append(name)
         return ShardWriter(folder, name, layout)
 
-    monkeypatch.setattr(worker, "ShardWriter", writer)
+    monkeypatch.setattr("logitcache.assembly.write.ShardWriter", writer)
     return begun
 
 
@@ -299,7 +299,7 @@ def test_nothing_is_left_of_the_tokenizer_of_a_cache_whose_removal_was_cut_off(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(build_module, "remove_former", cut_off)
+        patched.setattr("logitcache.assembly.plan.remove_former", cut_off)
         build(teacher, corpus, tmp_path / "c", top_k=8, overwrite=True)
     cache = build(teacher, corpus, tmp_path / "c", top_k=8, overwrite=True)
     assert "tokenizer/chat_template_of_another.jinja" not in cache.manifest.files
@@ -314,7 +314,7 @@ def test_a_cache_that_was_finished_meanwhile_is_not_removed(
     shutil.copytree(tmp_path / "c/.build", tmp_path / "plan")
     cache = finish(tmp_path / "c")
     shutil.copytree(tmp_path / "plan", tmp_path / "c/.build")
-    monkeypatch.setattr(build_module, "_finished", lambda folder, request: None)  # as it was a moment ago
+    monkeypatch.setattr(build_module, "finished_cache", lambda folder, spec: None)  # as it was a moment ago
     build(teacher, corpus, tmp_path / "c", shard_range=(0, 1))
     assert rows(logitcache.open(tmp_path / "c")) == rows(cache)
 

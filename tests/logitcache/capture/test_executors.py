@@ -320,7 +320,7 @@ def test_a_build_into_an_object_store_is_resumed_and_read_there(
 ) -> None:
     out = f"{bucket}/caches/one"
     recorded: list[int] = []
-    real = build_module.Plan.record
+    real = build_module.BuildPlan.record
 
     def stops_after_two(self: Any, index: int, info: Any) -> None:
         if len(recorded) == 2:
@@ -329,7 +329,7 @@ def test_a_build_into_an_object_store_is_resumed_and_read_there(
         real(self, index, info)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(build_module.Plan, "record", stops_after_two)
+        patched.setattr(build_module.BuildPlan, "record", stops_after_two)
         build(teacher, corpus, out)
     with pytest.raises(UserError, match="unfinished build"):
         logitcache.open(out)

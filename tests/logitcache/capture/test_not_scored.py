@@ -14,7 +14,6 @@ import pytest
 
 import logitcache
 from logitcache import UserError
-from logitcache.capture import worker
 from logitcache.capture.estimate.estimate import plan
 from logitcache.format.shards import ShardWriter
 from tests.helpers.exchanging import findings
@@ -103,7 +102,7 @@ def test_an_interrupted_build_continues_to_the_same_cache(
             return ShardWriter(folder, name, layout)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(worker, "ShardWriter", writer)
+            patched.setattr("logitcache.assembly.write.ShardWriter", writer)
             build(broken, rows, out, skip_bad=True)
         continued = build(broken, rows, out, skip_bad=True)
         assert continued.manifest.shards == whole.manifest.shards

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from logitcache import UserError
-from logitcache.assembly.unfinished import read_request
+from logitcache.assembly.resume import recorded_spec
 from logitcache.capture.corpus.documents import Source
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
-from logitcache.capture.plan import Plan, make_plan, read_plan
+from logitcache.capture.plan import BuildPlan, make_plan
 from logitcache.documents.document import Document
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter
 from logitcache.storage.folder import Folder
 from tests.helpers.smallcaches import EVERYTHING, random_rows
 
-REQUEST = {"teacher": {"name": "tiny"}, "capture": {"top_k": 8}}
+SPEC = {"teacher": {"name": "tiny"}, "capture": {"top_k": 8}}
 
 
 def corpus(rows: list[dict[str, Any]], **settings: Any) -> Corpus:
@@ -36,12 +36,12 @@ def documents(count: int = 30) -> list[dict[str, Any]]:
     return [{"input_ids": random.integers(0, 512, int(random.integers(2, 20))).tolist(), "id": i} for i in range(count)]
 
 
-def all_sequences(plan: Plan) -> list[TokenSequence]:
+def all_sequences(plan: BuildPlan) -> list[TokenSequence]:
     return [sequence for index in range(len(plan.shards)) for sequence in plan.sequences(index)]
 
 
 def test_the_shards_cover_the_corpus_in_order(tmp_path: Path) -> None:
-    plan = make_plan(Folder(tmp_path), REQUEST, corpus(documents(), keep=("id",)), shard_positions=40)
+    plan = make_plan(Folder(tmp_path), SPEC, corpus(documents(), keep=("id",)), shard_positions=40)
     expected = list(corpus(documents(), keep=("id",)))
     found = all_sequences(plan)
     assert len(plan.shards) > 4
@@ -53,7 +53,7 @@ def test_the_shards_cover_the_corpus_in_order(tmp_path: Path) -> None:
 
 
 def test_every_shard_holds_what_its_counts_say_and_is_as_large_as_asked_for(tmp_path: Path) -> None:
-    plan = make_plan(Folder(tmp_path), REQUEST, corpus(documents()), shard_positions=40)
+    plan = make_plan(Folder(tmp_path), SPEC, corpus(documents()), shard_positions=40)
     for index, shard in enumerate(plan.shards):
         rows = list(plan.sequences(index))
         assert shard.num_sequences == len(rows)
@@ -64,10 +64,10 @@ def test_every_shard_holds_what_its_counts_say_and_is_as_large_as_asked_for(tmp_
 
 def test_a_plan_read_back_is_the_plan_that_was_made(tmp_path: Path) -> None:
     made = make_plan(
-        Folder(tmp_path), REQUEST, corpus([*documents(), {"input_ids": [1]}], keep=("id",)), shard_positions=40
+        Folder(tmp_path), SPEC, corpus([*documents(), {"input_ids": [1]}], keep=("id",)), shard_positions=40
     )
-    assert read_plan(Folder(tmp_path)) == made
-    assert made.request == REQUEST
+    assert BuildPlan.read(Folder(tmp_path)) == made
+    assert made.spec == SPEC
     assert made.skipped == {"empty": 1}
     assert made.num_documents == 31
 
@@ -76,13 +76,13 @@ def test_the_same_corpus_gives_the_same_hash_and_another_one_another(tmp_path: P
     hashes = []
     for name, rows, size in (("a", documents(), 40), ("b", documents(), 1000), ("c", documents()[::-1], 40)):
         (tmp_path / name).mkdir()
-        hashes.append(make_plan(Folder(tmp_path / name), REQUEST, corpus(rows), size).sequences_sha256)
+        hashes.append(make_plan(Folder(tmp_path / name), SPEC, corpus(rows), size).sequences_sha256)
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_more_rows_than_a_row_group_of_the_plan_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitcache.capture.tokens.ROWS_PER_GROUP", 7)
-    plan = make_plan(Folder(tmp_path), REQUEST, corpus(documents()), shard_positions=10_000)
+    monkeypatch.setattr("logitcache.capture.plan.ROWS_PER_GROUP", 7)
+    plan = make_plan(Folder(tmp_path), SPEC, corpus(documents()), shard_positions=10_000)
     assert [s.row_id for s in all_sequences(plan)] == [s.row_id for s in corpus(documents())]
 
 
@@ -105,7 +105,7 @@ def test_kept_columns_have_one_type_or_become_text(
     tmp_path: Path, values: list[Any], column_type: str, kept: list[Any]
 ) -> None:
     rows = [{"input_ids": [1, 2, 3], "kept": value} for value in values]
-    plan = make_plan(Folder(tmp_path), REQUEST, corpus(rows, keep=("kept",)), shard_positions=2)
+    plan = make_plan(Folder(tmp_path), SPEC, corpus(rows, keep=("kept",)), shard_positions=2)
     assert plan.column_types == {"kept": column_type}
     found = [sequence.columns["kept"] for sequence in all_sequences(plan)]
     assert found == kept
@@ -122,29 +122,29 @@ def test_kept_columns_have_one_type_or_become_text(
 )
 def test_a_corpus_without_anything_to_train_is_refused(tmp_path: Path, rows: list[dict[str, Any]], reason: str) -> None:
     with pytest.raises(UserError, match=f"the corpus holds no sequence to train on: {reason}"):
-        make_plan(Folder(tmp_path), REQUEST, corpus(rows), shard_positions=40)
+        make_plan(Folder(tmp_path), SPEC, corpus(rows), shard_positions=40)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("good", [0, 1, 29])
 def test_a_corpus_that_fails_leaves_nothing_behind(tmp_path: Path, good: int) -> None:
     with pytest.raises(UserError, match=f"rows {good}: `input_ids` must be"):
-        make_plan(Folder(tmp_path), REQUEST, corpus([*documents()[:good], {"input_ids": "x"}]), shard_positions=40)
+        make_plan(Folder(tmp_path), SPEC, corpus([*documents()[:good], {"input_ids": "x"}]), shard_positions=40)
     assert list(tmp_path.iterdir()) == []
-    assert read_request(Folder(tmp_path)) is None
+    assert recorded_spec(Folder(tmp_path)) is None
 
 
 def test_a_plan_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     leftover = tmp_path / ".build/tokens/00099.parquet"
     leftover.parent.mkdir(parents=True)
     leftover.write_text("half")
-    assert read_request(Folder(tmp_path)) is None
-    make_plan(Folder(tmp_path), REQUEST, corpus(documents()), shard_positions=40)
+    assert recorded_spec(Folder(tmp_path)) is None
+    make_plan(Folder(tmp_path), SPEC, corpus(documents()), shard_positions=40)
     assert not leftover.exists()
 
 
 def test_a_shard_is_finished_when_it_was_recorded_and_is_there(tmp_path: Path) -> None:
-    plan = make_plan(Folder(tmp_path), REQUEST, corpus(documents()), shard_positions=40)
+    plan = make_plan(Folder(tmp_path), SPEC, corpus(documents()), shard_positions=40)
     assert plan.finished(0) is None
     with ShardWriter(Folder(tmp_path), plan.shard_name(0), EVERYTHING) as writer:
         writer.write(*random_rows(1, EVERYTHING)[0])

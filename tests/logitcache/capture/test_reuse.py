@@ -100,7 +100,7 @@ def stop_at_shard(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         begun.append(name)
         return ShardWriter(folder, name, layout)
 
-    monkeypatch.setattr(worker, "ShardWriter", writer)
+    monkeypatch.setattr("logitcache.assembly.write.ShardWriter", writer)
 
 
 def arrays(row: CachedSequence) -> list[Any]:

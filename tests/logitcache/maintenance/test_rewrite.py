@@ -371,7 +371,7 @@ class TestBuildsInTheSameFolder:
         with stopped_after(1), pytest.raises(Stopped):
             recode(root, root / "out")
         left = contents(root / "out")
-        with pytest.raises(UserError, match="made otherwise: command was recode, now None"):
+        with pytest.raises(UserError, match="made otherwise: command was recode, now build"):
             logitcache.build(**self.settings(teacher, corpus, root / "out"))
         assert contents(root / "out") == left
 

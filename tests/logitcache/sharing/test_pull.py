@@ -520,7 +520,7 @@ class TestPlaces:
                 "an unfinished cache made otherwise: command was build, now pull",
             ),
             ({"plan.json": {"request": {"command": "slice"}}}, "command was slice, now pull"),
-            ({"answers/prompts.json": {}}, "command was build, now pull"),
+            ({"answers/prompts.json": {"request": {}}}, "command was build, now pull"),
         ],
     )
     def test_nor_is_an_unfinished_one_lost(

@@ -20,7 +20,7 @@ import torch
 
 import logitcache
 from logitcache import UserError
-from logitcache.assembly.unfinished import SHARD_POSITIONS
+from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.capture import plan, worker
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.prompts import Prompts, PromptSettings
@@ -28,7 +28,6 @@ from logitcache.capture.finish import finish
 from logitcache.capture.generation import completions
 from logitcache.capture.generation.sampling import GenerationSettings
 from logitcache.capture.inputs import resolve_inputs
-from logitcache.capture.request import make_request
 from logitcache.capture.teachers.hf import TransformersTeacher
 from logitcache.capture.teachers.vllm.generate import Completion, VllmGenerator
 from logitcache.cli import parser
@@ -273,7 +272,7 @@ class TestBuild:
             patched.setattr(echo, "interrupted_after", 200)
             build(teacher, prompts, out)
         with pytest.raises(
-            UserError, match=r"an unfinished build made otherwise: generation\.temperature was 1\.0, now"
+            UserError, match=r"an unfinished cache made otherwise: generation\.temperature was 1\.0, now"
         ):
             build(teacher, prompts, out, sampling_params={"n": 2, "temperature": 0.7})
         with pytest.raises(UserError, match=r"generation was .*, now None"):
@@ -467,7 +466,7 @@ class TestVllm:
         folder = Folder(out)
         monkeypatch.setattr(completions, "VllmGenerator", lambda *_: generator)
         monkeypatch.setattr(generator, "close", lambda: None)
-        continued = completions.complete_prompts(folder, make_request(inputs, SHARD_POSITIONS), inputs)
+        continued = completions.complete_prompts(folder, inputs.spec(SHARD_POSITIONS), inputs)
         for ours, theirs in zip_longest(rows(continued), rows(cache)):
             assert ours == theirs
         assert {p: p.stat().st_mtime_ns for p in kept} == kept
