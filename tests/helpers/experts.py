@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcache import CachedSequence
 from tests.helpers.cachemaking import TINY, VOCAB
-from trainer.data.collator import Batch
 
 SIZES: dict[str, Any] = TINY | {
     "moe_intermediate_size": 24,
@@ -83,7 +83,7 @@ def model_of(name: str, settings: dict[str, Any]) -> PreTrainedModel:
     return model.float()
 
 
-def labelled(sequences: list[CachedSequence]) -> Batch:
+def labelled(sequences: list[CachedSequence]) -> dict[str, Tensor]:
     """The batch of hard labels that a user of transformers makes of sequences and their masks."""
     longest = max(len(sequence.input_ids) for sequence in sequences)
     ids, mask, labels = (np.full((len(sequences), longest), fill, dtype=np.int64) for fill in (0, 0, -100))

@@ -15,7 +15,7 @@ from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
 from trainer.losses.terms import DistillationTerms
 from trainer.model.head import find_head
-from trainer.model.objective import FusedObjective, Objective, teacher_targets
+from trainer.model.objective import FusedObjective, Objective
 
 SIZES = TINY | {
     "max_position_embeddings": 64,
@@ -53,7 +53,7 @@ def call(
     return objective(
         model,
         batch,
-        teacher_targets(batch, temperature),
+        batch.targets_at(temperature),
         mixture=Mixture(0.7, 0.3),
         settings=LossSettings(loss, temperature=temperature),
         vocab_size=VOCAB,

@@ -174,11 +174,11 @@ def test_the_wrong_tail_is_the_power_of_its_mass(cache: LogitCache) -> None:
     model = new_student()
     trainer = trainer_of(student, model, cache, llama())
     inputs = next(iter(trainer.get_train_dataloader()))
-    logits = model(inputs["input_ids"]).logits[:, inputs["columns"]].flatten(0, 1)[inputs["rows"]]
-    powers = torch.cat([inputs["logprobs"], inputs["tail_logprob"][:, None]], 1).exp() ** 0.5
+    logits = model(inputs.input_ids).logits[:, inputs.logits_to_keep].flatten(0, 1)[inputs.logit_indices]
+    powers = torch.cat([inputs.targets.logprobs, inputs.targets.tail_logprob[:, None]], 1).exp() ** 0.5
     p = powers / powers.sum(1, keepdim=True)
     q = (logits / 2).softmax(1)
-    q_entries = q.gather(1, inputs["token_ids"].long())
+    q_entries = q.gather(1, inputs.targets.token_ids.long())
     q_all = torch.cat([q_entries, 1 - q_entries.sum(1, keepdim=True)], 1)
     expected = 4 * (p * (p / q_all).log()).sum() / len(p)  # times T²
     torch.testing.assert_close(trainer.compute_loss(model, inputs), expected, rtol=1e-4, atol=1e-5)

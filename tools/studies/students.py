@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 
 from logitcache import LogitCache
 from trainer import DistillConfig, DistillTrainer
+from trainer.data.collator import Batch
 
 ONLINE = "online"
 HARD = "hard labels"
@@ -86,7 +87,7 @@ class OnlineTrainer(DistillTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -94,7 +95,7 @@ class OnlineTrainer(DistillTrainer):
         with torch.no_grad():
             log_p = (_stored_logits(self._teacher, inputs) / self._temperature).log_softmax(1)
         log_q = (_stored_logits(model, inputs) / self._temperature).log_softmax(1)
-        positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
+        positions = inputs.num_positions if num_items_in_batch is None else num_items_in_batch
         loss = self._temperature**2 * divergence(self._loss, log_p, log_q).sum() / positions
         return (loss, None) if return_outputs else loss
 
@@ -105,14 +106,14 @@ class PowerTailTrainer(DistillTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """DistillTrainer's, with the wrong tail."""
-        one_token = inputs["tail_logprob"] / self.args.temperature
-        wrong = {name: one_token for name in inputs if name.startswith("tempered_tail")}
-        return super().compute_loss(model, inputs | wrong, return_outputs, num_items_in_batch)
+        one_token = inputs.targets.tail_logprob / self.args.temperature
+        wrong = replace(inputs, tempered_tail=dict.fromkeys(inputs.tempered_tail, one_token))
+        return super().compute_loss(model, wrong, return_outputs, num_items_in_batch)
 
 
 class _JudgeAtSteps(TrainerCallback):
@@ -155,7 +156,7 @@ def judged(
     return {"training_s": time.perf_counter() - began - judging_s, "judged": records}
 
 
-def _stored_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def _stored_logits(model: nn.Module, inputs: Batch) -> Tensor:
     """[N, V] float32. Padding is on the right, where causal models do not look."""
-    logits = model(input_ids=inputs["input_ids"], logits_to_keep=inputs["columns"]).logits
-    return logits.flatten(0, 1)[inputs["rows"]].float()
+    logits = model(input_ids=inputs.input_ids, logits_to_keep=inputs.logits_to_keep).logits
+    return inputs.at_stored_positions(logits, kept_logits=True).float()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,27 +13,105 @@ from torch import Tensor
 from logitcache import CachedSequence, SparseTargets
 from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled_within_tail
 from logitcache.format.targets import concatenate
+from trainer.losses.targets import TeacherTargets
 
-Batch = dict[str, Tensor]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of sequences as tensors, padded on the right, and what the cache stores of the teacher.
+
+    B is the number of sequences or, with packing, of packed rows; T the tokens of the longest; C the number of columns
+    in which any of them has a stored position; N the number of stored positions.
+
+    DataLoader and accelerate move a batch by its methods `pin_memory` and `to`.
+    """
+
+    input_ids: Tensor
+    """int64 [B, T]."""
+    logits_to_keep: Tensor
+    """int64 [C], ascending: the columns of `input_ids` whose logits are needed."""
+    logit_indices: Tensor
+    """int64 [N], ascending: the place of each stored position in the logits of those columns, flattened to [B·C, V]."""
+    labels: Tensor
+    """int64 [N], the token that follows each stored position."""
+    targets: TeacherTargets
+    """The teacher at the stored positions, without its tail at other temperatures and without the partition into groups."""
+    tempered_tail: dict[float, Tensor]
+    """The teacher's tail at each temperature of the collator, float32 [N]."""
+    num_tokens: int
+    """Tokens of the sequences, without padding."""
+    attention_mask: Tensor | None = None
+    """int64 [B, T], without packing."""
+    position_ids: Tensor | None = None
+    """int64 [B, T], with packing: from 0 in every sequence, and in the padding after the last one of a packed row. By
+    them, and by the missing attention mask, transformers tells sequences apart."""
+    packed_mask: Tensor | None = None
+    """int64 [B, T], with packing: 1 for tokens, 0 for padding."""
+
+    @property
+    def num_positions(self) -> int:
+        """N, the number of stored positions."""
+        return len(self.labels)
+
+    def model_inputs(self, *, keep_logits: bool = False) -> dict[str, Tensor]:
+        """Return the keyword arguments of the model's forward.
+
+        Args:
+            keep_logits: whether the model takes `logits_to_keep`, and so computes the logits of those columns only.
+        """
+        inputs = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "logits_to_keep": self.logits_to_keep if keep_logits else None,
+        }
+        return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+    def at_stored_positions(self, output: Tensor, *, kept_logits: bool) -> Tensor:
+        """Select the stored positions [N, …] of what a model gives for the batch.
+
+        Args:
+            output: hidden states or logits, [B, T, …], or [B, C, …] with `kept_logits`.
+            kept_logits: whether the model was given `logits_to_keep`.
+        """
+        flat = (output if kept_logits else output[:, self.logits_to_keep]).flatten(0, 1)
+        return flat if len(flat) == self.num_positions else flat[self.logit_indices]
+
+    def targets_at(self, temperature: float, tail_groups: Tensor | None = None) -> TeacherTargets:
+        """Return the targets with the teacher's tail at a temperature.
+
+        Args:
+            temperature: of the loss; a temperature that the batch does not hold gives targets without `tempered_tail`.
+            tail_groups: int64 [V], the group of each token id.
+        """
+        return replace(self.targets, tempered_tail=self.tempered_tail.get(temperature), tail_groups=tail_groups)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch with all tensors on a device."""
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch with all tensors in page-locked memory."""
+        return _each_tensor(self, Tensor.pin_memory)
+
+
+def _each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """Change every tensor in a value, a dict or a dataclass, and in those that they hold."""
+    changed: Any = value
+    if isinstance(value, Tensor):
+        changed = change(value)
+    elif isinstance(value, dict):
+        changed = {name: _each_tensor(item, change) for name, item in value.items()}
+    elif isinstance(value, (Batch, TeacherTargets)):
+        changed = replace(value, **{name: _each_tensor(item, change) for name, item in vars(value).items()})
+    return changed
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes one right-padded batch of sequences.
-
-    With B sequences or packed rows, T tokens in the longest, C columns of logits that any of them stores, N stored
-    positions:
-
-    num_tokens: int64 [], without padding.  input_ids: int64 [B, T].  attention_mask: int64 [B, T], without packing.
-    position_ids: int64 [B, T], packed only, from 0 in every sequence and in the padding after the last: by them, and
-    by the missing attention mask, transformers tells sequences apart.
-    columns: int64 [C], ascending.  rows: int64 [N], ascending, into the logits of `columns` flattened to [B·C, V].
-    labels: int64 [N], the token that follows.
-    token_ids: int32 [N, k].  logprobs: float32 [N, k], `scaled_beside_tail`.  tail_logprob: float32 [N].
-    group_logprobs: float32 [N, G], `scaled_to_tail`, with `tail_groups`.  tempered_tail_T: float32 [N], for each T of
-    `temperatures`.  tail_entropy: float32 [N], with `tail_entropy`.
-    sample_ids, sample_logprobs: int32 and float32 [N, s], `scaled_within_tail`, with `tail_samples`.
-    """
+    """Makes one batch of sequences, with the parts of the teacher's tail that a loss needs."""
 
     tail_groups: bool = False
     temperatures: tuple[float, ...] = ()
@@ -42,9 +121,11 @@ class Collator:
     """Packed rows one after the other in a single row, unpadded: all that transformers' flash attention tells apart."""
 
     def __call__(self, sequences: Sequence[CachedSequence], packed_rows: np.ndarray | None = None) -> Batch:
-        """The batch that the class describes.
+        """Collate sequences.
 
-        packed_rows: of each sequence, the packed row that it goes into, int [n], ascending from 0.
+        Args:
+            sequences: at least one.
+            packed_rows: int [n], the packed row that each sequence goes into, ascending from 0; None without packing.
         """
         if self.flat and packed_rows is not None:
             packed_rows = np.zeros_like(packed_rows)
@@ -56,34 +137,26 @@ class Collator:
             input_ids[row, begin : begin + len(sequence.input_ids)] = sequence.input_ids
         num_stored = [len(s.positions) for s in sequences]
         row_of = np.repeat(rows, num_stored)  # [N]
-        positions = np.concatenate([s.positions for s in sequences]) + np.repeat(begins, num_stored)  # [N]
-        stored = np.zeros(input_ids.shape[1], dtype=bool)
-        stored[positions] = True
-        columns = np.flatnonzero(stored)
-        column_of = np.cumsum(stored) - 1
-        targets = concatenate([self._needed(s.targets) for s in sequences])
-        arrays = {
-            "input_ids": input_ids,
-            "attention_mask": _attention_mask(input_ids.shape, lengths) if packed_rows is None else None,
-            "position_ids": None if packed_rows is None else _position_ids(input_ids.shape, rows, begins + lengths),
-            "packed_mask": None if packed_rows is None else _packed_mask(input_ids.shape, rows, begins + lengths),
-            "columns": columns,
-            "rows": row_of * len(columns) + column_of[positions],
-            "labels": input_ids[row_of, positions + 1],
-            "token_ids": targets.token_ids,
-            "logprobs": scaled_beside_tail(targets.logprobs, targets.tail_logprob),
-            "tail_logprob": targets.tail_logprob,
-            "group_logprobs": scaled_to_tail(targets.group_logprobs, targets.tail_logprob),
-            "num_tokens": np.array(lengths.sum()),
-            "tail_entropy": targets.tail_entropy,
-            "sample_ids": targets.sample_ids,
-            "sample_logprobs": scaled_within_tail(targets.sample_logprobs, targets.sample_ids, targets.tail_logprob),
-        }
-        arrays |= {f"tempered_tail_{T:g}": targets.tempered_tail[T] for T in self.temperatures}
-        writable = {
-            name: np.require(array, requirements=["C", "W"]) for name, array in arrays.items() if array is not None
-        }
-        return {name: torch.from_numpy(array) for name, array in writable.items()}
+        columns = np.concatenate([s.positions for s in sequences]) + np.repeat(begins, num_stored)  # [N]
+        is_kept = np.zeros(input_ids.shape[1], dtype=bool)
+        is_kept[columns] = True
+        kept_before = np.cumsum(is_kept) - 1
+        targets = _scaled(concatenate([self._needed(s.targets) for s in sequences]))
+        teacher = {name: part for name, part in vars(targets).items() if part is not None}
+        tempered_tail = teacher.pop("tempered_tail")
+        shape, ends, packed = input_ids.shape, begins + lengths, packed_rows is not None
+        return Batch(
+            input_ids=_tensor(input_ids),
+            logits_to_keep=_tensor(np.flatnonzero(is_kept)),
+            logit_indices=_tensor(row_of * is_kept.sum() + kept_before[columns]),
+            labels=_tensor(input_ids[row_of, columns + 1]),
+            targets=TeacherTargets(**{name: _tensor(array) for name, array in teacher.items()}),
+            tempered_tail={T: _tensor(tail) for T, tail in tempered_tail.items()},
+            num_tokens=int(lengths.sum()),
+            attention_mask=None if packed else _tensor(_attention_mask(shape, lengths)),
+            position_ids=_tensor(_position_ids(shape, rows, ends)) if packed else None,
+            packed_mask=_tensor(_packed_mask(shape, rows, ends)) if packed else None,
+        )
 
     def _needed(self, targets: SparseTargets) -> SparseTargets:
         return SparseTargets(
@@ -96,6 +169,21 @@ class Collator:
             sample_ids=targets.sample_ids if self.tail_samples else None,
             sample_logprobs=targets.sample_logprobs if self.tail_samples else None,
         )
+
+
+def _scaled(targets: SparseTargets) -> SparseTargets:
+    """Scale masses that the cache stores rounded, so that a position's entries, groups and samples agree with its tail."""
+    return replace(
+        targets,
+        logprobs=scaled_beside_tail(targets.logprobs, targets.tail_logprob),
+        group_logprobs=scaled_to_tail(targets.group_logprobs, targets.tail_logprob),
+        sample_logprobs=scaled_within_tail(targets.sample_logprobs, targets.sample_ids, targets.tail_logprob),
+    )
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Make a tensor of an array, which is copied where it belongs to a row group's memory."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _begins(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:

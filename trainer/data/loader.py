@@ -180,8 +180,8 @@ class EpochRows(Dataset[Batch]):
             if not rows:
                 rows = [self._empty]
                 packed_rows = None if packed_rows is None else np.zeros(1, dtype=np.int64)
-            made = self._collator(rows, packed_rows)
-            yield {name: tensor.pin_memory() for name, tensor in made.items()} if self._pin_memory else made
+            batch = self._collator(rows, packed_rows)
+            yield batch.pin_memory() if self._pin_memory else batch
 
     @cached_property
     def _empty(self) -> CachedSequence:

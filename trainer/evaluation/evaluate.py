@@ -17,7 +17,7 @@ from trainer.evaluation.identity import identities
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
-from trainer.model.objective import objective_of, teacher_targets
+from trainer.model.objective import objective_of
 from trainer.model.student import check_student, load_student, student_config, warn_of_rotation
 from trainer.model.tokenizers import check_tokenizer, student_tokenizer
 
@@ -34,11 +34,11 @@ def evaluate(
     model.config.use_cache = False
     objective, sums = objective_of(model), Sums()
     for batch in tqdm(BatchLoader(cache, batch_size, Collator()), desc="evaluating", unit="batch", disable=None):
-        batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+        batch = batch.to(model.device)
         _, terms = objective(
             model,
             batch,
-            teacher_targets(batch),
+            batch.targets,
             mixture=Mixture(kd_factor=1.0, ce_factor=0.0),
             settings=LossSettings("fkl"),
             vocab_size=cache.vocab_size,

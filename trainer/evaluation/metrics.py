@@ -49,7 +49,7 @@ class Sums:
 def position_sums(terms: DistillationTerms, batch: Batch) -> dict[str, Tensor]:
     """Sums over a batch of what is logged in training, whatever the loss."""
     assert terms.cross_entropy is not None
-    tail_logprob = batch["tail_logprob"]
+    tail_logprob = batch.targets.tail_logprob
     return {
         "positions": torch.full((), len(tail_logprob), device=tail_logprob.device),
         "ce": terms.cross_entropy.sum(),

@@ -31,8 +31,8 @@ class AddedLoss:
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the model gets besides the inputs of every model: labels, and of a packed batch which tokens count."""
-        inputs = {"labels": batch["input_ids"]}
-        return inputs | {"attention_mask": batch["packed_mask"]} if "packed_mask" in batch else inputs
+        inputs = {"labels": batch.input_ids}
+        return inputs if batch.packed_mask is None else inputs | {"attention_mask": batch.packed_mask}
 
     @contextmanager
     def alone(self, batch: Batch) -> Iterator[None]:
@@ -42,7 +42,7 @@ class AddedLoss:
         """
         with ExitStack() as stack:
             stack.enter_context(replaced_attribute(self._model, "_loss_function", _nothing))
-            if "packed_mask" in batch and self._body is not self._model:
+            if batch.packed_mask is not None and self._body is not self._model:
                 self._body_forward = self._body.forward
                 stack.enter_context(replaced_attribute(self._body, "forward", self._without_mask))
             yield

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trainer.losses.fused import Projection
 from trainer.losses.transform import LogitTransform
-from trainer.model.student import model_inputs, takes_logits_to_keep
+from trainer.model.student import takes_logits_to_keep
 
 # What the probe hands on in place of logits: so small that a tanh is straight, between, and so large that it is flat.
 RAMP = (2.0**-10, 1.0, 8.0, 64.0, 2.0**15)
@@ -127,9 +127,9 @@ def _measure(model: PreTrainedModel, module: nn.Module, keeps: bool) -> LogitTra
 def _probe(model: PreTrainedModel, keeps: bool) -> Tensor:
     """Logits of three tokens, or of the first and the last of them where the model keeps columns."""
     tokens = torch.arange(3, device=model.device)
-    batch = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None], "columns": tokens[::2]}
+    inputs = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None]}
     try:
-        return model(**model_inputs(batch, keeps)).logits
+        return model(**inputs, **({"logits_to_keep": tokens[::2]} if keeps else {})).logits
     except NoProjectionError:
         raise
     except Exception as error:  # whatever an architecture does

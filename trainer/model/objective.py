@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +23,7 @@ from trainer.losses.targets import TeacherTargets
 from trainer.losses.terms import DistillationTerms
 from trainer.model.added_loss import AddedLoss, find_added_loss
 from trainer.model.head import Head, NoProjectionError, find_head, project, replaced_attribute
-from trainer.model.student import model_inputs, stored_rows, takes_logits_to_keep
+from trainer.model.student import takes_logits_to_keep
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +87,6 @@ def objective_of(
     return LogitsObjective(model, added)
 
 
-def teacher_targets(batch: Batch, temperature: float = 1.0, tail_groups: Tensor | None = None) -> TeacherTargets:
-    """What a batch holds of the teacher, at one temperature. tail_groups: [V] the group of each token id."""
-    held = {field.name: batch[field.name] for field in fields(TeacherTargets) if field.name in batch}
-    tempered = batch.get(f"tempered_tail_{temperature:g}")
-    return TeacherTargets(**held, tempered_tail=tempered, tail_groups=tail_groups)
-
-
 class FusedObjective:
     """For the time of a call the head computes the loss in place of logits, and the model returns it.
 
@@ -129,19 +121,19 @@ class FusedObjective:
         """See Objective."""
 
         def loss(hidden: Tensor) -> tuple[Tensor, DistillationTerms]:
-            rows = stored_rows(hidden if self._head.keeps else hidden[:, batch["columns"]], batch)
-            self._hidden_sum = rows.detach().sum(dtype=torch.float32)
-            projection = project(self._head.module, rows, self._head.transform)
+            stored = batch.at_stored_positions(hidden, kept_logits=self._head.keeps)
+            self._hidden_sum = stored.detach().sum(dtype=torch.float32)
+            projection = project(self._head.module, stored, self._head.transform)
             try:
-                return fused_distillation_terms(projection, targets, batch["labels"], mixture=mixture, **options)
+                return fused_distillation_terms(projection, targets, batch.labels, mixture=mixture, **options)
             except ValueError as error:
                 raise _unlearnable(error) from error
 
         model_forward, head_forward = self._forwards
         added = self._added if with_added_loss else None
         self._loss, self._original_forward = loss, self._model.forward
-        self._added_weight = None if added is None else len(batch["rows"])
-        inputs = model_inputs(batch, self._head.keeps) | ({} if added is None else added.inputs(batch))
+        self._added_weight = None if added is None else batch.num_positions
+        inputs = batch.model_inputs(keep_logits=self._head.keeps) | ({} if added is None else added.inputs(batch))
         try:
             with (
                 nullcontext() if added is None else added.alone(batch),
@@ -209,12 +201,12 @@ class LogitsObjective:
     ) -> tuple[Tensor, DistillationTerms]:
         """See Objective."""
         added = self._added if with_added_loss else None
-        inputs = model_inputs(batch, self._keeps) | ({} if added is None else added.inputs(batch))
+        inputs = batch.model_inputs(keep_logits=self._keeps) | ({} if added is None else added.inputs(batch))
         with nullcontext() if added is None else added.alone(batch):
             output = model(**inputs)
-        logits = stored_rows(output.logits if self._keeps else output.logits[:, batch["columns"]], batch)  # [N, V']
+        logits = batch.at_stored_positions(output.logits, kept_logits=self._keeps)  # [N, V']
         try:
-            terms = distillation_terms(logits, targets, batch["labels"], **options)
+            terms = distillation_terms(logits, targets, batch.labels, **options)
         except ValueError as error:
             raise _unlearnable(error) from error
         assert terms.cross_entropy is not None
@@ -222,7 +214,7 @@ class LogitsObjective:
         # A term of weight 0 costs no backward pass.
         total = torch.stack([factor * term.sum() for factor, term in weighted if factor > 0]).sum()
         self.added_loss = None if added is None else output.loss.detach()
-        return (total if added is None else total + len(batch["rows"]) * output.loss.to(total)), terms
+        return (total if added is None else total + batch.num_positions * output.loss.to(total)), terms
 
     def what_is_not_finite(self) -> str:
         """See Objective."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from logitcache import CachedSequence, SparseTargets, UserError
 from logitcache.errors import one_line
 from trainer.data.collator import Collator
-from trainer.model.student import lengths_of_one_rotation, model_inputs, takes_logits_to_keep
+from trainer.model.student import lengths_of_one_rotation, takes_logits_to_keep
 
 logger = logging.getLogger(__name__)
 
@@ -203,12 +204,12 @@ def _logits(
     columns: np.ndarray | None = None,
 ) -> Tensor:
     """Logits of all tokens and padding, row after row, [B·T, V], or of some columns of one row."""
-    batch = {name: tensor.to(model.device) for name, tensor in collator(sequences, packed_rows).items()}
+    batch = collator(sequences, packed_rows).to(model.device)
     keeps = columns is not None and takes_logits_to_keep(model)
     if columns is not None:
-        batch["columns"] = torch.from_numpy(columns).to(model.device)
-    logits: Tensor = model(**model_inputs(batch, keeps)).logits
-    return (logits if keeps or columns is None else logits[:, batch["columns"]]).flatten(0, 1)
+        batch = replace(batch, logits_to_keep=torch.from_numpy(columns).to(model.device))
+    logits: Tensor = model(**batch.model_inputs(keep_logits=keeps)).logits
+    return (logits if keeps or columns is None else logits[:, batch.logits_to_keep]).flatten(0, 1)
 
 
 def _without_targets(input_ids: np.ndarray) -> CachedSequence:

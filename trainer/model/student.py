@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,7 +20,6 @@ from transformers import (
 from logitcache import LogitCache, UserError
 from logitcache.attention import choose_attention
 from logitcache.errors import one_line
-from trainer.data.collator import Batch
 from trainer.model.adapters import base_model, load_adapter
 
 logger = logging.getLogger(__name__)
@@ -151,16 +150,3 @@ def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     wrapped: Any = model
     inner: PreTrainedModel = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     return inner
-
-
-def model_inputs(batch: Batch, keeps: bool) -> dict[str, Tensor]:
-    """What a model gets of a batch. keeps: it takes `logits_to_keep`."""
-    names = ("input_ids", "attention_mask", "position_ids")  # a packed batch has the last, another one the mask
-    inputs = {name: batch[name] for name in names if name in batch}
-    return inputs | {"logits_to_keep": batch["columns"]} if keeps else inputs
-
-
-def stored_rows(columns: Tensor, batch: Batch) -> Tensor:
-    """The stored positions [N, …] of what a model gives for a batch's columns, [B, C, …]."""
-    flat = columns.flatten(0, 1)
-    return flat if len(flat) == len(batch["rows"]) else flat[batch["rows"]]

@@ -27,7 +27,7 @@ from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
 from trainer.losses.terms import DistillationTerms
-from trainer.model.objective import Objective, objective_of, teacher_targets
+from trainer.model.objective import Objective, objective_of
 from trainer.model.packing_check import check_packing
 from trainer.model.student import check_student, warn_of_rotation
 from trainer.run.callbacks import Pace
@@ -155,16 +155,23 @@ class DistillTrainer(Trainer):
         self._pace.wait_begins()
         batches = list(islice(epoch_iterator, num_batches))
         self._pace.wait_ends(
-            sum(int(batch["num_tokens"]) for batch in batches), sum(batch["input_ids"].numel() for batch in batches)
+            sum(batch.num_tokens for batch in batches), sum(batch.input_ids.numel() for batch in batches)
         )
-        positions = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
+        positions = torch.tensor(sum(batch.num_positions for batch in batches), device=device)
         return batches, self._over_ranks(positions)
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
+    def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]  # transformers says dict
         # Trainer's own would round the teacher's log-probabilities to the model's dtype under DeepSpeed.
-        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+        return inputs.to(self.args.device, non_blocking=True)
 
-    def compute_loss(
+    def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
+        """Trainer's count of a batch."""
+        return super().floating_point_ops(inputs.model_inputs())
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        super()._track_num_input_tokens(inputs.model_inputs())
+
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: Batch,
@@ -175,13 +182,13 @@ class DistillTrainer(Trainer):
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
         total, terms = self._distil(model, inputs, self.tail, moment(self.args, progress), with_added_loss=True)
         sums, added = position_sums(terms, inputs), self.objective.added_loss
-        self._window.add(sums if added is None else sums | {"aux_loss": added * len(inputs["rows"])})
-        positions = len(inputs["rows"]) if num_items_in_batch is None else num_items_in_batch
+        self._window.add(sums if added is None else sums | {"aux_loss": added * inputs.num_positions})
+        positions = inputs.num_positions if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(positions).clamp_min(1) * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
 
     def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> torch.Tensor:
         """Trainer's step. Raises UserError before the optimizer sees a loss that is no number."""
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -205,7 +212,7 @@ class DistillTrainer(Trainer):
         return self.objective(
             model,
             batch,
-            teacher_targets(batch, now.temperature, self._tail_groups if tail == "groups" else None),
+            batch.targets_at(now.temperature, self._tail_groups if tail == "groups" else None),
             mixture=Mixture(now.kd_weight * factor, 1 - now.kd_weight),
             with_added_loss=with_added_loss,
             settings=LossSettings(now.loss, tail, now.temperature, approximates, now.loss_args),

@@ -14,6 +14,7 @@ import torch
 from accelerate import skip_first_batches
 
 from logitcache import LogitCache, UserError
+from tests.helpers.batches import equal
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import AHEAD, BatchLoader, made_ahead
 from trainer.data.sampler import Batching
@@ -112,9 +113,7 @@ def test_an_epoch_that_was_begun_makes_way_for_another(asked_for: int, cache: Lo
     list(loader)
     for each in (loader, fresh):
         each.set_epoch(asked_for)
-    assert all(
-        found[name].equal(expected[name]) for found, expected in zip(loader, fresh, strict=True) for name in expected
-    )
+    assert equal(list(loader), list(fresh))
 
 
 def test_the_thread_of_an_epoch_to_come_ends_with_its_loader(cache: LogitCache) -> None:
@@ -136,9 +135,7 @@ def test_an_epoch_that_was_begun_is_left_for_any_other_batch(cache: LogitCache) 
     found = list(skip_first_batches(loader, 3))
     fresh = BatchLoader(cache, 2, Collator(), shuffle=True, num_epochs=3)
     fresh.set_epoch(1)
-    expected = list(fresh)[3:]
-    assert len(found) == len(expected)
-    assert all(a[name].equal(b[name]) for a, b in zip(found, expected, strict=True) for name in b)
+    assert equal(found, list(fresh)[3:])
 
 
 OPEN_AT_EXIT = """
@@ -164,7 +161,7 @@ class Damaged(Collator):
 
     def __call__(self, *args: Any) -> Batch:
         batch = super().__call__(*args)
-        if int(batch["input_ids"][0, 0]) == self.at:
+        if int(batch.input_ids[0, 0]) == self.at:
             raise UserError("shard 7 is damaged: fetch it again")
         return batch
 

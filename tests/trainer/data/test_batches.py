@@ -21,8 +21,9 @@ from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.reading.shard_reader import ShardReader
 from logitcache.storage.folder import Folder
+from tests.helpers.batches import equal
 from tests.helpers.cachemaking import random_sequences, write_cache
-from trainer.data.collator import Batch, Collator
+from trainer.data.collator import Collator
 from trainer.data.loader import BatchLoader, EpochRows
 from trainer.data.sampler import Key
 
@@ -32,44 +33,38 @@ def rows_of(loader: BatchLoader) -> list[tuple[int, ...]]:
     return [
         tuple(ids[mask.bool()].tolist())
         for batch in loader
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
     ]
-
-
-def same(left: list[Batch], right: list[Batch]) -> bool:
-    return len(left) == len(right) and all(
-        a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a) for a, b in zip(left, right, strict=True)
-    )
 
 
 def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache: LogitCache) -> None:
     sequences = [cache[i] for i in range(4)]
     batch = Collator(tail_groups=True, temperatures=(2.0,))(sequences)
 
-    width = len(batch["columns"])
+    width = len(batch.logits_to_keep)
     n = 0
     for i, sequence in enumerate(sequences):
         for m, position in enumerate(sequence.positions):
-            row = int(batch["rows"][n])
+            row = int(batch.logit_indices[n])
             assert row // width == i
-            assert int(batch["columns"][row % width]) == position
-            assert int(batch["labels"][n]) == sequence.input_ids[position + 1]
-            assert batch["token_ids"][n].tolist() == sequence.targets.token_ids[m].tolist()
-            np.testing.assert_allclose(batch["logprobs"][n], sequence.targets.logprobs[m], atol=1e-6)
-            assert float(batch["tail_logprob"][n]) == sequence.targets.tail_logprob[m]
+            assert int(batch.logits_to_keep[row % width]) == position
+            assert int(batch.labels[n]) == sequence.input_ids[position + 1]
+            assert batch.targets.token_ids[n].tolist() == sequence.targets.token_ids[m].tolist()
+            np.testing.assert_allclose(batch.targets.logprobs[n], sequence.targets.logprobs[m], atol=1e-6)
+            assert float(batch.targets.tail_logprob[n]) == sequence.targets.tail_logprob[m]
             assert sequence.targets.group_logprobs is not None
-            np.testing.assert_allclose(batch["group_logprobs"][n], sequence.targets.group_logprobs[m], atol=0.2)
-            assert float(batch["tempered_tail_2"][n]) == sequence.targets.tempered_tail[2.0][m]
+            np.testing.assert_allclose(batch.targets.group_logprobs[n], sequence.targets.group_logprobs[m], atol=0.2)
+            assert float(batch.tempered_tail[2.0][n]) == sequence.targets.tempered_tail[2.0][m]
             n += 1
-    assert n == len(batch["rows"]) == len(batch["labels"])
-    assert batch["attention_mask"].sum(1).tolist() == [len(s.input_ids) for s in sequences]
+    assert n == batch.num_positions == len(batch.labels)
+    assert batch.attention_mask.sum(1).tolist() == [len(s.input_ids) for s in sequences]
 
 
 @pytest.mark.parametrize("precision", PRESETS)
 def test_entries_and_tail_of_a_batch_add_up_to_one_at_every_precision(precision: str, tmp_path: Path) -> None:
     rounded = write_cache(tmp_path, random_sequences(8, seed=0), precision=precision)
     batch = Collator()([rounded[i] for i in range(8)])
-    masses = batch["logprobs"].double().exp().sum(1) + batch["tail_logprob"].double().exp()
+    masses = batch.targets.logprobs.double().exp().sum(1) + batch.targets.tail_logprob.double().exp()
     np.testing.assert_allclose(masses, 1, atol=1e-6)
 
 
@@ -85,8 +80,8 @@ def test_entries_are_scaled_by_one_factor_that_is_never_wild() -> None:
 
 def test_the_groups_of_a_batch_add_up_to_the_tail(cache: LogitCache) -> None:
     batch = Collator(tail_groups=True)([cache[i] for i in range(8)])
-    masses = batch["group_logprobs"].double().exp().sum(1)
-    np.testing.assert_allclose(masses, batch["tail_logprob"].double().exp(), rtol=1e-6)
+    masses = batch.targets.group_logprobs.double().exp().sum(1)
+    np.testing.assert_allclose(masses, batch.targets.tail_logprob.double().exp(), rtol=1e-6)
 
 
 def test_groups_are_scaled_by_one_factor_and_stay_where_they_have_no_mass() -> None:
@@ -129,7 +124,9 @@ def test_samples_that_are_the_whole_tail_are_accepted_at_every_precision(precisi
     batch = Collator(tail_samples=True)(list(ShardReader(Folder(tmp_path), writer.info, layout).read_row_group(0)))
     names = ["token_ids", "logprobs", "tail_logprob", "sample_ids", "sample_logprobs"]
     loss = trainer.sparse_divergence(
-        torch.tensor(np.log(np.full((50, 4), 0.25))), tail="samples", **{name: batch[name] for name in names}
+        torch.tensor(np.log(np.full((50, 4), 0.25))),
+        tail="samples",
+        **{name: getattr(batch.targets, name) for name in names},
     )
     assert loss.isfinite().all()
 
@@ -138,19 +135,25 @@ def test_entropy_and_samples_of_the_tail_come_with_their_positions(rich_cache: L
     batch = Collator(tail_entropy=True, tail_samples=True)([rich_cache[0], rich_cache[1]])
     targets = [rich_cache[0].targets, rich_cache[1].targets]
     for name in ("tail_entropy", "sample_ids", "sample_logprobs"):
-        np.testing.assert_array_equal(batch[name], np.concatenate([getattr(t, name) for t in targets]))
+        np.testing.assert_array_equal(getattr(batch.targets, name), np.concatenate([getattr(t, name) for t in targets]))
 
 
 def test_what_the_loss_does_not_need_stays_out_of_the_batch(cache: LogitCache, rich_cache: LogitCache) -> None:
-    assert {"group_logprobs", "tempered_tail_2"}.isdisjoint(Collator()([cache[0]]))
-    assert {"tail_entropy", "sample_ids", "sample_logprobs"}.isdisjoint(Collator()([rich_cache[0]]))
+    for row in (cache[0], rich_cache[0]):
+        batch = Collator()([row])
+        assert {name for name, part in vars(batch.targets).items() if part is not None} == {
+            "token_ids",
+            "logprobs",
+            "tail_logprob",
+        }
+        assert batch.tempered_tail == {}
 
 
 def test_positions_with_fewer_entries_are_padded(cache: LogitCache) -> None:
     wide, narrow = cache[0], cache[1]
     cut = type(narrow)(**vars(narrow) | {"targets": narrow.targets.cut_to_width(3)})
     batch = Collator()([wide, cut])
-    ids, logprobs = batch["token_ids"][-len(cut.positions) :], batch["logprobs"][-len(cut.positions) :]
+    ids, logprobs = batch.targets.token_ids[-len(cut.positions) :], batch.targets.logprobs[-len(cut.positions) :]
     assert (ids[:, 3:] == -1).all()
     assert (logprobs[:, 3:] == -np.inf).all()
     assert (ids[:, :3] >= 0).all()
@@ -161,7 +164,7 @@ def test_ranks_share_the_rows_and_have_equally_many_batches(cache: LogitCache, w
     loaders = [BatchLoader(cache, 3, Collator(), shuffle=True, seed=5, shard=(rank, world)) for rank in range(world)]
     batches = [list(loader) for loader in loaders]
     assert {len(b) for b in batches} == {len(loaders[0])}
-    stored = [s for rank in batches for batch in rank for s in batch["labels"].tolist()]
+    stored = [s for rank in batches for batch in rank for s in batch.labels.tolist()]
     assert len(stored) == cache.num_positions
     labels = [token for s in cache for token in s.input_ids[s.positions + 1].tolist()]
     assert sorted(stored) == sorted(labels)
@@ -170,14 +173,14 @@ def test_ranks_share_the_rows_and_have_equally_many_batches(cache: LogitCache, w
 def test_a_rank_whose_rows_ran_out_gets_a_batch_without_positions(cache: LogitCache) -> None:
     first, second = (list(BatchLoader(cache, 1, Collator(), shard=(rank, 2))) for rank in range(2))
     assert [len(first), len(second)] == [12, 12]
-    assert len(first[-1]["rows"]) == 0
-    assert first[-1]["input_ids"].numel() > 0
-    assert first[-1]["token_ids"].shape[0] == 0
+    assert first[-1].num_positions == 0
+    assert first[-1].input_ids.numel() > 0
+    assert first[-1].targets.token_ids.shape[0] == 0
 
 
 def test_a_last_smaller_batch_can_be_dropped(cache: LogitCache) -> None:
-    assert [len(b["input_ids"]) for b in BatchLoader(cache, 5, Collator())] == [5, 5, 5, 5, 3]
-    assert [len(b["input_ids"]) for b in BatchLoader(cache, 5, Collator(), drop_last=True)] == [5, 5, 5, 5]
+    assert [len(b.input_ids) for b in BatchLoader(cache, 5, Collator())] == [5, 5, 5, 5, 3]
+    assert [len(b.input_ids) for b in BatchLoader(cache, 5, Collator(), drop_last=True)] == [5, 5, 5, 5]
 
 
 def test_the_order_follows_seed_and_epoch(cache: LogitCache) -> None:
@@ -204,24 +207,24 @@ def test_epochs_after_the_first_are_reached_without_a_new_loader(cache: LogitCac
 
 def test_worker_processes_change_nothing(cache: LogitCache) -> None:
     alone = list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2))
-    assert same(alone, list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2, num_workers=2)))
+    assert equal(alone, list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2, num_workers=2)))
 
 
 def test_worker_processes_continue_a_stream_that_was_begun_before_they_were_forked(cache: LogitCache) -> None:
     loader = BatchLoader(cache, 3, Collator(), shuffle=True, seed=2, num_workers=1, multiprocessing_context="fork")
     loader.dataset[Key(0, 0)]
     batches = list(skip_first_batches(loader, 1))
-    assert same(batches, list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2))[1:])
+    assert equal(batches, list(BatchLoader(cache, 3, Collator(), shuffle=True, seed=2))[1:])
 
 
 def test_skipping_batches_gives_the_rest_of_the_same_epoch(cache: LogitCache) -> None:
     loader = BatchLoader(cache, 4, Collator(), shuffle=True, seed=9)
     loader.set_epoch(2)
-    assert same(list(skip_first_batches(loader, 3)), list(loader)[3:])
+    assert equal(list(skip_first_batches(loader, 3)), list(loader)[3:])
 
 
 def test_rows_survive_the_journey_into_a_spawned_process(cache: LogitCache) -> None:
     rows = BatchLoader(cache, 3, Collator(), shuffle=True).dataset
     expected = rows[Key(1, 4)]
     travelled: EpochRows = pickle.loads(pickle.dumps(rows))
-    assert same([travelled[Key(1, 4)]], [expected])
+    assert equal(travelled[Key(1, 4)], expected)

@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from logitcache import CachedSequence, SparseTargets, UserError
 from logitcache.reading.cache import SequenceStream
+from tests.helpers.batches import equal
 from trainer.config.config import DistillConfig
 from trainer.data import plans
 from trainer.data.collator import Batch, Collator
@@ -126,11 +127,7 @@ RUNS = st.builds(
 
 def rows_in(batch: Batch) -> list[int]:
     """Numbers of the rows of which a batch holds stored positions."""
-    return sorted(batch["labels"].tolist())
-
-
-def equal(left: Batch, right: Batch) -> bool:
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
+    return sorted(batch.labels.tolist())
 
 
 @settings(max_examples=150, deadline=None)
@@ -153,7 +150,7 @@ def test_no_batch_exceeds_its_budget(run: Run) -> None:
     batching = run.batching
     for rank in range(run.world):
         for batch in run.batches(rank, 0):
-            rows, longest = batch["input_ids"].shape
+            rows, longest = batch.input_ids.shape
             if batching.tokens_per_batch:
                 assert rows * longest <= batching.tokens_per_batch
             else:
@@ -169,8 +166,7 @@ def test_any_batch_is_the_same_after_skipping_those_before_it(run: Run, data: st
         skipped = data.draw(st.integers(0, len(whole)))
         rest = list(skip_first_batches(run.loader(), skipped))
         expected = list(whole)[skipped:]
-    assert len(rest) == len(expected)
-    assert all(equal(a, b) for a, b in zip(rest, expected, strict=True))
+    assert equal(rest, expected)
 
 
 @settings(max_examples=50, deadline=None)
@@ -185,7 +181,7 @@ def test_drop_last_gives_every_rank_and_epoch_as_many_batches_and_no_row_twice(r
             number.add(len(batches))
             rows += [row for batch in batches for row in rows_in(batch)]
             full = run.batching.tokens_per_batch is None and run.batching.packed_length is None
-            assert not full or all(len(batch["input_ids"]) == run.batching.batch_size for batch in batches)
+            assert not full or all(len(batch.input_ids) == run.batching.batch_size for batch in batches)
         assert len(set(rows)) == len(rows)
     assert len(number) == 1
 
@@ -259,21 +255,21 @@ def test_the_epochs_differ_and_each_follows_from_the_seed() -> None:
     run = Run([3, 5, 7, 9] * 8, Batching(packed_length=20), 1, True, False, 2, 100)
     first, second = run.batches(0, 0), run.batches(0, 1)
     assert [rows_in(batch) for batch in first] != [rows_in(batch) for batch in second]
-    assert all(equal(a, b) for a, b in zip(first, run.batches(0, 0), strict=True))
+    assert equal(first, run.batches(0, 0))
 
 
 def test_without_shuffling_the_batches_of_a_window_come_from_long_to_short() -> None:
     run = Run([3, 5, 7, 9] * 8, Batching(4, group_by_length=True), 1, False, False, 1, 1000)
-    longest = [batch["input_ids"].shape[1] for batch in run.batches(0, 0)]
+    longest = [batch.input_ids.shape[1] for batch in run.batches(0, 0)]
     assert longest == sorted(longest, reverse=True)
-    assert [batch["input_ids"].shape[1] for batch in replace(run, shuffle=True).batches(0, 0)] != longest
+    assert [batch.input_ids.shape[1] for batch in replace(run, shuffle=True).batches(0, 0)] != longest
 
 
 def test_epochs_beyond_those_that_were_counted_repeat_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.data.sampler.PLANNED_ROWS", 64)
     run = Run([3, 5, 7, 9] * 8, Batching(packed_length=20), 1, True, False, 100, 100)
-    assert all(equal(a, b) for a, b in zip(run.batches(0, 1), run.batches(0, 7), strict=True))
-    assert not all(equal(a, b) for a, b in zip(run.batches(0, 1), run.batches(0, 2), strict=False))
+    assert equal(run.batches(0, 1), run.batches(0, 7))
+    assert not equal(run.batches(0, 1), run.batches(0, 2))
 
 
 def test_epochs_of_few_rows_are_counted_for_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,9 +325,9 @@ def test_the_trainer_makes_no_more_epochs_of_max_steps_than_were_planned(
 def test_a_rank_without_rows_keeps_step_with_two_tokens_and_no_positions() -> None:
     run = Run([12, 12], Batching(1, packed_length=12), 3, False, False, 1, 100)
     [batch] = run.batches(2, 0)
-    assert batch["input_ids"].shape == (1, 2)
-    assert len(batch["rows"]) == len(batch["labels"]) == 0
-    assert int(batch["num_tokens"]) == 2
+    assert batch.input_ids.shape == (1, 2)
+    assert batch.num_positions == len(batch.labels) == 0
+    assert batch.num_tokens == 2
 
 
 def test_batches_are_the_same_from_worker_processes() -> None:
@@ -339,8 +335,7 @@ def test_batches_are_the_same_from_worker_processes() -> None:
         run = Run([3, 5, 7, 9] * 8, batching, 1, True, False, 1, 100)
         with run.windows():
             alone, workers = list(run.loader()), list(run.loader(num_workers=2))
-        assert len(alone) == len(workers)
-        assert all(equal(a, b) for a, b in zip(alone, workers, strict=True))
+        assert equal(alone, workers)
 
 
 @pytest.mark.parametrize("batching", [Batching(packed_length=11), Batching(tokens_per_batch=11)])

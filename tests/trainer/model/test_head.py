@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Largest(TorchDispatchMode):
 def test_the_logits_never_exist(cache: LogitCache, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.losses.fused, "MIN_CHUNK_ELEMENTS", 1)
     batch = Collator()([cache[i] for i in range(12)])
-    num_logits = len(batch["rows"]) * VOCAB
+    num_logits = batch.num_positions * VOCAB
     model = llama(seed=7, hidden_size=8)
     sizes = {}
     for objective in (LogitsObjective(model), fused(model)):
@@ -121,7 +122,7 @@ def test_gradients_of_several_batches_add_up(cache: LogitCache, batch: Batch) ->
 
 def test_a_batch_without_positions_has_loss_0_and_gradient_0(cache: LogitCache) -> None:
     batch = Collator()([cache[0]])
-    empty = batch | {name: batch[name][:0] for name in ("rows", "labels", "token_ids", "logprobs", "tail_logprob")}
+    empty = replace(batch, logit_indices=batch.logit_indices[:0], labels=batch.labels[:0], targets=batch.targets[:0])
     model = model_of("Llama")
     total, terms = call(fused(model), model, empty)
     total.backward()
@@ -348,7 +349,8 @@ def test_between_calls_a_model_is_what_it_was(batch: Batch) -> None:
     objective = fused(model)
     call(objective, model, batch)[0].backward()
     with pytest.raises(Exception, match="no teacher gives"):
-        call(objective, model, batch | {"logprobs": batch["logprobs"] + 1})
+        impossible = replace(batch.targets, logprobs=batch.targets.logprobs + 1)
+        call(objective, model, replace(batch, targets=impossible))
     assert "forward" not in vars(model)
     assert "forward" not in vars(model.lm_head)
     assert list(model.state_dict()) == names

@@ -25,7 +25,7 @@ from trainer.data.sampler import Batching
 from trainer.evaluation.evaluate import evaluate
 from trainer.losses.fused import Mixture
 from trainer.losses.settings import LossSettings
-from trainer.model.objective import objective_of, teacher_targets
+from trainer.model.objective import objective_of
 from trainer.model.packing_check import check_packing
 from trainer.run.distill_trainer import DistillTrainer
 
@@ -70,11 +70,12 @@ def loss_and_gradient(model: PreTrainedModel, batches: list[Batch]) -> tuple[flo
     total = torch.zeros(())
     for batch in batches:
         settings = LossSettings("akl")
-        targets = teacher_targets(batch)
         mixture = Mixture(0.7, 0.3)
         total = (
             total
-            + objective(model, batch, targets, mixture=mixture, settings=settings, vocab_size=VOCAB, validate=True)[0]
+            + objective(
+                model, batch, batch.targets, mixture=mixture, settings=settings, vocab_size=VOCAB, validate=True
+            )[0]
         )
     total.backward()
     return float(total.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -103,34 +104,37 @@ def test_a_packed_batch_begins_anew_at_every_sequence_and_in_the_padding(cache: 
     sequences = [cache[i] for i in (0, 1, 2)]
     lengths = [len(sequence.input_ids) for sequence in sequences]
     batch = Collator()(sequences, np.array([0, 1, 1]))
-    assert "attention_mask" not in batch
+    assert batch.attention_mask is None
     width = max(lengths[0], lengths[1] + lengths[2])
     first = [*range(lengths[0]), *range(width - lengths[0])]
     second = [*range(lengths[1]), *range(lengths[2]), *range(width - lengths[1] - lengths[2])]
-    assert batch["position_ids"].tolist() == [first, second]
-    assert int(batch["num_tokens"]) == sum(lengths)
-    assert batch["input_ids"][1, lengths[1] :][: lengths[2]].tolist() == sequences[2].input_ids.tolist()
+    assert batch.position_ids.tolist() == [first, second]
+    assert batch.num_tokens == sum(lengths)
+    assert batch.input_ids[1, lengths[1] :][: lengths[2]].tolist() == sequences[2].input_ids.tolist()
 
 
 def test_flat_is_one_row_without_padding(cache: LogitCache) -> None:
     sequences = [cache[i] for i in (0, 1, 2)]
     batch = Collator(flat=True)(sequences, np.array([0, 1, 1]))
-    assert batch["input_ids"].tolist() == [np.concatenate([s.input_ids for s in sequences]).tolist()]
-    assert batch["position_ids"].tolist() == [[i for s in sequences for i in range(len(s.input_ids))]]
+    assert batch.input_ids.tolist() == [np.concatenate([s.input_ids for s in sequences]).tolist()]
+    assert batch.position_ids.tolist() == [[i for s in sequences for i in range(len(s.input_ids))]]
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_stored_positions_of_a_packed_batch_are_those_of_its_sequences(flat: bool, cache: LogitCache) -> None:
     sequences = [cache[i] for i in (3, 4, 5, 6)]
     batch = Collator(flat=flat)(sequences, np.array([0, 0, 1, 1]))
-    rows, columns = batch["input_ids"].shape
-    assert batch["rows"].tolist() == sorted(batch["rows"].tolist())
-    places = batch["rows"] // len(batch["columns"]), batch["columns"][batch["rows"] % len(batch["columns"])]
+    rows, columns = batch.input_ids.shape
+    assert batch.logit_indices.tolist() == sorted(batch.logit_indices.tolist())
+    places = (
+        batch.logit_indices // len(batch.logits_to_keep),
+        batch.logits_to_keep[batch.logit_indices % len(batch.logits_to_keep)],
+    )
     assert int(places[0].max()) < rows and int(places[1].max()) + 1 < columns
-    assert batch["input_ids"][places].tolist() == [t for s in sequences for t in s.input_ids[s.positions].tolist()]
-    assert batch["labels"].tolist() == [t for s in sequences for t in s.input_ids[s.positions + 1].tolist()]
-    assert batch["labels"].tolist() == batch["input_ids"][places[0], places[1] + 1].tolist()
-    np.testing.assert_array_equal(batch["token_ids"], np.concatenate([s.targets.token_ids for s in sequences]))
+    assert batch.input_ids[places].tolist() == [t for s in sequences for t in s.input_ids[s.positions].tolist()]
+    assert batch.labels.tolist() == [t for s in sequences for t in s.input_ids[s.positions + 1].tolist()]
+    assert batch.labels.tolist() == batch.input_ids[places[0], places[1] + 1].tolist()
+    np.testing.assert_array_equal(batch.targets.token_ids, np.concatenate([s.targets.token_ids for s in sequences]))
 
 
 @pytest.fixture(params=["weights float32", "weights bfloat16", "autocast bfloat16"])
@@ -324,9 +328,9 @@ def test_an_attention_implementation_that_mixes_sequences_is_refused_with_anothe
 
 def test_a_loader_packs_every_row_once(cache: LogitCache) -> None:
     batches = list(BatchLoader(cache, Batching(2, packed_length=48), Collator(), shuffle=True, seed=1))
-    assert sum(int(batch["num_tokens"]) for batch in batches) == sum(len(row.input_ids) for row in cache)
-    assert sum(len(batch["labels"]) for batch in batches) == cache.num_positions
-    assert all(batch["input_ids"].shape[0] <= 2 and batch["input_ids"].shape[1] <= 48 for batch in batches)
+    assert sum(batch.num_tokens for batch in batches) == sum(len(row.input_ids) for row in cache)
+    assert sum(len(batch.labels) for batch in batches) == cache.num_positions
+    assert all(batch.input_ids.shape[0] <= 2 and batch.input_ids.shape[1] <= 48 for batch in batches)
 
 
 def test_packed_batches_of_two_ranks_go_on_after_any_batch(cache: LogitCache) -> None:

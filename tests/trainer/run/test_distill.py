@@ -125,7 +125,7 @@ def test_logged_means_run_over_the_positions_since_the_last_log(tmp_path: Path, 
     ce, _ = reference(cache, student, "fkl", temperature=1.0)
     assert logged["ce"] == pytest.approx(ce, rel=1e-5)
     single = [entry["ce"] for entry in every_step.state.log_history if "ce" in entry]
-    positions = [len(batch["rows"]) for batch in every_step.get_train_dataloader()]
+    positions = [batch.num_positions for batch in every_step.get_train_dataloader()]
     assert np.average(single, weights=positions) == pytest.approx(ce, rel=1e-5)
     assert np.mean(single) != pytest.approx(ce, rel=1e-5), "a mean of means would not have been noticed"
 
