@@ -1,6 +1,7 @@
 """What is learned from the teacher: divergence, weight, temperature, tail."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from logitcache import UserError
@@ -8,7 +9,9 @@ from trainer.config.fields import DecidesRun, setting
 from trainer.config.loss_args import parse_loss_args
 from trainer.config.schedules import SCHEDULED, ScheduleSettings
 from trainer.losses.divergences import DIVERGENCES
+from trainer.losses.fused import Mixture
 from trainer.losses.registry import check_divergence, divergence_names, options_of
+from trainer.losses.settings import LossSettings
 from trainer.losses.tail import TAILS
 
 ABLATION_TAILS = ("ignore", "renormalise", "uniform")
@@ -66,6 +69,29 @@ class DistillationSettings(ScheduleSettings):
     def kd_weights(self) -> tuple[float, ...]:
         """λ at every point of its schedule."""
         return tuple(weight for _, weight in self.points("kd_weight")) or (self.kd_weight,)
+
+    def settings_at(
+        self, progress: float, *, tail: str, temperature: float | None = None, approximated: Collection[float] = ()
+    ) -> tuple[LossSettings, Mixture]:
+        """Return the loss at a moment of the run, and its mixture with the cross-entropy.
+
+        Args:
+            progress: the share of the run's steps that are done, 0 … 1.
+            tail: the tail treatment.
+            temperature: in place of the temperature that the run has at this moment.
+            approximated: temperatures at which the tail is estimated.
+        """
+        assert isinstance(self.loss_args, dict)
+        loss, kd_weight = self.value_at("loss", progress), self.value_at("kd_weight", progress)
+        if temperature is None:
+            temperature = self.value_at("temperature", progress)
+        known = options_of(loss)
+        loss_args = {name: value for name, value in self.loss_args.items() if name in known}
+        factor = temperature**2 if self.t_squared else 1.0
+        return (
+            LossSettings(loss, tail, temperature, temperature in approximated, loss_args),
+            Mixture(kd_weight * factor, 1 - kd_weight),
+        )
 
     def check_distillation(self) -> None:
         """Settles the divergence's options and where schedules end. Raises UserError for what cannot be meant."""

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from logitcache import UserError
 from trainer.config.fields import setting
 
@@ -50,6 +52,17 @@ class ScheduleSettings:
             if text is None
             else parse_points(text, f"--{name}_schedule {text}", kind, from_start=name != "kd_weight")
         )
+
+    def value_at(self, name: str, progress: float) -> Any:
+        """Look up loss, kd_weight or temperature at `progress`, the share of the run's steps that are done.
+
+        Loss and temperature stay as they are until their next point; kd_weight lies on straight lines between points.
+        """
+        points = self.points(name)
+        if name == "kd_weight" and points:
+            fractions, weights = np.array(points).T
+            return float(np.interp(progress, fractions, weights))
+        return [getattr(self, name), *(value for fraction, value in points if fraction <= progress)][-1]
 
 
 def parse_points(text: str, what: str, kind: Callable[[str], T], *, from_start: bool) -> list[tuple[float, T]]:

@@ -44,7 +44,7 @@ def evaluate(
             vocab_size=cache.vocab_size,
             validate=True,
         )
-        sums.add(evaluation_sums(terms, batch))
+        sums.add(evaluation_sums(terms, batch.targets))
     return evaluation_metrics(sums.totals())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.collator import Batch
+from trainer.losses.targets import TeacherTargets
 from trainer.losses.terms import DistillationTerms
 
 CALIBRATION_BINS = 15
@@ -46,10 +46,10 @@ class Sums:
             self._pending.clear()
 
 
-def position_sums(terms: DistillationTerms, batch: Batch) -> dict[str, Tensor]:
+def position_sums(terms: DistillationTerms, targets: TeacherTargets) -> dict[str, Tensor]:
     """Sums over a batch of what is logged in training, whatever the loss."""
     assert terms.cross_entropy is not None
-    tail_logprob = batch.targets.tail_logprob
+    tail_logprob = targets.tail_logprob
     return {
         "positions": torch.full((), len(tail_logprob), device=tail_logprob.device),
         "ce": terms.cross_entropy.sum(),
@@ -74,7 +74,7 @@ def position_means(totals: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def evaluation_sums(terms: DistillationTerms, batch: Batch) -> dict[str, Tensor]:
+def evaluation_sums(terms: DistillationTerms, targets: TeacherTargets) -> dict[str, Tensor]:
     """`position_sums`, agreement and calibration of a batch."""
     assert terms.top1_correct is not None
     confidence, correct = terms.confidence.float(), terms.top1_correct.float()
@@ -84,7 +84,7 @@ def evaluation_sums(terms: DistillationTerms, batch: Batch) -> dict[str, Tensor]
         return values.new_zeros(CALIBRATION_BINS).scatter_add_(0, calibration_bin, values)
 
     return {
-        **position_sums(terms, batch),
+        **position_sums(terms, targets),
         "agreement": terms.top1_agrees.sum(),
         "bin_confidence": per_bin(confidence),
         "bin_correct": per_bin(correct),

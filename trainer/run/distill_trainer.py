@@ -17,7 +17,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from logitcache import LogitCache, UserError
 from trainer.config.config import DistillConfig
-from trainer.config.moment import Moment, moment
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchLoader, EpochRows
 from trainer.data.sampler import Batching, batching_of, data_seed, is_shuffled, num_epochs
@@ -180,8 +179,9 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """This rank's share of the loss, scaled such that the mean of its gradients over the ranks is the gradient."""
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
-        total, terms = self._distil(model, inputs, self.tail, moment(self.args, progress), with_added_loss=True)
-        sums, added = position_sums(terms, inputs), self.objective.added_loss
+        now = self.args.settings_at(progress, tail=self.tail, approximated=self._approximated)
+        total, terms = self._distil(model, inputs, *now, with_added_loss=True)
+        sums, added = position_sums(terms, inputs.targets), self.objective.added_loss
         self._window.add(sums if added is None else sums | {"aux_loss": added * inputs.num_positions})
         positions = inputs.num_positions if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(positions).clamp_min(1) * self.accelerator.num_processes
@@ -201,21 +201,25 @@ class DistillTrainer(Trainer):
         return loss
 
     def _distil(
-        self, model: nn.Module, batch: Batch, tail: str, now: Moment, *, with_added_loss: bool = False
+        self,
+        model: nn.Module,
+        batch: Batch,
+        settings: LossSettings,
+        mixture: Mixture,
+        *,
+        with_added_loss: bool = False,
     ) -> tuple[Tensor, DistillationTerms]:
-        """(1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms.
+        """Compute (1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms.
 
-        with_added_loss: and once for every position what the model's own forward adds to its loss.
+        with_added_loss: add, once for every position, what the model's own forward adds to its loss.
         """
-        factor = now.temperature**2 if self.args.t_squared else 1.0
-        approximates = now.temperature in self._approximated
         return self.objective(
             model,
             batch,
-            batch.targets_at(now.temperature, self._tail_groups if tail == "groups" else None),
-            mixture=Mixture(now.kd_weight * factor, 1 - now.kd_weight),
+            batch.targets_at(settings.temperature, self._tail_groups if settings.tail == "groups" else None),
+            mixture=mixture,
             with_added_loss=with_added_loss,
-            settings=LossSettings(now.loss, tail, now.temperature, approximates, now.loss_args),
+            settings=settings,
             vocab_size=self._data.vocab_size,
             validate=False,  # the cache's reader did; it would wait for the device
         )
@@ -256,7 +260,7 @@ class DistillTrainer(Trainer):
         temperatures compare.
         """
         args = self.args
-        judged = replace(moment(args, 1.0), temperature=1.0)
+        final = args.settings_at(1.0, tail="bucket", temperature=1.0)
         model = self.model_wrapped if self.is_in_train else self.model
         assert model is not None
         if not self.is_in_train and (args.bf16_full_eval or args.fp16_full_eval):
@@ -267,8 +271,8 @@ class DistillTrainer(Trainer):
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
-                total, terms = self._distil(model, batch, "bucket", judged)
-            sums.add(evaluation_sums(terms, batch) | {"objective": total})
+                total, terms = self._distil(model, batch, *final)
+            sums.add(evaluation_sums(terms, batch.targets) | {"objective": total})
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         metrics = evaluation_metrics(sums.totals(self._over_ranks))
         metrics["loss"] = metrics.pop("objective")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 from logitcache import LogitCache, UserError
 from tests.helpers.cachemaking import VOCAB, llama, random_sequences, write_cache
 from trainer.config.config import DistillConfig
-from trainer.config.moment import moment
 from trainer.run.distill_trainer import DistillTrainer
 
 
@@ -22,9 +22,9 @@ def test_losses_follow_each_other_and_weights_lie_on_straight_lines(tmp_path: Pa
     settings = config(
         tmp_path, loss_schedule="fkl@0, rkl@0.2", kd_weight_schedule="1@0.5,0.2@1", temperature_schedule="4@0,1@0.6"
     )
-    assert [moment(settings, at).loss for at in (0, 0.19, 0.2, 1)] == ["fkl", "fkl", "rkl", "rkl"]
-    assert [moment(settings, at).temperature for at in (0, 0.59, 0.6, 1)] == [4, 4, 1, 1]
-    assert [moment(settings, at).kd_weight for at in (0, 0.5, 0.75, 1)] == pytest.approx([1, 1, 0.6, 0.2])
+    assert [settings.value_at("loss", at) for at in (0, 0.19, 0.2, 1)] == ["fkl", "fkl", "rkl", "rkl"]
+    assert [settings.value_at("temperature", at) for at in (0, 0.59, 0.6, 1)] == [4, 4, 1, 1]
+    assert [settings.value_at("kd_weight", at) for at in (0, 0.5, 0.75, 1)] == pytest.approx([1, 1, 0.6, 0.2])
 
 
 def test_plain_settings_are_where_schedules_end(tmp_path: Path) -> None:
@@ -33,13 +33,17 @@ def test_plain_settings_are_where_schedules_end(tmp_path: Path) -> None:
     assert settings.losses == ("fkl", "rkl")
 
 
+def loss_args(settings: DistillConfig, progress: float) -> Mapping[str, Any]:
+    return settings.settings_at(progress, tail="bucket")[0].loss_args
+
+
 def test_each_loss_of_a_schedule_takes_the_options_it_has(tmp_path: Path) -> None:
     settings = config(tmp_path, loss_schedule="jsd@0,akl@0.5", loss_args="beta=0.3,akl_split=todi")
-    assert moment(settings, 0).loss_args == {"beta": 0.3}
-    assert moment(settings, 1).loss_args == {"akl_split": "todi"}
+    assert loss_args(settings, 0) == {"beta": 0.3}
+    assert loss_args(settings, 1) == {"akl_split": "todi"}
     # An option at the default of one loss is not at that of another.
     switched = config(tmp_path, loss_schedule="jsd@0,ab@0.5", loss_args="beta=0.5")
-    assert [moment(switched, at).loss_args for at in (0, 1)] == [{"beta": 0.5}] * 2
+    assert [loss_args(switched, at) for at in (0, 1)] == [{"beta": 0.5}] * 2
     with pytest.raises(UserError, match="beta"):
         config(tmp_path, loss_schedule="todi@0,jsd@0.5", loss_args="beta=1")
     with pytest.raises(UserError, match="gamma"):

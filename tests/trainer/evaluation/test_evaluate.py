@@ -74,11 +74,10 @@ def test_calibration_keeps_neighbouring_bins_apart() -> None:
     logits = ((1 - confidence) / (VOCAB - 1)).log()[:, None].repeat(1, VOCAB)
     logits[:, 3] = confidence.log()
     labels = torch.tensor([3, 4])  # the first is right, the second wrong
-    batch = {"labels": labels, "tail_logprob": torch.full((2,), -1.0)}
     targets = TeacherTargets(torch.tensor([[3], [3]]), torch.full((2, 1), -1.0), torch.full((2,), -1.0))
     terms = distillation_terms(logits, targets, labels, settings=LossSettings("fkl"))
     sums = Sums()
-    sums.add(evaluation_sums(terms, batch))
+    sums.add(evaluation_sums(terms, targets))
     assert evaluation_metrics(sums.totals())["ece"] == pytest.approx((0.95 + 0.1) / 2, rel=1e-5)
 
 
