@@ -21,7 +21,7 @@ HEAD_ENTRIES = 16
 """Tokens of a position that are taken to be entries, which no group needs to describe."""
 ITERATIONS = 25
 LEAST_LOGPROB = -80.0
-"""Of banned tokens too, so that distances stay finite."""
+"""The least log-probability of a token, banned ones too, so that distances stay finite."""
 
 
 def make_tail_groups(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:

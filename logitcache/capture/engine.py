@@ -1,4 +1,4 @@
-"""The engine that runs the teacher: chosen, and compared with what is asked of it, before anything loads.
+"""The engine that runs the teacher: chosen, and compared with the options of a caller, before anything loads.
 
 `ENGINES` has an entry for each kind: another one is another subclass of `Engine` there. Neither torch nor an engine is
 imported before it is needed.

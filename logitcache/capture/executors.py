@@ -24,7 +24,7 @@ EXECUTORS = ("local", "ray")
 STARTED_S = 60.0
 """Within this time an actor is there, unless the cluster has no room for it: then it waits, and that is told."""
 VISIBLE_S = 90.0
-"""Within this time a file of another host is to be seen on a network file system: longer than those keep what they know."""
+"""Within this time a network file system shows a file of another host: longer than its caches last."""
 LOOK_AGAIN_S = 1.0
 
 

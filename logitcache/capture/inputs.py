@@ -24,7 +24,7 @@ DEFAULT_MAX_LENGTH = 4096
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that decides what a cache will hold. generation: how the teacher answers prompts, None where it does not."""
+    """Everything that decides what a cache will hold. generation: how the teacher answers prompts; None if it does not."""
 
     model: TeacherModel
     engine: Engine
@@ -46,11 +46,11 @@ class Inputs:
         }
 
     def corpus(self) -> Corpus:
-        """The token sequences, read anew."""
+        """Returns the token sequences, read anew."""
         return Corpus(self.sources, self.model.tokenizer, self.model.vocab_size, self.corpus_settings)
 
     def prompts(self) -> Prompts:
-        """The prompts to answer, read anew; only with `generation`."""
+        """Returns the prompts to answer, read anew; only with `generation`."""
         assert self.generation is not None
         room = self.generation.shortest
         return Prompts(self.sources, self.model.tokenizer, self.model.vocab_size, self.corpus_settings, room)
@@ -136,7 +136,7 @@ def resolve_inputs(
 
 
 def _longest_sequence(wanted: int | None, model: TeacherModel, engine: Engine) -> int:
-    """Longest sequence in tokens. The longest prompt that vLLM scores is one token shorter than its context."""
+    """Returns the tokens of the longest sequence: the user's, or what the engine's context allows."""
     limit = engine.options.get("max_model_len") or model.max_positions
     if limit is None or limit < 2:  # −1 is vLLM's "auto"
         limit = model.max_positions or DEFAULT_MAX_LENGTH + 1

@@ -1,4 +1,4 @@
-"""Rows of a finished cache scored again: is what is stored what the teacher gives, and at the right positions?
+"""Rows of a finished cache scored again: does it store what the teacher gives, and at the right positions?
 
 Two engines, or two runs of one, differ in the last bits of their arithmetic, so that a tolerance is needed; it is on a row's
 mean |Δ log p| over stored entries with p > 1e-3. Single entries differ by a multiple of the mean, so it is the mean that is

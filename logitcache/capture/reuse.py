@@ -34,7 +34,7 @@ from logitcache.urls import public_url
 from logitcache.version import CREATED_BY
 
 WINDOW_BYTES = 64 << 20
-"""Of copied rows, decoded: what is read in the other cache's order before it is written in ours."""
+"""Bytes of decoded rows that are read in the other cache's order before they are written in ours."""
 
 PLACES_NAME = f"{BUILD_DIRECTORY}/places"
 COPIED_NAME = f"{BUILD_DIRECTORY}/copied"

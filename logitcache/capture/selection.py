@@ -218,7 +218,7 @@ def _log_normaliser(logits: Tensor, settings: CaptureSettings) -> Tensor | float
 
 
 def _inverse_distribution_function(weights: Tensor, block_masses: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids where the cumulated weights pass `uniforms` [N, s] of their sum, int64 [N, s]; never one of weight 0.
+    """Returns the ids at which the cumulated weights pass `uniforms` of their sum, int64 [N, s]; never one of weight 0.
 
     First among blocks, then inside the block, by cumulated sums in float64: no [N, V] of them. weights: float32
     [N, blocks · SUM_WIDTH].  block_masses: float64 [N, blocks]. Rows without weight give anything.

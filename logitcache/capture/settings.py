@@ -13,7 +13,7 @@ from logitcache.format.tail_parts import TailParts
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """Which part of a distribution becomes SparseTargets.
+    """The part of a distribution that becomes SparseTargets.
 
     top_k: entries of a position, the cap under `top_p`.  top_p: entries are taken until they hold this probability
     mass (1.0: always `top_k`).  min_k: floor under `top_p`, by default 32 or `top_k`; mass alone chooses badly for RKL and

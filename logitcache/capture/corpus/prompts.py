@@ -19,8 +19,8 @@ from logitcache.documents.messages import ASSISTANT, read_chat
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 
-ANSWER_COLUMNS = ("completion", "finish_reason", "sample")
-"""Columns that an answer adds to those of its prompt: text, why it ended, its number among the prompt's answers."""
+COMPLETION_COLUMNS = ("completion", "finish_reason", "sample")
+"""Columns that a completion adds to those of its prompt: text, reason of its end, number among the prompt's completions."""
 
 
 def prompt_of_text(document: Mapping[str, Any], by: Tokenization) -> list[Tokens]:
@@ -75,7 +75,7 @@ class PromptSettings(CorpusSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if taken := [name for name in self.keep if name in ANSWER_COLUMNS]:
+        if taken := [name for name in self.keep if name in COMPLETION_COLUMNS]:
             raise UserError(f"--keep {taken[0]}: --generate stores a column of that name itself; rename the source's")
 
 

@@ -21,8 +21,8 @@ _OTHER_WORDS = "\U000f0a00"
 class Answer:
     """The characters start … end − 1 of a rendered chat, which an assistant's turn is trained on.
 
-    prompt_start: where the generation prompt before them begins.  turn: number of the message.  unrendered: the end of the
-    generation prompt that the rendered turn does not have.
+    prompt_start: the first character of the generation prompt before them.  turn: number of the message.  unrendered: the end
+    of the generation prompt that the rendered turn does not have.
     """
 
     prompt_start: int

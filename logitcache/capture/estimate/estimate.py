@@ -46,13 +46,13 @@ from logitcache.table import aligned
 PRICED_POSITIONS = 4096
 """Stored positions, at least, whose encoded bytes are measured and whose mean probability orders the vocabulary."""
 JUDGED_POSITIONS = 512
-"""Of those, the most that are scored with `JUDGED_ENTRIES` entries each, 32 KiB."""
+"""The most of those positions that are scored with `JUDGED_ENTRIES` entries each, 32 KiB."""
 JUDGED_ENTRIES = 4096
 CANDIDATE_KS = (8, 16, 32, 64, 128, 256)
 SHOWN_TAIL_GROUPS = 32
 """Beside every k, unless the build asks for another number."""
 TIMED_S = 10.0
-"""Of scoring as the build does it, more where the priced positions take longer."""
+"""How long scoring is timed as the build does it; longer if the priced positions take longer."""
 
 logger = logging.getLogger("logitcache")
 

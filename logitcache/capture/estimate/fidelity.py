@@ -111,7 +111,7 @@ def stand_in(outcomes: Outcomes, stage: str) -> np.ndarray:
     of_teacher, of_mean, deviation = STUDENTS[stage]
     noise = deviation * np.random.default_rng(0).standard_normal(outcomes.logprobs.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # What is left of a group counts as tokens of equal probability, over which the noise takes its mean.
+        # The rest of a group counts as tokens of equal probability, over which the noise takes its mean.
         log_size = np.log(outcomes.sizes)
         logits = of_teacher * (outcomes.logprobs - log_size) + of_mean * (np.log(outcomes.mean_probs) - log_size)
         logits += log_size + np.where(outcomes.sizes > 1, deviation**2 / 2, noise)

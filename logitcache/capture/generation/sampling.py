@@ -12,7 +12,7 @@ from typing import Any
 from logitcache.errors import UserError, one_line
 
 DEFAULTS: Mapping[str, Any] = {"n": 1, "temperature": 1.0, "seed": 0, "max_tokens": None}
-"""What is in effect where nothing else is said; max_tokens None: as many as --max-length leaves."""
+"""Fields that have these values unless the user gives others; max_tokens None: as many as --max-length leaves."""
 
 MEANINGLESS = {
     **dict.fromkeys(

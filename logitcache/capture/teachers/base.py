@@ -51,7 +51,7 @@ class TeacherModel:
     """A teacher's name, configuration and tokenizer.
 
     vocab_size: tokens that the tokenizer knows; logit columns beyond them are padding. num_logits: columns with padding.
-    max_positions: longest context of the architecture, or None where the configuration does not say.
+    max_positions: longest context of the architecture, or None if the configuration does not say.
     dtype: of the weights in the engine, "auto" already resolved to the checkpoint's own.
     """
 

@@ -29,15 +29,15 @@ from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
 
 ENTRY_BYTES = 68
-"""Of one entry in an answer's JSON, as vLLM 0.32 writes it."""
-ANSWERS_BYTES = 1 << 28
-"""JSON that all answers under way may come to, by this estimate; one longer answer is still asked for, alone.
+"""Bytes of one entry in a response's JSON, as vLLM 0.32 writes it."""
+RESPONSES_BYTES = 1 << 28
+"""Bytes of JSON that all responses under way may have, by this estimate; one longer response is still asked for, alone.
 
 The server writes 10 to 20 µs an entry: more would only wait there, towards its timeout.
 """
 LONGEST_DELAY_S = 30.0
 MINUS_INFINITY = -9999.0
-"""What the server writes for −inf, which JSON does not have."""
+"""The number that the server writes for −inf, which JSON does not have."""
 
 
 class ServerTeacher:
@@ -102,14 +102,14 @@ class ServerTeacher:
         asked: deque[tuple[int, Future[SparseTargets]]] = deque()
         try:
             for sequence in sequences:
-                answer_bytes = len(sequence.input_ids) * (settings.top_k + 1) * ENTRY_BYTES
+                response_bytes = len(sequence.input_ids) * (settings.top_k + 1) * ENTRY_BYTES
                 # Twice as many as run at once: one slow answer leaves no slot empty.
                 while asked and (
-                    len(asked) >= 2 * self._concurrency or sum(b for b, _ in asked) + answer_bytes > ANSWERS_BYTES
+                    len(asked) >= 2 * self._concurrency or sum(b for b, _ in asked) + response_bytes > RESPONSES_BYTES
                 ):
                     yield asked.popleft()[1].result()
                 scoring = asyncio.run_coroutine_threadsafe(self._score(sequence, settings), self._loop)
-                asked.append((answer_bytes, scoring))
+                asked.append((response_bytes, scoring))
             while asked:
                 yield asked.popleft()[1].result()
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,12 @@ def test_a_process_ends_when_its_owner_is_killed_and_leaves_ctrl_c_to_it() -> No
 def test_the_variable_that_names_the_owner_stands_once_in_the_sources() -> None:
     sources = [*(ROOT / "logitcache").rglob("*.py"), *(ROOT / "trainer").rglob("*.py")]
     assert sum(path.read_text(encoding="utf-8").count(OWNER_PID) for path in sources) == 1
+
+
+def test_the_room_imports_the_standard_library_only() -> None:
+    for path in (ROOT / "logitcache" / "engines").glob("*.py"):
+        imports = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(imports) <= sys.stdlib_module_names
 
 
 def test_an_error_in_short_is_one_line_without_pydantics_frame_and_never_empty() -> None:

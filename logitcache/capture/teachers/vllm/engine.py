@@ -23,7 +23,7 @@ REASONS = {
     signal.SIGKILL: "killed, as the kernel does where memory runs out",
     signal.SIGILL: "an instruction that this processor does not have, or that its kernel does not allow",
 }
-"""What a signal tells of an engine that it ended, where that is more than its name."""
+"""Words for a signal that ended an engine, if there is more to tell than its name."""
 REAPED_S = 1.0
 """Within this time the exit status of a process that is gone is known."""
 
@@ -63,7 +63,7 @@ def why_not_engine(model: TeacherModel, engine_options: Mapping[str, Any]) -> st
     set_environment()
     from vllm import EngineArgs
 
-    with unsaid() as log:
+    with hidden_log() as log:
         try:
             EngineArgs(**engine_arguments(model, 1, {}, engine_options)).create_model_config()
         except Exception as error:
@@ -72,7 +72,7 @@ def why_not_engine(model: TeacherModel, engine_options: Mapping[str, Any]) -> st
 
 
 @contextmanager
-def unsaid() -> Iterator[list[str]]:
+def hidden_log() -> Iterator[list[str]]:
     """Hides what vLLM logs inside, and yields it: it reports teachers that it does not take over a hundred lines."""
     log: list[str] = []
     handler = logging.Handler()

@@ -116,7 +116,7 @@ def _template(settings: GenerationSettings) -> Any:
 
 
 def _arguments(model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> Any:
-    """Returns vLLM's EngineArgs. The tokenizer tells the engine where completions end; those of one prompt share its prefix."""
+    """Returns vLLM's EngineArgs. The tokenizer ends completions, and those of one prompt share its prefix."""
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
-from logitcache.capture.teachers.vllm.engine import EngineProcesses, check_prompt, engine_arguments, unsaid
+from logitcache.capture.teachers.vllm.engine import EngineProcesses, check_prompt, engine_arguments, hidden_log
 from logitcache.capture.teachers.vllm.plugin import prepare_engine
 from logitcache.capture.teachers.vllm.protocol import SCORE_LOGITS, TAIL_GROUPS, TASK, ScoringRequest
 from logitcache.capture.wire_format import unpack
@@ -138,7 +138,7 @@ def why_not_pooling(model: TeacherModel, engine_options: Mapping[str, Any]) -> s
     if engine_options.get("speculative_config"):
         return "speculative decoding, which a pooling model does not do"
     set_environment()
-    with unsaid():
+    with hidden_log():
         try:
             with _scoring():
                 config = _arguments(model, 1, engine_options).create_model_config()

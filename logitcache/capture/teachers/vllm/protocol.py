@@ -17,7 +17,7 @@ TAIL_GROUPS = "tail_groups"
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """What is asked about a sequence. It travels as `PoolingParams.extra_kwargs`, so its fields are of msgpack's types.
+    """The question about a sequence. It travels as `PoolingParams.extra_kwargs`, so its fields are of msgpack's types.
 
     settings: JSON of CaptureSettings; None asks for the sum of the full distributions over the stored positions.
     stored: bit mask of the stored positions, as `np.packbits` makes it.  vocab_size: columns beyond are padding.

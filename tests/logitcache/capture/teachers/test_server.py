@@ -174,7 +174,7 @@ def test_requests_under_way_and_sequences_read_ahead_are_bounded(
 def test_long_answers_are_asked_for_one_at_a_time(
     fake: FakeServer, connect: Callable[..., ServerTeacher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.capture.teachers.server.ANSWERS_BYTES", 1)
+    monkeypatch.setattr("logitcache.capture.teachers.server.RESPONSES_BYTES", 1)
     for yielded, _ in enumerate(connect().score([ROW] * 5, SETTINGS), start=1):
         assert asked(fake) == yielded
 
