@@ -109,7 +109,7 @@ def ours(loss: str, k: int, *more: str, **settings: Any) -> Row:
     """more: what the loss is given of the teacher beside entries and tail."""
 
     def prepare(step: TrainingStep) -> Run:
-        given = step.stored(k, *more)
+        given: dict[str, Any] = {**step.stored(k, *more)}
 
         def run() -> None:
             fused_linear_divergence(

@@ -14,7 +14,7 @@ tail, and autograd.
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,8 @@ def product_alone(hidden: Tensor, weight: Tensor, given: dict[str, Tensor], loss
     exact_hidden, exact_weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     logits = F.linear(exact_hidden, exact_weight)
     logits = logits + (F.linear(hidden, weight).double() - logits).detach()
-    value = sparse_divergence(logits, **_in_float64(given), loss=loss, tail=tail)
+    given_64: dict[str, Any] = {**_in_float64(given)}
+    value = sparse_divergence(logits, **given_64, loss=loss, tail=tail)
     hidden_grad, weight_grad = torch.autograd.grad(value.mean(), (exact_hidden, exact_weight))
     return Result(hidden_grad, weight_grad, value.detach())
 

@@ -1,18 +1,46 @@
 """Train a student from a cache of teacher log-probabilities; the teacher itself is never loaded."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.comparison.compare import compare
+    from trainer.config.config import DistillConfig
+    from trainer.data.training_data import open_training_data
+    from trainer.evaluation.evaluate import evaluate
+    from trainer.losses.fused import fused_linear_divergence
+    from trainer.losses.registry import register_divergence
+    from trainer.losses.settings import LossSettings
+    from trainer.losses.sparse import sparse_divergence
+    from trainer.losses.targets import TeacherTargets
+    from trainer.run.distill_trainer import DistillTrainer
 
 # Public name → the module that defines it, imported on first use: `trainer --help` needs no torch.
 _EXPORTS = {
     "DistillConfig": "trainer.config.config",
     "DistillTrainer": "trainer.run.distill_trainer",
+    "LossSettings": "trainer.losses.settings",
+    "TeacherTargets": "trainer.losses.targets",
+    "compare": "trainer.comparison.compare",
+    "evaluate": "trainer.evaluation.evaluate",
     "fused_linear_divergence": "trainer.losses.fused",
+    "open_training_data": "trainer.data.training_data",
     "register_divergence": "trainer.losses.registry",
     "sparse_divergence": "trainer.losses.sparse",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = [
+    "DistillConfig",
+    "DistillTrainer",
+    "LossSettings",
+    "TeacherTargets",
+    "compare",
+    "evaluate",
+    "fused_linear_divergence",
+    "open_training_data",
+    "register_divergence",
+    "sparse_divergence",
+]
 
 
 def __getattr__(name: str) -> Any:

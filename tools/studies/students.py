@@ -84,7 +84,7 @@ class OnlineTrainer(DistillTrainer):
         super().__init__(*args, **options)
         self._teacher, self._loss, self._temperature = teacher, loss, temperature
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: Batch,
@@ -103,7 +103,7 @@ class OnlineTrainer(DistillTrainer):
 class PowerTailTrainer(DistillTrainer):
     """Takes the tail at T for one token of the mass t, so t^(1/T) before both parts are normalised."""
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: Batch,

@@ -16,20 +16,38 @@ from trainer.terminal import say
 
 if TYPE_CHECKING:
     from trainer.comparison.execute import Failure
-    from trainer.comparison.run_groups import Row
 
 PICTURES = (".png", ".pdf", ".svg")
-RECIPE_SUFFIXES = (".yaml", ".yml")
 FAILED = 1
 
 
 def run(argv: Sequence[str]) -> int:
     """Compares runs, after doing those of a recipe; returns the exit status."""
     args = _parser().parse_args(argv)
-    recipes = [path for path in args.runs if path.suffix in RECIPE_SUFFIXES]
-    if recipes and len(args.runs) > 1:
-        raise UserError(f"{recipes[0]} is a recipe: name it alone, or finished runs only")
-    return _recipe(args, argv) if recipes else _finished(args)
+    from trainer.comparison.compare import RECIPE_SUFFIXES, compare
+    from trainer.comparison.recipe import read_recipe
+
+    recipe = read_recipe(args.runs[0]) if len(args.runs) == 1 and args.runs[0].suffix in RECIPE_SUFFIXES else None
+    out = args.out or (recipe.output_dir if recipe else Path()) / "compare.png"
+    page = args.page or out.with_suffix(".html")
+    _check_outputs(args, out, page)
+    try:
+        compared = compare(recipe or args.runs, jobs=args.jobs, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        if recipe is None:
+            raise
+        say(f"trainer: stopped. The same command continues:\n  {shlex.join(['trainer', 'compare', *argv])}")
+        return INTERRUPTED
+    if compared.rows:
+        say(("\n" if recipe else "") + compared.table())
+        for note in compared.notes:
+            say(f"note: {note}")
+        compared.draw(out, args.curves)
+        compared.write_page(page)
+        say(f"\ncurves: {out}\npage: {page}")
+    for failure in compared.failures:
+        say(_report(failure), error=True)
+    return FAILED if compared.failures else 0
 
 
 def _parser() -> Parser:
@@ -69,86 +87,14 @@ def _parser() -> Parser:
     return parser
 
 
-def _finished(args: Namespace) -> int:
-    for name in ("jobs", "overwrite"):
-        if getattr(args, name):
-            raise UserError(f"--{name} belongs to a recipe: {args.runs[0]} is taken for a finished run")
-    from trainer.comparison.finished import read_runs
-    from trainer.comparison.run_groups import rows_of
-
-    out = args.out or Path("compare.png")
-    check_outputs(args, out)
-    show(rows_of(read_runs(args.runs)), args, out, title="Runs side by side")
-    return 0
-
-
-def _recipe(args: Namespace, argv: Sequence[str]) -> int:
-    from trainer.comparison.check import check
-    from trainer.comparison.execute import default_jobs, execute
-    from trainer.comparison.finished import read_runs
-    from trainer.comparison.recipe import read_recipe
-    from trainer.comparison.run_groups import Row
-
-    recipe = read_recipe(args.runs[0])
-    if recipe.launch and args.jobs not in (None, 1):
-        raise UserError(
-            f"--jobs {args.jobs}: `launch` in {recipe.path} gives a run all devices, so they are done one at a time"
-        )
-    states = check(recipe, overwrite=args.overwrite)
-    try:
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{recipe.path}: output_dir {recipe.output_dir}: {error.strerror}") from error
-    out = args.out or recipe.output_dir / "compare.png"
-    check_outputs(args, out)
-    jobs = 1 if recipe.launch else min(args.jobs or default_jobs(), len(recipe.runs))
-    done = sum(state.done for state in states.values())
-    say(f"{recipe.path}: {done} of {len(recipe.runs)} runs in {recipe.output_dir} are finished; {jobs} at a time")
-    try:
-        failures = execute(recipe, jobs=jobs)
-    except KeyboardInterrupt:
-        say(f"trainer: stopped. The same command continues:\n  {shlex.join(['trainer', 'compare', *argv])}")
-        return INTERRUPTED
-    failed = {failure.folder for failure in failures}
-    planned = [run for run in recipe.runs if run.folder not in failed]
-    if planned:
-        finished = list(zip(planned, read_runs([run.folder for run in planned]), strict=True))
-        names = dict.fromkeys(run.row for run in planned)
-        rows = [Row(name, [one for run, one in finished if run.row == name]) for name in names]
-        say("")
-        show(rows, args, out, title=recipe.path.stem)
-    for failure in failures:
-        say(_report(failure), error=True)
-    return FAILED if failures else 0
-
-
-def check_outputs(args: Namespace, out: Path) -> None:
-    """Raises UserError where picture or page cannot be written."""
-    check_writable(out)
-    page = page_of(args, out)
-    if page.is_dir() or not page.parent.is_dir():
+def _check_outputs(args: Namespace, out: Path, page: Path) -> None:
+    """Raises UserError if picture or page cannot be written. A recipe's output_dir may be missing: its runs make it."""
+    if args.out or out.parent.exists():
+        check_writable(out)
+    if page.is_dir() or not (page.parent.is_dir() or page.parent == out.parent):
         raise UserError(f"--page {page}: name a file in an existing folder")
     if page.resolve() == out.resolve():
         raise UserError(f"--page {page}: that is the picture; name another file")
-
-
-def page_of(args: Namespace, out: Path) -> Path:
-    """Where the page goes."""
-    return args.page or out.with_suffix(".html")
-
-
-def show(rows: Sequence[Row], args: Namespace, out: Path, *, title: str) -> None:
-    """Prints the table, draws the picture and writes the page."""
-    from trainer.comparison.page import write_page
-    from trainer.comparison.picture import draw
-    from trainer.comparison.table import table
-
-    say(table(rows))
-    for note in dict.fromkeys(note for row in rows for run in row.runs for note in run.notes):
-        say(f"note: {note}")
-    draw(rows, args.curves, out)
-    write_page(rows, page_of(args, out), title)
-    say(f"\ncurves: {out}\npage: {page_of(args, out)}")
 
 
 def _report(failure: Failure) -> str:

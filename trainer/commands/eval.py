@@ -126,12 +126,12 @@ def make_parser() -> Parser:
 
 def _evaluate(args: Namespace) -> None:
     out = _evaluation_path(args)
-    from trainer.evaluation.evaluate import check_overwrites_same_cache, evaluate_folder, write_evaluation
+    from trainer.evaluation.evaluate import check_overwrites_same_cache, evaluate, write_evaluation
 
     cache = logitcache.open(args.cache)
     if args.out is None:
         check_overwrites_same_cache(out, cache)
-    metrics = evaluate_folder(args.model, cache, batch_size=args.batch_size or 8)
+    metrics = evaluate(args.model, cache, batch_size=args.batch_size or 8)
     say(metrics_table(metrics))
     write_evaluation(out, args.model, cache, metrics)
     say(f"written to {out}")

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import logitcache
 from logitcache import LogitCache, UserError
 from logitcache.storage.atomic import write_json
 from trainer.data.collator import Collator
@@ -24,9 +25,30 @@ from trainer.model.tokenizers import check_tokenizer, student_tokenizer
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, cache: LogitCache, *, batch_size: int = 8, name: str = "model"
+    student: PreTrainedModel | str | Path, cache: LogitCache | str | Path, *, batch_size: int = 8
 ) -> dict[str, float]:
-    """`metrics.evaluation_metrics` of a model on a cache, on the model's device; holds one batch at a time."""
+    """Measures a student against the teacher of a held-out cache. One batch is in memory at a time.
+
+    Args:
+        student: A model, which is measured on its device, or a model folder or name, which is loaded in the dtype it is
+            stored in, on a GPU if there is one.
+        cache: The held-out cache, or its folder or URL.
+        batch_size: Sequences at a time.
+
+    Returns:
+        Name of a metric (as in `trainer.config.metrics`) → value: cross-entropy, divergences and probabilities.
+
+    Raises:
+        UserError: Student, tokenizer and cache do not belong together, or the cache is empty.
+    """
+    if not isinstance(cache, LogitCache):
+        cache = logitcache.open(cache)
+    name = "model"
+    if isinstance(student, PreTrainedModel):
+        model = student
+    else:
+        name = str(student)
+        model = _load(name, cache)
     check_student(model.config, cache, name)
     if batch_size > 1:
         warn_of_rotation(model, cache.manifest.longest, "measured", "--batch_size 1")
@@ -48,11 +70,8 @@ def evaluate(
     return evaluation_metrics(sums.totals())
 
 
-def evaluate_folder(name: str, cache: LogitCache, *, batch_size: int = 8) -> dict[str, float]:
-    """`evaluate` of a model folder or name, in the dtype it is stored in, on a GPU where there is one.
-
-    Raises UserError where model, tokenizer and cache do not belong together.
-    """
+def _load(name: str, cache: LogitCache) -> PreTrainedModel:
+    """Loads a model folder or name. Raises UserError if the cache is empty, or is not for this model and tokenizer."""
     if not len(cache):
         raise UserError(f"{cache.path} is an empty cache")
     config = student_config(name)
@@ -63,7 +82,7 @@ def evaluate_folder(name: str, cache: LogitCache, *, batch_size: int = 8) -> dic
     model = load_student(name, config, from_scratch=False, dtype="auto")
     if torch.cuda.is_available():
         model.cuda()  # type: ignore[call-arg]  # transformers' wrapper hides self
-    return evaluate(model, cache, batch_size=batch_size, name=name)
+    return model
 
 
 def check_overwrites_same_cache(path: Path, cache: LogitCache) -> None:

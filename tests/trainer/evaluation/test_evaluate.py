@@ -15,7 +15,7 @@ from logitcache import LogitCache, UserError
 from tests.helpers.cachemaking import VOCAB, llama, teacher_logprobs
 from tests.helpers.distilling import not_understood
 from trainer.cli import main
-from trainer.evaluation.evaluate import evaluate, evaluate_folder
+from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.identity import identities
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.settings import LossSettings
@@ -104,7 +104,7 @@ def test_trainer_eval_prints_a_table_and_writes_json(
 def test_a_model_with_a_smaller_vocabulary_is_refused(tmp_path: Path, heldout: LogitCache) -> None:
     llama(vocab_size=40).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"40 columns, .* 64 tokens"):
-        evaluate_folder(str(tmp_path), heldout)
+        evaluate(str(tmp_path), heldout)
 
 
 def test_a_model_that_takes_shorter_sequences_is_refused_before_its_weights_load(
@@ -114,7 +114,7 @@ def test_a_model_that_takes_shorter_sequences_is_refused_before_its_weights_load
     with pytest.raises(
         UserError, match=rf"has {heldout.manifest.longest} tokens, the student takes 8 .*--max-length 8"
     ):
-        evaluate_folder(str(tmp_path), heldout)
+        evaluate(str(tmp_path), heldout)
 
 
 def test_an_evaluation_on_another_cache_is_not_overwritten(

@@ -15,7 +15,7 @@ from logitcache import LogitCache, UserError
 from tests.helpers.cachemaking import TINY, VOCAB, llama
 from trainer.cli import main
 from trainer.config.config import DistillConfig
-from trainer.evaluation.evaluate import evaluate, evaluate_folder
+from trainer.evaluation.evaluate import evaluate
 from trainer.model.adapters import add_adapters, base_model, check_adapter_student, weights_dtype
 from trainer.model.student import load_student, student_config
 from trainer.run.distill_trainer import DistillTrainer
@@ -49,7 +49,7 @@ def test_a_run_leaves_an_adapter_that_evaluates_and_trains_on(
     assert f"{'DoRA' if options else 'LoRA'} of rank 4, alpha 8" in capsys.readouterr().out
     assert not (tmp_path / "first" / "model.safetensors").exists()
     assert AutoTokenizer.from_pretrained(tmp_path / "first").eos_token_id == 0
-    assert evaluate_folder(str(tmp_path / "first"), heldout)["fkl"] == pytest.approx(first["fkl"], rel=1e-5)
+    assert evaluate(str(tmp_path / "first"), heldout)["fkl"] == pytest.approx(first["fkl"], rel=1e-5)
     assert main(["eval", str(tmp_path / "first"), "--cache", heldout.path]) == 0
 
     second = train(cache, heldout, str(tmp_path / "first"), tmp_path / "second")
