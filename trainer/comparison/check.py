@@ -11,7 +11,7 @@ from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.prompts import read_prompts
 from trainer.evaluation.protocol import choose_backend, prompts_that_fit
-from trainer.run.prepare import Run, prepare
+from trainer.run.prepare import PreparedRun, prepare
 
 
 def check(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
@@ -56,7 +56,7 @@ def _check_held_out(run: PlannedRun, first: PlannedRun) -> None:
         )
 
 
-def _check_prompts(ready: Run, settings: GenerationSettings) -> None:
+def _check_prompts(ready: PreparedRun, settings: GenerationSettings) -> None:
     """Raises UserError for prompts that the student could not answer."""
     student = str(ready.config.student)
     choose_backend(settings.backend, student)

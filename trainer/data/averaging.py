@@ -42,8 +42,8 @@ def mean_targets(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTa
 
 def _mean(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTargets:
     ids, columns = _by_id(np.concatenate([teacher.token_ids for teacher in teachers], axis=1))  # [M, K]
-    held = ids < vocab_size
-    first = (np.diff(ids, axis=1, prepend=PAD_ID) != 0) & held  # of the entries of an id
+    is_id = ids < vocab_size
+    first = (np.diff(ids, axis=1, prepend=PAD_ID) != 0) & is_id  # of the entries of an id
     union = first.sum(axis=1)  # [M]
     estimates, tails = zip(*(_taken_from_tail(teacher, union, vocab_size) for teacher in teachers), strict=True)
     # Of every id all estimates, and beyond them what those know that store it.
@@ -54,7 +54,7 @@ def _mean(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTargets:
     beyond = np.take_along_axis(np.concatenate(known, axis=1), columns, axis=1)
     num_positions, k = len(ids), int(union.max(initial=0))
     entry_of = np.arange(num_positions)[:, None] * k + np.cumsum(first, axis=1) - 1  # [M, K], into [M, k] flattened
-    above = np.bincount(entry_of[held], beyond[held], minlength=num_positions * k).reshape(num_positions, k)
+    above = np.bincount(entry_of[is_id], beyond[is_id], minlength=num_positions * k).reshape(num_positions, k)
     is_entry = np.arange(k) < union[:, None]
     probs = np.where(is_entry, above + np.sum(estimates, axis=0)[:, None], 0) / len(teachers)
     token_ids = np.full((num_positions, k), PAD_ID, np.int32)
@@ -66,11 +66,11 @@ def _mean(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTargets:
 
 def _taken_from_tail(teacher: SparseTargets, union: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """What stands for each id that the teacher lacks, and what that leaves of its tail; float64 [M]."""
-    held = teacher.token_ids != PAD_ID
-    missing = union - held.sum(axis=1)
+    stored = teacher.token_ids != PAD_ID
+    missing = union - stored.sum(axis=1)
     tail = np.exp(teacher.tail_logprob, dtype=np.float64)
     share = tail / np.maximum(missing, 1)
-    smallest = np.exp(np.min(teacher.logprobs, axis=1, where=held, initial=0), dtype=np.float64)
+    smallest = np.exp(np.min(teacher.logprobs, axis=1, where=stored, initial=0), dtype=np.float64)
     whole = union == vocab_size
     estimate = np.where(missing == 0, 0, np.where(whole, share, np.minimum(smallest, share) / 2))
     return estimate, np.where(whole & (missing > 0), 0, tail - missing * estimate)
@@ -93,7 +93,7 @@ def _descending(token_ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray
     return np.where(np.isfinite(logprobs), token_ids, np.int32(PAD_ID)), logprobs
 
 
-class OtherTeacher:
+class TeacherTargetsById:
     """Targets of another teacher's cache by row id.
 
     Keeps as many decoded row groups as hold the rows that shuffled streams of `caches` mix at a time, some 128 MiB. So each is
@@ -102,7 +102,7 @@ class OtherTeacher:
 
     def __init__(self, cache: LogitCache, caches: Sequence[LogitCache]) -> None:
         self.cache = cache
-        self._numbers = RowNumbers(cache)
+        self._numbers = RowLookup(cache)
         spanned = sum(1 + math.ceil(_rows_per_group(one) / _rows_per_group(cache)) for one in caches)
         self._row_group = lru_cache(SHUFFLE_ROW_GROUPS * spanned)(cache.read_row_group)
 
@@ -127,7 +127,7 @@ class OtherTeacher:
         return self._row_group(row_group)[row].targets
 
 
-def averaged(row: CachedSequence, others: Sequence[OtherTeacher], vocab_size: int) -> CachedSequence:
+def averaged(row: CachedSequence, others: Sequence[TeacherTargetsById], vocab_size: int) -> CachedSequence:
     """The row with `averaging.mean_targets` of its own teacher and the others."""
     targets = [row.targets, *(other.targets(row.row_id) for other in others)]
     return replace(row, targets=mean_targets(targets, vocab_size))
@@ -146,7 +146,7 @@ def row_ids(cache: LogitCache) -> Iterator[np.ndarray]:
             raise UserError(f"{cache.path}: {error}: fetch or build it again") from error
 
 
-class RowNumbers:
+class RowLookup:
     """Row id → row number of a cache, 24 bytes a row in a temporary folder that goes with this object."""
 
     def __init__(self, cache: LogitCache) -> None:
@@ -159,9 +159,9 @@ class RowNumbers:
         return self._index.find(ids)
 
 
-def rows_held(caches: Sequence[LogitCache], cache: LogitCache) -> int:
+def shared_rows(caches: Sequence[LogitCache], cache: LogitCache) -> int:
     """How many rows of `cache` one of `caches` holds too."""
-    numbers = RowNumbers(cache)
+    numbers = RowLookup(cache)
     shared = np.zeros(len(cache) + 1, bool)  # the last for ids that are not there
     for other in caches:
         for ids in row_ids(other):

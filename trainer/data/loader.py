@@ -34,7 +34,7 @@ class BatchLoader(DataLoader[Batch]):
     W worker processes each decodes every row of the rank and collates one batch in W.
     """
 
-    dataset: EpochRows
+    dataset: BatchDataset
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class BatchLoader(DataLoader[Batch]):
         batching = Batching(batching) if isinstance(batching, int) else batching
         batches = EpochBatches(data, batching, shard, drop_last, shuffle=shuffle, seed=seed, num_epochs=num_epochs)
         pins_ahead = pin_memory and not num_workers  # torch's loader would pin in the thread that trains
-        rows = EpochRows(data, batches, collator, shuffle=shuffle, seed=seed, shard=shard, pin_memory=pins_ahead)
+        rows = BatchDataset(data, batches, collator, shuffle=shuffle, seed=seed, shard=shard, pin_memory=pins_ahead)
         super().__init__(
             rows,
             batch_sampler=batches,
@@ -93,7 +93,7 @@ def only(batches: list[Batch]) -> Batch:
     return batch
 
 
-def planned_rows(
+def rows_of_batches(
     plan: Plan, stream: Iterator[CachedSequence], first: int, every: int
 ) -> Iterator[list[CachedSequence]]:
     """The rows of batches first, first + every, …, reading forward and holding what later ones of them need.
@@ -101,19 +101,19 @@ def planned_rows(
     stream: rows from plan.first_row(first) on.
     """
     next_row = plan.first_row(first)
-    held: dict[int, CachedSequence] = {}
+    waiting: dict[int, CachedSequence] = {}
     for batch in range(first, len(plan), every):
         wanted = plan.rows(batch).tolist()
         while next_row <= max(wanted, default=-1):
             sequence = next(stream)
             ahead = plan.batch_of(next_row) - first
             if ahead >= 0 and ahead % every == 0:
-                held[next_row] = sequence
+                waiting[next_row] = sequence
             next_row += 1
-        yield [held.pop(row) for row in wanted]
+        yield [waiting.pop(row) for row in wanted]
 
 
-class EpochRows(Dataset[Batch]):
+class BatchDataset(Dataset[Batch]):
     """Collated batches of a rank, by key. Asked for in order they are read forward; any other one is sought.
 
     In the process that trains they are made ahead in the background, also by loaders that others made of this dataset,
@@ -150,7 +150,7 @@ class EpochRows(Dataset[Batch]):
         forward = self._forward
         if forward is None or self._awaited != (os.getpid(), key):
             self._forward = None  # whose thread ends
-            forward = self._begun(key) if worker is None else self._made(key, every)
+            forward = self._prefetched(key) if worker is None else self._collated(key, every)
         self._forward = self._awaited = None
         batch = next(forward)
         following = Key(key.epoch, key.batch + every)
@@ -158,7 +158,7 @@ class EpochRows(Dataset[Batch]):
             self._forward, self._awaited = forward, (os.getpid(), following)
         elif worker is None and key.epoch + 1 < self._batches.num_epochs:
             following = Key(key.epoch + 1, 0)
-            self._forward, self._awaited = self._begun(following), (os.getpid(), following)
+            self._forward, self._awaited = self._prefetched(following), (os.getpid(), following)
         return batch
 
     def close(self) -> None:
@@ -166,16 +166,16 @@ class EpochRows(Dataset[Batch]):
         if self._awaited is None or self._awaited[1].batch:
             self._forward = self._awaited = None
 
-    def _begun(self, key: Key) -> Iterator[Batch]:
+    def _prefetched(self, key: Key) -> Iterator[Batch]:
         """Batches made ahead, by a copy, which holds no `_forward`: so a thread ends where its dataset is dropped."""
-        return made_ahead(copy(self)._made(key, every=1))
+        return prefetch(copy(self)._collated(key, every=1))
 
-    def _made(self, key: Key, every: int) -> Iterator[Batch]:
+    def _collated(self, key: Key, every: int) -> Iterator[Batch]:
         plan = self._batches.plan(key.epoch)
         start = plan.first_row(key.batch)
         epoch = self._batches.order(key.epoch)
         stream = self._data.stream(epoch, shuffle=self._shuffle, seed=self._seed, shard=self._shard, start=start)
-        for number, rows in enumerate(planned_rows(plan, stream, key.batch, every)):
+        for number, rows in enumerate(rows_of_batches(plan, stream, key.batch, every)):
             packed_rows = plan.packed_rows(key.batch + number * every)
             if not rows:
                 rows = [self._empty]
@@ -200,18 +200,18 @@ class EpochRows(Dataset[Batch]):
         return self.__dict__ | {"_forward": None, "_awaited": None}
 
 
-def made_ahead(items: Iterator[T]) -> Iterator[T]:
+def prefetch(items: Iterator[T]) -> Iterator[T]:
     """Yields the items while a thread makes the next `AHEAD` of them; it begins at once.
 
     What making an item raises is raised when its turn comes. Dropping the iterator, or closing it, ends the thread
     after the item that it is at.
     """
-    made = _made(items)
-    next(made)
-    return made  # type: ignore[return-value]
+    items_ahead = _prefetch(items)
+    next(items_ahead)
+    return items_ahead  # type: ignore[return-value]
 
 
-def _made(items: Iterator[T]) -> Iterator[T | None]:
+def _prefetch(items: Iterator[T]) -> Iterator[T | None]:
     """None as soon as the thread is at work, and then the items."""
     end = object()
     finalizing = sys.is_finalizing  # bound here: when the interpreter ends, modules are emptied before iterators go

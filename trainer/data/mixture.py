@@ -13,8 +13,8 @@ from logitcache import CachedSequence, LogitCache
 from logitcache.format.codec import DecodedRows
 
 ROWS_PER_BLOCK = 1 << 14
-HELD_ROW_GROUPS = 4
-"""A cache of so few row groups is held decoded where it is weighted: no more than a stream reads ahead."""
+DECODED_ROW_GROUPS = 4
+"""A weighted cache of at most so many row groups is decoded once and kept: no more than a stream reads ahead."""
 
 
 def apportioned(shares: np.ndarray, rows: int) -> np.ndarray:
@@ -79,7 +79,7 @@ class SmoothOrder:
 
 
 @dataclass(frozen=True)
-class Passes:
+class RepeatedCache:
     """A rank's draws from a cache.
 
     number: of the cache in the mixture; the order of the first is that which it has alone.  shard: (rank, world).
@@ -96,14 +96,14 @@ class Passes:
     def rows(self, first: int) -> Iterator[CachedSequence]:
         """Draws from number `first` on, without end."""
         number, start = divmod(first, self._size)
-        held: dict[int, DecodedRows] = {}
+        decoded: dict[int, DecodedRows] = {}
         while True:
-            if self._held:
+            if self._kept_decoded:
                 for row in self._order(number)[start:].tolist():
                     group, row_in_it = self.cache.row_group_of(row)
-                    if group not in held:
-                        held[group] = self.cache.read_row_group(group)
-                    yield held[group][row_in_it]
+                    if group not in decoded:
+                        decoded[group] = self.cache.read_row_group(group)
+                    yield decoded[group][row_in_it]
             else:
                 yield from self.cache.iter_sequences(self.shuffle, self._seed_of(number), self.shard, start)
             number, start = number + 1, 0
@@ -118,16 +118,17 @@ class Passes:
 
     def _order(self, number: int) -> np.ndarray:
         """Rows of the cache that a pass consists of, int64 [_size]."""
-        if not self._held:
+        if not self._kept_decoded:
             return self.cache.stream_order(self.shuffle, self._seed_of(number), self.shard)
         count, (rank, world) = len(self.cache), self.shard
         order = np.random.default_rng(self._seed_of(number)).permutation(count) if self.shuffle else np.arange(count)
         return order[count * rank // world : count * (rank + 1) // world]
 
     @cached_property
-    def _held(self) -> bool:
+    def _kept_decoded(self) -> bool:
         return (
-            self.weighted and sum(len(info.row_group_sizes) for info in self.cache.manifest.shards) <= HELD_ROW_GROUPS
+            self.weighted
+            and sum(len(info.row_group_sizes) for info in self.cache.manifest.shards) <= DECODED_ROW_GROUPS
         )
 
     @cached_property

@@ -7,7 +7,7 @@ from trainer.config.config import DistillConfig
 from trainer.data.training_data import TrainingData
 
 
-def choose_tail(config: DistillConfig, data: TrainingData) -> str:
+def resolve_tail(config: DistillConfig, data: TrainingData) -> str:
     """The tail treatment of a run. Raises UserError where the cache does not hold what --tail and --temperature need."""
     held = data.held
     for temperature in config.temperatures:

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
 from logitcache.reading.cache import SequenceStream
-from trainer.data.averaging import OtherTeacher, averaged, rows_held
-from trainer.data.mixture import Passes, SmoothOrder, apportioned
+from trainer.data.averaging import TeacherTargetsById, averaged
+from trainer.data.mixture import RepeatedCache, SmoothOrder, apportioned
 from trainer.data.sources import Held, Source, check_belong_together, held_by_all, open_sources, without_weights
 
 
@@ -103,9 +103,9 @@ class TrainingData:
 
     def check_rows(self) -> None:
         """Raises UserError where a cache of `averaged_with` lacks a row, and where a weight is too small for one row."""
-        if (draws := self._draws((0, 1))).min() == 0:
+        if (counts := self._rows_by_cache((0, 1))).min() == 0:
             raise UserError(
-                f"--cache {self._sources[int(draws.argmin())]}: beside the other weights that is not one of the "
+                f"--cache {self._sources[int(counts.argmin())]}: beside the other weights that is not one of the "
                 f"{len(self)} rows of an epoch. Raise the weight, or leave the cache out"
             )
         for other in self._others:
@@ -114,7 +114,7 @@ class TrainingData:
 
     def num_rows(self, shard: tuple[int, int] = (0, 1)) -> int:
         """Rows of an epoch of a rank, the same in every epoch. shard: (rank, world)."""
-        return int(self._draws(shard).sum())
+        return int(self._rows_by_cache(shard).sum())
 
     def stream(
         self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1), start: int = 0
@@ -130,32 +130,35 @@ class TrainingData:
 
     def lengths(self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
         """Tokens of each row of `stream`, in its order: int32 [num_rows]. The first call reads the caches' loss masks."""
-        draws = self._draws(shard)
-        cache_of = np.concatenate([np.empty(0, np.int64), *SmoothOrder(draws).blocks()])
+        counts = self._rows_by_cache(shard)
+        cache_of = np.concatenate([np.empty(0, np.int64), *SmoothOrder(counts).blocks()])
         lengths = np.empty(len(cache_of), np.int32)
-        for number, passes in enumerate(self._passes(shuffle, seed, shard)):
-            rows = passes.row_numbers(epoch * int(draws[number]), int(draws[number]))
+        for number, repeated in enumerate(self._repeated_caches(shuffle, seed, shard)):
+            rows = repeated.row_numbers(epoch * int(counts[number]), int(counts[number]))
             lengths[cache_of == number] = self._token_lengths[number][rows]
         return lengths
 
     def _rows(
         self, epoch: int, shuffle: bool, seed: int, shard: tuple[int, int], start: int
     ) -> Iterator[CachedSequence]:
-        draws = self._draws(shard)
-        order = SmoothOrder(draws)
-        first = epoch * draws + order.before(min(start, len(order)))
+        counts = self._rows_by_cache(shard)
+        order = SmoothOrder(counts)
+        first = epoch * counts + order.before(min(start, len(order)))
         streams = [
-            passes.rows(begin) for passes, begin in zip(self._passes(shuffle, seed, shard), first.tolist(), strict=True)
+            repeated.rows(begin)
+            for repeated, begin in zip(self._repeated_caches(shuffle, seed, shard), first.tolist(), strict=True)
         ]
         for block in order.blocks(min(start, len(order))):
             for number in block.tolist():
                 yield next(streams[number])
 
-    def _passes(self, shuffle: bool, seed: int, shard: tuple[int, int]) -> list[Passes]:
+    def _repeated_caches(self, shuffle: bool, seed: int, shard: tuple[int, int]) -> list[RepeatedCache]:
         weighted = self._shares is not None
-        return [Passes(cache, number, shuffle, seed, shard, weighted) for number, cache in enumerate(self.caches)]
+        return [
+            RepeatedCache(cache, number, shuffle, seed, shard, weighted) for number, cache in enumerate(self.caches)
+        ]
 
-    def _draws(self, shard: tuple[int, int]) -> np.ndarray:
+    def _rows_by_cache(self, shard: tuple[int, int]) -> np.ndarray:
         """Rows that a rank takes of each cache in an epoch, int64 [C]."""
         rows = np.array([len(cache.iter_sequences(shard=shard)) for cache in self.caches])
         if self._shares is None:
@@ -169,18 +172,13 @@ class TrainingData:
         return None if self.weights is None else np.array(self.weights) / sum(self.weights)
 
     @cached_property
-    def _others(self) -> list[OtherTeacher]:
-        return [OtherTeacher(cache, self.caches) for cache in self.averaged_with]
+    def _others(self) -> list[TeacherTargetsById]:
+        return [TeacherTargetsById(cache, self.caches) for cache in self.averaged_with]
 
     @cached_property
     def _token_lengths(self) -> list[np.ndarray]:
         """int32 [rows] of each cache."""
         return [token_lengths(cache) for cache in self.caches]
-
-
-def shared_rows(data: TrainingData, eval_cache: LogitCache) -> int:
-    """Rows of an evaluation cache, by id, that are trained on too; reads row ids alone, memory does not grow with them."""
-    return rows_held(data.caches, eval_cache)
 
 
 def _reopened(paths: list[str], weights: list[float | None], averaged_with: list[str]) -> TrainingData:

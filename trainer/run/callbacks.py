@@ -76,7 +76,7 @@ class _Bar(ProgressCallback):
             self.training_bar.write(line)
 
 
-class StopOnInterrupt(TrainerCallback):
+class GracefulStop(TrainerCallback):
     """On Ctrl-C: finishes the step, writes a checkpoint and stops. A second Ctrl-C stops at once.
 
     Ranks stop after the same step, whichever of them heard of it first.
@@ -141,7 +141,7 @@ class EarlyStopping(EarlyStoppingCallback):
         control.should_training_stop = count >= self.early_stopping_patience
 
 
-class Pace(TrainerCallback):
+class ThroughputCallback(TrainerCallback):
     """A clock that runs while steps are made, and not while a model is evaluated or saved."""
 
     def __init__(self) -> None:

@@ -18,9 +18,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from logitcache import LogitCache, UserError
 from trainer.config.config import DistillConfig
 from trainer.data.collator import Batch, Collator
-from trainer.data.loader import BatchLoader, EpochRows
+from trainer.data.loader import BatchDataset, BatchLoader
 from trainer.data.sampler import Batching, batching_of, data_seed, is_shuffled, num_epochs
-from trainer.data.tail_choice import approximates_tail, choose_tail
+from trainer.data.tail_choice import approximates_tail, resolve_tail
 from trainer.data.training_data import TrainingData
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
 from trainer.losses.fused import Mixture
@@ -29,7 +29,7 @@ from trainer.losses.terms import DistillationTerms
 from trainer.model.objective import Objective, objective_of
 from trainer.model.packing_check import check_packing
 from trainer.model.student import check_student, warn_of_rotation
-from trainer.run.callbacks import Pace
+from trainer.run.callbacks import ThroughputCallback
 from trainer.run.ranks import check_ranks
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class DistillTrainer(Trainer):
         Raises UserError where a cache does not hold what the settings need, and where it does not suit the model.
         """
         data = TrainingData.of(cache)
-        self.tail = choose_tail(args, data)
+        self.tail = resolve_tail(args, data)
         self._approximated = {T for T in args.temperatures if approximates_tail(args, data, T)}
         for temperature in self._approximated:
             logger.info("the teacher's tail at T = %g is estimated from its mass and entropy at T = 1", temperature)
@@ -101,8 +101,8 @@ class DistillTrainer(Trainer):
         groups = data.tail_groups if self.tail == "groups" else None
         self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)
         self._window = Sums()
-        self._pace = Pace()
-        self.add_callback(self._pace)
+        self._throughput = ThroughputCallback()
+        self.add_callback(self._throughput)
 
     def get_train_dataloader(self) -> BatchLoader:
         """This rank's batches. accelerate must not shard them again, so they do not pass through it."""
@@ -151,9 +151,9 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
         """The batches of one optimizer step, and their stored positions over all ranks."""
-        self._pace.wait_begins()
+        self._throughput.wait_begins()
         batches = list(islice(epoch_iterator, num_batches))
-        self._pace.wait_ends(
+        self._throughput.wait_ends(
             sum(batch.num_tokens for batch in batches), sum(batch.input_ids.numel() for batch in batches)
         )
         positions = torch.tensor(sum(batch.num_positions for batch in batches), device=device)
@@ -230,16 +230,16 @@ class DistillTrainer(Trainer):
         aux_loss: what the student's own forward adds to its loss, as it is contained in `loss`.
         """
         if "loss" in logs:
-            logs |= position_means(self._window.totals(self._over_ranks)) | self._pace_logs()
+            logs |= position_means(self._window.totals(self._over_ranks)) | self._throughput_logs()
             self._window = Sums()
         super().log(logs, start_time)
 
-    def _pace_logs(self) -> dict[str, float]:
+    def _throughput_logs(self) -> dict[str, float]:
         """Since the last log, over the ranks: tokens_per_second, padding (share of the tokens), data_wait (of the time)."""
-        pace = self._pace
-        counts = torch.tensor([pace.tokens, pace.padded_tokens, pace.seconds, pace.waited_s], dtype=torch.float64)
+        meter = self._throughput
+        counts = torch.tensor([meter.tokens, meter.padded_tokens, meter.seconds, meter.waited_s], dtype=torch.float64)
         tokens, padded_tokens, seconds, waited_s = self._over_ranks(counts).tolist()
-        pace.reset()
+        meter.reset()
         return {
             "tokens_per_second": tokens / seconds * self.args.world_size,
             "padding": 1 - tokens / padded_tokens,
@@ -281,7 +281,7 @@ class DistillTrainer(Trainer):
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Rows of the cache behind a loader."""
-        assert isinstance(dataloader.dataset, EpochRows)
+        assert isinstance(dataloader.dataset, BatchDataset)
         return len(dataloader.dataset)
 
     def _on_every_rank(self, holds: bool) -> bool:

@@ -23,11 +23,11 @@ from trainer.data.loader import BatchLoader
 from trainer.evaluation.evaluate import write_evaluation
 from trainer.model.adapters import add_adapters, describe_adapters, weights_dtype
 from trainer.model.student import load_student, num_parameters
-from trainer.run.callbacks import EarlyStopping, StopOnInterrupt, use_short_lines
+from trainer.run.callbacks import EarlyStopping, GracefulStop, use_short_lines
 from trainer.run.distill_trainer import DistillTrainer
 from trainer.run.files import EVALUATION_NAME, MODEL_FILES, RUN_NAME, STATE_NAME
 from trainer.run.output_folder import whole_or_removed
-from trainer.run.prepare import Run
+from trainer.run.prepare import PreparedRun
 from trainer.run.ranks import check_ranks, end_ranks
 from trainer.run.resume import RunMark, check_scheduler, checkpoint_read, checkpoint_state, data_record, run_id, step_of
 
@@ -126,7 +126,7 @@ class _Trainer(DistillTrainer):
             super()._run_epoch(*args, **kwargs)
 
 
-def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
+def fit(run: PreparedRun, tell: Callable[[dict[str, str]], None]) -> Outcome:
     """Trains, saves model, tokenizer and run.json in --output_dir, evaluates into eval.json beside them.
 
     tell: is given the one choice that waits for the model.
@@ -141,7 +141,7 @@ def fit(run: Run, tell: Callable[[dict[str, str]], None]) -> Outcome:
     if config.lora_r:
         with settings_taken():
             model = add_adapters(model, config)
-    interrupt = StopOnInterrupt()
+    interrupt = GracefulStop()
     identity = run_id(run.checkpoint)
     callbacks: list[TrainerCallback] = [RunMark(identity), interrupt]
     if config.early_stopping_patience is not None:
@@ -198,7 +198,7 @@ def _best(trainer: DistillTrainer) -> str | None:
     return f"{early}the best held-out {args.metric_for_best_model}, {state.best_metric:.4g}, was at step {state.best_global_step}"
 
 
-def _record(run: Run, identity: str, tail: str, size: int, computed: dict[str, str]) -> dict[str, Any]:
+def _record(run: PreparedRun, identity: str, tail: str, size: int, computed: dict[str, str]) -> dict[str, Any]:
     return {
         "run_id": identity,
         "world_size": run.config.world_size,

@@ -12,9 +12,10 @@ import logitcache
 from logitcache import LogitCache, UserError
 from logitcache.attention import choose_attention, left_out
 from trainer.config.config import DistillConfig
+from trainer.data.averaging import shared_rows
 from trainer.data.sampler import batching_of, num_batches
-from trainer.data.tail_choice import approximates_tail, choose_tail
-from trainer.data.training_data import TrainingData, open_training_data, shared_rows
+from trainer.data.tail_choice import approximates_tail, resolve_tail
+from trainer.data.training_data import TrainingData, open_training_data
 from trainer.model.adapters import check_adapter_student
 from trainer.model.student import check_student, student_config
 from trainer.model.tokenizers import cache_tokenizer, check_tokenizer, student_tokenizer
@@ -22,7 +23,7 @@ from trainer.run.resume import check_same_run, find_checkpoint
 
 
 @dataclass(frozen=True)
-class Run:
+class PreparedRun:
     """A run whose settings, caches and tokenizers agree; the student's weights are not loaded yet.
 
     choices: what was settled, for people.  warnings: what does not stop it.  checkpoint: where it continues from.
@@ -38,7 +39,7 @@ class Run:
     checkpoint: str | None
 
 
-def prepare(config: DistillConfig) -> Run:
+def prepare(config: DistillConfig) -> PreparedRun:
     """Opens and compares everything that a run needs, but the student's weights.
 
     Raises UserError for a missing setting, a cache or checkpoint that is not there, and whatever does not agree.
@@ -55,7 +56,7 @@ def prepare(config: DistillConfig) -> Run:
     eval_cache = logitcache.open(config.eval_cache) if config.eval_cache else None
     _check_eval_cache(data, eval_cache)
     caches = [*data.caches, *data.averaged_with, *([eval_cache] if eval_cache else [])]
-    tail = choose_tail(config, data)
+    tail = resolve_tail(config, data)
     checkpoint = find_checkpoint(config)
     warnings = check_same_run(checkpoint, config, data, tail) if checkpoint else []
     model_config = student_config(config.student)
@@ -86,7 +87,9 @@ def prepare(config: DistillConfig) -> Run:
         if (about := opened.manifest.fingerprint.get("capture", {}).get("tail"))
     ]
     choices = describe_run(config, data, eval_cache, tail, whose_tokenizer, checkpoint)
-    return Run(config, data, eval_cache, model_config, tokenizer, choices, list(dict.fromkeys(warnings)), checkpoint)
+    return PreparedRun(
+        config, data, eval_cache, model_config, tokenizer, choices, list(dict.fromkeys(warnings)), checkpoint
+    )
 
 
 def _check_eval_cache(data: TrainingData, eval_cache: LogitCache | None) -> None:
@@ -117,7 +120,7 @@ def _check_batch(config: DistillConfig, data: TrainingData) -> None:
 
 
 def _overlap(data: TrainingData, eval_cache: LogitCache) -> list[str]:
-    shared = shared_rows(data, eval_cache)
+    shared = shared_rows(data.caches, eval_cache)
     if not shared:
         return []
     return [

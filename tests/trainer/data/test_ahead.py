@@ -16,7 +16,7 @@ from accelerate import skip_first_batches
 from logitcache import LogitCache, UserError
 from tests.helpers.batches import equal
 from trainer.data.collator import Batch, Collator
-from trainer.data.loader import AHEAD, BatchLoader, made_ahead
+from trainer.data.loader import AHEAD, BatchLoader, prefetch
 from trainer.data.sampler import Batching
 
 TIMEOUT_S = 30.0
@@ -43,7 +43,7 @@ def test_items_are_made_before_they_are_asked_for_and_no_more_than_a_few() -> No
                 several.set()
             yield i
 
-    ahead = made_ahead(items())
+    ahead = prefetch(items())
     assert next(ahead) == 0
     assert several.wait(TIMEOUT_S)
     assert len(made) <= AHEAD + 1
@@ -51,7 +51,7 @@ def test_items_are_made_before_they_are_asked_for_and_no_more_than_a_few() -> No
 
 
 def test_one_thread_makes_all_items() -> None:
-    threads = list(made_ahead(threading.current_thread().name for _ in range(20)))
+    threads = list(prefetch(threading.current_thread().name for _ in range(20)))
     assert len(set(threads)) == 1
     assert threads[0] != threading.current_thread().name
 
@@ -61,7 +61,7 @@ def test_an_error_is_raised_when_its_item_s_turn_comes() -> None:
         yield 1
         raise UserError("row 2 is damaged")
 
-    ahead = made_ahead(items())
+    ahead = prefetch(items())
     assert next(ahead) == 1
     with pytest.raises(UserError, match="row 2 is damaged"):
         next(ahead)
@@ -141,9 +141,9 @@ def test_an_epoch_that_was_begun_is_left_for_any_other_batch(cache: LogitCache) 
 OPEN_AT_EXIT = """
 import itertools, threading
 from logitcache.storage.prefetch import begun_ahead, prefetched
-from trainer.data.loader import made_ahead
+from trainer.data.loader import prefetch
 threading.left_open = [  # goes late, when modules are empty
-    made_ahead(itertools.count()), prefetched(abs, itertools.count()), begun_ahead(abs, itertools.count(), 3, 2)
+    prefetch(itertools.count()), prefetched(abs, itertools.count()), begun_ahead(abs, itertools.count(), 3, 2)
 ]
 print([next(items) for items in threading.left_open])
 """

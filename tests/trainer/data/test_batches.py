@@ -24,7 +24,7 @@ from logitcache.storage.folder import Folder
 from tests.helpers.batches import equal
 from tests.helpers.cachemaking import random_sequences, write_cache
 from trainer.data.collator import Collator
-from trainer.data.loader import BatchLoader, EpochRows
+from trainer.data.loader import BatchDataset, BatchLoader
 from trainer.data.sampler import Key
 
 
@@ -226,5 +226,5 @@ def test_skipping_batches_gives_the_rest_of_the_same_epoch(cache: LogitCache) ->
 def test_rows_survive_the_journey_into_a_spawned_process(cache: LogitCache) -> None:
     rows = BatchLoader(cache, 3, Collator(), shuffle=True).dataset
     expected = rows[Key(1, 4)]
-    travelled: EpochRows = pickle.loads(pickle.dumps(rows))
+    travelled: BatchDataset = pickle.loads(pickle.dumps(rows))
     assert equal(travelled[Key(1, 4)], expected)

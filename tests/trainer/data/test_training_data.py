@@ -20,9 +20,10 @@ from logitcache.format.codec import DecodedRows
 from logitcache.reading.shard_reader import ShardReader
 from tests.helpers.cachemaking import VOCAB, random_sequences, tokenizer, write_cache
 from trainer.data import mixture
-from trainer.data.mixture import Passes, SmoothOrder, apportioned
+from trainer.data.averaging import shared_rows
+from trainer.data.mixture import RepeatedCache, SmoothOrder, apportioned
 from trainer.data.sources import Held
-from trainer.data.training_data import TrainingData, open_training_data, shared_rows
+from trainer.data.training_data import TrainingData, open_training_data
 
 few = settings(max_examples=15, deadline=None, database=None)
 any_order = settings(max_examples=100, deadline=None, database=None)
@@ -236,7 +237,7 @@ def test_ranks_divide_each_pass_over_a_small_cache(tmp_path: Path, shuffle: bool
     for first_pass in (0, 3):
         parts = []
         for rank in range(3):
-            draws = Passes(cache, 1, shuffle, 5, (rank, 3), weighted=True)
+            draws = RepeatedCache(cache, 1, shuffle, 5, (rank, 3), weighted=True)
             size = 11 * (rank + 1) // 3 - 11 * rank // 3
             numbers = draws.row_numbers(first_pass * size, size).tolist()
             assert [row.row_id for row in islice(draws.rows(first_pass * size), size)] == [
@@ -343,9 +344,9 @@ def test_a_mixture_offers_what_all_caches_hold(tmp_path: Path) -> None:
 def test_rows_of_an_evaluation_cache_that_are_trained_on_are_counted(
     plain: TrainingData, heldout: LogitCache, tmp_path: Path
 ) -> None:
-    assert shared_rows(plain, heldout) == 0
+    assert shared_rows(plain.caches, heldout) == 0
     of_both = [*random_sequences(23, seed=12)[5:8], *random_sequences(12, seed=13)[:1], *random_sequences(3, seed=99)]
-    assert shared_rows(plain, write_cache(tmp_path, [*of_both, of_both[0]])) == 5
+    assert shared_rows(plain.caches, write_cache(tmp_path, [*of_both, of_both[0]])) == 5
 
 
 # What is refused

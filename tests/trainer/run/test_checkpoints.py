@@ -19,7 +19,7 @@ from trainer.cli import main
 from trainer.comparison.folder_state import folder_state
 from trainer.comparison.recipe import PlannedRun
 from trainer.config.arguments import parse
-from trainer.run.callbacks import StopOnInterrupt
+from trainer.run.callbacks import GracefulStop
 from trainer.run.resume import last_checkpoint
 
 STEPS = ("--use_cpu", "--disable_tqdm", "true", "--max_steps", "4", "--save_steps", "2")
@@ -64,7 +64,7 @@ def test_ctrl_c_keeps_its_checkpoint_where_the_best_one_alone_is_kept(
     options += ("--load_best_model_at_end", "true", "--metric_for_best_model", "agreement", "--save_total_limit", "1")
     options += ("--eval_steps", "2", "--max_steps", "8")
     with monkeypatch.context() as patch:
-        patch.setattr(StopOnInterrupt, "on_step_begin", press_at(4))
+        patch.setattr(GracefulStop, "on_step_begin", press_at(4))
         assert fit(out, student_folder, *options) == 130
     again = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert again[-1] == str(out / "checkpoint-5")
@@ -81,7 +81,7 @@ def test_ctrl_c_keeps_its_checkpoint_where_the_best_one_alone_is_kept(
 def test_ctrl_c_in_the_last_step_ends_the_run_as_if_it_had_not_been_pressed(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StopOnInterrupt, "on_step_begin", press_at(3))
+    monkeypatch.setattr(GracefulStop, "on_step_begin", press_at(3))
     options = ("--cache", cache.path, "--eval_cache", heldout.path, "--eval_steps", "2", "--load_best_model_at_end")
     assert fit(tmp_path, student_folder, *options) == 0
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
@@ -109,7 +109,7 @@ def test_checkpoints_of_a_former_run_in_the_folder_are_left_alone(
     former, options = tmp_path / "checkpoint-4", ("--cache", cache.path)
     assert fit(tmp_path, student_folder, *options) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(StopOnInterrupt, "on_step_begin", press_at(0))
+        patch.setattr(GracefulStop, "on_step_begin", press_at(0))
         assert fit(tmp_path, student_folder, *options) == 130
     assert former.exists()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")

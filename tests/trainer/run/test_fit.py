@@ -26,7 +26,7 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.losses import registry
 from trainer.losses.coarse import Coarse
 from trainer.losses.registry import register_divergence
-from trainer.run.callbacks import StopOnInterrupt
+from trainer.run.callbacks import GracefulStop
 from trainer.run.prepare import prepare
 from trainer.run.ranks import RANKS_VARIABLE
 
@@ -181,7 +181,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(
         save_strategy,
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(StopOnInterrupt, "on_step_begin", press)
+        patch.setattr(GracefulStop, "on_step_begin", press)
         assert main(arguments) == 130
     last = capsys.readouterr().out.splitlines()[-2:]
     assert "stopped after step 3" in last[0]
@@ -198,13 +198,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(
 def test_ctrl_c_in_the_last_evaluation_does_not_lose_the_finished_run(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def press_once(self: StopOnInterrupt, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def press_once(self: GracefulStop, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == state.max_steps and not self.requested:
             os.kill(os.getpid(), signal.SIGINT)
 
     out = tmp_path / "run"
     arguments = ["fit", "--cache", cache.path, "--eval_cache", heldout.path, "--student", student_folder, *STEPS]
-    monkeypatch.setattr(StopOnInterrupt, "on_prediction_step", press_once)
+    monkeypatch.setattr(GracefulStop, "on_prediction_step", press_once)
     assert main([*arguments, "--output_dir", str(out), "--save_strategy", "no"]) == 0
     metrics = json.loads((out / "eval.json").read_text())["metrics"]
     saved = evaluate(AutoModelForCausalLM.from_pretrained(out), heldout)
@@ -224,11 +224,11 @@ def test_a_new_run_in_a_used_folder_leaves_nothing_of_the_former_evaluation(
     assert main([*common, "--eval_cache", heldout.path]) == 0
     assert (tmp_path / "eval.json").exists()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(StopOnInterrupt, "on_train_begin", stop)
+        patch.setattr(GracefulStop, "on_train_begin", stop)
         main([*common, "--eval_cache", heldout.path, "--resume_from_checkpoint", "true"])
     assert (tmp_path / "eval.json").exists()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(StopOnInterrupt, "on_train_begin", stop)
+        patch.setattr(GracefulStop, "on_train_begin", stop)
         main([*common, "--loss", "fkl"])
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["loss"] == "fkl"
     assert not (tmp_path / "eval.json").exists()
