@@ -33,7 +33,7 @@ FLOORS = [
     ("logitcache.attention", "logitcache.documents", "logitcache.engines"),
     ("logitcache.progress", "logitcache.ranges", "logitcache.table"),
     ("logitcache.errors",),
-    ("logitcache.urls", "logitcache.version"),
+    ("logitcache.urls", "logitcache.version", "logitcache.trainer_script"),
 ]
 READER_SIDE = tuple(room for floor in FLOORS[FLOORS.index(("logitcache.reading",)) :] for room in floor)
 TRAINER_FLOORS = [

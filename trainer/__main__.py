@@ -1,4 +1,4 @@
-"""`python -m trainer`, the same as `trainer`; the form that torchrun starts."""
+"""`python -m trainer`, the same as `trainer`; the form that `trainer compare` starts."""
 
 import sys
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,16 +20,20 @@ from logitcache import UserError
 from logitcache.errors import one_line
 from logitcache.progress import duration
 from trainer.comparison.child import Child, last_step, locked_log
-from trainer.comparison.commands import fit_command, generate_command
 from trainer.comparison.folder_state import folder_state, model_files
 from trainer.comparison.generation import remove_other_answers
+from trainer.comparison.launch import Launcher
 from trainer.comparison.recipe import PlannedRun, Recipe
 from trainer.comparison.status_line import StatusLine
+from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.protocol import scores_are_current
 from trainer.run.files import ANSWERS_NAME, EVALUATION_NAME, RUN_NAME, STATE_NAME
 from trainer.run.output_folder import folder_held
 from trainer.run.ranks import RANKS_VARIABLE
 
+TRAINER = ("-m", "trainer")
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""With it `-m` does not take a `trainer.py` of the working folder for this package, in ranks neither."""
 LOG_NAME = "log.txt"
 POLL_S = 0.2
 SHOWN_LOG_LINES = 6
@@ -155,7 +160,7 @@ class _Pool:
             self._end(active)
         else:
             launched = self._launch is not None and active.doing != "generating"
-            active.child = Child(command, active.log, self._environment(active), launcher=launched)
+            active.child = Child(command, active.log, SAFE_PATH | self._environment(active), launcher=launched)
 
     def _ranks_go_on(self, active: _Active) -> bool:
         """Whether a launcher that was killed left ranks behind; the log's lock is given up to see whether they have it."""
@@ -227,6 +232,27 @@ def _clear(folder: Path) -> None:
         else:
             path.unlink()
     (folder / RUN_NAME).unlink(missing_ok=True)  # last: without it the folder would be someone else's
+
+
+def fit_command(run: PlannedRun, checkpoint: Path | None, launch: Launcher | None) -> list[str]:
+    """`trainer fit`, from a checkpoint where there is one."""
+    resume = [] if checkpoint is None else ["--resume_from_checkpoint", str(checkpoint)]
+    return [*(launch.command if launch else [sys.executable]), *TRAINER, "fit", *run.arguments, *resume]
+
+
+def generate_command(folder: Path, settings: GenerationSettings) -> list[str]:
+    """`trainer eval --generate` of a finished student."""
+    options: list[str] = []
+    for name, value in vars(settings).items():
+        if name == "columns":
+            options += ["--columns=" + ",".join(f"{ours}={theirs}" for ours, theirs in value.items())] if value else []
+        elif name == "prompt_template":
+            options += [f"--prompt_template={template}" for template in value]
+        elif name in ("data", "seeds"):
+            options += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            options.append(f"--{name}={value}")
+    return [sys.executable, *TRAINER, "eval", str(folder), "--generate", *options]
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class DistillTrainer(Trainer):
                 check_student(model.config, opened, args.student or type(model).__name__)
         if args.n_gpu > 1:
             logger.warning(
-                "%d GPUs are visible and one process uses one: torchrun --nproc-per-node %d uses all",
+                "%d GPUs are visible and one process uses one: torchrun --no-python --nproc-per-node %d trainer fit … uses all",
                 args.n_gpu,
                 args.n_gpu,
             )

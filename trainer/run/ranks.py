@@ -21,7 +21,10 @@ def check_ranks(args: TrainingArguments) -> None:
             f"{asked} ranks were asked for and the launcher started {args.world_size}: it may have found no more devices"
         )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise UserError("--fsdp shards a model over ranks, and this is one: torchrun --nproc-per-node 8 starts eight")
+        raise UserError(
+            "--fsdp shards a model over ranks, and this is one: torchrun --no-python --nproc-per-node 8 trainer fit … starts "
+            "eight"
+        )
 
 
 def end_ranks(trainer: Trainer) -> None:

@@ -23,7 +23,7 @@ from logitcache.storage.atomic import file_sha256
 from tests.helpers.cachemaking import random_sequences, write_cache
 from trainer.cli import main
 from trainer.commands import eval as trainer_eval
-from trainer.comparison import commands, execute, folder_state
+from trainer.comparison import execute, folder_state
 from trainer.comparison.child import Child, last_step, locked_log
 from trainer.comparison.launch import launcher
 from trainer.comparison.recipe import read_recipe
@@ -97,7 +97,7 @@ def stood_in(
     read = read_recipe(path)
     script = path.parent / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(commands, "TRAINER", (str(script),))
+    monkeypatch.setattr(execute, "TRAINER", (str(script),))
     monkeypatch.setattr(execute, "POLL_S", 0.01)
     records = {
         run.folder.name: {
@@ -214,7 +214,7 @@ def test_runs_are_started_by_the_launcher_of_this_interpreter(
     tmp_path: Path, recipe: dict[str, Any], launch: str, module: str
 ) -> None:
     read = read_recipe(written(tmp_path, recipe | {"launch": launch}))
-    command = commands.fit_command(read.runs[0], None, read.launch)
+    command = execute.fit_command(read.runs[0], None, read.launch)
     beginning = [sys.executable, "-m", *shlex.split(module), "-m", "trainer", "fit"]
     assert command[: len(beginning)] == beginning
 
@@ -699,9 +699,9 @@ def compare(tmp_path: Path, recipe: dict[str, Any]) -> Iterator[subprocess.Popen
     """`trainer compare` with real runs of many steps and checkpoints, killed with no chance to tell anybody."""
     recipe |= {"runs": {"hard": {"kd_weight": 0}, "KD": {}}, "losses": ["fkl"], "seeds": [1]}
     recipe["common"] |= {"max_steps": 120, "save_steps": 20, "logging_steps": 5, "eval_steps": 60}
-    with subprocess.Popen(
-        [sys.executable, "-m", "trainer", "compare", str(written(tmp_path, recipe)), "--jobs", "2"]
-    ) as process:
+    (tmp_path / "trainer.py").write_text("raise SystemExit('a file of that name in the working folder ran')")
+    command = [sys.executable, "-P", "-m", "trainer", "compare", str(written(tmp_path, recipe)), "--jobs", "2"]
+    with subprocess.Popen(command, cwd=tmp_path) as process:
         yield process
         process.kill()
 
@@ -740,8 +740,9 @@ def test_ranks_stop_after_the_same_step_and_the_same_command_continues(
     }
     recipe["common"] |= {"use_cpu": True, "max_steps": 150, "logging_steps": 1, "save_strategy": "no"}
     path, folder = written(tmp_path, recipe), tmp_path / "runs" / "KD-fkl-1"
-    command = [sys.executable, "-m", "trainer", "compare", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    (tmp_path / "trainer.py").write_text("raise SystemExit('a file of that name in the working folder ran')")
+    command = [sys.executable, "-P", "-m", "trainer", "compare", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         deadline = time.monotonic() + 120
         while not last_step(folder / "log.txt").endswith("/150"):
             assert time.monotonic() < deadline and process.poll() is None

@@ -18,6 +18,7 @@ from trainer.run.output_folder import folder_held
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2")
+TRAINER = str(Path(sys.executable).with_name("trainer"))
 SHARDED_FIT = str(Path(__file__).parents[2] / "helpers/two_ranks_sharded_fit.py")
 # Of 23 rows one rank reads 12, the other 11: a step takes all, and the second rank's last batch is the smaller.
 WHOLE = ("--per_device_train_batch_size", "23")
@@ -49,8 +50,8 @@ def alone(
 @pytest.mark.parametrize(
     "command",
     [
-        (*TORCHRUN, "-m", "trainer", "fit"),
-        (*ACCELERATE, "-m", "trainer", "fit"),
+        (*TORCHRUN, "--no-python", TRAINER, "fit"),
+        (*ACCELERATE, "--no_python", TRAINER, "fit"),
         (*TORCHRUN, SHARDED_FIT, "--fsdp"),
         (*TORCHRUN, "-m", "trainer", "fit", "--deepspeed", '{"stage": 2}'),
         (*TORCHRUN, "-m", "trainer", "fit", "--deepspeed", '{"stage": 3}'),
@@ -69,6 +70,8 @@ def test_two_ranks_make_the_student_of_one(
     if "--deepspeed" in command:
         pytest.importorskip("deepspeed")
         command = (*command[:-1], str(zero_settings(tmp_path, **json.loads(command[-1]))))
+    if TRAINER in command:
+        (tmp_path / "trainer.py").write_text("raise SystemExit('a file of that name in the working folder ran')")
     out = tmp_path / "together"
     done = subprocess.run(
         [sys.executable, "-m", *command, *settings(cache, heldout, student_folder, out), *SPLIT],
@@ -76,6 +79,7 @@ def test_two_ranks_make_the_student_of_one(
         text=True,
         timeout=300,
         check=False,
+        cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
