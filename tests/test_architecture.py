@@ -31,7 +31,7 @@ FLOORS = [
     ("logitcache.format",),
     ("logitcache.storage",),
     ("logitcache.attention", "logitcache.documents", "logitcache.engines"),
-    ("logitcache.progress", "logitcache.ranges", "logitcache.table"),
+    ("logitcache.html_page", "logitcache.progress", "logitcache.ranges", "logitcache.table"),
     ("logitcache.errors",),
     ("logitcache.urls", "logitcache.version", "logitcache.trainer_script"),
 ]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +12,7 @@ from typing import Any
 
 from logitcache.errors import UserError
 from logitcache.format.manifest import CARD_NAME, Manifest
+from logitcache.html_page import embedded, filled, source_hash
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.report.description import amounts, history, origin
 from logitcache.report.footers import column_bytes, spread
@@ -94,9 +92,8 @@ def page_html(cache: LogitCache, samples: Samples) -> str:
     """The page: markup, style, script and data, each of them by its hash in the page's security policy."""
     style = _resource("page.css")
     script = "\n".join(_resource(name) for name in ("charts.js", "tokens.js", "page.js"))
-    policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
-    )
+    allowed = f"script-src {source_hash(script)}; style-src {source_hash(style)}"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     parts = {
         "generator": GENERATOR,
         "policy": policy,
@@ -105,14 +102,7 @@ def page_html(cache: LogitCache, samples: Samples) -> str:
         "script": script,
         "data": embedded(_data(cache, samples)),
     }
-    # In one pass: what is put in is not looked through for more places.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _resource("page.html"))
-
-
-def embedded(data: Any) -> str:
-    """JSON that stands in a <script> element and cannot end it: ASCII, with <, > and & as escapes."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return filled(_resource("page.html"), parts)
 
 
 def _data(cache: LogitCache, samples: Samples) -> dict[str, Any]:
@@ -250,10 +240,6 @@ def _beginning(path: Path) -> bytes:
 
 def _resource(name: str) -> str:
     return files("logitcache.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(inline: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
 
 
 def _short(value: float) -> float:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -15,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from logitcache import UserError
+from logitcache.html_page import embedded, filled, source_hash
 from logitcache.storage.atomic import write_text
 from trainer.comparison.picture import common_steps
 from trainer.comparison.run_groups import Row, metrics_of, reference_of, row_settings
@@ -46,8 +44,8 @@ def page_html(rows: Sequence[Row], title: str) -> str:
 
     script, plotly = _resource("page.js"), get_plotlyjs()
     parts = {
-        "policy": f"default-src 'none'; script-src {_hash(script)} {_hash(plotly)}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'",
+        "policy": f"default-src 'none'; script-src {source_hash(script)} {source_hash(plotly)}; "
+        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
         "title": escape(title),
         "lede": escape(_lede(rows)),
         "style": _resource("page.css"),
@@ -56,12 +54,11 @@ def page_html(rows: Sequence[Row], title: str) -> str:
         "differences": _differences(rows),
         "settings": _settings(rows),
         "runs": _runs(rows),
-        "data": _embedded(_data(rows)),
+        "data": embedded(_data(rows)),
         "plotly": plotly,
         "script": script,
     }
-    # In one pass: what is put in is not looked through for more places.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _resource("page.html"))
+    return filled(_resource("page.html"), parts)
 
 
 def _lede(rows: Sequence[Row]) -> str:
@@ -220,16 +217,6 @@ def _shown(value: Any) -> str:
 
 def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _embedded(data: Any) -> str:
-    """JSON that stands in a <script> element and cannot end it."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _resource(name: str) -> str:
