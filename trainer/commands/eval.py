@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of `trainer eval`."""
+    """Makes the parser of `trainer eval`."""
     parser = Parser(
         prog="trainer eval",
         description="Measures a model: against the teacher of a held-out cache, by the answers that it writes, or both.",

@@ -60,7 +60,7 @@ def _fit(config: DistillConfig, argv: Sequence[str]) -> int:
 
 
 def _begun_anew(argv: Sequence[str]) -> list[str]:
-    """The arguments without the checkpoint that they continue from."""
+    """Returns the arguments without the checkpoint that they continue from."""
     kept: list[str] = []
     for before, argument in zip(["", *argv], argv, strict=False):
         options = [part.replace("-", "_") for part in (before, argument.partition("=")[0])]

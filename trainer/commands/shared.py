@@ -1,4 +1,4 @@
-"""What the commands share: values of options, and how numbers are shown."""
+"""Values of options and tables of numbers that several commands share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 
 def check_writable(out: Path) -> None:
-    """Raises UserError where no file can be written under that name."""
+    """Raises UserError if no file can be written under that name."""
     if out.is_dir():
         raise UserError(f"--out {out}: this is a folder; name a file")
     if not os.access(out.parent, os.W_OK):
@@ -24,7 +24,7 @@ def check_writable(out: Path) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
+    """Parses a whole number of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text}: a whole number of at least 1 is expected")
     return int(text)
@@ -39,5 +39,5 @@ def quieten() -> None:
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
-    """The metrics of a held-out cache, a line each."""
+    """Shows the metrics of a held-out cache, a line each."""
     return aligned([(METRICS[name].description, f"{metrics[name]:,.5g}") for name in HELD_OUT])

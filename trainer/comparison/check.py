@@ -15,11 +15,18 @@ from trainer.run.prepare import PreparedRun, prepare
 
 
 def check(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
-    """What each run's folder holds.
+    """Looks at the folder of each run, and for anything that would stop a run later.
 
-    Raises UserError where that is another run, unless it may be overwritten, and for whatever `trainer fit` or
-    `trainer eval` would refuse later, when other runs have taken hours: caches, tokenizers, students and prompts that do
-    not fit.
+    Args:
+        recipe: the runs.
+        overwrite: a folder may hold another run.
+
+    Returns:
+        What each run's folder holds.
+
+    Raises:
+        UserError: a folder holds another run; or `trainer fit` or `trainer eval` would refuse a run, when others have
+            taken hours: caches, tokenizers, students or prompts do not fit.
     """
     states: dict[Path, FolderState] = {}
     prepared: set[str] = set()

@@ -22,7 +22,7 @@ LAUNCHERS_REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 
 
 def locked_log(path: Path) -> BinaryIO | None:
-    """A log to append to, or None while a process that was given it is alive, even if the one that started it is not."""
+    """Opens a log to append to; None while a process that was given it is alive, even if the starting process is not."""
     log = path.open("ab")
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,7 +38,14 @@ class Child:
     def __init__(
         self, command: Sequence[str], log: BinaryIO, environment: Mapping[str, str], *, launcher: bool = False
     ) -> None:
-        """log: of `locked_log`. The child holds its lock too.  launcher: the command starts ranks and waits for them."""
+        """Starts a command.
+
+        Args:
+            command: program and arguments.
+            log: of `locked_log`; the child holds its lock too.
+            environment: variables beside those of this process.
+            launcher: the command starts ranks and waits for them.
+        """
         self._launcher = launcher
         self._log_began = Path(log.name).stat().st_size
         self._process = subprocess.Popen(
@@ -51,11 +58,11 @@ class Child:
         )
 
     def status(self) -> int | None:
-        """The exit status, None while it runs."""
+        """Returns the exit status, None while the command runs."""
         return self._process.poll()
 
     def interrupt(self) -> None:
-        """What Ctrl-C does; to the ranks themselves, as launchers give them too little time or tell them nothing."""
+        """Sends the signal of Ctrl-C, to the ranks themselves: launchers give them too little time or tell them nothing."""
         if self.status() is None:
             process = psutil.Process(self._process.pid)
             for each in (process.children() if self._launcher else []) or [process]:
@@ -63,7 +70,7 @@ class Child:
                     each.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """Ends it and all that it started, whatever they do."""
+        """Ends the command and all processes that it started, whatever they do."""
         if self.status() is None:
             for process in (*psutil.Process(self._process.pid).children(recursive=True), self._process):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -71,7 +78,7 @@ class Child:
             self._process.wait()
 
     def last_lines(self, log: Path, count: int) -> list[str]:
-        """The last lines of its output that are not empty; of a rank, not of the launcher, where there are any."""
+        """Returns the last lines of the output that are not empty, lines of a rank before lines of the launcher."""
         text = _end_of(log, self._log_began).decode(errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         errors = [number for number, line in enumerate(lines, 1) if line.startswith("trainer: error: ")]
@@ -80,7 +87,7 @@ class Child:
 
 
 def last_step(log: Path) -> str:
-    """How far a run is, as its log says: 120/300, or "starting"."""
+    """Reads from a run's log how far the run is: 120/300, or "starting"."""
     steps = STEP.findall(_end_of(log))
     return b"/".join(steps[-1]).decode() if steps else "starting"
 

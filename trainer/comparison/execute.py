@@ -1,4 +1,4 @@
-"""Does the runs of a recipe, some at a time; what is there already is not done again."""
+"""Runs of a recipe, some at a time; a finished run is not done again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,12 @@ SHOWN_LOG_LINES = 6
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended with an error. lines: how, and the last of its log."""
+    """A run that ended with an error.
+
+    Attributes:
+        folder: of the run.
+        lines: how it ended, and the last lines of its log.
+    """
 
     folder: Path
     lines: list[str]
@@ -64,7 +69,7 @@ class _Active:
 
 
 def default_jobs() -> int:
-    """Runs at a time where nobody says: one for each GPU, or else for each core."""
+    """Returns the default number of runs at a time: one for each GPU, or else for each core."""
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
@@ -235,13 +240,13 @@ def _clear(folder: Path) -> None:
 
 
 def fit_command(run: PlannedRun, checkpoint: Path | None, launch: Launcher | None) -> list[str]:
-    """`trainer fit`, from a checkpoint where there is one."""
+    """Returns the command line of `trainer fit`, from a checkpoint if there is one."""
     resume = [] if checkpoint is None else ["--resume_from_checkpoint", str(checkpoint)]
     return [*(launch.command if launch else [sys.executable]), *TRAINER, "fit", *run.arguments, *resume]
 
 
 def generate_command(folder: Path, settings: GenerationSettings) -> list[str]:
-    """`trainer eval --generate` of a finished student."""
+    """Returns the command line of `trainer eval --generate` for a finished student."""
     options: list[str] = []
     for name, value in vars(settings).items():
         if name == "columns":

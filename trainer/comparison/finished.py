@@ -1,4 +1,4 @@
-"""What `trainer fit` left of a run, read."""
+"""Finished runs, read from the files that `trainer fit` left."""
 
 from __future__ import annotations
 
@@ -39,9 +39,13 @@ ENTRY_SHAPE = {
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """metrics: of the held-out cache, of its answers and of its pace, those that are known; names as in `config.metrics.METRICS`.
+    """A finished run, as its files tell.
 
-    curves: metric → {step: value}.  answers: by data file.  notes: on what is left out.
+    Attributes:
+        metrics: the known ones of the held-out cache, of the answers and of the pace, by names of `config.metrics`.
+        curves: metric → {step: value}.
+        answers: by data file.
+        notes: on anything that is left out.
     """
 
     path: Path
@@ -56,13 +60,13 @@ class FinishedRun:
 
     @property
     def seeds(self) -> tuple[int, int]:
-        """Of the weights, and of the order of the rows."""
+        """Returns the seed of the weights and the seed of the order of the rows."""
         seed, of_data = self.settings["seed"], self.settings.get("data_seed")
         return int(seed), int(seed if of_data is None else of_data)
 
     @property
     def hard(self) -> bool:
-        """Whether it learnt from the hard labels only."""
+        """Says whether the run learnt from the hard labels only."""
         schedule = self.settings.get("kd_weight_schedule")
         if not schedule:
             return bool(self.settings["kd_weight"] == 0)
@@ -71,7 +75,7 @@ class FinishedRun:
 
 
 def read_run(path: Path) -> FinishedRun:
-    """Raises UserError for a folder that holds no finished run with a held-out evaluation."""
+    """Reads a run. Raises UserError for a folder without a finished run that has a held-out evaluation."""
     record = _record(path, RUN_NAME, settings=SETTINGS_SHAPE, tail=str)
     evaluation = _record(path, EVALUATION_NAME, cache=str, cache_sha256=str, metrics={...: NUMBER})
     history = _record(path, STATE_NAME, log_history=[ENTRY_SHAPE])["log_history"]
@@ -95,9 +99,10 @@ def read_run(path: Path) -> FinishedRun:
 
 
 def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
-    """Runs that can stand side by side; answers that were made differently from the first run's are left out.
+    """Reads runs that stand side by side; answers that were made differently from the first run's are left out.
 
-    Raises UserError for a folder that is named twice and for runs that were evaluated on different data.
+    Raises:
+        UserError: a folder is named twice, or two runs were evaluated on different data.
     """
     known: dict[Path, Path] = {}
     for path in paths:
@@ -117,7 +122,7 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
 
 
 def _same_cache(a: FinishedRun, b: FinishedRun) -> bool:
-    """Whether two runs were evaluated on one cache, though a former version may have named it otherwise in one of them."""
+    """Says whether two runs were evaluated on one cache, which a former version may have named otherwise in one of them."""
     if a.eval_cache_sha256 == b.eval_cache_sha256:
         return True
     for path in (a.eval_cache, b.eval_cache):

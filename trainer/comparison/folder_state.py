@@ -1,4 +1,4 @@
-"""What a run's folder holds already: everything, a checkpoint to continue from, or another run."""
+"""The state of a run's folder: finished, begun with a checkpoint to continue from, or of another run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from trainer.run.resume import data_record, last_checkpoint
 
 @dataclass(frozen=True)
 class FolderState:
-    """differs: why the run that is there, which would be lost, is another one.  done: it is finished, on these caches.
+    """The state of a run's folder.
 
-    checkpoint: where it continues from, or None.
+    Attributes:
+        differs: why the run in the folder, which would be lost, is another one.
+        done: the run is finished, on these caches.
+        checkpoint: the checkpoint that the run continues from, or None.
     """
 
     differs: list[str]
@@ -31,7 +34,7 @@ class FolderState:
 
 
 def folder_state(run: PlannedRun) -> FolderState:
-    """By the content of the folder, whenever it was written. Raises UserError for a cache or folder that does not open."""
+    """Judges a folder by its content, whenever it was written. Raises UserError if a cache or the folder does not open."""
     try:
         record = read_record(run.folder / RUN_NAME, settings=dict, cache={"caches": ([dict],)})
         evaluation = read_record(run.folder / EVALUATION_NAME, cache_sha256=str)
@@ -61,12 +64,12 @@ def folder_state(run: PlannedRun) -> FolderState:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What a trained model left in a folder: weights, adapters and answers."""
+    """Lists the files that a trained model left in a folder: weights, adapters and answers."""
     return [path for pattern in (ANSWERS_NAME, *MODEL_FILES) for path in sorted(folder.glob(pattern))]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """By step."""
+    """Lists a folder's checkpoints by step."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
@@ -78,7 +81,7 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _same_caches(record: Mapping[str, Any], now: list[dict[str, Any]]) -> bool:
-    """A former version recorded one cache, and its fingerprint only."""
+    """Compares caches; a former version recorded one cache, and its fingerprint only."""
     was = record.get("caches", [record])
     keys = ["identity" if "identity" in cache else "fingerprint" for cache in was]
     return len(was) == len(now) and all(a.get(key) == b[key] for key, a, b in zip(keys, was, now, strict=True))

@@ -20,14 +20,19 @@ from trainer.run.files import ANSWERS_NAME
 
 @dataclass(frozen=True)
 class Answers:
-    """To one data file. made: all that they depend on beside the model."""
+    """Answers to the prompts of one data file.
+
+    Attributes:
+        rouge_l: their score, ×100.
+        made: all that they depend on beside the model.
+    """
 
     rouge_l: float
     made: Mapping[str, Any]
 
 
 def answers_of(folder: Path) -> tuple[dict[str, Answers], list[str]]:
-    """Stem of a data file → answers of the model that lies in the folder now; notes on what is left out."""
+    """Reads the answers of the model that lies in the folder now, by stem of the data file; and notes on others, left out."""
     found, notes = {}, []
     for path in sorted((folder / ANSWERS_NAME).glob("*.json")):
         try:
@@ -74,7 +79,7 @@ def check_answers_folder(folder: Path, settings: GenerationSettings) -> None:
 
 
 def identity_of(folder: Path) -> str:
-    """The identity of the model in a folder; its weights are read again only after they have changed."""
+    """Returns the identity of the model in a folder; its weights are read again only after they have changed."""
     weights = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)})
     stats = [(path, path.stat()) for path in weights]
     return _identity(str(folder), tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats))

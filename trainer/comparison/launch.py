@@ -1,4 +1,4 @@
-"""What starts the ranks of a recipe's runs."""
+"""Launchers, which start the ranks of a recipe's runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ ONE_HOST = ("1", "1:1")
 
 @dataclass(frozen=True)
 class Launcher:
-    """command: before `-m trainer fit …`.  ranks: of a run; None where the line does not say."""
+    """A launcher.
+
+    Attributes:
+        command: the words before `-m trainer fit …`.
+        ranks: of a run; None if the line does not say.
+    """
 
     command: list[str]
     ranks: int | None
 
 
 def launcher(line: object) -> Launcher:
-    """Starts ranks in this interpreter. Raises UserError for a line that is not the beginning of such a command."""
+    """Reads the line of a recipe that names the launcher; its ranks run in this interpreter.
+
+    Raises:
+        UserError: the line is not the beginning of a launcher's command.
+    """
     try:
         words = shlex.split(line) if isinstance(line, str) else []
         if words[:1] == ["torchrun"]:

@@ -31,7 +31,7 @@ PACES = " Times are as measured: runs beside each other slow each other down."
 
 
 def write_page(rows: Sequence[Row], page: Path, title: str) -> None:
-    """Writes the page. Raises UserError where that cannot be done."""
+    """Writes the page. Raises UserError if it cannot be written."""
     try:
         write_text(page, page_html(rows, title))
     except OSError as error:
@@ -39,7 +39,7 @@ def write_page(rows: Sequence[Row], page: Path, title: str) -> None:
 
 
 def page_html(rows: Sequence[Row], title: str) -> str:
-    """Markup, style, scripts and data; scripts by their hashes in the page's security policy."""
+    """Makes the page: markup, style, data and scripts, which its security policy allows by their hashes."""
     from plotly.offline import get_plotlyjs
 
     script, plotly = _resource("page.js"), get_plotlyjs()

@@ -24,9 +24,15 @@ STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 
 def draw(rows: Sequence[Row], curves: Sequence[str], picture: Path) -> None:
-    """A panel for each of these metrics: means over seeds, and bands from the lowest to the highest.
+    """Draws a panel for each of these metrics: means over seeds, and bands from the lowest to the highest.
 
-    picture: its suffix is its format. Raises UserError where it cannot be written.
+    Args:
+        rows: of the comparison.
+        curves: names of metrics.
+        picture: the file; its suffix is its format.
+
+    Raises:
+        UserError: the picture cannot be written.
     """
     import matplotlib
 
@@ -63,7 +69,7 @@ def draw(rows: Sequence[Row], curves: Sequence[str], picture: Path) -> None:
 
 
 def look(number: int) -> tuple[str, Any]:
-    """Colour and line style of a row, the same again after 49."""
+    """Returns colour and line style of a row, the same again after 49."""
     return COLOURS[number % len(COLOURS)], STYLES[(number + number // len(COLOURS)) % len(STYLES)]
 
 
@@ -81,7 +87,7 @@ def _legend(figure: Figure, names: Sequence[str], lines: Sequence[Line2D]) -> No
 
 
 def common_steps(curves: Sequence[Mapping[int, float]]) -> tuple[list[int], list[list[float]]]:
-    """The steps at which every seed was evaluated, and the seeds' finite values there."""
+    """Returns the steps at which every seed was evaluated, and the seeds' finite values there."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = [[curve[step] for curve in curves] for step in steps]
     finite = [(step, seeds) for step, seeds in zip(steps, values, strict=True) if all(map(math.isfinite, seeds))]

@@ -24,28 +24,29 @@ class Row:
     runs: Sequence[FinishedRun]
 
     def estimate(self, metric: str) -> Estimate | None:
-        """Over the runs in which this metric is known."""
+        """Estimates a metric over the runs in which it is known; None if it is in none."""
         values = list(self.by_seed(metric).values())
         return estimate(values) if values else None
 
     def by_seed(self, metric: str) -> dict[tuple[int, int], float]:
-        """Seeds of weights and order → value."""
+        """Returns the metric's value by the seeds of weights and order."""
         return {run.seeds: run.metrics[metric] for run in self.runs if metric in run.metrics}
 
     def difference(self, metric: str, reference: Row) -> Estimate | None:
-        """Of this row less the other, by seed."""
+        """Estimates the metric of this row less that of the other, seed by seed."""
         return paired_difference(self.by_seed(metric), reference.by_seed(metric))
 
 
 def displayed(loss: str) -> str:
-    """A divergence as people write it."""
+    """Writes a divergence's name as people do."""
     return DISPLAYED.get(loss, loss.upper())
 
 
 def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
-    """Runs that differ only in their seed as one row, named after the loss and what differs.
+    """Makes one row of runs that differ only in their seed, named after the loss and the settings that differ.
 
-    Raises UserError for runs that differ in nothing at all: they would count as two seeds.
+    Raises:
+        UserError: two runs differ in nothing at all; they would count as two seeds.
     """
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
@@ -64,26 +65,26 @@ def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
 
 
 def row_settings(run: FinishedRun) -> dict[str, Any]:
-    """The settings that make a run what it is, whatever its seed."""
+    """Returns the settings that make a run what it is, whatever its seed."""
     ignored = SEEDS | KD_ONLY if run.hard else SEEDS
     settings = dict(run.settings) | {"tail": run.tail}
     return {name: value for name, value in settings.items() if name not in ignored and matters(name)}
 
 
 def reference_of(rows: Sequence[Row]) -> Row:
-    """The row that others are measured against: the first that learnt from hard labels only, else the first."""
+    """Returns the row that others are measured against: the first that learnt from hard labels only, else the first."""
     return next((row for row in rows if row.runs[0].hard), rows[0])
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
-    """The metrics that any run has, in the order of columns."""
+    """Returns the metrics that any run has, in the order of columns."""
     known = {name for row in rows for run in row.runs for name in run.metrics}
     rouge = sorted(name for name in known if name.startswith(ROUGE_L))
     return [name for name in (*JUDGED, *rouge, *PACE) if name in known]
 
 
 def _name(run: FinishedRun, others: Sequence[FinishedRun]) -> str:
-    """The loss, and every setting in which `others` differ."""
+    """Names a row after the loss and every setting in which `others` differ."""
     settings = row_settings(run)
     names = [name for name in differing([row_settings(other) for other in others]) if name != "loss"]
     base = "hard labels" if run.hard else displayed(run.settings["loss"])

@@ -20,12 +20,12 @@ KD_ONLY = {
 
 
 def matters(name: str) -> bool:
-    """Whether two runs that differ in this setting are different runs."""
+    """Says whether two runs that differ in this setting are different runs."""
     return decides_run(name) is not DecidesRun.NEVER
 
 
 def filled_in(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a former version of `trainer` wrote, as this one writes them: what it did not know had its default."""
+    """Brings settings that a former version wrote to those of this one: settings it did not know had their defaults."""
     fields = {field.name: field.default for field in dataclasses.fields(DistillConfig)}
     known = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
     plain = {name: value.value if isinstance(value, Enum) else value for name, value in known.items()}
@@ -36,7 +36,7 @@ def filled_in(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings that are not the same in all that have them, in the order of the first."""
+    """Names the settings that are not the same in all runs that have them, in the order of the first."""
     names = dict.fromkeys(name for of_one in settings for name in of_one)
     return [name for name in names if len({_text(of_one[name]) for of_one in settings if name in of_one}) > 1]
 

@@ -14,7 +14,7 @@ ABSENT = "–"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Every row's means; below them its differences from the first row of hard labels, by seed; how fast it was."""
+    """Shows every row's means, its differences from the reference seed by seed, and how fast it was."""
     names = metrics_of(rows)
     judged = [name for name in names if name not in PACE]
     parts = [_means(rows, judged, with_seeds=True), _differences(rows, judged)]
@@ -35,7 +35,7 @@ def _means(rows: Sequence[Row], names: Sequence[str], with_seeds: bool = False) 
 
 
 def cell(of: Estimate | None, signed: bool = False) -> str:
-    """A mean and half the width of its confidence interval, as far as they are known."""
+    """Shows a mean and half the width of its confidence interval, as far as they are known."""
     if of is None:
         return ABSENT
     mean, half_width = numbers(of, signed)
@@ -43,7 +43,7 @@ def cell(of: Estimate | None, signed: bool = False) -> str:
 
 
 def numbers(of: Estimate, signed: bool = False) -> tuple[str, str]:
-    """A mean, and half the width of its interval to two digits; the mean is given as far as that tells."""
+    """Formats a mean, and half the width of its interval to two digits; the mean has as many places as that."""
     sign = "+" if signed else ""
     if not of.half_width:
         return f"{of.mean:{sign}.4g}", "" if of.half_width is None else "0"

@@ -24,9 +24,10 @@ EXAMPLE = """example: trainer fit --cache my-cache --eval_cache my-heldout-cache
 
 
 def parse(argv: Sequence[str]) -> DistillConfig:
-    """Settings from a command line; where it names a YAML file with --config, the command line wins.
+    """Reads settings from a command line and from the YAML file that it names with --config; the command line wins.
 
-    Raises UserError for unknown settings, values that do not parse and contradictions.
+    Raises:
+        UserError: a setting is unknown, a value does not parse, or settings contradict each other.
     """
     only_config = Parser(prog="trainer fit", add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str]) -> DistillConfig:
 
 
 def _gathered(argv: Sequence[str]) -> list[str]:
-    """The same arguments, with the values of a list's repeated option (--cache A --cache B) after one of them."""
+    """Gathers the values of a list's repeated option (--cache A --cache B) after one of them."""
     others: list[str] = []
     lists: dict[str, list[str]] = {}
     into = others
@@ -85,7 +86,7 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 
 def _arguments_of(path: Path) -> list[str]:
-    """The settings of a YAML file as command-line arguments, so that both are read by the same rules."""
+    """Turns the settings of a YAML file into command-line arguments, so that both are read by the same rules."""
     file = read_yaml(path)
     if not isinstance(file.content, Mapping):
         raise UserError(f"{path}: a mapping of settings to values is expected, such as `loss: todi`")

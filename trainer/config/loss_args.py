@@ -13,10 +13,17 @@ TRUTHS = {"true": True, "false": False}
 
 
 def parse_loss_args(losses: Sequence[str], given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Name → value of the options that differ from their defaults, each of the default's type.
+    """Reads the options of a run's divergences.
 
-    losses: those of the run.  given: a mapping, a JSON object, or key=value,key=value. Raises UserError for text that is
-    none of these, and for values that are not of the type.
+    Args:
+        losses: the divergences of the run.
+        given: a mapping, a JSON object, or key=value,key=value.
+
+    Returns:
+        The options that differ from their defaults by name, each of the default's type.
+
+    Raises:
+        UserError: the text is none of these, or a value is not of the type.
     """
     pairs = _pairs(given) if isinstance(given, str) else dict(given or {})
     by_loss = [options_of(loss) for loss in losses]
@@ -47,7 +54,7 @@ def _pairs(text: str) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
-    """A value in the type of an option's default."""
+    """Converts a value to the type of an option's default."""
     if isinstance(default, bool):
         if str(value).lower() not in TRUTHS:
             raise UserError(f"--loss_args {name}={value}: true or false is expected")

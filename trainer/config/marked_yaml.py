@@ -34,21 +34,26 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class MarkedYaml:
-    """content: in plain Python types.  lines: keys from the top, as they are in the file → line."""
+    """The content of a YAML file, and where its keys stand.
+
+    Attributes:
+        content: plain Python types.
+        lines: the line of each key, by the keys from the top as they are in the file.
+    """
 
     path: Path
     content: Any
     lines: dict[Keys, int]
 
     def where(self, *keys: Any) -> str:
-        """The file and the line of a key, or of the nearest one above it that the file spells out."""
+        """Names the file and the line of a key, or of the nearest key above it that the file spells out."""
         for length in range(len(keys), 0, -1):
             if line := self.lines.get(tuple(map(str, keys[:length]))):
                 return f"{self.path}, line {line}"
         return str(self.path)
 
     def error(self, message: str, *keys: Any) -> UserError:
-        """An error at a key."""
+        """Makes an error that names the line of a key."""
         return UserError(f"{self.where(*keys)}: {message}")
 
 
@@ -83,7 +88,7 @@ def read_yaml(path: Path) -> MarkedYaml:
 
 
 def suggestion(name: str, accepted: list[str]) -> str:
-    """The nearest of the accepted names, as a question."""
+    """Asks for the nearest of the accepted names; empty if none is near."""
     close = get_close_matches(name, accepted, n=1)
     return f" (is {close[0]} meant?)" if close else ""
 

@@ -66,9 +66,19 @@ class ScheduleSettings:
 
 
 def parse_points(text: str, what: str, kind: Callable[[str], T], *, from_start: bool) -> list[tuple[float, T]]:
-    """(fraction, value) of each value@fraction. from_start: the first fraction must be 0.
+    """Reads the points of a schedule.
 
-    Raises UserError, beginning with `what`, for anything else, and for fractions that do not ascend within 0 … 1.
+    Args:
+        text: value@fraction, separated by commas.
+        what: the beginning of an error.
+        kind: makes a value of its text.
+        from_start: the first fraction must be 0.
+
+    Returns:
+        (fraction, value) of each point.
+
+    Raises:
+        UserError: the text is anything else, or fractions do not ascend within 0 … 1.
     """
     points = []
     for part in text.split(","):

@@ -26,12 +26,12 @@ Scores = dict[str, Any]
 
 
 def run_name(run: str) -> str:
-    """A run in words. run: its seed, or "greedy"."""
+    """Names a run, given by its seed or "greedy", in words."""
     return run if run == "greedy" else f"seed {run}"
 
 
 def answers_name(stem: str, run: str) -> str:
-    """File of a run's answers."""
+    """Returns the name of the file that holds a run's answers."""
     return f"{stem}-{run_name(run).replace(' ', '')}.jsonl"
 
 
@@ -66,7 +66,7 @@ def runs_there(folder: Path, stem: str, blank: Scores, say: Callable[[str], None
 
 
 def read_scores(path: Path) -> Scores | None:
-    """Content of a .json file, None where there is none. Raises UserError for one that holds no scores."""
+    """Reads a .json file of scores; None if there is none. Raises UserError for a file without scores."""
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
         scores["model"], dict(scores["settings"]), [Path(run["answers"]) for run in scores["seeds"].values()]
@@ -78,12 +78,12 @@ def read_scores(path: Path) -> Scores | None:
 
 
 def runs_with_answers(folder: Path, scores: Scores) -> dict[str, Any]:
-    """The runs of a .json whose answers lie beside it."""
+    """Returns the runs of a .json whose answers lie beside it."""
     return {run: found for run, found in scores["seeds"].items() if (folder / Path(found["answers"]).name).is_file()}
 
 
 def write_scores(folder: Path, stem: str, scores: Scores) -> None:
-    """Writes the .json, and removes answers that only the former one names."""
+    """Writes the .json, and removes answers that only the former .json names."""
     path = folder / f"{stem}.json"
     former = read_scores(path)
     write_json(path, scores)
@@ -94,7 +94,7 @@ def write_scores(folder: Path, stem: str, scores: Scores) -> None:
 
 
 def _same_model(former: Scores, model: str, folder: Path) -> bool:
-    """Whether the answers are of a former state of `model`."""
+    """Says whether a former state of `model` gave the answers."""
     if not Path(model).is_dir():
         return bool(former["model"] == model)
     here = Path(model).resolve()
@@ -126,7 +126,7 @@ def write_answers(path: Path, prompts: Sequence[Prompt], answers: Sequence[Answe
 
 
 def means_of_runs(seeds: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
-    """Means over runs, and the standard deviation of `rouge_l` over them (n − 1; None for one)."""
+    """Computes means over runs, and the standard deviation of `rouge_l` over them (n − 1; None for one run)."""
     means = {
         name: statistics.fmean(scores[name] for scores in seeds.values())
         for name in ("rouge_l", "answer_tokens", "ended")

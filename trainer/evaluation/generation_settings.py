@@ -1,4 +1,4 @@
-"""What is generated from, and how: the options of `trainer eval --generate`."""
+"""The options of `trainer eval --generate`: the prompts' files, and how a model answers them."""
 
 from __future__ import annotations
 
@@ -66,15 +66,19 @@ class GenerationSettings:
 
     @property
     def runs(self) -> dict[str, int]:
-        """Name of each run over the data, and its seed."""
+        """Returns the name of each run over the data, and its seed."""
         return {"greedy": 0} if self.temperature == 0 else {str(seed): seed for seed in self.seeds}
 
     def read_template(self) -> str | None:
-        """The Jinja template of `chat_template`, or None where the tokenizer's own is used."""
+        """Returns the Jinja template of `chat_template`, or None if the tokenizer's own is used."""
         return None if self.chat_template is None else read_chat_template(self.chat_template)
 
     def decisive(self, backend: str) -> dict[str, Any]:
-        """What answers depend on, as plain JSON types. backend: the one that was chosen."""
+        """Returns the settings that answers depend on, as plain JSON types.
+
+        Args:
+            backend: the chosen one.
+        """
         template = self.read_template()
         return {
             "temperature": float(self.temperature),

@@ -1,4 +1,4 @@
-"""What is watched beside the loss: quantities of single positions, summed over many batches."""
+"""Quantities of single positions that are watched beside the loss, summed over many batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ class Sums:
             self._fold()
 
     def totals(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, np.ndarray]:
-        """The sums, float64. reduce: adds up a float64 tensor over the ranks."""
+        """Returns the sums in float64.
+
+        Args:
+            reduce: adds up a float64 tensor over the ranks.
+        """
         self._fold()
         total = torch.as_tensor(self._folded, dtype=torch.float64)
         array = (total if reduce is None else reduce(total)).cpu().numpy()

@@ -39,7 +39,7 @@ class Prompt:
 
 
 def data_stem(path: str) -> str:
-    """Name of a data file without its suffix. Raises UserError for a kind that is not read."""
+    """Returns the name of a data file without its suffix. Raises UserError for a kind of file that is not read."""
     name = Path(path).name
     for suffix in SUFFIXES:
         if name.endswith(suffix) and name != suffix:
@@ -127,7 +127,7 @@ def _texts(
     chat_template: str | None,
     notes: Counter[str],
 ) -> tuple[str, list[str], bool]:
-    """Prompt, references, and whether the chat template wrote the prompt."""
+    """Returns prompt, references, and whether the chat template wrote the prompt."""
     if templates:
         return _filled(templates, values), _references(row), False
     if "prompt" in row and "completion" in row:

@@ -128,7 +128,7 @@ def scores_are_current(model: str, folder: Path, settings: GenerationSettings) -
 
 
 def scores_table(scores: Mapping[str, Scores]) -> str:
-    """A line for each data file."""
+    """Shows the scores of each data file on a line."""
     rows = [("", "rows", "runs", "ROUGE-L", "answer tokens", "ended")]
     for stem, found in scores.items():
         spread = "" if found["spread"] is None else f" ± {found['spread']:.2f}"
@@ -163,7 +163,7 @@ def choose_backend(backend: str, model: str) -> str:
 def prompts_that_fit(
     prompts: Sequence[Prompt], model: str, config: PreTrainedConfig, settings: GenerationSettings
 ) -> list[Prompt]:
-    """The prompts within max_prompt_length. Raises UserError for any that the model cannot take."""
+    """Selects the prompts within max_prompt_length. Raises UserError for a prompt that the model cannot take."""
     longest, new = settings.max_prompt_length, settings.max_new_tokens
     kept = [prompt for prompt in prompts if longest is None or len(prompt.token_ids) <= longest]
     text_config = config.get_text_config()

@@ -20,12 +20,12 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 
 
 def has_words(references: Sequence[str]) -> bool:
-    """Whether any answer could score above 0 against them."""
+    """Says whether any answer could score above 0 against these references."""
     return any(re.search("[a-z0-9]", reference.lower()) for reference in references)
 
 
 def check_rouge_installed() -> None:
-    """Raises UserError where the rouge-score package is missing."""
+    """Raises UserError if the rouge-score package is missing."""
     _scorer()
 
 
