@@ -36,8 +36,8 @@ from logitcache.capture.inputs import Inputs, resolve_inputs
 from logitcache.capture.plan import BuildPlan, make_plan
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
-from logitcache.capture.teachers.vllm.engine import set_environment
 from logitcache.capture.worker import Job, ShardWorker
+from logitcache.engines.vllm_process import set_environment
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.tokenizer import save_tokenizer
 from logitcache.progress import Progress
@@ -112,7 +112,7 @@ class Meter:
 
 
 def _cpu_s(processes: list[psutil.Process]) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+    return sum(float(times.user + times.system) for times in (process.cpu_times() for process in processes))
 
 
 # Routes ---------------------------------------------------------------------------------------------------------------
@@ -161,12 +161,17 @@ def _runs(
         return
     from vllm import LLM, SamplingParams
 
-    engine_options = {"max_logprobs": max(ks), "dtype": "float32", "max_model_len": LENGTH + 1, "enforce_eager": True}
-    llm = LLM(model.name, enable_prefix_caching=False, disable_log_stats=True, **engine_options)  # type: ignore[arg-type]
+    llm: Any = LLM(
+        model.name, dtype="float32", max_model_len=LENGTH + 1, max_logprobs=max(ks), enforce_eager=True,
+        enable_prefix_caching=False, disable_log_stats=True,
+    )  # fmt: skip
     prompts: Any = [{"prompt_token_ids": sequence.input_ids.tolist()} for sequence in sequences]
 
     def generate(**settings: Any) -> list[Any]:
-        return llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0, **settings), use_tqdm=False)
+        outputs: list[Any] = llm.generate(
+            prompts, SamplingParams(max_tokens=1, temperature=0, **settings), use_tqdm=False
+        )
+        return outputs
 
     def default(k: int) -> None:
         for output in generate(prompt_logprobs=k):

@@ -185,7 +185,7 @@ class Sample:
 
     def _rest(self) -> np.ndarray:
         """Probabilities beyond the first WIDEST, [N, V]."""
-        rest = np.exp(self.teacher)
+        rest: np.ndarray = np.exp(self.teacher)
         np.put_along_axis(rest, self.outcomes.ids[:, :WIDEST], 0.0, axis=1)
         return rest
 
@@ -197,7 +197,8 @@ class Sample:
         spread = np.take_along_axis(shares, drawn, axis=0)
         spread *= np.exp(self.targets.tail_logprob, dtype=np.float64)[:, None] / spread.sum(axis=1, keepdims=True)
         with np.errstate(divide="ignore"):
-            return np.log(spread).astype(np.float32)
+            logprobs: np.ndarray = np.log(spread).astype(np.float32)
+        return logprobs
 
     def _with_samples(self, targets: SparseTargets, num_samples: int) -> SparseTargets:
         """Samples from beyond the known entries, drawn at positions of the full distributions."""
@@ -228,7 +229,8 @@ def multinomial(masses: np.ndarray, count: int, seed: int) -> np.ndarray:
 def normalised(logits: np.ndarray) -> np.ndarray:
     """log_softmax in float64."""
     logits = logits.astype(np.float64)
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return logits
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def product_alone(hidden: Tensor, weight: Tensor, given: dict[str, Tensor], loss
     return Result(hidden_grad, weight_grad, value.detach())
 
 
-def _in_float64(given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _in_float64(given: dict[str, Tensor]) -> dict[str, Any]:
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
 
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf, log, log1p, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -172,7 +172,7 @@ class TrainingStep:
             hidden, weight, self.labels[:positions], self.teacher_hidden[:positions], self.tail_groups, teacher
         )
 
-    def stored(self, k: int, *more: str) -> dict[str, Tensor]:
+    def stored(self, k: int, *more: str) -> dict[str, Any]:
         """What every loss needs of the teacher, and what some do, by their arguments' names."""
         held = self.teacher[k] | {"tail_groups": self.tail_groups}
         return {name: held[name] for name in ("token_ids", "logprobs", "tail_logprob", *more)}

@@ -159,7 +159,7 @@ def trl_gkd(student: PreTrainedModel, teacher: Teacher, folder: Path, common: di
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
-    return GKDTrainer(
+    distilling: Trainer = GKDTrainer(
         student,
         _in_half(teacher(), common),
         GKDConfig(**common, lmbda=0.0, beta=0.0, temperature=1.0),
@@ -167,6 +167,7 @@ def trl_gkd(student: PreTrainedModel, teacher: Teacher, folder: Path, common: di
         train_dataset=tokens(folder),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>"),
     )
+    return distilling
 
 
 def _in_half(teacher: PreTrainedModel, common: dict[str, Any]) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import logitcache
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
-from logitcache.format.sequences import TokenSequence
+from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
 from logitcache.format.tail_parts import TailParts
@@ -52,7 +52,8 @@ def llama(vocab_size: int = VOCAB, hidden_size: int = 32, seed: int = 0, max_len
         eos_token_id=0,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    return model
 
 
 def tokenizer(tokens: list[str] | None = None) -> PreTrainedTokenizerFast:
@@ -77,9 +78,9 @@ def random_sequences(count: int, seed: int, longest: int = 24) -> list[TokenSequ
 
 
 @torch.no_grad()
-def teacher_logprobs(teacher: LlamaForCausalLM, sequence: TokenSequence) -> torch.Tensor:
+def teacher_logprobs(teacher: LlamaForCausalLM, sequence: TokenSequence | CachedSequence) -> torch.Tensor:
     """float64 [M, V] at the stored positions."""
-    logits = teacher(torch.tensor(sequence.input_ids, dtype=torch.long)[None]).logits[0]
+    logits: torch.Tensor = teacher(torch.tensor(sequence.input_ids, dtype=torch.long)[None]).logits[0]
     return logits.double().log_softmax(-1)[torch.tensor(sequence.positions, dtype=torch.long)]
 
 

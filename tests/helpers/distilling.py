@@ -16,7 +16,7 @@ Gradient = dict[str, Tensor]
 
 
 def config(folder: Path, **settings: Any) -> DistillConfig:
-    defaults = {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "max_grad_norm": 0.0}
+    defaults: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "max_grad_norm": 0.0}
     return DistillConfig(output_dir=str(folder), **(defaults | settings))
 
 
@@ -46,6 +46,7 @@ class NotUnderstood(LlamaForCausalLM):
 
 
 def not_understood() -> LlamaForCausalLM:
-    student = NotUnderstood(llama().config).eval()
+    student: LlamaForCausalLM = NotUnderstood(llama().config)  # type: ignore[no-untyped-call]
+    student.eval()
     student.load_state_dict(llama(seed=7).state_dict())
     return student

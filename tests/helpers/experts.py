@@ -80,7 +80,8 @@ def model_of(name: str, settings: dict[str, Any]) -> PreTrainedModel:
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, f"{name}Config")(**settings)
     )
-    return model.float()
+    model.float()
+    return model
 
 
 def labelled(sequences: list[CachedSequence]) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ Answer = tuple[int, Any]
 def true_logprobs(token: int) -> np.ndarray:
     """The made-up teacher's distribution after `token`, float64 [VOCAB_SIZE]."""
     logits = np.random.default_rng(token).normal(scale=2, size=VOCAB_SIZE)
-    return logits - np.log(np.exp(logits).sum())
+    logits -= np.log(np.exp(logits).sum())
+    return logits
 
 
 def completion(request: dict[str, Any]) -> dict[str, Any]:

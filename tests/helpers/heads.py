@@ -40,7 +40,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def model_of(name: str, **settings: Any) -> PreTrainedModel:
     torch.manual_seed(7)
     config = getattr(transformers, f"{name}Config")(**(ARCHITECTURES[name] | settings))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.eval()
     head: Any = model.get_output_embeddings()
     if head.bias is not None:
         nn.init.normal_(head.bias)

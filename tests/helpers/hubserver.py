@@ -249,7 +249,8 @@ def _create(handler: Any, hub: HubServer) -> None:
     answer = {"url": f"{hub.url}/datasets/{repo_id}"}
     with hub.lock:
         if repo_id in hub.repositories:
-            return handler.send(409, answer | {"error": "You already created this dataset repo"})
+            handler.send(409, answer | {"error": "You already created this dataset repo"})
+            return
         repository = hub.repositories[repo_id] = Repository(request.get("visibility") == "private")
         repository.commit("main", "initial commit", {".gitattributes": Blob(GIT_ATTRIBUTES, None)})
     handler.send(200, answer)
@@ -268,7 +269,8 @@ def _validate_card(handler: Any, hub: HubServer) -> None:
         match = re.match(r"---\n(.*?\n)---\n", content, re.DOTALL)
         yaml.safe_load(match[1] if match else "")
     except yaml.YAMLError as error:
-        return handler.send(400, {"errors": [{"message": str(error)}]})
+        handler.send(400, {"errors": [{"message": str(error)}]})
+        return
     handler.send(200, {"errors": [], "warnings": []})
 
 
@@ -380,7 +382,8 @@ def _resolve(handler: Any, hub: HubServer, repo_id: str, revision: str, name: st
         raise Refused(404, f"{name} does not exist", "EntryNotFound")
     headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.sha256 or blob.oid}"'}
     if blob.sha256 is None:
-        return handler.send_file(blob.content, headers)
+        handler.send_file(blob.content, headers)
+        return
     elsewhere = hub.url.replace("127.0.0.1", "localhost")  # another host, to which no login is sent
     location = {"Location": f"{elsewhere}/lfs-blobs/{repo_id}/{blob.sha256}"}
     handler.send(302, b"", headers | location | {"X-Linked-Size": str(len(blob.content)), "X-Linked-Etag": blob.sha256})

@@ -64,7 +64,7 @@ def definition(loss: str, p: Tensor, q: Tensor, is_token: list[bool], **options:
     if loss == "tvd":
         return 0.5 * (p - q).abs().sum()
     if loss == "jsd":
-        beta = options.get("beta", 0.5)
+        beta: float = options.get("beta", 0.5)
         m = beta * p + (1 - beta) * q
         return beta * kl(p, m) + (1 - beta) * kl(q, m)
     if loss in ("sfkl", "srkl"):
@@ -83,7 +83,8 @@ def definition(loss: str, p: Tensor, q: Tensor, is_token: list[bool], **options:
         gap = (p - q).abs().sum().item()
         head_weight = head / gap if gap else 0.0
         return head_weight * kl(p, q) + (1 - head_weight) * kl(q, p)
-    a, b = options.get("alpha", 0.2), options.get("beta", 0.7)
+    a: float = options.get("alpha", 0.2)
+    b: float = options.get("beta", 0.7)
     if a == 0 and b == 0:
         return 0.5 * ((p / q).log() ** 2).sum()
     if a == 0:
@@ -181,7 +182,7 @@ def top_entries(teacher: Tensor, sizes: list[int]) -> list[list[int]]:
 
 def known(
     teacher: Tensor, kept: list[list[int]], groups: Tensor, temperature: float = 1.0, num_draws: int = 3, seed: int = 0
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """What a loss is given of a teacher of whom `kept` was stored, padded to the longest row."""
     log_p = teacher.log_softmax(1)
     rows, k, num_groups = len(kept), max(map(len, kept), default=0), int(groups.max()) + 1

@@ -16,7 +16,7 @@ def full_logprobs(teacher: Path, input_ids: np.ndarray) -> torch.Tensor:
     """Every row's full log-distribution from transformers in float32, one sequence at a time, normalised in float64 [T, V]."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = model(torch.tensor(input_ids).long()[None]).logits[0]
+        logits: torch.Tensor = model(torch.tensor(input_ids).long()[None]).logits[0]
     return logits.double().log_softmax(dim=-1)
 
 

@@ -38,12 +38,13 @@ small = settings(max_examples=50, deadline=None, database=None)
 def full_distributions(random: np.random.Generator, positions: int, vocab_size: int = VOCAB) -> np.ndarray:
     """Log-probabilities of random teachers, float64 [M, V]."""
     logits = random.normal(scale=3, size=(positions, vocab_size))
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return logits
 
 
 def tail_groups(layout: Layout) -> np.ndarray:
     """Every id its own group, as far as there are groups; the last group holds the rest."""
-    return np.minimum(np.arange(layout.vocab_size), layout.tail_parts.groups - 1).astype(np.int32)
+    return np.arange(layout.vocab_size, dtype=np.int32).clip(max=layout.tail_parts.groups - 1)
 
 
 def sparse_targets(
@@ -165,7 +166,8 @@ def assert_holds(cached: CachedSequence, row: Row, layout: Layout = EVERYTHING) 
 def assert_same_entries(read: SparseTargets, written: SparseTargets, quantization: QuantizationSpec | None) -> None:
     """The same ids at every position, most probable first, padded at the end; probabilities within the declared bound."""
     assert read.token_ids.shape == (len(written), int(written.num_entries.max(initial=0)))
-    assert (read.token_ids.dtype, read.logprobs.dtype) == (np.int32, np.float32)
+    assert read.token_ids.dtype == np.int32
+    assert read.logprobs.dtype == np.float32
     for position in range(len(written)):
         count = written.num_entries[position]
         assert (read.token_ids[position, count:] == -1).all()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import logitcache
@@ -23,7 +24,7 @@ if __name__ == "__main__":
     units = [*model.model.layers, *([model.lm_head] if "head" in options else [])]
     wrapped: nn.Module
     if version == "fsdp2":
-        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        mesh = init_device_mesh("cpu", (2,))
         for unit in units:
             fully_shard(unit, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
@@ -38,11 +39,12 @@ if __name__ == "__main__":
     for _ in range(2):  # the second time as in training, where everything is set up
         wrapped.zero_grad()
         call(objective, wrapped, batch)[0].backward()
+        parameters: Any = wrapped.named_parameters
         if version == "fsdp2":
-            gradient = {name: p.grad.full_tensor() for name, p in wrapped.named_parameters()}
+            gradient = {name: p.grad.full_tensor() for name, p in parameters()}
         else:
             with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
-                gradient = {name: p.grad.clone() for name, p in wrapped.named_parameters()}
+                gradient = {name: p.grad.clone() for name, p in parameters()}
     if rank == 0:  # FSDP averages over the ranks
         clean = {name.replace("_fsdp_wrapped_module.", ""): 2 * value for name, value in gradient.items()}
         torch.save(clean, folder / "gradient.pt")

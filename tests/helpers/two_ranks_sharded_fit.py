@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from trainer.cli import main
 
 
-class CalledGpus(AcceleratorState):
+class CalledGpus(AcceleratorState):  # type: ignore[misc]
     """Takes CPU ranks for GPU ranks."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -20,5 +20,6 @@ class CalledGpus(AcceleratorState):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.modules["accelerate.accelerator"].AcceleratorState = CalledGpus
+    accelerator: Any = sys.modules["accelerate.accelerator"]
+    accelerator.AcceleratorState = CalledGpus
     sys.exit(main(["fit", *sys.argv[1:]]))

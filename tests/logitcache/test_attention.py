@@ -24,8 +24,8 @@ def capped(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Any) -> 
     """A Gemma 2 whose attention scores its cap changes a lot."""
     path = tmp_path_factory.mktemp("capped")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "query_pre_attn_scalar": 4}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "query_pre_attn_scalar": 4}
     config = Gemma2Config(
         **sizes,
         **heads,
@@ -41,9 +41,10 @@ def capped(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Any) -> 
 
 
 def build(teacher: Path, corpus: Path, out: Path, **options: Any) -> logitcache.LogitCache:
-    return logitcache.build(
+    cache: logitcache.LogitCache = logitcache.build(
         str(teacher), str(corpus), out, backend="transformers", top_k=8, precision="exact", max_length=64, **options
     )
+    return cache
 
 
 def furthest(cache: logitcache.LogitCache, model: Any) -> float:

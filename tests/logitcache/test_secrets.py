@@ -182,7 +182,8 @@ class TestAnotherPassword:
         self, site: Website, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         whole = slice_cache(site.url("cache"), tmp_path / "whole", rows="0:9", shard_positions=8)
-        record, done = Plan.record, []
+        record = Plan.record
+        done: list[int] = []
 
         def killed(plan: Plan, index: int, info: ShardInfo) -> None:
             record(plan, index, info)

@@ -65,11 +65,16 @@ def test_a_run_and_what_is_made_of_it(
 
 
 def test_a_comparison(site: Website, teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    common = {
+    common: dict[str, Any] = {
         **{"cache": site.url("train"), "eval_cache": site.url("heldout"), "student": str(teacher), "max_steps": 1},
         **{"per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none"},
     }
-    recipe = {"output_dir": "students", "common": common, "runs": {"all": {"loss": "fkl"}}, "seeds": [1]}
+    recipe: dict[str, Any] = {
+        "output_dir": "students",
+        "common": common,
+        "runs": {"all": {"loss": "fkl"}},
+        "seeds": [1],
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["compare", "recipe.yaml"]) == 0
     left = written_to(tmp_path / "students")
@@ -91,13 +96,17 @@ def test_a_comparison(site: Website, teacher: Path, tmp_path: Path, capfd: pytes
 
 
 def test_settings_are_reported_and_pickled_without_it(site: Website) -> None:
-    urls = {
+    urls: dict[str, Any] = {
         "cache": [f"{site.url('train')}:0.7"],
         "eval_cache": site.url("heldout"),
         "average_with": [site.url("train")],
     }
     config = DistillConfig(output_dir="run", use_cpu=True, report_to="none", **urls)
-    for shown in (config.to_json_string(), str(config.to_sanitized_dict()), pickle.dumps(config).decode("latin-1")):
+    for shown in (
+        json.dumps(config.recorded()),
+        str(config.to_sanitized_dict()),
+        pickle.dumps(config).decode("latin-1"),
+    ):
         assert SECRET not in shown
         assert site.host in shown
     assert config.cache == urls["cache"]  # which this process opens

@@ -34,8 +34,8 @@ def installed(tmp_path: Path, machine: str, flag: str, imports: str, *arguments:
         path.chmod(0o755)
     (tmp_path / "tools").mkdir()
     shutil.copy(Path(__file__).parents[2] / "tools" / "setup.sh", tmp_path / "tools")
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    settings = {"PATH": path, "MACHINE": machine, "FLAG": flag, "IMPORTS": imports, "LOG": str(tmp_path / "log")}
+    settings = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    settings |= {"MACHINE": machine, "FLAG": flag, "IMPORTS": imports}
     run = subprocess.run(
         ["bash", tmp_path / "tools/setup.sh", *arguments], env=os.environ | settings, capture_output=True, text=True
     )

@@ -111,7 +111,7 @@ def _copy(trial: Trial) -> Path:
 
 
 def _damage_tokenizer(trial: Trial, folder: Path) -> Path:
-    file = folder / trial.choose(TOKENIZER)
+    file: Path = folder / trial.choose(TOKENIZER)
     file.write_bytes(damaged_json(trial.random, file.read_bytes()))
     return file
 

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 from trial import Command, Trial
 
+import logitcache.capture.engine
 import logitcache.capture.inputs
 import logitcache.capture.options
 import logitcache.cli
@@ -126,7 +127,7 @@ def _judged(command: Command) -> Finding | int:
     shown = f"$ {' '.join(command)[:3000]!r}"
     with _output() as output:
         try:
-            status = (logitcache.cli if program == "logitcache" else trainer.cli).main(arguments)
+            status: int = (logitcache.cli if program == "logitcache" else trainer.cli).main(arguments)
         except SystemExit as error:  # of --help
             status = error.code if isinstance(error.code, int) else 0
         except BaseException as error:
@@ -170,7 +171,7 @@ def _place(error: BaseException) -> str:
 @contextmanager
 def _stopped_short(trial: Trial) -> Iterator[None]:
     """Without engines, runs of recipes and, mostly, training."""
-    choose_engine = logitcache.capture.inputs.choose_engine
+    choose_engine = logitcache.capture.engine.choose_engine
 
     def engine(options: EngineChoice, *arguments: Any) -> Any:
         if options.backend in ("auto", "vllm"):

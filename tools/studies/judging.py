@@ -103,7 +103,8 @@ def _teacher(logits: Tensor, temperature: float) -> Teacher:
 @torch.no_grad()
 def _stored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     hidden = model.get_decoder()(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)
-    return model.get_output_embeddings()(hidden[batch.rows]).float()  # [N, V]
+    logits: Tensor = model.get_output_embeddings()(hidden[batch.rows])  # [N, V]
+    return logits.float()
 
 
 def _batch(sequences: list[CachedSequence], device: torch.device) -> Batch:

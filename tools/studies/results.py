@@ -43,15 +43,17 @@ class Results:
 
     def judged(self, student: Student) -> list[dict[str, Any]]:
         """The judgements of a student, in the order of its steps."""
-        return self._records[_key(asdict(student))]["judged"]
+        judged: list[dict[str, Any]] = self._records[_key(asdict(student))]["judged"]
+        return judged
 
     def final(self, student: Student, judge: str = "heldout") -> dict[str, float]:
         """The last judgement by one judge."""
-        return self.judged(student)[-1][judge]
+        metrics: dict[str, float] = self.judged(student)[-1][judge]
+        return metrics
 
     def training_s(self, student: Student) -> float:
         """Wall time of its steps."""
-        return self._records[_key(asdict(student))]["training_s"]
+        return float(self._records[_key(asdict(student))]["training_s"])
 
 
 def _key(student: dict[str, Any]) -> str:

@@ -158,5 +158,5 @@ def judged(
 
 def _stored_logits(model: nn.Module, inputs: Batch) -> Tensor:
     """[N, V] float32. Padding is on the right, where causal models do not look."""
-    logits = model(input_ids=inputs.input_ids, logits_to_keep=inputs.logits_to_keep).logits
+    logits: Tensor = model(input_ids=inputs.input_ids, logits_to_keep=inputs.logits_to_keep).logits
     return inputs.at_stored_positions(logits, kept_logits=True).float()

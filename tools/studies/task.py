@@ -90,8 +90,9 @@ def entries_per_position(name: str) -> float:
 
 def teacher() -> PreTrainedModel:
     """The demo's teacher in float32, as the caches were made, for nothing but forward passes."""
-    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
-    return model.requires_grad_(False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def student() -> PreTrainedModel:

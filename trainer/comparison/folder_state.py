@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -44,7 +43,7 @@ def folder_state(run: PlannedRun) -> FolderState:
     if record is None:
         left = [path.name for path in (*checkpoints, *model_files(run.folder))]
         return FolderState([f"it holds {left[-1]} and no {RUN_NAME}"] if left else [], False, None)
-    differs = _differences(record["settings"], json.loads(run.config.to_json_string()))
+    differs = _differences(record["settings"], run.config.recorded())
     ranks = record.get("world_size", run.ranks)
     if run.ranks is not None and ranks != run.ranks:
         differs.append(f"the number of ranks was {ranks}, is {run.ranks}")

@@ -1,6 +1,7 @@
 """What a run is: every field of transformers.TrainingArguments, and what distillation adds. Contradictions end here."""
 
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -92,6 +93,11 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
     def to_dict(self) -> dict[str, Any]:
         """The settings as run.json records and trackers report them: URLs of caches without their secrets."""
         return super().to_dict() | public_places(self.__dict__)
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as run.json holds them."""
+        settings: dict[str, Any] = json.loads(self.to_json_string())
+        return settings
 
     def __getstate__(self) -> dict[str, Any]:
         """The same of what a checkpoint holds as training_args.bin."""

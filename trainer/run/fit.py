@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,7 +201,7 @@ def _record(run: PreparedRun, identity: str, tail: str, size: int, computed: dic
     return {
         "run_id": identity,
         "world_size": run.config.world_size,
-        "settings": json.loads(run.config.to_json_string()),
+        "settings": run.config.recorded(),
         "tail": tail,
         "cache": data_record(run.data),
         "student": {"name": run.config.student, "num_parameters": size},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,7 +156,7 @@ def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, t
             f"--resume_from_checkpoint {checkpoint}: a former run left it, and {path} is of the one that began in this "
             f"folder after it. Name a checkpoint of that; --student {checkpoint} begins a run with the weights of this one"
         )
-    was, now = former["settings"], json.loads(config.to_json_string())
+    was, now = former["settings"], config.recorded()
     planned = config.train_sampling_strategy == "group_by_length" or any(getattr(config, name) for name in PLANNED)
     judged = was.get("load_best_model_at_end") or config.load_best_model_at_end
     decisive = {DecidesRun.ALWAYS: True, DecidesRun.IF_PLANNED: planned, DecidesRun.IF_JUDGED: judged}

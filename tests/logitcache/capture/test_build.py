@@ -24,7 +24,8 @@ from tests.helpers.references import assert_scores_agree, full_logprobs
 
 def build(teacher: Path, corpus: Path, out: Path, **settings: Any) -> logitcache.LogitCache:
     defaults: dict[str, Any] = {"backend": "transformers", "top_k": 16, "shard_positions": 400}
-    return logitcache.build(str(teacher), str(corpus), out, **{**defaults, **settings})
+    cache: logitcache.LogitCache = logitcache.build(str(teacher), str(corpus), out, **{**defaults, **settings})
+    return cache
 
 
 def stop_at_shard(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
@@ -71,12 +72,14 @@ def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distrib
     targets = sequence.targets
     tail = full.scatter(1, torch.from_numpy(targets.token_ids.astype(np.int64)), float("-inf"))
     groups = torch.tensor(cache.tail_groups)
+    assert targets.group_logprobs is not None and targets.tail_entropy is not None
     for g in range(8):
         expected = tail[:, groups == g].logsumexp(dim=-1).numpy()
         assert np.allclose(targets.group_logprobs[:, g], expected, atol=1e-4)
     assert np.allclose(targets.tempered_tail[2.0], (tail / 2).logsumexp(dim=-1).numpy(), atol=1e-4)
     weighted = torch.where(tail.isinf(), 0.0, tail.exp() * tail).sum(dim=-1) / tail.exp().sum(dim=-1)
     assert np.allclose(targets.tail_entropy, weighted.numpy(), atol=1e-3)
+    assert targets.sample_ids is not None and targets.sample_logprobs is not None
     drawn = tail.gather(1, torch.from_numpy(targets.sample_ids.astype(np.int64))).numpy()
     assert np.allclose(targets.sample_logprobs, drawn, atol=1e-4)
 
@@ -124,9 +127,9 @@ def test_an_interrupted_build_continues_to_the_same_cache(
     assert len(kept) == 2
     continued = build(teacher, corpus, tmp_path / "cut", **settings)
     assert rows(continued) == rows(whole)
-    assert all(
-        np.array_equal(a.targets.sample_ids, b.targets.sample_ids) for a, b in zip(continued, whole, strict=True)
-    )
+    for a, b in zip(continued, whole, strict=True):
+        assert a.targets.sample_ids is not None and b.targets.sample_ids is not None
+        assert np.array_equal(a.targets.sample_ids, b.targets.sample_ids)
     assert {name: (tmp_path / "cut/data" / name).stat().st_mtime_ns for name in kept} == kept
     assert not (tmp_path / "cut/.build").exists()
 

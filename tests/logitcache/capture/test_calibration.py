@@ -9,7 +9,8 @@ from logitcache.capture.calibration import profile_clusters
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    normalised: np.ndarray = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return normalised
 
 
 def test_tokens_that_rise_and_fall_together_share_a_group() -> None:

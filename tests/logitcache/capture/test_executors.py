@@ -22,9 +22,9 @@ import ray
 import logitcache
 from logitcache import UserError
 from logitcache.assembly.workspace import range_held
-from logitcache.capture import build as build_module
 from logitcache.capture import executors
 from logitcache.capture.finish import finish
+from logitcache.capture.plan import BuildPlan
 from logitcache.storage.folder import Folder
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401
 from tests.helpers.underway import num_finished_shards
@@ -48,7 +48,8 @@ def build(teacher: Path, corpus: Path, out: str | Path, **settings: Any) -> Any:
 @pytest.fixture(scope="module")
 def whole(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> logitcache.LogitCache:
     """Built by one process in one go."""
-    return build(teacher, corpus, tmp_path_factory.mktemp("whole") / "cache")
+    cache: logitcache.LogitCache = build(teacher, corpus, tmp_path_factory.mktemp("whole") / "cache")
+    return cache
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,12 @@ def cluster() -> Iterator[None]:
 def assert_same(ours: logitcache.LogitCache, whole: logitcache.LogitCache) -> None:
     assert ours.manifest.fingerprint == whole.manifest.fingerprint
     assert [s.name for s in ours.manifest.shards] == [s.name for s in whole.manifest.shards]
+    assert ours.tail_groups is not None and whole.tail_groups is not None
     assert np.array_equal(ours.tail_groups, whole.tail_groups)
     for a, b in zip(ours, whole, strict=True):
         assert a.row_id == b.row_id
         assert np.array_equal(a.targets.token_ids, b.targets.token_ids)
+        assert a.targets.sample_ids is not None and b.targets.sample_ids is not None
         assert np.array_equal(a.targets.sample_ids, b.targets.sample_ids)
         assert np.allclose(a.targets.logprobs, b.targets.logprobs, atol=1e-4)
         assert np.allclose(np.exp(a.targets.tail_logprob), np.exp(b.targets.tail_logprob), atol=1e-6)
@@ -275,7 +278,7 @@ def test_a_later_range_waits_for_the_first_one(
     teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "c"
-    monkeypatch.setattr(build_module, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr("logitcache.capture.build.LOOK_AGAIN_S", 0.01)
     later = threading.Thread(target=build, args=(teacher, corpus, out), kwargs={"shard_range": (1, 2)})
     later.start()
     time.sleep(0.5)
@@ -320,7 +323,7 @@ def test_a_build_into_an_object_store_is_resumed_and_read_there(
 ) -> None:
     out = f"{bucket}/caches/one"
     recorded: list[int] = []
-    real = build_module.BuildPlan.record
+    real = BuildPlan.record
 
     def stops_after_two(self: Any, index: int, info: Any) -> None:
         if len(recorded) == 2:
@@ -329,7 +332,7 @@ def test_a_build_into_an_object_store_is_resumed_and_read_there(
         real(self, index, info)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(build_module.BuildPlan, "record", stops_after_two)
+        patched.setattr(BuildPlan, "record", stops_after_two)
         build(teacher, corpus, out)
     with pytest.raises(UserError, match="unfinished build"):
         logitcache.open(out)

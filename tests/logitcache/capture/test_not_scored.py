@@ -31,7 +31,7 @@ def broken(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("broken") / "teacher"
     shutil.copytree(teacher, path)
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         model.get_input_embeddings().weight[BROKEN] = float("nan")
     model.save_pretrained(path)
@@ -47,7 +47,8 @@ def rows(tmp_path: Path) -> Path:
 
 def build(teacher: Path, data: Path, out: Path, **settings: Any) -> logitcache.LogitCache:
     defaults: dict[str, Any] = {"backend": "transformers", "top_k": 8, "shard_positions": 5}
-    return logitcache.build(str(teacher), str(data), out, **{**defaults, **settings})
+    cache: logitcache.LogitCache = logitcache.build(str(teacher), str(data), out, **{**defaults, **settings})
+    return cache
 
 
 def test_a_row_without_numbers_is_named_by_file_and_row(broken: Path, rows: Path, tmp_path: Path) -> None:

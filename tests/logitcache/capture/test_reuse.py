@@ -45,7 +45,8 @@ EVERYTHING: dict[str, Any] = {"tail_groups": 4, "temperatures": (1, 2), "tail_en
 
 def build(teacher: Path, documents: Path, out: Path, **settings: Any) -> LogitCache:
     defaults: dict[str, Any] = {"backend": "transformers", "top_k": 16, "shard_positions": 400}
-    return logitcache.build(str(teacher), str(documents), out, **{**defaults, **settings})
+    cache: LogitCache = logitcache.build(str(teacher), str(documents), out, **{**defaults, **settings})
+    return cache
 
 
 def write_documents(path: Path, texts: Sequence[str], first: int = 0) -> Path:

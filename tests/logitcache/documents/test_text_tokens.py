@@ -131,11 +131,12 @@ def test_an_end_that_the_tokenizer_adds_stands_at_the_end_only(kind: Tokenizer, 
 def test_a_beginning_that_the_document_has_already_is_there_once_and_said(kind: Tokenizer, begins: str) -> None:
     tokenizer = adding(copy.deepcopy(kind), before=begins, bos=begins)
     said = f"documents begin with {begins}, which the tokenizer adds as well: it is there once"
-    for layout, bare in (
-        ("text", {"text": "the fox is four"}),
-        ("prompt-completion", {"prompt": "the fox", "completion": " is four"}),
-    ):
-        written = {**bare, **{name: begins + bare[name] for name in ("text", "prompt") if name in bare}}
+    documents: dict[str, dict[str, str]] = {
+        "text": {"text": "the fox is four"},
+        "prompt-completion": {"prompt": "the fox", "completion": " is four"},
+    }
+    for layout, bare in documents.items():
+        written = bare | {name: begins + bare[name] for name in ("text", "prompt") if name in bare}
         once, notes = tokenize(layout, written, tokenizer)
         assert once.count(begins) == 1 + (begins == EOS)
         assert once.startswith(begins)
@@ -207,7 +208,7 @@ def test_prompt_and_completion_together_are_the_document(kind: Tokenizer, prompt
     texts = TextTokens(tokenizer, Counter())
     *ids, end = texts.of_prompt(prompt) + texts.of_completion(prompt, completion)
     assert end == tokenizer.eos_token_id
-    assert tokenizer.decode(ids).lstrip(" ") == (prompt + completion).lstrip(" ")
+    assert str(tokenizer.decode(ids)).lstrip(" ") == (prompt + completion).lstrip(" ")
 
 
 def test_the_teachers_text_and_completions_are_as_before(teacher_tokenizer: Any) -> None:

@@ -34,5 +34,6 @@ def test_a_cache_of_format_1_reads_as_it_did() -> None:
             # Then they were scaled to the tail on reading; they lie in the file in steps of 2⁻⁵.
             scaled = expected[f"{number}.group_logprobs"]
             held = np.isfinite(scaled)
+            assert targets.group_logprobs is not None
             assert np.array_equal(np.isfinite(targets.group_logprobs), held)
             assert np.allclose(targets.group_logprobs[held], scaled[held], atol=2**-5)

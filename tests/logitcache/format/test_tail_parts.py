@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from logitcache.format.codec import DecodedRows, encode
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import PRESETS
 from logitcache.format.soundness import find_wrong
-from logitcache.format.tail_parts import PARTS, TailPart, TailParts, parts_of, shared_parts
+from logitcache.format.tail_part import TailPart
+from logitcache.format.tail_parts import PARTS, TailParts, parts_of, shared_parts
 from logitcache.format.targets import concatenate
-from logitcache.maintenance.verify.verify import verify
 from logitcache.report.description import origin
+from tests.helpers.exchanging import findings
 from tests.helpers.maintained import assert_same_row, assert_same_targets, make_cache
 from tests.helpers.smallcaches import COLUMNS, EVERYTHING, VOCAB, random_rows
 
@@ -115,7 +117,7 @@ def test_the_commands_keep_the_parts(parts: TailParts, tmp_path: Path) -> None:
     fewer = logitcache.recode(merged.path, tmp_path / "fewer", top_k=4, precision="compact")
     assert fewer.manifest.layout.tail_parts == parts
     for found in (cache, merged, fewer):
-        assert not list(verify(found.path))
+        assert not findings(found)
 
 
 @each_part
@@ -133,6 +135,7 @@ def test_of_the_temperatures_those_are_shared_that_all_caches_have() -> None:
 @each_part
 def test_other_settings_are_refused_by_the_options_name(part: TailPart) -> None:
     if part.shape is not bool:
-        impossible = replace(TailParts(), **{part.name: (-1.0,) if part.shape == [float] else -1})
+        value: Any = (-1.0,) if part.shape == [float] else -1
+        impossible = replace(TailParts(), **{part.name: value})
         with pytest.raises(logitcache.UserError, match=f"{part.flag} -1"):
             CaptureSettings(8, tail_parts=impossible).check(VOCAB)

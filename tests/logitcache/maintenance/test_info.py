@@ -16,6 +16,7 @@ import pytest
 
 import logitcache
 from logitcache.cli import main
+from logitcache.format.codec import flat
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import fingerprint_digest
 from logitcache.maintenance.info import SHOWN_BARS, info
@@ -107,7 +108,7 @@ def test_a_fixed_number_of_entries_is_one_line_and_no_column_is_read(tmp_path: P
     for count, reads in [(8, False), (1, True)]:
         with patch.dict(FINGERPRINT["capture"], {"top_k": 1 if count == 8 else 8}):
             write_cache(tmp_path, rows, layout)
-        with patch.object(footers, "flat", side_effect=AssertionError if not reads else footers.flat):
+        with patch.object(footers, "flat", side_effect=AssertionError if not reads else flat):
             assert "\nentries  1 at every position\n" in info(tmp_path)
 
 

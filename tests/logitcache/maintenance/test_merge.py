@@ -19,7 +19,6 @@ from logitcache.assembly.finalize import trusted_files
 from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
-from logitcache.reading import row_index
 from logitcache.storage.folder import Folder
 from tests.helpers.maintained import CAPTURE, TOKENIZER, assert_same_row, contents, history, make_cache
 from tests.helpers.smallcaches import COLUMNS, EVERYTHING, FINGERPRINT, VOCAB, Row, random_rows, small
@@ -67,8 +66,8 @@ def test_duplicates_are_found_however_few_rows_are_compared_at_a_time(
         make_cache(root / str(i), [pool[number] for number in part], Layout(VOCAB)) for i, part in enumerate(parts)
     ]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(row_index, "ROWS_PER_BUCKET", rows_per_bucket)
-        patched.setattr(row_index, "ROWS_PER_BATCH", rows_per_bucket)
+        patched.setattr("logitcache.reading.row_index.ROWS_PER_BUCKET", rows_per_bucket)
+        patched.setattr("logitcache.reading.row_index.ROWS_PER_BATCH", rows_per_bucket)
         merged = logitcache.merge([cache.path for cache in caches], root / "out", shard_positions=20)
     ids = [sequence.row_id for sequence, _ in pool]
     assert [ids.index(row.row_id) for row in merged] == list(dict.fromkeys(number for part in parts for number in part))
@@ -190,7 +189,7 @@ def test_one_cache_is_not_enough(tmp_path: Path) -> None:
 def test_ids_of_a_killed_merge_are_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [make_cache(tmp_path / str(i), random_rows(10, LAYOUT, seed=i), LAYOUT).path for i in range(2)]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(row_index.np, "argsort", interrupt)
+        patched.setattr(np, "argsort", interrupt)
         logitcache.merge(parts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     logitcache.merge(parts, tmp_path / "out")

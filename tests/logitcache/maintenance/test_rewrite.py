@@ -132,13 +132,14 @@ def test_another_request_in_the_same_folder_is_refused_naming_what_differs(root:
     with stopped_after(1), pytest.raises(Stopped):
         recode(root, root / "out")
     left = contents(root / "out")
-    for call, message in [
+    calls: list[tuple[Callable[[], object], str]] = [
         (lambda: recode(root, root / "out", top_k=3), r"an unfinished cache made otherwise: top_k was 4, now 3; min_k"),
         (lambda: recode(root, root / "out", shard_positions=41), "shard_positions was 40, now 41"),
         (lambda: recode(root / ".", root / "out", drop=["url"]), "drop was 0 items, now 1 items"),
         (lambda: merge(root, root / "out"), "command was recode, now merge"),
         (lambda: logitcache.recode(root / "b", root / "out", top_k=4, shard_positions=40), r"from\[0\]\.path was "),
-    ]:
+    ]
+    for call, message in calls:
         with pytest.raises(UserError, match=message):
             call()
     assert contents(root / "out") == left

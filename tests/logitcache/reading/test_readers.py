@@ -107,10 +107,9 @@ def snippet(cache: LogitCache, language: str) -> str:
 
 def test_the_sql_of_the_card_gives_every_entry(cache: LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(cache.path)
-    found = {
-        (row, position, token): logprob
-        for row, position, token, logprob in duckdb.sql(snippet(cache, "sql")).fetchall()
-    }
+    answer = duckdb.sql(snippet(cache, "sql"))
+    assert answer is not None
+    found = {(row, position, token): logprob for row, position, token, logprob in answer.fetchall()}
     expected = {
         (sequence.row_id, number + 1, int(token)): float(logprob)
         for sequence in cache

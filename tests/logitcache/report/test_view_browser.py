@@ -76,7 +76,7 @@ def in_view(locator: Locator) -> bool:
     """Whether it can be seen below the toolbar."""
     box = locator.bounding_box()
     assert box is not None
-    return 50 < box["y"] < 780
+    return bool(50 < box["y"] < 780)
 
 
 @pytest.mark.parametrize("place", [5, 20, 100, 299])

@@ -188,7 +188,7 @@ LISTINGS = {
 
 
 class TestListingsOfAWebServer:
-    @pytest.fixture(params=LISTINGS.values(), ids=LISTINGS.keys())
+    @pytest.fixture(params=list(LISTINGS.values()), ids=list(LISTINGS))
     def site(
         self, request: pytest.FixtureRequest, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[Website]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -175,11 +175,12 @@ class TestLinks:
         (tmp_path / "cache").mkdir()
         (tmp_path / "cache" / directory).symlink_to(tmp_path / "victim")
         folder, source = Folder(tmp_path / "cache"), tmp_path / "victim/file"
-        for change in (
+        changes: tuple[Callable[[], object], ...] = (
             lambda: folder.write(f"{directory}/file", "other"),
             lambda: folder.put(source, f"{directory}/new"),
             lambda: folder.remove(f"{directory}/file"),
-        ):
+        )
+        for change in changes:
             with pytest.raises(UserError, match=rf"cache/{directory} is a link to another place"):
                 change()
         assert [path.name for path in (tmp_path / "victim").iterdir()] == ["file"]

@@ -27,6 +27,7 @@ from trainer.comparison import execute, folder_state
 from trainer.comparison.child import Child, last_step, locked_log
 from trainer.comparison.launch import launcher
 from trainer.comparison.recipe import read_recipe
+from trainer.comparison.status_line import StatusLine
 from trainer.evaluation.identity import model_identity
 
 # Stands for `python -m trainer`: a run of ten steps, told by what lies in its folder how to behave.
@@ -101,7 +102,7 @@ def stood_in(
     monkeypatch.setattr(execute, "POLL_S", 0.01)
     records = {
         run.folder.name: {
-            "settings": json.loads(run.config.to_json_string()),
+            "settings": run.config.recorded(),
             "tail": "bucket",
             "cache": {
                 "path": "a cache",
@@ -490,14 +491,14 @@ def test_a_result_that_cannot_be_read_loses_no_other(
 ) -> None:
     path = written(tmp_path, recipe)
     runs = stood_in(path, monkeypatch, step_s=0.01)
-    finished = execute.StatusLine.finished
+    finished = StatusLine.finished
 
     def broken(line: Any, run: Any, *rest: Any, **more: Any) -> None:
         if run.folder.name == "hard-labels-1":
             raise KeyError("rouge_l")
         finished(line, run, *rest, **more)
 
-    monkeypatch.setattr(execute.StatusLine, "finished", broken)
+    monkeypatch.setattr(StatusLine, "finished", broken)
     assert main(["compare", str(path), "--jobs", "2"]) == 1
     captured = capsys.readouterr()
     assert "hard-labels-1 failed" in captured.err
@@ -619,15 +620,15 @@ def test_a_signal_stops_the_runs_at_a_checkpoint_and_the_same_command_continues(
     recipe |= {"runs": {"KD": {}}, "losses": ["fkl", "todi"], "seeds": [1]}
     path = written(tmp_path, recipe)
     runs = stood_in(path, monkeypatch, step_s=0.05)
-    beginning = execute.StatusLine.show
+    beginning = StatusLine.show
 
     def interrupt(line: Any, running: dict[str, str]) -> None:
         beginning(line, running)
         if len(running) == 2 and all("/" in where for where in running.values()):
-            monkeypatch.setattr(execute.StatusLine, "show", beginning)
+            monkeypatch.setattr(StatusLine, "show", beginning)
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(execute.StatusLine, "show", interrupt)
+    monkeypatch.setattr(StatusLine, "show", interrupt)
     assert main(["compare", str(path), "--jobs", "2"]) == 130
     out = capsys.readouterr().out
     assert f"The same command continues:\n  trainer compare {path} --jobs 2" in out

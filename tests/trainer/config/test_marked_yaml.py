@@ -159,8 +159,9 @@ def test_an_option_of_answers_of_another_kind_is_refused_by_its_line(tmp_path: P
         "common": {"cache": "a", "eval_cache": "b", "student": "s", "use_cpu": True},
         "runs": {"KD": {"kd_weight": 0.5}},
     }
+    values: list[Any] = [[[1]], {"a": {}}, -1, 0.5, "x", "", [], {}, [[]], True, float("nan"), [float("inf")]]
     for field in dataclasses.fields(GenerationSettings):
-        for value in ([[1]], {"a": {}}, -1, 0.5, "x", "", [], {}, [[]], True, float("nan"), [float("inf")]):
+        for value in values:
             options = {"data": [str(tmp_path / "data.jsonl")]} | {field.name: value}
             with suppress(UserError):
                 read_recipe(written(tmp_path, yaml.safe_dump(recipe | {"generate": options})))

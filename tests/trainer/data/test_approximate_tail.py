@@ -19,7 +19,9 @@ def test_a_run_warns_once_of_each_cache_whose_tail_is_approximate(
     shutil.copytree(cache.path, imported)
     capture = {"capture": {"tail": "approximate (1 − Σp)"}}
     replace(cache.manifest, fingerprint={**cache.manifest.fingerprint, **capture}).write(Folder(imported))
-    config = DistillConfig(output_dir=str(tmp_path / "run"), cache=str(imported), student=student_folder, use_cpu=True)
+    config = DistillConfig(
+        output_dir=str(tmp_path / "run"), cache=[str(imported)], student=student_folder, use_cpu=True
+    )
     warnings = [one for one in prepare(config).warnings if "tail" in one]
     assert warnings == [
         f"{imported}: the mass of its tail is approximate (1 − Σp); losses that weigh the tail, RKL above all, learn from that"

@@ -26,8 +26,9 @@ examples = settings(max_examples=200, deadline=None, database=None)
 
 def distributions(random: np.random.Generator, positions: int, vocab_size: int) -> np.ndarray:
     """float64 [M, V], rows that sum to 1."""
-    weights = np.exp(random.normal(scale=3, size=(positions, vocab_size)))
-    return weights / weights.sum(axis=1, keepdims=True)
+    weights: np.ndarray = np.exp(random.normal(scale=3, size=(positions, vocab_size)))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
 
 
 def stored(full: np.ndarray, num_entries: np.ndarray) -> SparseTargets:
@@ -101,7 +102,8 @@ def test_the_mean_is_that_of_a_loop_over_positions(
 def test_the_mean_is_a_distribution_over_the_union(made: tuple[list[np.ndarray], list[SparseTargets]]) -> None:
     _, teachers = made
     mean = mean_targets(teachers, SMALL_VOCAB)
-    assert (mean.token_ids.dtype, mean.logprobs.dtype, mean.tail_logprob.dtype) == (np.int32, np.float32, np.float32)
+    assert mean.token_ids.dtype == np.int32
+    assert mean.logprobs.dtype == mean.tail_logprob.dtype == np.float32
     assert find_defect(mean, SMALL_VOCAB, mass_tolerance=1e-5) is None
     for m in range(len(mean)):
         union = {token for teacher in teachers for token in teacher.token_ids[m].tolist()} - {PAD_ID}

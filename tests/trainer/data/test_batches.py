@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,11 +31,13 @@ from trainer.data.sampler import Key
 
 def rows_of(loader: BatchLoader) -> list[tuple[int, ...]]:
     """The unpadded token ids of every sequence, in order."""
-    return [
-        tuple(ids[mask.bool()].tolist())
-        for batch in loader
-        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
-    ]
+    rows = []
+    for batch in loader:
+        assert batch.attention_mask is not None
+        rows += [
+            tuple(ids[mask].tolist()) for ids, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
+        ]
+    return rows
 
 
 def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache: LogitCache) -> None:
@@ -52,11 +55,12 @@ def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache:
             assert batch.targets.token_ids[n].tolist() == sequence.targets.token_ids[m].tolist()
             np.testing.assert_allclose(batch.targets.logprobs[n], sequence.targets.logprobs[m], atol=1e-6)
             assert float(batch.targets.tail_logprob[n]) == sequence.targets.tail_logprob[m]
-            assert sequence.targets.group_logprobs is not None
+            assert batch.targets.group_logprobs is not None and sequence.targets.group_logprobs is not None
             np.testing.assert_allclose(batch.targets.group_logprobs[n], sequence.targets.group_logprobs[m], atol=0.2)
             assert float(batch.tempered_tail[2.0][n]) == sequence.targets.tempered_tail[2.0][m]
             n += 1
     assert n == batch.num_positions == len(batch.labels)
+    assert batch.attention_mask is not None
     assert batch.attention_mask.sum(1).tolist() == [len(s.input_ids) for s in sequences]
 
 
@@ -80,6 +84,7 @@ def test_entries_are_scaled_by_one_factor_that_is_never_wild() -> None:
 
 def test_the_groups_of_a_batch_add_up_to_the_tail(cache: LogitCache) -> None:
     batch = Collator(tail_groups=True)([cache[i] for i in range(8)])
+    assert batch.targets.group_logprobs is not None
     masses = batch.targets.group_logprobs.double().exp().sum(1)
     np.testing.assert_allclose(masses, batch.targets.tail_logprob.double().exp(), rtol=1e-6)
 
@@ -123,11 +128,8 @@ def test_samples_that_are_the_whole_tail_are_accepted_at_every_precision(precisi
         writer.write(sequence, targets)
     batch = Collator(tail_samples=True)(list(ShardReader(Folder(tmp_path), writer.info, layout).read_row_group(0)))
     names = ["token_ids", "logprobs", "tail_logprob", "sample_ids", "sample_logprobs"]
-    loss = trainer.sparse_divergence(
-        torch.tensor(np.log(np.full((50, 4), 0.25))),
-        tail="samples",
-        **{name: getattr(batch.targets, name) for name in names},
-    )
+    held: Any = {name: getattr(batch.targets, name) for name in names}
+    loss = trainer.sparse_divergence(torch.tensor(np.log(np.full((50, 4), 0.25))), tail="samples", **held)
     assert loss.isfinite().all()
 
 

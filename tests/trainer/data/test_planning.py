@@ -56,7 +56,8 @@ class NumberedRows(TrainingData):
         return len(range(shard[0], len(self), shard[1]))
 
     def lengths(self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
-        return self._lengths[self._order(epoch, shuffle, seed, shard)]
+        lengths: np.ndarray = self._lengths[self._order(epoch, shuffle, seed, shard)]
+        return lengths
 
     def stream(
         self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1), start: int = 0

@@ -15,7 +15,13 @@ from trainer.run.distill_trainer import DistillTrainer
 
 
 def trained(folder: Path, cache: LogitCache, **settings: Any) -> DistillTrainer:
-    options = {"max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "optim": "sgd", "save_strategy": "no"}
+    options: dict[str, Any] = {
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "optim": "sgd",
+        "save_strategy": "no",
+    }
     config = DistillConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **options, **settings)
     trainer = DistillTrainer(llama(seed=7), cache, config, eval_cache=cache)
     trainer.train()
@@ -33,5 +39,6 @@ def test_a_compiled_student_learns_the_same(tmp_path: Path, cache: LogitCache) -
         for name in ("loss", "ce", "fkl", "eval_loss", "eval_fkl"):
             if name in expected:
                 assert logged[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert plain.model is not None and compiled.model is not None
     for name, parameter in plain.model.named_parameters():
         torch.testing.assert_close(compiled.model.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)

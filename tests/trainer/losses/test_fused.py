@@ -54,7 +54,7 @@ def student(rows: int, seed: int = 50, columns: int = VOCABULARY) -> tuple[Tenso
     return hidden, weight, bias
 
 
-def teacher_of(rows: int, temperature: float = 1.0, seed: int = 60) -> dict[str, Tensor]:
+def teacher_of(rows: int, temperature: float = 1.0, seed: int = 60) -> dict[str, Any]:
     teacher = random_logits(rows, VOCABULARY, seed)
     sizes = [(3, 1, VOCABULARY, 2, 4)[row % 5] for row in range(rows)]
     return known(teacher, top_entries(teacher, sizes), bands(VOCABULARY, 3), temperature)
@@ -113,11 +113,11 @@ def test_the_reported_objective_is_what_its_gradient_is_the_derivative_of(
     loss: str, tail: str, temperature: float, t_squared: bool
 ) -> None:
     chosen = {"loss": loss, "tail": tail, "temperature": temperature, "t_squared": t_squared, "kd_weight": 0.6}
-    arguments = teacher_of(3, temperature)
+    arguments: dict[str, Any] = chosen | teacher_of(3, temperature)
 
-    def objective(*parameters: Tensor) -> Tensor:
+    def objective(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return trainer.fused_linear_divergence(
-            *parameters, labels=labels_of(3), logit_scale=0.7, logit_softcap=5.0, **chosen, **arguments
+            hidden, weight, bias, labels=labels_of(3), logit_scale=0.7, logit_softcap=5.0, **arguments
         )
 
     assert torch.autograd.gradcheck(objective, student(3))
@@ -281,8 +281,8 @@ def test_bfloat16_products_with_float32_sums_stay_close_to_float64(loss: str, ta
     arguments = {"loss": loss, "tail": tail, "temperature": temperature, **teacher_of(rows, temperature)}
     results = {}
     for dtype in (torch.bfloat16, torch.float64):
-        parameters = [tensor.to(dtype).requires_grad_() for tensor in low]
-        value = trainer.fused_linear_divergence(*parameters, None, labels=labels_of(rows), **arguments)
+        hidden, weight = parameters = [tensor.to(dtype).requires_grad_() for tensor in low]
+        value = trainer.fused_linear_divergence(hidden, weight, None, labels=labels_of(rows), **arguments)
         results[dtype] = (value, *torch.autograd.grad(value, parameters))
     value, *gradients = results[torch.bfloat16]
     exact_value, *exact_gradients = results[torch.float64]
@@ -301,7 +301,7 @@ def test_the_weights_gradient_is_summed_in_float32_over_many_chunks(monkeypatch:
     rows = 1000
     hidden = torch.ones(rows, 1, dtype=torch.bfloat16)
     weight = torch.zeros(4, 1, dtype=torch.bfloat16, requires_grad=True)
-    targets = {
+    targets: dict[str, Any] = {
         "token_ids": torch.zeros(rows, 1, dtype=torch.long),
         "logprobs": torch.zeros(rows, 1),
         "tail_logprob": torch.full((rows,), -inf),
@@ -364,9 +364,9 @@ def test_no_tensor_is_as_large_as_a_quarter_of_the_logits(
 
 def test_not_a_number_is_not_hidden() -> None:
     for spoilt, place in itertools.product((0, 1, 2), (0, 1)):
-        parameters = [tensor.detach().clone() for tensor in student(3)]
+        hidden, weight, bias = parameters = [tensor.detach().clone() for tensor in student(3)]
         parameters[spoilt].view(-1)[place] = float("nan")
-        loss = trainer.fused_linear_divergence(*parameters, labels=labels_of(3), **teacher_of(3))
+        loss = trainer.fused_linear_divergence(hidden, weight, bias, labels=labels_of(3), **teacher_of(3))
         assert loss.isnan()
 
 

@@ -375,7 +375,8 @@ def compiled(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: in
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": options["num_warps"]}).asm
+    made: dict[str, Any] = triton.compile(source, target=target, options={"num_warps": options["num_warps"]}).asm
+    return made
 
 
 @pytest.fixture

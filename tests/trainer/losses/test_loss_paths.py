@@ -38,8 +38,9 @@ MANY = settings(FEW, max_examples=15)
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    take(request.param, monkeypatch)
-    return request.param
+    path: str = request.param
+    take(path, monkeypatch)
+    return path
 
 
 every_loss = pytest.mark.parametrize("loss", LOSSES)
@@ -72,7 +73,11 @@ def test_value_and_gradient_match_brute_force_on_any_ragged_shape(
 def test_storing_the_whole_vocabulary_gives_the_full_definition(loss: str, temperature: float, path: str) -> None:
     logits, teacher = random_logits(6, 15, seed=5), random_logits(6, 15, seed=6)
     arguments = known(teacher, top_entries(teacher, [15] * 6), bands(15, 1), temperature)
-    for options in {"akl": [{"akl_split": "official"}, {"akl_split": "todi"}], "todi": [{"beta": 0.5}]}.get(loss, [{}]):
+    choices: dict[str, list[dict[str, Any]]] = {
+        "akl": [{"akl_split": "official"}, {"akl_split": "todi"}],
+        "todi": [{"beta": 0.5}],
+    }
+    for options in choices.get(loss, [{}]):
         expected = autograd_of(
             logits, lambda z, options=options: reference_full(loss, z, teacher, temperature, **options)
         )

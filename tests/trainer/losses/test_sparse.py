@@ -57,8 +57,8 @@ def test_gradient_is_the_finite_difference_of_the_value_with_its_weight_held_sti
 ) -> None:
     # ToDi's α and AKL's w carry no gradient, so both are frozen at the point itself before taking differences.
     teacher, logits = random_logits(1, 8, seed=3), random_logits(1, 8, seed=4)
-    arguments = {"loss": loss, "tail": tail, "temperature": temperature}
-    arguments |= known(teacher, top_entries(teacher, [3]), bands(8, 2), temperature)
+    held = known(teacher, top_entries(teacher, [3]), bands(8, 2), temperature)
+    arguments = {"loss": loss, "tail": tail, "temperature": temperature, **held}
     _, gradient = value_and_gradient("unfused", logits, **arguments)
 
     seen: list[Coarse] = []
@@ -188,7 +188,8 @@ def test_cross_entropy_and_its_mixture_with_the_divergence_have_the_gradients_of
 
     def mixture(z: Tensor) -> Tensor:
         kd = reference_sparse(loss, z[:, :9], teacher, kept, tail, groups, temperature, held["sample_ids"])
-        return kd_weight * kd + ce_weight * reference(z)
+        mixed: Tensor = kd_weight * kd + ce_weight * reference(z)
+        return mixed
 
     def ours(z: Tensor) -> Tensor:
         terms = distillation_terms(z, TeacherTargets(**held), labels, settings=chosen, vocab_size=9)

@@ -31,7 +31,8 @@ def config(folder: Path, **settings: Any) -> DistillConfig:
 def train(cache: LogitCache, heldout: LogitCache, student: str, out: Path, *options: str) -> dict[str, float]:
     arguments = ["--cache", cache.path, "--eval_cache", heldout.path, "--student", student, "--output_dir", str(out)]
     assert main(["fit", *arguments, *STEPS, *options]) == 0
-    return json.loads((out / "eval.json").read_text())["metrics"]
+    metrics: dict[str, float] = json.loads((out / "eval.json").read_text())["metrics"]
+    return metrics
 
 
 @pytest.mark.parametrize("options", [(), ("--use_dora",)], ids=["LoRA", "DoRA"])
@@ -78,6 +79,7 @@ def test_an_interrupted_run_with_adapters_ends_like_an_uninterrupted_one(tmp_pat
     through.train()
     resumed = trainer("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "through" / "checkpoint-2"))
+    assert through.model is not None and resumed.model is not None
     for name, parameter in through.model.named_parameters():
         torch.testing.assert_close(resumed.model.get_parameter(name), parameter, rtol=0, atol=1e-6)
 
@@ -174,7 +176,8 @@ def model_of(name: str) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         getattr(transformers, f"{name}Config")(**ADAPTED[name][0])
     )
-    return model.float()
+    model.float()
+    return model
 
 
 @pytest.mark.parametrize("name", ADAPTED)

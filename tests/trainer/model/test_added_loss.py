@@ -40,8 +40,8 @@ def own_loss(model: PreTrainedModel, batches: list[list[CachedSequence]]) -> tup
 
 def trained(model: PreTrainedModel, cache: LogitCache, folder: Path, **settings: Any) -> tuple[Any, DistillTrainer]:
     """The gradient of the first step on hard labels, and the trainer."""
-    options = {"kd_weight": 0.0, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": len(cache)}
-    options |= {"train_sampling_strategy": "sequential"}
+    options: dict[str, Any] = {"kd_weight": 0.0, "max_steps": 1, "logging_steps": 1}
+    options |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": len(cache)}
     catch = CatchGradient()
     trainer = DistillTrainer(model, cache, config(folder, **(options | settings)), eval_cache=cache, callbacks=[catch])
     trainer.train()

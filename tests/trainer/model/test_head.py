@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         atol = 1e-5 * float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=atol, msg=partial("{}: {}".format, name))
 
 
 def assert_fused_is_unfused(model: PreTrainedModel, batch: Batch, **options: Any) -> None:
@@ -50,7 +51,7 @@ def assert_fused_is_unfused(model: PreTrainedModel, batch: Batch, **options: Any
     total, terms = call(fused(model), model, batch, **options)
     torch.testing.assert_close(total, expected_total, rtol=1e-5, atol=0)
     for name, found, of_logits in zip(terms._fields, terms, expected, strict=True):
-        torch.testing.assert_close(found, of_logits, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(found, of_logits, rtol=1e-4, atol=1e-5, msg=partial("{}: {}".format, name))
     assert_same(
         gradients(fused(model), model, batch, **options), gradients(LogitsObjective(model), model, batch, **options)
     )
@@ -93,7 +94,7 @@ def test_the_logits_never_exist(cache: LogitCache, training: bool, monkeypatch: 
     model = llama(seed=7, hidden_size=8)
     sizes = {}
     for objective in (LogitsObjective(model), fused(model)):
-        with torch.set_grad_enabled(training), Largest() as largest:
+        with torch.set_grad_enabled(training), Largest() as largest:  # type: ignore[no-untyped-call]
             total, _ = call(objective, model, batch)
             if training:
                 total.backward()
@@ -227,7 +228,7 @@ class LearnedScale(LlamaForCausalLM):
     """Scales its logits by a parameter."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[no-untyped-call]
         self.logit_scale = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -257,7 +258,7 @@ class OwnHead(LlamaForCausalLM):
     """Has a head with a nonlinearity."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[no-untyped-call]
         self.lm_head = Softened(config.hidden_size, config.vocab_size, bias=False)
 
 
@@ -297,9 +298,9 @@ def assert_descends(objective: Objective, model: nn.Module, batch: Batch, gradie
     losses = []
     for sign in (1, -1):
         with torch.no_grad():
-            weight += sign * step * direction
+            weight.add_(sign * step * direction)
             losses.append(float(call(objective, model, batch, loss="fkl")[0]))
-            weight -= sign * step * direction
+            weight.sub_(sign * step * direction)
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.02)
 
 
@@ -311,7 +312,8 @@ def test_an_architecture_that_scales_its_logits_by_a_number_of_its_own_is_unders
             return output
 
     torch.manual_seed(7)
-    assert_fused_is_unfused(Tempered(LlamaConfig(**SIZES)).eval(), batch)
+    tempered: PreTrainedModel = Tempered(LlamaConfig(**SIZES))  # type: ignore[no-untyped-call]
+    assert_fused_is_unfused(tempered.train(False), batch)
 
 
 def test_a_head_that_a_device_map_placed_is_left_to_the_logits() -> None:
@@ -356,7 +358,8 @@ def test_between_calls_a_model_is_what_it_was(batch: Batch) -> None:
     assert list(model.state_dict()) == names
     for same in (model, copy.deepcopy(model)):
         assert same(ids).logits.equal(logits)
-        assert same.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
+        generate: Any = same.generate
+        assert generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
 
 
 def test_without_gradients_the_loss_has_none(batch: Batch) -> None:

@@ -56,7 +56,8 @@ def model_of(name: str, attention: str = "sdpa", settings: dict[str, Any] | None
     torch.manual_seed(3)
     config = getattr(transformers, f"{name}Config")(**(settings or MODELS[name]))
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model.train()
+    model.train()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,7 @@ def test_a_packed_batch_begins_anew_at_every_sequence_and_in_the_padding(cache: 
     lengths = [len(sequence.input_ids) for sequence in sequences]
     batch = Collator()(sequences, np.array([0, 1, 1]))
     assert batch.attention_mask is None
+    assert batch.position_ids is not None
     width = max(lengths[0], lengths[1] + lengths[2])
     first = [*range(lengths[0]), *range(width - lengths[0])]
     second = [*range(lengths[1]), *range(lengths[2]), *range(width - lengths[1] - lengths[2])]
@@ -117,6 +119,7 @@ def test_a_packed_batch_begins_anew_at_every_sequence_and_in_the_padding(cache: 
 def test_flat_is_one_row_without_padding(cache: LogitCache) -> None:
     sequences = [cache[i] for i in (0, 1, 2)]
     batch = Collator(flat=True)(sequences, np.array([0, 1, 1]))
+    assert batch.position_ids is not None
     assert batch.input_ids.tolist() == [np.concatenate([s.input_ids for s in sequences]).tolist()]
     assert batch.position_ids.tolist() == [[i for s in sequences for i in range(len(s.input_ids))]]
 
@@ -278,7 +281,8 @@ def test_a_fault_that_begins_anywhere_in_a_row_is_found(columns: int, monkeypatc
 
     def by_column_at_the_end(ids: Tensor) -> Tensor:
         through = torch.arange(ids.shape[1]).expand_as(ids)
-        return embed(torch.where(through < columns, ids, through))
+        embedded: Tensor = embed(torch.where(through < columns, ids, through))
+        return embedded
 
     monkeypatch.setattr(positions, "forward", by_column_at_the_end)
     check_packing(model, False, row_length=columns, longest=columns - 3)

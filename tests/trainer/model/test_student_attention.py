@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 2 whose attention scores its cap changes a lot."""
     path = tmp_path_factory.mktemp("capped")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32, "vocab_size": 512}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "query_pre_attn_scalar": 4}
-    config = Gemma2Config(**sizes, **heads, initializer_range=0.3, attn_logit_softcapping=CAP, dtype="float32")
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+    sizes |= {"vocab_size": 512, "num_attention_heads": 2, "num_key_value_heads": 2, "query_pre_attn_scalar": 4}
+    config = Gemma2Config(**sizes, initializer_range=0.3, attn_logit_softcapping=CAP, dtype="float32")
     Gemma2ForCausalLM(config).save_pretrained(path)
     return path
 
@@ -37,7 +38,7 @@ def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     return logitcache.build(str(teacher), str(corpus), out, backend="transformers", top_k=8)
 
 
-def config(cache: logitcache.LogitCache, student: Path, out: Path, **settings: object) -> DistillConfig:
+def config(cache: logitcache.LogitCache, student: Path, out: Path, **settings: Any) -> DistillConfig:
     return DistillConfig(
         cache=[cache.path], student=str(student), output_dir=str(out), use_cpu=True, report_to=[], **settings
     )

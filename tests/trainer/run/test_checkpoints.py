@@ -229,7 +229,7 @@ def test_a_resumed_run_stops_early_where_an_uninterrupted_one_does(
     options += ["--early_stopping_patience", "3", "--eval_steps", "2"]
 
     def stopped_at(folder: Path) -> int:
-        return json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        return int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
 
     through, resumed = tmp_path / "through", tmp_path / "resumed"
     assert fit(through, student_folder, *options) == 0

@@ -154,8 +154,8 @@ def test_evaluation_during_training_logs_the_distance_to_the_teacher(
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, cache: LogitCache) -> None:
-    settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
-    settings |= {"save_strategy": "steps", "save_steps": 5, "learning_rate": 1e-3}
+    settings: dict[str, Any] = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    settings |= {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 5, "learning_rate": 1e-3}
     through = DistillTrainer(llama(seed=7), cache, config(tmp_path, **settings))
     through.train()
     assert through.state.global_step == 12  # four a step: step 5 lies in the second epoch
@@ -163,6 +163,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, cach
     resumed = DistillTrainer(llama(seed=8), cache, config(tmp_path, **settings))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert resumed.state.global_step == 12
+    assert through.model is not None and resumed.model is not None
     for name, parameter in through.model.named_parameters():
         torch.testing.assert_close(resumed.model.get_parameter(name), parameter, rtol=0, atol=1e-6)
 

@@ -95,7 +95,8 @@ def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path: Path) -> No
     assert config.kd_weight == 0.25
     assert config.learning_rate == 1e-4
     assert config.t_squared is False
-    assert config.fsdp is True
+    fsdp: Any = config.fsdp
+    assert fsdp is True
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
     assert config.label_names == ["a", "b"]
 
@@ -138,7 +139,12 @@ def test_options_have_the_type_of_their_default(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_is_chosen_is_printed(rich_cache: LogitCache, student_folder: str, tmp_path: Path) -> None:
-    settings = {"cache": rich_cache.path, "student": student_folder, "output_dir": str(tmp_path), "use_cpu": True}
+    settings: dict[str, Any] = {
+        "cache": rich_cache.path,
+        "student": student_folder,
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+    }
     options: dict[str, Any] = {"loss": "jsd", "loss_args": "beta=0.3", "temperature": 3.0}
     run = prepare(DistillConfig(**settings, **options, approximate_temperature=True))
     assert run.choices["loss"] == "0.5·CE + 0.5·T²·jsd(beta=0.3) at T = 3"
@@ -457,16 +463,16 @@ def test_rows_that_are_trained_on_and_held_out_are_counted(
     tmp_path: Path, cache: LogitCache, student_folder: str
 ) -> None:
     overlapping = write_cache(tmp_path / "heldout", [*random_sequences(5, seed=1), *random_sequences(4, seed=9)])
-    settings = {"student": student_folder, "output_dir": str(tmp_path), "use_cpu": True}
+    settings: dict[str, Any] = {"student": student_folder, "output_dir": str(tmp_path), "use_cpu": True}
     run = prepare(DistillConfig(cache=[cache.path], eval_cache=overlapping.path, **settings))
     assert len(run.warnings) == 1
     assert f"--eval_cache {overlapping.path}: 5 of its 9 rows are trained on too" in run.warnings[0]
 
 
 def test_a_cache_of_less_than_a_batch_is_refused(tmp_path: Path, cache: LogitCache, student_folder: str) -> None:
-    settings = {"cache": [cache.path], "student": student_folder, "output_dir": str(tmp_path), "use_cpu": True}
+    settings: dict[str, Any] = {"cache": [cache.path], "student": student_folder, "output_dir": str(tmp_path)}
     with pytest.raises(UserError, match=r"holds 23 sequences, fewer than one batch of 24: lower --per_device_train_ba"):
-        prepare(DistillConfig(**settings, per_device_train_batch_size=24))
+        prepare(DistillConfig(**settings, use_cpu=True, per_device_train_batch_size=24))
 
 
 def test_a_line_of_progress_tells_the_rate_and_the_wait_for_data(
@@ -531,8 +537,10 @@ def test_a_batch_without_trained_tokens_costs_no_run(tmp_path: Path, student_fol
 
 def test_what_averaged_targets_do_not_hold_is_said(tmp_path: Path, cache: LogitCache, student_folder: str) -> None:
     other = write_cache(tmp_path / "other", random_sequences(23, seed=1), teacher=llama(seed=3), temperatures=(2.0,))
-    settings = {"cache": [cache.path], "average_with": [other.path], "student": student_folder, "use_cpu": True}
-    for options in ({"temperature": 2.0}, {"tail": "groups"}):
+    settings: dict[str, Any] = {"cache": [cache.path], "average_with": [other.path], "student": student_folder}
+    settings["use_cpu"] = True
+    choices: tuple[dict[str, Any], ...] = {"temperature": 2.0}, {"tail": "groups"}
+    for options in choices:
         with pytest.raises(UserError, match="the mean of several teachers is known by its entries and the mass"):
             prepare(DistillConfig(output_dir=str(tmp_path), **settings, **options))
     run = prepare(DistillConfig(output_dir=str(tmp_path), **settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def relative_difference(
 
     def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
         assert left.keys() == right.keys()
-        return float(sum((left[name] - right[name]).double().square().sum() for name in left).sqrt())
+        return math.sqrt(sum(float((left[name] - right[name]).double().square().sum()) for name in left))
 
     return distance(found, expected) / distance(expected, start)
 

@@ -16,7 +16,7 @@ from trainer.run.distill_trainer import DistillTrainer
 
 def losses(trainer: DistillTrainer, checkpoint: str | None = None) -> dict[int, float]:
     trainer.train(resume_from_checkpoint=checkpoint)
-    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    return {int(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,9 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> type[Echo]:
 def build(teacher: Path, data: Path, out: Path | str, **settings: Any) -> logitcache.LogitCache:
     defaults: dict[str, Any] = {"backend": "vllm", "capture_route": "flat", "generate": True, "keep": ("id",)}
     sampling = {"sampling_params": {"n": 2}} if settings.get("generate", True) else {}
-    return logitcache.build(str(teacher), str(data), out, **{**defaults, **sampling, "top_k": 4, **settings})
+    asked = {**defaults, **sampling, "top_k": 4, **settings}
+    cache: logitcache.LogitCache = logitcache.build(str(teacher), str(data), out, **asked)
+    return cache
 
 
 def rows(sequences: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -127,9 +127,14 @@ def test_the_flat_route_streams_what_transformers_gives(
 ) -> None:
     monkeypatch.setattr(vllm_flat, "SUBMITTED_ENTRIES", 300 * (top_k + 1))  # windows of some 300 tokens
     asked = sequences(12)
-    taken = []
-    scored = flat.score((taken.append(sequence) or sequence for sequence in asked), CaptureSettings(top_k=top_k))
-    for index, targets in enumerate(scored):
+    taken: list[TokenSequence] = []
+
+    def taking() -> Iterator[TokenSequence]:
+        for sequence in asked:
+            taken.append(sequence)
+            yield sequence
+
+    for index, targets in enumerate(flat.score(taking(), CaptureSettings(top_k=top_k))):
         assert sum(len(sequence.input_ids) for sequence in taken[index + 1 :]) <= 300 + 200, "reads too far ahead"
         full = full_logprobs(teacher, asked[index].input_ids)[asked[index].positions.astype(np.int64)]
         ids = torch.from_numpy(targets.token_ids).long()

@@ -25,8 +25,13 @@ from logitcache.engines.vllm_process import OWNER_PID
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """A processor with AMX. Holds an entry for each time that the kernel was asked for its tiles."""
     calls: list[bool] = []
+
+    def init_amx() -> bool:
+        calls.append(True)
+        return True
+
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: calls.append(True) or True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", init_amx)
     monkeypatch.delenv(SCORE_LOGITS, raising=False)
     return calls
 

@@ -82,7 +82,7 @@ def reference(path: Path) -> Any:
 def full_logprobs(path: Path, sequence: TokenSequence) -> torch.Tensor:
     """From transformers in float32, normalised in float64 over the tokenizer's vocabulary: [M, V]."""
     with torch.no_grad():
-        logits = reference(path)(torch.tensor(sequence.input_ids).long()[None]).logits[
+        logits: torch.Tensor = reference(path)(torch.tensor(sequence.input_ids).long()[None]).logits[
             0, torch.tensor(sequence.positions).long()
         ]
     return logits[:, :VOCAB_SIZE].double().log_softmax(dim=-1)
@@ -109,12 +109,14 @@ def assert_agrees(
         tail = full.scatter(1, ids, -torch.inf)
         close(np.exp(targets.tail_logprob), tail.exp().sum(dim=1), tail_tolerance)
         close(targets.tempered_tail[2.0], (tail / 2).logsumexp(dim=1), tolerance)
-        for group in range(EVERYTHING.tail_groups):
+        assert targets.group_logprobs is not None and targets.tail_entropy is not None
+        for group in range(EVERYTHING.tail_parts.groups):
             close(
                 targets.group_logprobs[:, group], tail[:, torch.from_numpy(group == GROUPS)].logsumexp(dim=1), tolerance
             )
         share = tail.softmax(dim=1)
         close(targets.tail_entropy, torch.where(share > 0, share * tail, 0).sum(dim=1), tolerance)
+        assert targets.sample_ids is not None and targets.sample_logprobs is not None
         samples = torch.from_numpy(targets.sample_ids).long()
         close(targets.sample_logprobs, full.gather(1, samples), tolerance)
         assert not (samples[:, :, None] == ids[:, None, :]).any(), "a tail sample is an entry"
@@ -161,7 +163,9 @@ def test_the_order_of_sequences_changes_nothing(engine: VllmPoolingTeacher) -> N
     again = list(engine.score(SEQUENCES[::-1], EVERYTHING))[::-1]
     for one, other in zip(once, again, strict=True):
         assert np.array_equal(one.token_ids, other.token_ids)
+        assert one.sample_ids is not None and other.sample_ids is not None
         assert np.array_equal(one.sample_ids, other.sample_ids)
+        assert one.sample_logprobs is not None and other.sample_logprobs is not None
         assert np.allclose(one.logprobs, other.logprobs, atol=1e-5)
         assert np.allclose(one.sample_logprobs, other.sample_logprobs, atol=1e-5)
 
@@ -180,6 +184,7 @@ def test_tail_samples_are_drawn_as_often_as_the_tail_says(engine: VllmPoolingTea
     draws = 5000
     (targets,) = engine.score([sequence], CaptureSettings(top_k=4, tail_parts=TailParts(samples=draws)))
     tail = full_logprobs(llama, sequence).scatter(1, torch.from_numpy(targets.token_ids).long(), -torch.inf)
+    assert targets.sample_ids is not None
     for position, expected in enumerate(draws * tail.softmax(dim=1).numpy()):
         counts = np.bincount(targets.sample_ids[position], minlength=VOCAB_SIZE)
         enough = expected >= 5
@@ -195,7 +200,8 @@ def test_tail_samples_are_drawn_as_often_as_the_tail_says(engine: VllmPoolingTea
 def test_only_the_stored_positions_leave_the_engine(
     engine: VllmPoolingTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    travelled, step = [], engine._engine.step
+    travelled: list[int] = []
+    step = engine._engine.step
 
     def counted() -> list[Any]:
         outputs: list[Any] = step()
@@ -224,9 +230,14 @@ def test_input_is_read_as_the_engine_needs_it_and_leaving_early_does_no_harm(
     engine: VllmPoolingTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_pooling, "TOKENS_IN_FLIGHT", 1000)
-    taken = []
-    source = (taken.append(sequence) or sequence for sequence in make_sequences(100, seed=1))
-    scored = engine.score(source, EVERYTHING)
+    taken: list[TokenSequence] = []
+
+    def source() -> Iterator[TokenSequence]:
+        for sequence in make_sequences(100, seed=1):
+            taken.append(sequence)
+            yield sequence
+
+    scored: Any = engine.score(source(), EVERYTHING)
     for count, _ in zip(range(1, 20), scored, strict=False):
         in_flight = taken[count - 1 :]
         assert sum(len(sequence.input_ids) for sequence in in_flight) <= 1000 + 2 * LONGEST
@@ -243,7 +254,7 @@ def test_sequences_may_be_scored_while_others_are(
     scored = [next(first)]
     engine.set_tail_groups(GROUPS)
     assert_agrees(llama, SEQUENCES[:3], list(engine.score(SEQUENCES[:3], EVERYTHING)))
-    abandoned = engine.score(SEQUENCES, EVERYTHING)
+    abandoned: Any = engine.score(SEQUENCES, EVERYTHING)
     next(abandoned)
     scored += first
     abandoned.close()
@@ -299,7 +310,9 @@ class Steps:
         metadata = PoolingMetadata(lengths, None, None, params, [self.states[i] for i, *_ in scheduled])
         counts = np.array([end - start for *_, start, end in scheduled])
         metadata.build_pooling_cursor(counts, torch.tensor([end for *_, end in scheduled]), torch.device("cpu"))
-        return self.pooler(torch.cat([self.hidden[i][start:end] for i, _, start, end in scheduled]), metadata)
+        hidden = torch.cat([self.hidden[i][start:end] for i, _, start, end in scheduled])
+        packed: list[torch.Tensor | None] = self.pooler(hidden, metadata)
+        return packed
 
     def wanted(self, i: int, settings: CaptureSettings | None) -> dict[str, Any]:
         return {
@@ -330,13 +343,14 @@ def test_chunks_preemption_and_mixed_requests_change_nothing(monkeypatch: pytest
     assert first[2] is None
     for i, packed, asked in ((long, first[0], settings[0]), (short, first[1], settings[1])):
         assert packed is not None
-        drawn = draw_uniforms(SEQUENCES[i].row_id, len(SEQUENCES[i].positions), asked.tail_samples)
+        drawn = draw_uniforms(SEQUENCES[i].row_id, len(SEQUENCES[i].positions), asked.tail_parts.samples)
         expected = unpack(select(steps.logits(i), asked, None, torch.from_numpy(drawn)).numpy(), asked)
         found = unpack(packed.numpy(), asked)
         assert np.array_equal(found.token_ids, expected.token_ids)
         assert np.allclose(found.logprobs, expected.logprobs, atol=1e-5)
         assert np.allclose(found.tail_logprob, expected.tail_logprob, atol=1e-5)
-        if asked.tail_samples:
+        if asked.tail_parts.samples:
+            assert found.sample_ids is not None and expected.sample_ids is not None
             assert np.array_equal(found.sample_ids, expected.sample_ids)
     assert last[0] is not None
     close(last[0].numpy(), steps.logits(summed).double().softmax(dim=1).sum(dim=0), 1e-5)
@@ -361,11 +375,9 @@ def test_tied_heads_and_tensor_parallelism_change_nothing(tmp_path: Path, teache
 
 
 def test_soft_caps_are_applied(tmp_path: Path, teacher_tokenizer: Any) -> None:
-    path = make_model(
-        *(tmp_path, teacher_tokenizer, "Gemma2"),
-        **{"tie_word_embeddings": True, "query_pre_attn_scalar": 32, "sliding_window": 64},
-        **{"final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0},
-    )
+    sizes = {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, "sliding_window": 64}
+    caps: dict[str, Any] = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0}
+    path = make_model(tmp_path, teacher_tokenizer, "Gemma2", **sizes, **caps)
     assert_route_agrees(path, CHUNKED)
 
 
