@@ -23,7 +23,7 @@ VALUES_AT_ONCE = 1 << 20
 
 
 def mean_targets(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTargets:
-    """Mean of the teachers' probabilities at the same M positions, over the union of their entries.
+    """Average the teachers' probabilities at the same M positions, over the union of their entries.
 
     For an id that teacher i stores the probability is known. For one of the m_i ids that only others store it lies in i's
     tail, of mass t_i, and below i's smallest entry; half of min(smallest entry, t_i/m_i) stands for it and is taken out of
@@ -31,7 +31,12 @@ def mean_targets(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTa
     than half of that where the tail is no smaller than m_i such entries. Entries and tail sum to 1 as the teachers' do.
     Where the union is the whole vocabulary t_i/m_i stands for each, and nothing is left of the tail.
 
-    Returns entries, descending, and tail; what else the teachers hold of their tails has no mean.
+    Args:
+        teachers: targets of each teacher, k may differ.
+        vocab_size: V of all teachers.
+
+    Returns:
+        Entries, descending, and the mass of the tail; further numbers that the teachers hold of their tails have no mean.
     """
     width = sum(teacher.token_ids.shape[1] for teacher in teachers)
     at_once = max(1, VALUES_AT_ONCE // max(width, 1))
@@ -94,10 +99,10 @@ def _descending(token_ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray
 
 
 class TeacherTargetsById:
-    """Targets of another teacher's cache by row id.
+    """The targets of another teacher's cache, by row id.
 
-    Keeps as many decoded row groups as hold the rows that shuffled streams of `caches` mix at a time, some 128 MiB. So each is
-    decoded once where its rows come in about the order of `caches`; in another order, up to once a row.
+    It keeps as many decoded row groups as shuffled streams of `caches` mix at a time, some 128 MiB. If the other cache
+    has its rows in about the order of `caches`, each row group is decoded once; otherwise up to once a row.
     """
 
     def __init__(self, cache: LogitCache, caches: Sequence[LogitCache]) -> None:
@@ -107,7 +112,7 @@ class TeacherTargetsById:
         self._row_group = lru_cache(SHUFFLE_ROW_GROUPS * spanned)(cache.read_row_group)
 
     def check_holds(self, cache: LogitCache) -> None:
-        """Raises UserError where this cache lacks rows of another."""
+        """Raises UserError if this cache lacks rows of `cache`."""
         missing = sum(int((self._numbers.find(ids) < 0).sum()) for ids in row_ids(cache))
         if missing:
             raise UserError(
@@ -117,7 +122,7 @@ class TeacherTargetsById:
             )
 
     def targets(self, row_id: str) -> SparseTargets:
-        """Of one row. Raises UserError where there is none."""
+        """Return the targets of a row. Raises UserError if the cache has no such row."""
         number = int(self._numbers.find(id_bytes([row_id]))[0])
         if number < 0:
             raise UserError(
@@ -128,7 +133,7 @@ class TeacherTargetsById:
 
 
 def averaged(row: CachedSequence, others: Sequence[TeacherTargetsById], vocab_size: int) -> CachedSequence:
-    """The row with `averaging.mean_targets` of its own teacher and the others."""
+    """Return the row with the mean targets of its own teacher and the others, see `mean_targets`."""
     targets = [row.targets, *(other.targets(row.row_id) for other in others)]
     return replace(row, targets=mean_targets(targets, vocab_size))
 
@@ -138,7 +143,11 @@ def _rows_per_group(cache: LogitCache) -> float:
 
 
 def row_ids(cache: LogitCache) -> Iterator[np.ndarray]:
-    """The bytes of the row ids, S16 arrays in row order; reads nothing else. Raises UserError for what is no row id."""
+    """Yield the row ids of a cache as bytes, S16 arrays in row order; no other column is read.
+
+    Raises:
+        UserError: a row id is malformed.
+    """
     for table in cache.iter_columns(["row_id"]):
         try:
             yield id_bytes(table["row_id"].to_pylist())
@@ -147,7 +156,7 @@ def row_ids(cache: LogitCache) -> Iterator[np.ndarray]:
 
 
 class RowLookup:
-    """Row id → row number of a cache, 24 bytes a row in a temporary folder that goes with this object."""
+    """Row id → row number of a cache: 24 bytes a row in a temporary folder, which is removed with this object."""
 
     def __init__(self, cache: LogitCache) -> None:
         folder = tempfile.mkdtemp(prefix="row-ids-")
@@ -155,12 +164,12 @@ class RowLookup:
         self._index = RowIndex(Path(folder), row_ids(cache), len(cache))
 
     def find(self, ids: np.ndarray) -> np.ndarray:
-        """Row number of each id, int64 [n], −1 where there is none. ids: S16 [n]."""
+        """Return the row number of each id, int64 [n], −1 for an id that the cache lacks. ids: S16 [n]."""
         return self._index.find(ids)
 
 
 def shared_rows(caches: Sequence[LogitCache], cache: LogitCache) -> int:
-    """How many rows of `cache` one of `caches` holds too."""
+    """Count the rows of `cache` that one of `caches` has too. Only row ids are read, and memory does not grow with them."""
     numbers = RowLookup(cache)
     shared = np.zeros(len(cache) + 1, bool)  # the last for ids that are not there
     for other in caches:

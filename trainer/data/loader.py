@@ -24,7 +24,7 @@ from trainer.data.training_data import TrainingData
 T = TypeVar("T")
 
 AHEAD = 3
-"""Batches that are made or being made beside the one handed out."""
+"""Batches that are ready or in the making beside the batch that is handed out."""
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -51,12 +51,23 @@ class BatchLoader(DataLoader[Batch]):
         pin_memory: bool = False,
         **options: Any,
     ) -> None:
-        """batching: a number is a batch size.  shard: (rank, world).
+        """Plan the batches of a run; nothing is read yet but, for plans by length, the lengths of the rows.
 
-        num_epochs: of the run; every one has as many batches as the one that needs most.  num_workers, pin_memory
-        and options: of torch's DataLoader.
+        Args:
+            data: a cache, or the caches of a run.
+            batching: what a batch holds; a number is a batch size.
+            collator: makes a batch of sequences.
+            shuffle: whether rows come in another order in every epoch.
+            seed: the order is drawn from it.
+            shard: (rank, world).
+            drop_last: leave incomplete batches out.
+            num_epochs: of the run; every epoch has as many batches as the epoch that needs most.
+            num_workers: of torch's DataLoader, as are pin_memory and options.
+            pin_memory: put batches into page-locked memory.
+            **options: further arguments of torch's DataLoader.
 
-        Raises UserError for a sequence that fits into no batch.
+        Raises:
+            UserError: a sequence fits into no batch.
         """
         data = TrainingData.of(data)
         batching = Batching(batching) if isinstance(batching, int) else batching
@@ -73,7 +84,7 @@ class BatchLoader(DataLoader[Batch]):
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Batches. Raises UserError as it was raised, in a worker process too: torch would put its traceback before it."""
+        """Yield batches. A UserError of a worker process keeps its message, before which torch would put a traceback."""
         try:
             yield from super().__iter__()
         except UserError as error:
@@ -82,13 +93,13 @@ class BatchLoader(DataLoader[Batch]):
             self.dataset.close()
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next iteration."""
+        """Choose the epoch of the next iteration."""
         assert isinstance(self.batch_sampler, EpochBatches)
         self.batch_sampler.set_epoch(epoch)
 
 
 def only(batches: list[Batch]) -> Batch:
-    """For a DataLoader whose dataset gives whole batches."""
+    """Return the only batch of a list: the dataset gives whole batches, so a DataLoader has nothing to collate."""
     [batch] = batches
     return batch
 
@@ -96,9 +107,13 @@ def only(batches: list[Batch]) -> Batch:
 def rows_of_batches(
     plan: Plan, stream: Iterator[CachedSequence], first: int, every: int
 ) -> Iterator[list[CachedSequence]]:
-    """The rows of batches first, first + every, …, reading forward and holding what later ones of them need.
+    """Yield the rows of batches first, first + every, …; rows that a later batch of them needs wait in memory.
 
-    stream: rows from plan.first_row(first) on.
+    Args:
+        plan: says which rows make which batch.
+        stream: rows from plan.first_row(first) on, read forward.
+        first: the first batch.
+        every: the step from one batch to the next.
     """
     next_row = plan.first_row(first)
     waiting: dict[int, CachedSequence] = {}
@@ -114,13 +129,15 @@ def rows_of_batches(
 
 
 class BatchDataset(Dataset[Batch]):
-    """Collated batches of a rank, by key. Asked for in order they are read forward; any other one is sought.
+    """The collated batches of a rank, indexed by (epoch, batch).
 
-    In the process that trains they are made ahead in the background, also by loaders that others made of this dataset,
-    such as accelerate's after skipping; with an epoch's last batch those of the next epoch are begun. In a worker process
-    each is made when it is asked for, which is ahead there.
+    Reading batches in order is fast: rows are streamed once. Any other batch can be read too, at the price of a seek.
 
-    len: rows of an epoch over all ranks.
+    In the process that trains, a background thread makes batches before they are asked for; a loader that accelerate
+    makes of this dataset in order to skip batches profits as well. With the last batch of an epoch the thread begins the
+    next epoch. A worker process makes a batch when torch's loader asks for it, which is early enough.
+
+    `len` is the number of rows of an epoch over all ranks.
     """
 
     def __init__(
@@ -134,7 +151,7 @@ class BatchDataset(Dataset[Batch]):
         shard: tuple[int, int],
         pin_memory: bool = False,
     ) -> None:
-        """pin_memory: of batches made ahead in the background; a loader with worker processes pins them itself."""
+        """Take the arguments of BatchLoader. pin_memory: pin batches here; with worker processes the loader pins them."""
         self._data, self._batches, self._collator = data, batches, collator
         self._shuffle, self._seed, self._shard = shuffle, seed, shard
         self._pin_memory = pin_memory
@@ -162,12 +179,12 @@ class BatchDataset(Dataset[Batch]):
         return batch
 
     def close(self) -> None:
-        """Ends the thread that makes an epoch's batches ahead, and forgets them; not those of an epoch to come."""
+        """End the background thread of the epoch that is read; the thread of an epoch to come goes on."""
         if self._awaited is None or self._awaited[1].batch:
             self._forward = self._awaited = None
 
     def _prefetched(self, key: Key) -> Iterator[Batch]:
-        """Batches made ahead, by a copy, which holds no `_forward`: so a thread ends where its dataset is dropped."""
+        """Prefetch batches from a key on. A copy without `_forward` makes them: so the thread ends with this dataset."""
         return prefetch(copy(self)._collated(key, every=1))
 
     def _collated(self, key: Key, every: int) -> Iterator[Batch]:
@@ -201,10 +218,10 @@ class BatchDataset(Dataset[Batch]):
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:
-    """Yields the items while a thread makes the next `AHEAD` of them; it begins at once.
+    """Yield the items of an iterator while a thread fetches the next `AHEAD` items; the thread begins at once.
 
-    What making an item raises is raised when its turn comes. Dropping the iterator, or closing it, ends the thread
-    after the item that it is at.
+    An error of the iterator is raised when the turn of its item comes. Dropping or closing the result ends the thread
+    after the item at which it is.
     """
     items_ahead = _prefetch(items)
     next(items_ahead)
@@ -212,7 +229,7 @@ def prefetch(items: Iterator[T]) -> Iterator[T]:
 
 
 def _prefetch(items: Iterator[T]) -> Iterator[T | None]:
-    """None as soon as the thread is at work, and then the items."""
+    """Yield None as soon as the thread is at work, and then the items."""
     end = object()
     finalizing = sys.is_finalizing  # bound here: when the interpreter ends, modules are emptied before iterators go
     thread = ThreadPoolExecutor(1, "batches")

@@ -18,7 +18,15 @@ DECODED_ROW_GROUPS = 4
 
 
 def apportioned(shares: np.ndarray, rows: int) -> np.ndarray:
-    """`rows` in whole rows by shares that sum to 1, float64 [C]: the largest remainders are rounded up. int64 [C]."""
+    """Divide a number of rows among caches; the largest remainders are rounded up.
+
+    Args:
+        shares: the share of each cache, float64 [C], summing to 1.
+        rows: the number of rows to divide.
+
+    Returns:
+        int64 [C], whole rows that sum to `rows`.
+    """
     exact = shares * rows
     counts = np.floor(exact).astype(np.int64)
     rest = rows - int(counts.sum())
@@ -42,12 +50,12 @@ class SmoothOrder:
         return int(self._counts.sum())
 
     def before(self, start: int) -> np.ndarray:
-        """Rows of each cache among the first `start`, int64 [C]."""
+        """Count the rows of each cache among the first `start` rows, int64 [C]."""
         block, skipped = self._place(start)
         return self._begins(block) + np.bincount(self._block(block)[:skipped], minlength=len(self._counts))
 
     def blocks(self, start: int = 0) -> Iterator[np.ndarray]:
-        """The cache of each row from number `start` on, int64 [≈ ROWS_PER_BLOCK] at a time."""
+        """Yield the cache of each row from row `start` on, int64 [≈ ROWS_PER_BLOCK] at a time."""
         first, skipped = self._place(start)
         for block in range(first, self._num_blocks):
             yield self._block(block)[skipped:]
@@ -80,10 +88,17 @@ class SmoothOrder:
 
 @dataclass(frozen=True)
 class RepeatedCache:
-    """A rank's draws from a cache.
+    """The rows that a rank reads of a cache, pass after pass, every pass in an order of its own.
 
-    number: of the cache in the mixture; the order of the first is that which it has alone.  shard: (rank, world).
-    weighted: many passes may make an epoch; a small cache is read once then, and its rows are permuted all together.
+    Row g of this endless sequence is row g mod n of pass g div n, with n rows to a pass.
+
+    Attributes:
+        cache: the cache.
+        number: the number of the cache in the mixture; cache 0 comes in the order that it has without a mixture.
+        shuffle: whether the order is drawn.
+        seed: the orders are drawn from it.
+        shard: (rank, world).
+        weighted: whether an epoch may have many passes; a small cache is then decoded once and permuted as a whole.
     """
 
     cache: LogitCache
@@ -94,7 +109,7 @@ class RepeatedCache:
     weighted: bool = False
 
     def rows(self, first: int) -> Iterator[CachedSequence]:
-        """Draws from number `first` on, without end."""
+        """Yield rows from number `first` on, without end."""
         number, start = divmod(first, self._size)
         decoded: dict[int, DecodedRows] = {}
         while True:
@@ -109,7 +124,7 @@ class RepeatedCache:
             number, start = number + 1, 0
 
     def row_numbers(self, first: int, count: int) -> np.ndarray:
-        """Rows of the cache that draws first … first + count − 1 are, int64 [count]."""
+        """Look up which rows of the cache come at numbers first … first + count − 1, int64 [count]."""
         if not count:
             return np.empty(0, np.int64)
         number, start = divmod(first, self._size)

@@ -37,7 +37,7 @@ class Batching:
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether batches follow from more than the number of rows."""
+        """Whether the batches depend on the lengths of the rows, not only on their number."""
         return bool(self.tokens_per_batch or self.packed_length or self.group_by_length)
 
     def check(self, data: TrainingData) -> None:
@@ -52,7 +52,7 @@ class Batching:
 
 
 class Key(NamedTuple):
-    """A batch of a run."""
+    """The index of a batch: its epoch and its number in the epoch."""
 
     epoch: int
     batch: int
@@ -101,7 +101,7 @@ class EpochBatches(Sampler[list[Key]]):
             yield [Key(self._epoch, batch)]
 
     def order(self, epoch: int) -> int:
-        """The epoch whose order of rows this one has."""
+        """Return the epoch whose order of rows this epoch has."""
         return epoch % self._orders if self._batching.needs_lengths else epoch
 
     def plan(self, epoch: int) -> Plan:
@@ -158,7 +158,7 @@ class EpochBatches(Sampler[list[Key]]):
 
 
 def batching_of(config: DistillConfig, data: TrainingData) -> Batching:
-    """What a batch of a device holds."""
+    """Return what a batch of a device holds."""
     return Batching(
         config.per_device_train_batch_size,
         config.tokens_per_batch,
@@ -168,19 +168,19 @@ def batching_of(config: DistillConfig, data: TrainingData) -> Batching:
 
 
 def is_shuffled(config: DistillConfig) -> bool:
-    """Whether rows come in another order in every epoch."""
+    """Tell whether rows come in another order in every epoch."""
     return config.train_sampling_strategy != "sequential"
 
 
 def data_seed(config: DistillConfig) -> int:
-    """What the order of rows is drawn from."""
+    """Return the seed from which the order of rows is drawn."""
     return config.seed if config.data_seed is None else config.data_seed
 
 
 def num_epochs(config: DistillConfig, data: TrainingData) -> int:
-    """Passes over the data, the last one perhaps incomplete: as many as `Trainer` makes of --max_steps.
+    """Count the epochs of a run, the last one perhaps incomplete, as transformers' Trainer does for --max_steps.
 
-    With more epochs planned, one may have fewer batches under --dataloader_drop_last, and so there must be more.
+    Under --dataloader_drop_last, planning more epochs may leave fewer batches to each, which again takes more epochs.
     """
     if config.max_steps <= 0:
         return math.ceil(config.num_train_epochs)
@@ -193,9 +193,10 @@ def num_epochs(config: DistillConfig, data: TrainingData) -> int:
 
 
 def num_batches(config: DistillConfig, data: TrainingData) -> int:
-    """Batches of a rank in an epoch, the same on every rank and in every epoch.
+    """Count the batches of a rank in an epoch, the same on every rank and in every epoch.
 
-    Raises UserError for a sequence that fits into no batch.
+    Raises:
+        UserError: a sequence fits into no batch.
     """
     return _planned(config, data, num_epochs(config, data))
 

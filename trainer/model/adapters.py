@@ -22,7 +22,7 @@ EXTENSION = "PEFT is not installed, which adapters need: pip install 'logitcache
 
 
 def base_model(name: str) -> str | None:
-    """The model that an adapter's folder or name on the Hub was trained on; None where `name` is no adapter."""
+    """Return the base model of an adapter, given by folder or Hub name; None if `name` is no adapter."""
     try:
         path = find_adapter_config_file(name)
     except (OSError, ValueError):  # no such model: who loads it says so
@@ -39,7 +39,7 @@ def base_model(name: str) -> str | None:
 
 
 def check_adapter_student(config: DistillConfig) -> None:
-    """Raises UserError for settings that suit no adapter where --student is one, and adapters on random weights."""
+    """Raises UserError for settings that do not suit a --student that is an adapter, and for adapters on random weights."""
     student = str(config.student)
     if config.from_scratch and config.lora_r:
         raise UserError("--from_scratch --lora_r: adapters change weights that were trained. Take one of the two")
@@ -56,16 +56,18 @@ def check_adapter_student(config: DistillConfig) -> None:
 
 
 def weights_dtype(config: DistillConfig) -> torch.dtype:
-    """dtype of the student's own weights in training: those that no optimizer changes need no more than bf16's."""
+    """Return the dtype of the student's own weights in training: under --bf16, weights that are not trained are bfloat16."""
     frozen = config.lora_r is not None or base_model(str(config.student)) is not None
     return torch.bfloat16 if frozen and config.bf16 else torch.float32
 
 
 def add_adapters(model: PreTrainedModel, config: DistillConfig) -> PreTrainedModel:
-    """The model with LoRA or DoRA adapters of the settings, which alone are trained; float32, at first without effect.
+    """Add LoRA or DoRA adapters to a model; only they are trained. They are float32 and at first without effect.
 
-    LoRA: Hu et al. 2021, arXiv 2106.09685. DoRA: Liu et al. 2024, arXiv 2402.09353. Raises UserError where the model has
-    no layer of the names in lora_target_modules, and where an adapter on a layer of these names has no use.
+    LoRA: Hu et al. 2021, arXiv 2106.09685. DoRA: Liu et al. 2024, arXiv 2402.09353.
+
+    Raises:
+        UserError: the model has no layer of a name in lora_target_modules, or an adapter on such a layer has no use.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -151,7 +153,7 @@ def _gives_rows(module: Any) -> bool:
 
 
 def load_adapter(base: PreTrainedModel, name: str) -> PreTrainedModel:
-    """A model with the adapter of a folder or name, whose weights are trained when it is. Raises UserError."""
+    """Put the adapter of a folder or Hub name on its base model, to be trained. Raises UserError if it does not load."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -164,7 +166,7 @@ def load_adapter(base: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def describe_adapters(model: Any) -> str:
-    """The adapters of a model, in words."""
+    """Describe the adapters of a model in words."""
     settings = model.active_peft_config
     trained, total = model.get_nb_trainable_parameters()
     kind = settings.peft_type.value

@@ -22,12 +22,12 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2  # relative to the largest logit
 
 
 class NoProjectionError(Exception):
-    """Why the logits of a model are not known to be those of a linear projection."""
+    """The logits of a model are not known to be those of a linear projection; the message says why."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The module that makes a model's logits, and what follows it. keeps: the model takes `logits_to_keep`."""
+    """The module that makes a model's logits, and their transform. keeps: whether the model takes `logits_to_keep`."""
 
     module: nn.Module
     transform: LogitTransform
@@ -35,9 +35,13 @@ class Head:
 
 
 def find_head(model: PreTrainedModel) -> Head:
-    """The output projection of a model, verified by two forward passes over three tokens.
+    """Find the output projection of a model, and verify it by two forward passes over three tokens.
 
-    model: before anything wraps it. Its modes, gradients and random numbers are as before. Raises NoProjectionError.
+    Args:
+        model: before anything wraps it. Its modes, gradients and random numbers are as before.
+
+    Raises:
+        NoProjectionError: the logits are not known to be those of a linear projection.
     """
     if is_deepspeed_zero3_enabled():
         raise NoProjectionError("DeepSpeed ZeRO-3 shards its output projection")
@@ -57,10 +61,15 @@ def find_head(model: PreTrainedModel) -> Head:
 
 
 def project(module: nn.Module, hidden: Tensor, transform: LogitTransform) -> Projection:
-    """A head's logits of hidden states [N, D] as a Projection, with the parameters as they are now.
+    """Return a head's logits of hidden states as a Projection, with the parameters as they are now.
 
-    A plain nn.Linear; one in PEFT's ModulesToSaveWrapper; one in a LoRA layer, which adds the map (scaled A·h, B).
-    Raises NoProjectionError for any other module.
+    Args:
+        module: an nn.Linear, alone, in PEFT's ModulesToSaveWrapper or in a LoRA layer, which adds the map (scaled A·h, B).
+        hidden: [N, D].
+        transform: of the logits.
+
+    Raises:
+        NoProjectionError: the module is none of these.
     """
     linear, adapted = _parts(module, hidden)
     known = type(linear).forward is nn.Linear.forward and linear.weight.is_floating_point()
@@ -147,22 +156,22 @@ def _raw_logits(projection: Projection) -> Tensor:
 
 @contextmanager
 def replaced_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Lets a module have another attribute of its own for a while, such as a forward, inside whatever hooks it has."""
-    held = vars(module)
-    before = held.get(name)
-    held[name] = value
+    """Give a module another attribute, such as a forward inside whatever hooks it has, while the block runs."""
+    attributes = vars(module)
+    before = attributes.get(name)
+    attributes[name] = value
     try:
         yield
     finally:
         if before is None:
-            del held[name]
+            del attributes[name]
         else:
-            held[name] = before
+            attributes[name] = before
 
 
 @contextmanager
 def as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in its former mode and the random numbers go on as before."""
+    """Put a model into evaluation mode while the block runs; modes and random numbers are as before afterwards."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):

@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 class Objective(Protocol):
     """Calls a model, as it is or wrapped, on a batch.
 
-    description: how it computes the loss, for people.  added_loss: what the model's own forward added to its loss in
-    the last call, a mean over the batch as the model takes it; None where it adds nothing or was not asked.
+    Attributes:
+        description: how the loss is computed, in words.
+        added_loss: the terms that the model's own forward added to its loss in the last call, a mean over the batch as
+            the model takes it; None if it adds nothing or was not asked.
     """
 
     description: str
@@ -48,24 +50,36 @@ class Objective(Protocol):
         with_added_loss: bool = False,
         **options: Any,
     ) -> tuple[Tensor, DistillationTerms]:
-        """Objective, summed over the positions, and their terms.
+        """Compute the objective, summed over the positions, and the terms of each position.
 
-        with_added_loss: the objective includes the added loss, once for every position.  options: settings, vocab_size
-        and validate of `fused_distillation_terms`. Raises UserError for targets that no teacher gives.
+        Args:
+            model: the model, as it is or wrapped.
+            batch: sequences, on the model's device.
+            targets: the batch's targets at the loss's temperature, see `Batch.targets_at`.
+            mixture: the weights of divergence and cross-entropy.
+            with_added_loss: include the added loss, once for every position.
+            **options: settings, vocab_size and validate of `fused_distillation_terms`.
+
+        Raises:
+            UserError: the targets are none that a teacher can give.
         """
 
     def what_is_not_finite(self) -> str:
-        """Where the last call's NaN or infinity came from, in words; reads tensors."""
+        """Say where the NaN or infinity of the last call came from; it waits for the device."""
 
 
 def objective_of(
     model: PreTrainedModel, agree: Callable[[bool], bool] = bool, *, with_added_loss: bool = False
 ) -> Objective:
-    """The fused objective, or where the model's head does not allow it, with a warning, the one from logits.
+    """Choose the fused objective or, if the model's head does not allow it, the objective from logits, with a warning.
 
-    model: before anything wraps it.  agree: whether a statement holds on every rank.  with_added_loss: whether calls
-    may ask for what the model's own forward adds to its loss.  Raises UserError for a model whose positions are not
-    those of its tokens.
+    Args:
+        model: before anything wraps it.
+        agree: tells whether a statement holds on every rank.
+        with_added_loss: whether calls may ask for the terms that the model's own forward adds to its loss.
+
+    Raises:
+        UserError: the model puts tokens of its own before each sequence.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UserError("PEFT's prompt learning puts tokens before each sequence and misplaces its positions: use LoRA")
@@ -88,7 +102,7 @@ def objective_of(
 
 
 class FusedObjective:
-    """For the time of a call the head computes the loss in place of logits, and the model returns it.
+    """Has the head compute the loss in place of logits for the time of a call, and the model return it.
 
     So the loss uses the parameters as the head has them in its forward (unsharded, in autocast's dtype), and its
     gradient leaves through the outputs of both, where FSDP and DDP wait for it. The batch does not pass through the
@@ -180,7 +194,7 @@ class FusedObjective:
 
 
 class LogitsObjective:
-    """From logits [N, V'] of the stored positions, which the model computes as ever."""
+    """Computes the loss from the logits [N, V'] of the stored positions, which the model computes as ever."""
 
     description = "from the logits, which exist for a whole batch"
 
@@ -228,6 +242,6 @@ def _unlearnable(error: ValueError) -> UserError:
 
 
 def _all_finite(module: nn.Module) -> bool:
-    """Whether a module's parameters hold numbers only, as far as this rank has them."""
+    """Tell whether the parameters of a module, as far as this rank has them, are all finite."""
     local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in module.parameters()]
     return all(bool(tensor.isfinite().all()) for tensor in local)

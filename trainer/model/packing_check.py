@@ -35,7 +35,7 @@ KEEP_APART = ("eager", "sdpa", "flex_attention")
 def check_packing(
     model: PreTrainedModel, flat: bool, *, row_length: int, longest: int, device: torch.device | None = None
 ) -> None:
-    """Packs sequences: no logit may depend on another sequence's tokens, and all must be those of each alone.
+    """Pack sequences and compare: no logit may depend on another sequence's tokens, and all must be as for each alone.
 
     First three short sequences, then a row as long as those of the run. What a model does by the column of a token, and
     only far from the first, its configuration tells as well, since half precision could hide it from a comparison.

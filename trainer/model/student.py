@@ -29,17 +29,19 @@ NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 def why_not_loaded(error: Exception) -> str:
-    """What an error of `from_pretrained` says, without advice that does not help here."""
+    """Say why `from_pretrained` failed, without advice of its own that does not help here."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which is never run here: take one of a kind that transformers knows"
     return one_line(error) or type(error).__name__
 
 
 def student_config(name: str) -> PretrainedConfig:
-    """Configuration of a model folder or name, of an adapter that of the model it is of.
+    """Load the configuration of a model, given by folder or Hub name. For an adapter: that of its base model.
 
-    It names an attention implementation where the one that transformers chooses would leave out a part of it. Raises UserError
-    where it is none, or of no causal language model.
+    If the attention that transformers chooses would leave out a part of the configuration, another one is set in it.
+
+    Raises:
+        UserError: there is no model of this name, or it is no causal language model.
     """
     base = base_model(name)
     try:
@@ -58,8 +60,8 @@ def student_config(name: str) -> PretrainedConfig:
 def check_student(config: PretrainedConfig, cache: LogitCache, name: str) -> None:
     """Raises UserError for a student that cannot learn from a cache.
 
-    It has fewer columns of logits than the teacher has tokens, cannot take its longest sequence, or has an attention that
-    leaves out a part of its configuration.
+    Such a student has fewer logits than the teacher has tokens, cannot take the cache's longest sequence, or has an
+    attention that leaves out a part of its configuration.
     """
     choose_attention(config, getattr(config, "_attn_implementation", None), "--attn_implementation")
     text_config = config.get_text_config()
@@ -77,9 +79,9 @@ def check_student(config: PretrainedConfig, cache: LogitCache, name: str) -> Non
 
 
 def lengths_of_one_rotation(config: PretrainedConfig) -> int | None:
-    """Tokens up to which a sequence's rotary embedding is the same in any batch; None where its length never matters.
+    """Return the length up to which a sequence's rotary embedding is the same in any batch; None if there is no limit.
 
-    Beyond, longrope and dynamic NTK choose their frequencies by the longest sequence of a batch, for all sequences of it.
+    Beyond it, longrope and dynamic NTK choose the frequencies of all sequences of a batch by the longest sequence.
     """
     text: Any = config.get_text_config()
     rotations = getattr(text, "rope_parameters", None) or {}
@@ -94,7 +96,14 @@ def lengths_of_one_rotation(config: PretrainedConfig) -> int | None:
 
 
 def warn_of_rotation(model: PreTrainedModel, longest: int, what_is_done: str, remedy: str) -> None:
-    """Says where a batch rotates its shorter sequences as its longest one. what_is_done: with the sequences."""
+    """Warn if a batch rotates its shorter sequences like its longest one.
+
+    Args:
+        model: the student.
+        longest: tokens of the longest sequence.
+        what_is_done: what becomes of the sequences: "trained" or "measured".
+        remedy: the option that avoids it.
+    """
     rotated = lengths_of_one_rotation(model.config)
     if rotated is not None and longest > rotated:
         logger.warning(
@@ -111,9 +120,16 @@ def warn_of_rotation(model: PreTrainedModel, longest: int, what_is_done: str, re
 def load_student(
     name: str, config: PretrainedConfig, *, from_scratch: bool, dtype: torch.dtype | str
 ) -> PreTrainedModel:
-    """The student's weights: loaded, with the adapter where `name` is one, or drawn from torch's generator.
+    """Load the student's weights, with the adapter if `name` is one, or draw them from torch's generator.
 
-    dtype: of the weights, or "auto"; an adapter's are float32 above half precision.
+    Args:
+        name: a folder or a Hub name, of a model or of an adapter.
+        config: the configuration, see `student_config`.
+        from_scratch: draw the weights.
+        dtype: of the weights, or "auto"; the weights of an adapter are float32 above half precision.
+
+    Raises:
+        UserError: the weights do not load.
     """
     base = base_model(name)
     try:
@@ -133,20 +149,21 @@ def load_student(
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Of the whole model, where DeepSpeed shards it over the ranks too."""
+    """Count the parameters of the whole model, also under DeepSpeed ZeRO-3."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
-    """Whether a model computes the logits of chosen columns only, and so never those of prompts.
+    """Tell whether a model can compute the logits of chosen columns only, and so never those of prompts.
 
-    model: as it was loaded, before anything wraps it.
+    Args:
+        model: before anything wraps it.
     """
     return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model inside PEFT's wrapper, or itself."""
+    """Return the model inside PEFT's wrapper, or the model itself."""
     wrapped: Any = model
     inner: PreTrainedModel = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     return inner

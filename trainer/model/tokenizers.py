@@ -22,7 +22,7 @@ REMEDY = (
 
 
 def student_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """Tokenizer of a model folder or name, or None where it has none."""
+    """Load the tokenizer of a model, given by folder or Hub name; None if the model has none."""
     if not any(_has_file(name, file) for file in TOKENIZER_FILES):
         return None
     return _loaded(name, f"{name}: its tokenizer")
@@ -62,7 +62,7 @@ def _loaded(folder: str, what: str, saved_to: str | None = None) -> PreTrainedTo
 
 
 def check_tokenizer(student: PreTrainedTokenizerBase, cache: LogitCache, name: str) -> list[str]:
-    """Compares the student's tokenizer with the teacher's as the manifest records it; returns warnings.
+    """Compare the student's tokenizer with the teacher's, as the manifest records it, and return warnings.
 
     Raises UserError where an id of the teacher's stands for another token, and where merges differ. Ids that only the
     student has are no difference. Special tokens and chat template change what is made of text, not what the stored

@@ -29,7 +29,7 @@ TRAINING: tuple[str, ...] = (
 
 
 def use_short_lines(trainer: Trainer) -> None:
-    """Replaces the callback that prints every number of every log."""
+    """Replace the callback that prints every number of every log."""
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Lines())
@@ -39,7 +39,7 @@ def use_short_lines(trainer: Trainer) -> None:
 
 
 def log_line(logs: Mapping[str, float], step: int, steps: int, seconds_left: float | None = None) -> str | None:
-    """One line for a log of training or evaluation, None for any other log."""
+    """Write one line for a log of training or evaluation; None for any other log."""
     if "loss" not in logs and "eval_ce" not in logs:
         return None
     prefix, names = ("", TRAINING) if "loss" in logs else ("eval_", JUDGED)
@@ -77,11 +77,13 @@ class _Bar(ProgressCallback):
 
 
 class GracefulStop(TrainerCallback):
-    """On Ctrl-C: finishes the step, writes a checkpoint and stops. A second Ctrl-C stops at once.
+    """Stops a run on Ctrl-C after its current step, with a checkpoint. A second Ctrl-C stops at once.
 
-    Ranks stop after the same step, whichever of them heard of it first.
+    All ranks stop after the same step, whichever rank received the signal.
 
-    requested: Ctrl-C was pressed.  stopped: and ended the run, which had more steps to do.
+    Attributes:
+        requested: whether Ctrl-C was pressed.
+        stopped: whether Ctrl-C ended the run before its last step.
     """
 
     def __init__(self) -> None:
@@ -95,16 +97,16 @@ class GracefulStop(TrainerCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listens for Ctrl-C."""
+        """Begin to listen for Ctrl-C."""
         if args.world_size > 1:
             self._ranks = dist.new_group(backend="gloo")  # on the host: the devices are not waited for
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks the trainer to save and stop.
+        """Ask the trainer to save and stop.
 
-        And not to end with the best weights: under a limit of one checkpoint it would keep no other.
+        The trainer must not load the best weights then: under a limit of one checkpoint it would keep no other.
         """
         if self._requested_anywhere() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
@@ -119,11 +121,11 @@ class GracefulStop(TrainerCallback):
         return bool(requested)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps a run that was asked to stop from evaluating first."""
+        """Keep a run that was asked to stop from evaluating first."""
         control.should_evaluate = control.should_evaluate and not self.stopped
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listens no more."""
+        """Give Ctrl-C back to the handler of before."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
@@ -132,7 +134,7 @@ class EarlyStopping(EarlyStoppingCallback):
     """transformers' callback, whose count an interrupted run takes from its checkpoint."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks the trainer to stop at once where the checkpoint is of the step at which the run had stopped."""
+        """Restore the count; stop at once if the run had already stopped early at the checkpoint's step."""
         super().on_train_begin(args, state, control, **kwargs)
         saved = state.stateful_callbacks
         count = saved.get(EarlyStoppingCallback.__name__, self.state())  # the name in checkpoints of earlier versions
@@ -142,27 +144,27 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class ThroughputCallback(TrainerCallback):
-    """A clock that runs while steps are made, and not while a model is evaluated or saved."""
+    """Counts tokens and seconds of training steps; the time of evaluating and saving a model does not count."""
 
     def __init__(self) -> None:
         self._begun = 0.0
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was counted."""
+        """Begin to count anew."""
         self.seconds = self.waited_s = 0.0
         self.tokens = self.padded_tokens = 0
 
     def wait_begins(self) -> None:
-        """A step asks for its batches."""
+        """Note that a step asks for its batches."""
         self._begun = time.perf_counter()
 
     def wait_ends(self, tokens: int, padded_tokens: int) -> None:
-        """They are there. tokens: of sequences.  padded_tokens: those, and the padding."""
+        """Note that the batches of a step are there. tokens: of the sequences.  padded_tokens: with padding."""
         self.waited_s += time.perf_counter() - self._begun
         self.tokens += tokens
         self.padded_tokens += padded_tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The optimizer has made its step."""
+        """Note that the optimizer has made its step."""
         self.seconds += time.perf_counter() - self._begun

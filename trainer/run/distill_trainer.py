@@ -105,7 +105,7 @@ class DistillTrainer(Trainer):
         self.add_callback(self._throughput)
 
     def get_train_dataloader(self) -> BatchLoader:
-        """This rank's batches. accelerate must not shard them again, so they do not pass through it."""
+        """Return this rank's batches. accelerate must not shard them again, so they do not pass through it."""
         args = self.args
         collator = Collator(
             tail_groups=self.tail == "groups",
@@ -131,7 +131,7 @@ class DistillTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
-        """This rank's batches of a held-out cache, in the cache's order."""
+        """Return this rank's batches of a held-out cache, in the cache's order."""
         cache: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         return self._loader(cache, Batching(self.args.per_device_eval_batch_size), Collator())
 
@@ -150,7 +150,7 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The batches of one optimizer step, and their stored positions over all ranks."""
+        """Return the batches of one optimizer step, and the number of their stored positions over all ranks."""
         self._throughput.wait_begins()
         batches = list(islice(epoch_iterator, num_batches))
         self._throughput.wait_ends(
@@ -164,7 +164,7 @@ class DistillTrainer(Trainer):
         return inputs.to(self.args.device, non_blocking=True)
 
     def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
-        """Trainer's count of a batch."""
+        """Count as Trainer does, which asks a batch by name."""
         return super().floating_point_ops(inputs.model_inputs())
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
@@ -177,7 +177,7 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This rank's share of the loss, scaled such that the mean of its gradients over the ranks is the gradient."""
+        """Compute this rank's share of the loss, scaled such that the mean over the ranks of its gradients is the gradient."""
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
         now = self.args.settings_at(progress, tail=self.tail, approximated=self._approximated)
         total, terms = self._distil(model, inputs, *now, with_added_loss=True)
@@ -280,7 +280,7 @@ class DistillTrainer(Trainer):
         return EvalLoopOutput(np.empty(0), None, prefixed, num_samples=self.num_examples(dataloader))
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        """Rows of the cache behind a loader."""
+        """Count the rows of the cache behind a loader."""
         assert isinstance(dataloader.dataset, BatchDataset)
         return len(dataloader.dataset)
 

@@ -35,10 +35,15 @@ CONTINUE = "make room, then `--resume_from_checkpoint true` continues from the l
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
-    metrics: of the held-out cache.  stopped_at: checkpoint written on Ctrl-C, or None.  early: why it ended before its
-    last step, or which checkpoint it is; None where it is what it ended with.  trained: False where it had ended before.
+    Attributes:
+        steps: optimizer steps that the run has made.
+        metrics: metrics on the held-out cache, None without one.
+        stopped_at: the checkpoint written on Ctrl-C, otherwise None.
+        early: a sentence for the user if the run stopped early or if the saved model is not the last one but the best
+            checkpoint; otherwise None.
+        trained: False if the run had already ended, so that no step was left.
     """
 
     steps: int
@@ -50,7 +55,7 @@ class Outcome:
 
 @contextmanager
 def settings_taken() -> Iterator[None]:
-    """Around what transformers and PEFT make of settings. Raises UserError for values that they refuse only then."""
+    """Turn errors of transformers and PEFT about the values of settings into UserError, while the block runs."""
     try:
         yield
     except UserError:
@@ -126,9 +131,11 @@ class _Trainer(DistillTrainer):
 
 
 def fit(run: PreparedRun, tell: Callable[[dict[str, str]], None]) -> Outcome:
-    """Trains, saves model, tokenizer and run.json in --output_dir, evaluates into eval.json beside them.
+    """Train, save model, tokenizer and run.json in --output_dir, and evaluate into eval.json beside them.
 
-    tell: is given the one choice that waits for the model.
+    Args:
+        run: the prepared run.
+        tell: called with the choices that depend on the loaded model.
     """
     config = run.config
     assert config.student and config.output_dir
@@ -189,7 +196,7 @@ def fit(run: PreparedRun, tell: Callable[[dict[str, str]], None]) -> Outcome:
 
 
 def _best(trainer: DistillTrainer) -> str | None:
-    """Which checkpoint a run's result is, where that is not what it ended with."""
+    """Say which checkpoint the result of a run is, if it is not the last state of the run."""
     state, args = trainer.state, trainer.args
     if not args.load_best_model_at_end or state.best_global_step is None:
         return None

@@ -26,7 +26,10 @@ from trainer.run.resume import check_same_run, find_checkpoint
 class PreparedRun:
     """A run whose settings, caches and tokenizers agree; the student's weights are not loaded yet.
 
-    choices: what was settled, for people.  warnings: what does not stop it.  checkpoint: where it continues from.
+    Attributes:
+        choices: the decisions of the run in words, by name, for people.
+        warnings: sentences about problems that do not stop the run.
+        checkpoint: the checkpoint from which the run continues, or None.
     """
 
     config: DistillConfig
@@ -40,9 +43,10 @@ class PreparedRun:
 
 
 def prepare(config: DistillConfig) -> PreparedRun:
-    """Opens and compares everything that a run needs, but the student's weights.
+    """Open and compare everything that a run needs, except for the student's weights.
 
-    Raises UserError for a missing setting, a cache or checkpoint that is not there, and whatever does not agree.
+    Raises:
+        UserError: a setting, a cache or a checkpoint is missing, or two of them do not agree.
     """
     if not config.cache:
         raise UserError("--cache is missing: name the cache to learn from")
@@ -93,7 +97,7 @@ def prepare(config: DistillConfig) -> PreparedRun:
 
 
 def _check_eval_cache(data: TrainingData, eval_cache: LogitCache | None) -> None:
-    """Raises UserError for one that is empty or of another vocabulary."""
+    """Raises UserError for a held-out cache that is empty or has another vocabulary."""
     if eval_cache is not None and not len(eval_cache):
         raise UserError(f"{eval_cache.path} is an empty cache")
     if eval_cache is not None and eval_cache.vocab_size != data.vocab_size:
@@ -137,7 +141,7 @@ def describe_run(
     whose_tokenizer: str,
     checkpoint: str | None,
 ) -> dict[str, str]:
-    """Name → choice, in the order of printing."""
+    """Describe the decisions of a run: name → choice, in the order of printing."""
     return {
         "cache": _size(data) + "".join(f", averaged with {other.path}" for other in data.averaged_with),
         "held-out cache": _size(eval_cache) if eval_cache else "none",

@@ -10,11 +10,11 @@ from transformers.training_args import ParallelMode
 from logitcache import UserError
 
 RANKS_VARIABLE = "TRAINER_RANKS"
-"""Of the environment: as many ranks are meant to train, whatever a launcher started."""
+"""The environment variable that says how many ranks are meant to train, whatever a launcher started."""
 
 
 def check_ranks(args: TrainingArguments) -> None:
-    """Raises UserError where there are fewer or more ranks than asked for, or a model is to be sharded over one."""
+    """Raises UserError if the number of ranks is not the number that was asked for, or FSDP has one rank only."""
     asked = os.environ.get(RANKS_VARIABLE, str(args.world_size))
     if asked != str(args.world_size):
         raise UserError(
@@ -28,10 +28,11 @@ def check_ranks(args: TrainingArguments) -> None:
 
 
 def end_ranks(trainer: Trainer) -> None:
-    """Ends trackers and the process group; the trainer trains no more.
+    """End trackers and the process group; the trainer trains no more.
 
-    What wraps the model for several ranks goes first. DDP's reducer holds the group and, were it the last to, would join
-    the back end's threads without giving up the interpreter's lock, which they may be waiting for.
+    The wrapper of the model for several ranks is dropped first. DDP's reducer holds a reference to the group; if its
+    reference were the last, it would join the back end's threads while it has the interpreter's lock, for which they may
+    wait.
     """
     assert trainer.model is not None
     accelerator = trainer.accelerator

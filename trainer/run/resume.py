@@ -45,7 +45,7 @@ RECORD_SHAPE = {
 
 
 class RunMark(TrainerCallback, ExportableState):
-    """Writes into the state of each checkpoint which run it is of."""
+    """Writes the id of the run into the state of each checkpoint. Checkpoints hold it under the name of this class."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
@@ -60,13 +60,13 @@ class RunMark(TrainerCallback, ExportableState):
 
 
 def run_id(checkpoint: str | None) -> str:
-    """Identity of a run: that of the one it continues, or a new one."""
+    """Return the id of the run to which a checkpoint belongs, or a new id."""
     known = _mark(checkpoint) or _former(checkpoint).get("run_id") if checkpoint else None
     return known or uuid4().hex
 
 
 def checkpoint_state(checkpoint: str | Path) -> dict[str, Any] | None:
-    """transformers' state of the run; None without a whole one, which is written last, as after a kill."""
+    """Read transformers' state of a checkpoint; None if it is not whole, since the state is written last."""
     try:
         return read_record(Path(checkpoint) / STATE_NAME)
     except UserError:
@@ -74,13 +74,13 @@ def checkpoint_state(checkpoint: str | Path) -> dict[str, Any] | None:
 
 
 def step_of(checkpoint: str | None) -> int:
-    """The step that a run continues after."""
+    """Return the step of a checkpoint, after which a run continues; 0 without one."""
     state = checkpoint_state(checkpoint) if checkpoint else None
     return state["global_step"] if state else 0
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The latest whole checkpoint of the run that the folder's run.json describes: a former run may have left others."""
+    """Find the latest whole checkpoint of the run that the folder's run.json describes; a former run may have left others."""
     steps = {path.name.rpartition("-")[2]: str(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True):
         if checkpoint_state(steps[step]) is not None and not _of_former_run(steps[step]):
@@ -89,7 +89,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def find_checkpoint(config: DistillConfig) -> str | None:
-    """The checkpoint that --resume_from_checkpoint means. Raises UserError where there is none."""
+    """Find the checkpoint that --resume_from_checkpoint means. Raises UserError if there is none."""
     wanted = config.resume_from_checkpoint
     if wanted is None:
         return None
@@ -111,7 +111,7 @@ def find_checkpoint(config: DistillConfig) -> str | None:
 
 @contextmanager
 def checkpoint_read(checkpoint: str | None, what: str) -> Iterator[None]:
-    """Around what reads a file of a checkpoint. Raises UserError that names `what` for whatever such a file leads to."""
+    """Turn any error of reading a file of a checkpoint into a UserError that names `what`, while the block runs."""
     try:
         yield
     except Exception as error:
@@ -124,12 +124,12 @@ def checkpoint_read(checkpoint: str | None, what: str) -> Iterator[None]:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raises TypeError where a learning rate's schedule was loaded from something else."""
+    """Raises TypeError if the loaded file was no schedule of a learning rate."""
     check_shape({"last_epoch": scheduler.last_epoch, "rates": scheduler.get_last_lr()}, SCHEDULE_SHAPE, "scheduler.pt")
 
 
 def data_record(data: TrainingData) -> dict[str, Any]:
-    """What run.json says of what a run learns from. weight: a cache's share of the rows, None where each comes once."""
+    """Describe for run.json the caches that a run learns from. weight: a cache's share of the rows, None without weights."""
     weights = data.weights or []
     shares: list[float | None] = [round(weight / sum(weights), 9) for weight in weights]
     shares = shares or [None] * len(data.caches)
