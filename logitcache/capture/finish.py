@@ -27,9 +27,16 @@ logger = logging.getLogger("logitcache")
 
 
 def finish(out: str | Path) -> LogitCache:
-    """Makes a cache of the shards that `logitcache build --shard-range` left in `out`.
+    """Makes a cache of the shards that builds with a `shard_range` left.
 
-    Raises UserError where no build was begun, where shards are missing (naming them), and while one is being written.
+    Args:
+        out: The folder or URL that they shared.
+
+    Returns:
+        The cache.
+
+    Raises:
+        UserError: No build was begun, shards are missing (the message names them), or one is being written.
     """
     folder = Folder(out)
     with workspace(folder):

@@ -66,15 +66,22 @@ def export(
     logprobs_field: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes the rows of a cache to a file in another tool's format; it appears when it is complete.
+    """Writes the rows of a cache to a file in another tool's format. The file appears when it is complete.
 
-    out: a name that ends with .parquet or .jsonl, local or at any URL that fsspec writes.  to: a name in FORMATS.
-    logprobs_field: of Axolotl's rows, default "logprobs".  overwrite: replace the file.
+    In JSON, kept numbers that are not a number or infinite are null.
 
-    In JSON, kept numbers that are none or infinite are null.
+    Args:
+        cache: A cache, or its folder or URL.
+        out: A path or URL that ends with .parquet or .jsonl.
+        to: "topk", "axolotl" or "axolotl-v2".
+        logprobs_field: Column of Axolotl's lists. None: "logprobs".
+        overwrite: Replaces the file.
 
-    Raises UserError for a cache that does not open or is damaged, for a file that is there or cannot be written, and for names
-    that contradict.
+    Returns:
+        Where the file is, its rows, positions and bytes.
+
+    Raises:
+        UserError: The cache does not open or is damaged, the file is there or cannot be written, or names contradict.
     """
     if to not in FORMATS:
         raise UserError(f"--to {to}: choose one of {', '.join(FORMATS)}")

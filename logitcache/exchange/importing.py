@@ -59,18 +59,31 @@ def import_logits(
 ) -> LogitCache:
     """Writes the rows of a logit dataset in another tool's format to a cache.
 
-    sources: .parquet and .jsonl[.gz|.zst] files, folders and patterns of such, local or at any URL that fsspec reads.
-    source_format: a name in FORMATS.  config: DistillKit's configuration, where it does not lie beside the data.
-    teacher: name of the model that gave the log-probabilities.  tokenizer: its tokenizer, a name or folder.
-    vocab_size: tokens that the log-probabilities are normalised over; by default what the format says, or the tokenizer.
-    loss_mask: column of 0 and 1 for each token, or of labels; by default every mask of a known name, which must agree. Without
-    one all tokens but a row's first are trained.
-    top_k: the most probable entries that are kept, by default all.  precision: see `logitcache.format.quantization`.
-    keep: columns that travel along.  data_name: what the cache calls its corpus.  skip_bad: bad rows are left out and counted.
-    shard_positions: stored positions of a shard.  overwrite: replace what `out` holds.
+    The same call continues an interrupted one.
 
-    The same call continues an interrupted one. Raises UserError for bad input, naming file and row, and where settings or
-    sources are not those that `out` was begun with.
+    Args:
+        sources: .parquet and .jsonl[.gz|.zst] files, folders and patterns, local or at any URL that fsspec reads.
+        out: The new cache: a folder, or a URL that fsspec writes.
+        source_format: "distillkit" or "topk".
+        teacher: Name of the model that gave the log-probabilities.
+        tokenizer: Its tokenizer, a model name or folder.
+        vocab_size: Tokens that the log-probabilities are normalised over. None: what the format says, or the tokenizer.
+        config: File with DistillKit's configuration. None: it lies beside the data.
+        loss_mask: Column of 0 and 1 for each token, or of labels. None: every mask of a known name, which must agree; without
+            one all tokens but a row's first are trained.
+        top_k: The most probable entries that are kept. None: all.
+        precision: "exact", "balanced" or "compact": how finely they are stored.
+        keep: Columns of the source that the cache stores.
+        data_name: Name of the corpus in the cache. None: the source's name.
+        skip_bad: Leaves bad rows out and counts them.
+        shard_positions: Stored positions of a shard.
+        overwrite: Replaces what `out` holds.
+
+    Returns:
+        The new cache.
+
+    Raises:
+        UserError: Bad input (the message names file and row), or settings or sources that `out` was not begun with.
     """
     if source_format not in FORMATS:
         raise UserError(f"--from {source_format}: choose one of {', '.join(FORMATS)}")

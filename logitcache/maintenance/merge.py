@@ -30,12 +30,22 @@ def merge(
     shard_positions: int = SHARD_POSITIONS,
     overwrite: bool = False,
 ) -> LogitCache:
-    """Writes the rows of several caches to one, in their order; of rows with one id the first is kept.
+    """Writes the rows of several caches to one, in their order. Of rows with the same id the first is kept.
 
-    shard_positions, overwrite: see `rewrite`.
+    The same call continues an interrupted one.
 
-    The same call continues an interrupted one. Raises UserError for fewer than two caches, where teacher, tokenizer, capture
-    settings or columns differ, naming what differs, and as `rewrite` does.
+    Args:
+        paths: Folders or URLs of at least two caches.
+        out: The new cache: a folder, or a URL that fsspec writes.
+        shard_positions: Stored positions of a shard.
+        overwrite: Replaces what `out` holds.
+
+    Returns:
+        The new cache.
+
+    Raises:
+        UserError: Teacher, tokenizer, capture settings or columns differ (the message names them), a cache is damaged, or `out`
+            holds something else.
     """
     if len(paths) < 2:
         raise UserError("merge needs at least two caches")

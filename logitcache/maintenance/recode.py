@@ -39,13 +39,26 @@ def recode(
     shard_positions: int = SHARD_POSITIONS,
     overwrite: bool = False,
 ) -> LogitCache:
-    """Writes the rows of a cache to another with less of each position. What leaves the entries joins the tail, exactly.
+    """Writes the rows of a cache to another with less of each position.
 
-    top_k, top_p, min_k: as of `logitcache.build`; no more than the cache holds.  precision: the cache's own or a coarser one.
-    drop: options of tail parts, such as tail_groups, and kept columns.
-    shard_positions, overwrite: see `rewrite`.
+    What leaves the entries joins the tail, exactly. The same call continues an interrupted one.
 
-    The same call continues an interrupted one. Raises UserError for what the cache does not hold, and as `rewrite` does.
+    Args:
+        path: Folder or URL of the cache.
+        out: The new cache: a folder, or a URL that fsspec writes.
+        top_k: Entries that a position keeps at most. None: all that `top_p` leaves.
+        top_p: Probability mass that the kept entries hold. None: as in the cache.
+        min_k: Entries that `top_p` leaves at least. None: 32, or fewer if the cache has fewer.
+        precision: The cache's own or a coarser one: "exact", "balanced" or "compact". None: the cache's own.
+        drop: What is left out: options of tail parts, such as "tail_groups", and kept columns.
+        shard_positions: Stored positions of a shard.
+        overwrite: Replaces what `out` holds.
+
+    Returns:
+        The new cache.
+
+    Raises:
+        UserError: The cache does not hold what is asked for, is damaged, or `out` holds something else.
     """
     if (top_k, top_p, min_k, precision) == (None, None, None, None) and not drop:
         raise UserError("nothing to recode: give --top-k, --top-p, --min-k, --precision or --drop")

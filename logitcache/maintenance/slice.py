@@ -39,13 +39,26 @@ def slice_cache(
 ) -> LogitCache:
     """Writes those rows of a cache to another that meet every one of the conditions given.
 
-    rows: "A:B", from row A, counted from 0, up to B, which is left out; either may be missing.  row_ids: text file, a row id a
-    line.  where: an expression of DuckDB's SQL over the kept columns, `row_id`, `num_tokens` and `num_positions`.
-    sample: so many rows of those that are left, drawn by `seed` from their ids, whatever their order.
-    against: see `open_cache`.  shard_positions, overwrite: see `rewrite`.
+    The same call continues an interrupted one.
 
-    The same call continues an interrupted one. Raises UserError for conditions that cannot be met, an expression that DuckDB
-    refuses or that reaches for anything but these columns, where no row meets the conditions, and as `rewrite` does.
+    Args:
+        path: Folder or URL of the cache.
+        out: The new cache: a folder, or a URL that fsspec writes.
+        rows: "A:B", from row A, counted from 0, up to B, which is left out. Either may be missing.
+        row_ids: Text file with a row id a line.
+        where: Expression of DuckDB's SQL over the kept columns, `row_id`, `num_tokens` and `num_positions`.
+        sample: Number of rows that are drawn of those that meet the other conditions, by their ids, whatever their order.
+        seed: Random seed of `sample`.
+        against: Identity that the cache must have, see `logitcache.open`.
+        shard_positions: Stored positions of a shard.
+        overwrite: Replaces what `out` holds.
+
+    Returns:
+        The new cache.
+
+    Raises:
+        UserError: The conditions cannot be met, DuckDB refuses the expression, or it reaches for anything but these columns, no
+            row meets the conditions, the cache is damaged, or `out` holds something else.
     """
     if rows is None and row_ids is None and where is None and sample is None:
         raise UserError("nothing to slice by: give --rows, --row-ids, --where or --sample")

@@ -43,17 +43,22 @@ COPYING_THREADS = 4
 
 
 def open_cache(path: str | Path, against: str | None = None) -> LogitCache:
-    """Opens a finished cache, local or at any URL that fsspec reads.
+    """Opens a finished cache.
 
-    against: the identity that the cache must have, as `logitcache build` and `push` print it.
+    Streams of a remote cache copy its shards to this machine, see `reading.local_copies`, and check their SHA-256. Single rows,
+    and streams of shards for which copies have no room, are read by ranges, of which only each page's CRC is checked: that finds
+    damage, but not what somebody altered. With `against`, shards are copied whole and checked for every read; shards for which
+    local copies have no room lie in a temporary folder until the cache object is gone.
 
-    Streams of a remote one copy its shards to this machine, see `format.local_copies`, and check their SHA-256. Single rows,
-    and streams where copies have no room, are read by ranges, of which only each page's CRC is checked: that finds damage,
-    and not what somebody altered. Given `against`, shards are copied whole and checked for every read; those for which local
-    copies have no room lie in a temporary folder until the cache object is gone.
+    Args:
+        path: Folder, or any URL that fsspec reads.
+        against: Identity that the cache must have, as `logitcache build` and `push` print it.
 
-    Raises UserError for a missing or unfinished cache, another identity, a newer format, and a shard that is missing or
-    truncated.
+    Returns:
+        The cache, of which nothing but the manifest has been read.
+
+    Raises:
+        UserError: The cache is missing or unfinished, has another identity or a newer format, or a shard is missing or truncated.
     """
     return LogitCache(str(path), against)
 

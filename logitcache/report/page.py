@@ -63,10 +63,19 @@ def view(
     rows: Sequence[str] = (),
     num_sequences: int = NUM_SEQUENCES,
 ) -> Page:
-    """Writes the page of a cache, local or at a URL, of which only ranges are read.
+    """Writes one HTML page that shows a cache and some of its rows. Only parts of the cache are read.
 
-    out: default NAME.html here.  rows: A:B, numbers and ids of rows to show; default `num_sequences` spread evenly.
-    Raises UserError where the cache does not open, has not these rows, or `out` is something else than such a page.
+    Args:
+        cache: A cache, or its folder or URL.
+        out: The page. None: the cache's name with .html, in this folder.
+        rows: Rows to show: ranges "A:B", numbers and ids. Empty: `num_sequences` of them, evenly spread.
+        num_sequences: Number of rows to show.
+
+    Returns:
+        Where the page is and what it shows.
+
+    Raises:
+        UserError: The cache does not open, does not have these rows, or `out` is something else than such a page.
     """
     if not isinstance(cache, LogitCache):
         cache = open_cache(cache)

@@ -72,13 +72,25 @@ def push(
     overwrite: bool = False,
     public: bool = False,
 ) -> Pushed:
-    """Copies a finished cache to a URL that fsspec writes, hf://datasets/ORG/NAME, a folder, or one file that ends in .tar.zst.
+    """Copies a finished cache to a place that others read.
 
-    license, teacher_license, data_license: for the card; what is None stays as the card has it.  overwrite: replace another cache
-    that is there.  public: of a repository on the Hub that this makes.
+    Files that are there already are not sent again, so the same call continues an interrupted one.
 
-    Raises UserError where the cache is not whole or not local, where the place holds another cache or anything else, for a URL
-    that takes nothing, without credentials, where another push is under way, and for a connection that breaks every time.
+    Args:
+        path: Folder of the cache.
+        url: A URL that fsspec writes, hf://datasets/ORG/NAME, a folder, or one file that ends with .tar.zst.
+        license: Licence of the cache, for its card, as the Hub has them. None: as the card has it; so for the other two.
+        teacher_license: Licence of the teacher, for the card.
+        data_license: Licence of the corpus, for the card.
+        overwrite: Replaces another cache that is there.
+        public: A repository that this makes on the Hub is for all to read.
+
+    Returns:
+        Where the cache is, its identity, and what was sent.
+
+    Raises:
+        UserError: The cache is not whole or not local, the place holds another cache or anything else or takes nothing, there
+            are no credentials, another push is under way, or the connection breaks every time.
     """
     url = str(url)
     if not url:

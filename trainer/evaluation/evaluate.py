@@ -44,11 +44,11 @@ def evaluate(
     if not isinstance(cache, LogitCache):
         cache = logitcache.open(cache)
     name = "model"
-    if isinstance(student, PreTrainedModel):
-        model = student
-    else:
+    if isinstance(student, str | Path):
         name = str(student)
         model = _load(name, cache)
+    else:
+        model = student
     check_student(model.config, cache, name)
     if batch_size > 1:
         warn_of_rotation(model, cache.manifest.longest, "measured", "--batch_size 1")

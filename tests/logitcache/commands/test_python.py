@@ -32,6 +32,9 @@ def test_a_command_is_a_function_with_a_parameter_for_each_option(name: str) -> 
     function = getattr(logitcache, "import_logits" if name == "import" else name)
     options = {action.dest for action in parser._actions}
     assert parameters(function) == options | BESIDE_THE_OPTIONS.get(name, set())
+    if name != "plan":  # which names those of build
+        described = inspect.getdoc(function).split("\nArgs:\n")[1].split("\nReturns:\n")[0]  # type: ignore[union-attr]
+        assert not [option for option in parameters(function) if f"\n    {option}: " not in f"\n{described}"]
 
 
 def test_types_and_defaults_of_a_build_name_the_same_options() -> None:
