@@ -7,26 +7,28 @@ test: setup
 	tools/setup_browser.sh
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	@echo "five parts, three at a time, 5 to 20 minutes; each is shown when it is done"
+	@echo "five parts, three at a time, 5 to 12 minutes; each is shown when it is done"
 	@$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target \
-		test-engines test-trainer test-logitcache test-types test-programs
+		test-engines test-trainer test-programs test-logitcache test-types
 
-# Real vLLM engines, gigabytes each, and Ray: one after the other.
+# Real vLLM engines, gigabytes each, and Ray: one after the other. Only files that have such tests are collected.
 test-engines:
-	$(PYTEST) -m engine
+	$(PYTEST) -m engine $$(grep -rl --include=*.py mark.engine tests)
 
 test-trainer:
-	$(PYTEST) tests/trainer -m "not engine and not programs"
+	$(PYTEST) tests/trainer -m "not engine and not programs and not matrix"
 
+# Files of engines only would import vLLM.
 test-logitcache:
-	$(PYTEST) tests --ignore tests/trainer -m "not engine and not programs"
+	$(PYTEST) tests --ignore tests/trainer -m "not engine and not programs and not matrix" \
+		$$(grep -rl --include=*.py '^pytestmark.*mark.engine' tests | sed 's/^/--ignore /')
 
 test-types:
 	$(PYTHON) -m mypy
 
 # Servers, a browser, whole commands on several ranks.
 test-programs:
-	$(PYTEST) -m "programs and not engine"
+	$(PYTEST) -m "programs and not engine" $$(grep -rl --include=*.py mark.programs tests)
 
 # What a change passes before it is committed, in less than two minutes: no engine, no whole command, no slow test.
 check: setup-light

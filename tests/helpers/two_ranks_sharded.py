@@ -1,7 +1,6 @@
 """What each of two processes runs in test_head: the fused loss of half a batch on a model sharded by FSDP."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import logitcache
 from tests.helpers.heads import call, fused, model_of
 from trainer.data.collator import Collator
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+
+def take_gradient(cache_path: str, folder: Path, version: str, *options: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    cache, folder, version, *options = logitcache.open(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+    cache = logitcache.open(cache_path)
     model: Any = model_of("Gemma2", tie_word_embeddings="tied" in options)
     objective = fused(model)
     units = [*model.model.layers, *([model.lm_head] if "head" in options else [])]

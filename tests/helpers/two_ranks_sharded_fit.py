@@ -3,7 +3,6 @@
 import sys
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -18,8 +17,7 @@ class CalledGpus(AcceleratorState):  # type: ignore[misc]
         super().__init__(*args, **options)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def fit_sharded(arguments: list[str]) -> None:
     accelerator: Any = sys.modules["accelerate.accelerator"]
     accelerator.AcceleratorState = CalledGpus
-    sys.exit(main(["fit", *sys.argv[1:]]))
+    sys.exit(main(["fit", *arguments]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import shutil
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import logitcache
+from tests.helpers.processes import FORKED
 from tests.helpers.underway import num_finished_shards
 
 KILLS = 10
@@ -39,12 +39,10 @@ def test_ten_kills_and_then_the_same_rows_as_an_uninterrupted_build(
     teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
     whole = logitcache.build(str(teacher), str(corpus), **settings(tmp_path / "whole"))
-    context = multiprocessing.get_context("forkserver")  # its server imports once, so that a start takes milliseconds
-    context.set_forkserver_preload(["logitcache.capture.build", "logitcache.capture.teachers.hf"])
     out, moments = tmp_path / "killed", random.Random(0)
     kills = 0
     while kills < KILLS:
-        process = context.Process(target=run_build, args=(str(teacher), str(corpus), out))
+        process = FORKED.Process(target=run_build, args=(str(teacher), str(corpus), out))
         process.start()
         wanted = num_finished_shards(out) + moments.randint(0, 2)
         while process.is_alive() and num_finished_shards(out) < wanted:

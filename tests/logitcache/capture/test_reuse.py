@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import random
 import shutil
 import tempfile
@@ -37,6 +36,7 @@ from logitcache.reading.row_index import RowIndex, id_bytes
 from logitcache.reading.shard_reader import ShardReader
 from logitcache.storage.atomic import file_sha256
 from logitcache.storage.folder import Folder
+from tests.helpers.processes import FORKED
 from tests.helpers.smallcaches import random_rows, small, write_cache
 from tests.helpers.underway import num_finished_shards
 
@@ -419,12 +419,10 @@ def test_kills_and_then_the_same_rows_as_an_uninterrupted_build(
     some = write_documents(tmp_path / "some.jsonl", [texts[i] for i in range(40) if i % 3])
     source = build(teacher, some, tmp_path / "some", tail_groups=4)
     whole = build(teacher, corpus, tmp_path / "whole", reuse=source.path, shard_positions=60, tail_groups=4)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["logitcache.capture.build", "logitcache.capture.teachers.hf"])
     out, moments = tmp_path / "killed", random.Random(0)
     for _ in range(KILLS):
         before = num_finished_shards(out)
-        process = context.Process(target=run_build, args=(str(teacher), str(corpus), out, source.path))
+        process = FORKED.Process(target=run_build, args=(str(teacher), str(corpus), out, source.path))
         process.start()
         while process.is_alive() and num_finished_shards(out) < before + 1:
             time.sleep(0.001)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import shutil
 import time
@@ -38,6 +37,7 @@ from tests.helpers.exchanging import (
 )
 from tests.helpers.maintained import contents
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
+from tests.helpers.processes import FORKED
 from tests.helpers.underway import num_finished_shards
 
 
@@ -566,11 +566,9 @@ class TestResuming:
             write_rows(tmp_path / f"set/{part}.{suffix}", rows[20 * part : 20 * part + 20], row_group_size=7)
         whole = import_topk(**settings(tmp_path / "set", tmp_path / "whole", tokenizer))
         assert len(whole.manifest.shards) > 10
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["logitcache.exchange.importing", "transformers"])
         out, moments, kills = tmp_path / "killed", random.Random(0), 0
         while kills < 4:
-            process = context.Process(target=run_import, args=(settings(tmp_path / "set", out, tokenizer),))
+            process = FORKED.Process(target=run_import, args=(settings(tmp_path / "set", out, tokenizer),))
             process.start()
             done = num_finished_shards(out)
             wanted = done + moments.randint(1, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import subprocess
@@ -30,6 +29,7 @@ from logitcache.maintenance.row_scan import scan
 from logitcache.storage.folder import Folder
 from tests.helpers.maintained import assert_same_row, contents, history, make_cache
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
+from tests.helpers.processes import FORKED
 from tests.helpers.smallcaches import EVERYTHING, VOCAB, random_rows
 from tests.helpers.underway import num_finished_shards
 
@@ -81,12 +81,10 @@ def stopped_after(num_shards: int) -> Any:
 def test_kills_at_any_moment_and_then_the_same_bytes(root: Path, command: Command) -> None:
     command(root, root / "whole")
     whole = contents(root / "whole")
-    context = multiprocessing.get_context("forkserver")  # its server imports once, so that a start takes milliseconds
-    context.set_forkserver_preload(["logitcache.maintenance.recode", "logitcache.maintenance.merge"])
     out, moments = root / "killed", random.Random(0)
     kills = 0
     while kills < KILLS:
-        process = context.Process(target=command, args=(root, out))
+        process = FORKED.Process(target=command, args=(root, out))
         process.start()
         wanted = num_finished_shards(out) + moments.randint(0, 2)
         while process.is_alive() and num_finished_shards(out) < wanted:

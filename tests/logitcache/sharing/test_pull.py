@@ -36,6 +36,7 @@ from logitcache.storage.folder import Folder
 from tests.helpers.cuttingproxy import CuttingProxy, proxy
 from tests.helpers.maintained import contents, make_cache
 from tests.helpers.objectstore import bucket, s3_endpoint
+from tests.helpers.processes import FORKED
 from tests.helpers.smallcaches import EVERYTHING, random_rows
 
 ROWS = random_rows(60, EVERYTHING)
@@ -156,8 +157,6 @@ def run_pull(url: str, out: Path, environment: dict[str, str]) -> None:
 def test_kills_at_any_moment_and_then_the_same_bytes(cache: Path, bucket: str, tmp_path: Path) -> None:
     push(cache, f"{bucket}/cache")
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["logitcache.sharing.pull", "s3fs"])
     out, moments = tmp_path / "out", random.Random(0)
 
     def complete() -> set[str]:
@@ -165,7 +164,7 @@ def test_kills_at_any_moment_and_then_the_same_bytes(cache: Path, bucket: str, t
 
     for _ in range(KILLS):
         before = complete()
-        process = context.Process(target=run_pull, args=(f"{bucket}/cache", out, environment))
+        process = FORKED.Process(target=run_pull, args=(f"{bucket}/cache", out, environment))
         process.start()
         wanted = len(before) + moments.randint(0, 3)
         while process.is_alive() and len(complete()) < wanted:

@@ -30,6 +30,7 @@ from tests.helpers.cuttingproxy import CuttingProxy, connected_anew, objects, pr
 from tests.helpers.hubserver import HubServer, hub_server
 from tests.helpers.maintained import contents, make_cache
 from tests.helpers.objectstore import bucket, s3_endpoint
+from tests.helpers.processes import FORKED
 from tests.helpers.smallcaches import EVERYTHING, VOCAB, random_rows
 
 ROWS = random_rows(60, EVERYTHING)
@@ -150,12 +151,10 @@ def test_kills_at_any_moment_and_then_the_rest_is_sent(
     s3_endpoint: str,
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["logitcache.sharing.push", "s3fs"])
     moments, kept = random.Random(0), 0
     for _ in range(KILLS):
         before = objects(bucket, s3_endpoint)
-        process = context.Process(target=run_push, args=(str(cache), f"{bucket}/cache", environment))
+        process = FORKED.Process(target=run_push, args=(str(cache), f"{bucket}/cache", environment))
         process.start()
         wanted = len(before) + moments.randint(0, 3)
         while process.is_alive() and len(objects(bucket, s3_endpoint)) < wanted:

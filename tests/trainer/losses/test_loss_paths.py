@@ -33,7 +33,6 @@ from tests.helpers.lossmaking import (
 FEW = settings(
     max_examples=2 if INTERPRETED else 6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-MANY = settings(FEW, max_examples=15)
 
 
 @pytest.fixture(params=PATHS)
@@ -145,7 +144,7 @@ def test_the_ablations_move_a_student_that_equals_the_teacher(loss: str, tail: s
 @pytest.mark.skipif(INTERPRETED, reason="a property of the tails, whatever computes them")
 @pytest.mark.parametrize("loss", F_DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@MANY
+@FEW
 @given(seed=st.integers(0, 2**16), vocabulary=st.integers(2, 12))
 def test_bucket_is_a_lower_bound_that_rises_with_every_entry_and_the_cap_lies_between(
     loss: str, temperature: float, seed: int, vocabulary: int

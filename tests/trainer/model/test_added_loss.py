@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from logitcache import CachedSequence, LogitCache
 from tests.helpers.cachemaking import VOCAB
 from tests.helpers.distilling import CatchGradient, config, relative_difference
 from tests.helpers.experts import EXPERTS, MAMBA, SIZES, labelled, model_of
+from tests.helpers.processes import on_two_ranks
+from tests.helpers.two_ranks import train_one_step
 from trainer.model.added_loss import find_added_loss
 from trainer.model.objective import FusedObjective, LogitsObjective
 from trainer.run.distill_trainer import DistillTrainer
@@ -80,16 +80,7 @@ def test_split_into_accumulation_steps_every_batch_counts_by_its_positions(tmp_p
 def test_two_ranks_weigh_it_alike(tmp_path: Path, cache: LogitCache) -> None:
     """Each rank takes one row at a time, and the rank that runs out of rows adds nothing."""
     loss, expected = own_loss(model_of("Mixtral", SIZES), [[row] for row in cache])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.helpers.two_ranks", cache.path, str(tmp_path), "Mixtral"],
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_ranks(train_one_step, cache.path, tmp_path, True)
     together = torch.load(tmp_path / "gradient.pt", weights_only=True)
     assert relative_difference(together["gradient"], expected) < 1e-4
     assert together["logged"]["loss"] == pytest.approx(loss, rel=1e-5)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +21,8 @@ import trainer.losses.fused
 from logitcache import LogitCache, UserError
 from tests.helpers.cachemaking import VOCAB, llama
 from tests.helpers.heads import ARCHITECTURES, SIZES, call, fused, model_of
+from tests.helpers.processes import on_two_ranks
+from tests.helpers.two_ranks_sharded import take_gradient
 from trainer.data.collator import Batch, Collator
 from trainer.model.head import NoProjectionError, find_head
 from trainer.model.objective import FusedObjective, LogitsObjective, Objective, objective_of
@@ -398,14 +398,5 @@ def test_sharded_over_two_ranks_the_gradient_is_that_of_one(sharding: str, tmp_p
     model = model_of("Gemma2", tie_word_embeddings="tied" in sharding)
     batch = Collator()([cache[i] for i in range(6)])
     expected = gradients(LogitsObjective(model), model, batch)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.helpers.two_ranks_sharded", cache.path, str(tmp_path), *sharding.split()],
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(take_gradient, cache.path, tmp_path, *sharding.split())
     assert_same(torch.load(tmp_path / "gradient.pt", weights_only=True), expected)

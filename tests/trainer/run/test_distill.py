@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from logitcache import LogitCache, UserError
 from tests.helpers.cachemaking import VOCAB, llama, random_sequences, teacher_logprobs, write_cache
 from tests.helpers.distilling import CatchGradient, Gradient, config, not_understood, relative_difference
+from tests.helpers.processes import on_two_ranks
+from tests.helpers.two_ranks import train_one_step
 from trainer.losses import registry
 from trainer.losses.coarse import Coarse
 from trainer.losses.registry import register_divergence
@@ -295,16 +295,7 @@ def test_logit_columns_beyond_the_teachers_vocabulary_change_nothing(tmp_path: P
 def test_two_ranks_give_the_gradient_of_one(tmp_path: Path, cache: LogitCache) -> None:
     """One rank reads 11 of the 23 rows, the other 12; the first takes part in the twelfth batch without a row."""
     alone = first_gradient(tmp_path, cache, llama(seed=7), per_device_train_batch_size=23)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.helpers.two_ranks", cache.path, str(tmp_path)],
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_ranks(train_one_step, cache.path, tmp_path)
     together = torch.load(tmp_path / "gradient.pt", weights_only=True)
     assert relative_difference(alone, together["gradient"]) < 1e-5
     assert together["logged"]["ce"] == pytest.approx(reference(cache, llama(seed=7), "fkl", 1.0)[0], rel=1e-5)

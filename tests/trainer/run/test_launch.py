@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from logitcache import LogitCache
+from tests.helpers.processes import on_two_ranks, run_command
+from tests.helpers.two_ranks_sharded_fit import fit_sharded
 from trainer.cli import main
 from trainer.run.output_folder import folder_held
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2")
 TRAINER = str(Path(sys.executable).with_name("trainer"))
-SHARDED_FIT = str(Path(__file__).parents[2] / "helpers/two_ranks_sharded_fit.py")
 # Of 23 rows one rank reads 12, the other 11: a step takes all, and the second rank's last batch is the smaller.
 WHOLE = ("--per_device_train_batch_size", "23")
 SPLIT = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "3")
@@ -53,7 +54,7 @@ def alone(
     [
         (*TORCHRUN, "--no-python", TRAINER, "fit"),
         (*ACCELERATE, "--no_python", TRAINER, "fit"),
-        (*TORCHRUN, SHARDED_FIT, "--fsdp"),
+        ("--fsdp",),
         (*TORCHRUN, "-m", "trainer", "fit", "--deepspeed", '{"stage": 2}'),
         (*TORCHRUN, "-m", "trainer", "fit", "--deepspeed", '{"stage": 3}'),
     ],
@@ -74,17 +75,22 @@ def test_two_ranks_make_the_student_of_one(
     if TRAINER in command:
         (tmp_path / "trainer.py").write_text("raise SystemExit('a file of that name in the working folder ran')")
     out = tmp_path / "together"
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *settings(cache, heldout, student_folder, out), *SPLIT],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert done.stdout.count("2 steps done") == 1
+    given = [*command, *settings(cache, heldout, student_folder, out), *SPLIT]
+    if "--fsdp" in command:
+        printed = on_two_ranks(fit_sharded, given)[0]
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", *given],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+        printed = done.stdout
+    assert printed.count("2 steps done") == 1
     assert (out / "checkpoint-2" / "pytorch_model_fsdp.bin").exists() == ("--fsdp" in command)
     assert {"run.json", "eval.json", "trainer_state.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
     assert relative_difference(weights(out), weights(alone), weights(Path(student_folder))) < 1e-5
@@ -103,14 +109,7 @@ def test_two_ranks_make_the_student_of_one(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks find their GPUs")
 def test_ranks_that_would_each_train_alone_are_refused(tmp_path: Path) -> None:
     """As where there is no GPU: transformers then takes every process for the only one."""
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "fit", "--output_dir", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"WORLD_SIZE": "2"},
-    )
+    done = run_command("trainer", "fit", "--output_dir", str(tmp_path), env=os.environ | {"WORLD_SIZE": "2"})
     assert done.returncode == 2
     assert "2 processes were started, and each would train by itself" in done.stderr
 
@@ -145,21 +144,15 @@ def relative_difference(
     return distance(found, expected) / distance(expected, start)
 
 
+def fit(arguments: list[str]) -> None:
+    sys.exit(main(["fit", *arguments]))
+
+
 def test_every_rank_is_refused_where_another_command_holds_the_folder(
     cache: LogitCache, heldout: LogitCache, student_folder: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", *TORCHRUN, "-m", "trainer", "fit"]
     with folder_held(tmp_path, "--output_dir"):
-        done = subprocess.run(
-            [*command, *settings(cache, heldout, student_folder, tmp_path)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("trainer: error: ")]
-    assert told
-    assert set(told) == {f"trainer: error: --output_dir {tmp_path}: another command is writing there"}
-    assert "trainer/cli.py" not in done.stderr  # of a traceback
+        said = on_two_ranks(fit, settings(cache, heldout, student_folder, tmp_path), status=2)[1]
+    told = [line for line in said.splitlines() if line.startswith("trainer: error: ")]
+    assert told == [f"trainer: error: --output_dir {tmp_path}: another command is writing there"] * 2
+    assert "trainer/cli.py" not in said  # of a traceback

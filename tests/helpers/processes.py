@@ -1,0 +1,104 @@
+"""Processes of their own that start in milliseconds: forked from a server that has imported what they need."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    [
+        *("logitcache.capture.build", "logitcache.capture.teachers.hf", "logitcache.exchange.importing"),
+        *("logitcache.maintenance.merge", "logitcache.sharing.pull", "logitcache.sharing.push", "s3fs"),
+        *("trainer.run.fit", "transformers.models.llama.modeling_llama"),
+    ]
+)
+LONGEST_S = 300
+CORE_HERE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""The environment variable with which vLLM's front end does the work of its core too."""
+
+
+def run_command(
+    program: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    """Does what `subprocess.run` does with `python -m program`, but for the seconds of imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = FORKED.Process(target=_command, args=(folder, program, arguments, cwd or Path.cwd(), dict(env)))
+        process.start()
+        said = _ended([process], folder)
+        return subprocess.CompletedProcess([program, *arguments], process.exitcode or 0, said[0], said[1])
+
+
+def on_two_ranks(function: Callable[..., None], *arguments: Any, status: int = 0) -> list[str]:
+    """Calls it in two processes that are told of each other as torchrun tells them. Returns what both print and report.
+
+    status: with which both must end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            common["MASTER_PORT"] = str(free.getsockname()[1])
+        ranks = []
+        for rank in ("0", "1"):
+            told = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(FORKED.Process(target=_rank, args=(folder, told, function, arguments)))
+            ranks[-1].start()
+        said = _ended(ranks, folder)
+        assert [rank.exitcode for rank in ranks] == [status, status], said[1][-3000:]
+        return said
+
+
+@contextmanager
+def vllm_core_here() -> Iterator[dict[str, str]]:
+    """Options of an engine that is started inside: only its workers are processes of their own, each of which imports vLLM."""
+    from vllm import envs
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CORE_HERE.items():
+            patch.setenv(name, value)
+        yield {"distributed_executor_backend": "mp"}
+    envs.disable_envs_cache()
+
+
+def _ended(processes: list[Any], folder: str) -> list[str]:
+    """What they wrote to standard output and error, once they have ended."""
+    for process in processes:
+        process.join(LONGEST_S)
+        if process.is_alive():
+            process.kill()
+    return [path.read_text() if (path := Path(folder, name)).exists() else "" for name in ("1", "2")]
+
+
+def _enter(folder: str, env: Mapping[str, str]) -> None:
+    """Takes the environment over, and sends what is written to files."""
+    os.environ.clear()
+    os.environ.update(env)
+    for descriptor in (1, 2):
+        os.dup2(os.open(Path(folder, str(descriptor)), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+
+
+def _command(folder: str, program: str, arguments: tuple[str, ...], cwd: Path, env: Mapping[str, str]) -> None:
+    _enter(folder, env)
+    os.chdir(cwd)
+    sys.argv = [program, *arguments]
+    sys.exit(importlib.import_module(f"{program}.cli").main(list(arguments)))
+
+
+def _rank(folder: str, env: Mapping[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    import torch
+
+    _enter(folder, env)
+    torch.set_num_threads(1)
+    function(*arguments)
