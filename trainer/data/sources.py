@@ -21,7 +21,7 @@ _WEIGHTED = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """A cache to learn from. weight: its part of the rows beside the other sources' weights, None without weights."""
+    """A cache to learn from. weight: its share of the rows in proportion to the other weights; None without weights."""
 
     cache: LogitCache
     weight: float | None = None
@@ -31,9 +31,13 @@ class Source:
 
 
 def open_sources(texts: Sequence[str]) -> tuple[Source, ...]:
-    """Opens PATH or PATH:WEIGHT, each a folder or URL; a folder that is there under the whole text is a PATH.
+    """Open the caches that a command line names.
 
-    Raises UserError for weights on some only, weights that are not above 0, and what `logitcache.open` refuses.
+    Args:
+        texts: PATH or PATH:WEIGHT, each path a folder or a URL; if a folder has the whole text as its name, it is a PATH.
+
+    Raises:
+        UserError: some caches have a weight and others have none, a weight is not above 0, or a cache does not open.
     """
     parsed = [_parsed(text) for text in texts]
     with_weight = [text for text, (_, weight) in zip(texts, parsed, strict=True) if weight is not None]
@@ -47,7 +51,7 @@ def open_sources(texts: Sequence[str]) -> tuple[Source, ...]:
 
 
 def without_weights(average_with: Sequence[str]) -> Sequence[str]:
-    """The paths of other teachers' caches. Raises UserError for one with a weight."""
+    """Return the paths of other teachers' caches. Raises UserError if a path has a weight."""
     for text in average_with:
         path, weight = _split(text)
         if weight is not None:
@@ -79,9 +83,13 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def check_belong_together(caches: Sequence[LogitCache]) -> None:
-    """Raises UserError for an empty cache, one that stands there twice, and other vocabularies or tokenizers than the first's.
+    """Check that token ids mean the same in all caches, and that no cache counts twice.
 
-    Caches that do not say which tokenizer their ids are of are compared by their vocabulary's size alone.
+    A cache that does not say which tokenizer made its ids is compared by the size of its vocabulary alone.
+
+    Raises:
+        UserError: a cache is empty, the same cache is listed twice, or a cache's vocabulary or tokenizer differs from that
+            of the first cache.
     """
     known: dict[str, str] = {}
     for cache in caches:

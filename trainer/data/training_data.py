@@ -18,9 +18,14 @@ from trainer.data.sources import Held, Source, check_belong_together, held_by_al
 
 
 def open_training_data(cache: Sequence[str], average_with: Sequence[str] = ()) -> TrainingData:
-    """Opens the caches of a run: `cache` are PATH or PATH:WEIGHT to mix, `average_with` other teachers' on the same rows.
+    """Open the caches of a run.
 
-    Raises UserError where they do not belong together, where a teacher lacks rows, and for weights that cannot be meant.
+    Args:
+        cache: PATH or PATH:WEIGHT of each cache to mix.
+        average_with: caches of other teachers on the same rows.
+
+    Raises:
+        UserError: the caches do not belong together, another teacher lacks rows, or a weight cannot be meant.
     """
     sources = open_sources(cache)
     others = [logitcache.open(path) for path in without_weights(average_with)]
@@ -37,8 +42,11 @@ class TrainingData:
     epoch where it stopped, and sees each row of its part before one comes again. Everything about the order follows
     from numbers of rows, so that any place of any epoch is found without reading.
 
-    caches: those that are mixed.  averaged_with: other teachers' on the same rows.  path: all of them, for messages.
-    counted_batches: of epochs, kept here by `planning.EpochBatches`.
+    Attributes:
+        caches: the caches that are mixed.
+        averaged_with: caches of other teachers on the same rows.
+        path: the paths of the mixed caches, for messages.
+        counted_batches: numbers of batches of epochs, kept here by `sampler.EpochBatches`.
     """
 
     def __init__(self, sources: Sequence[Source], averaged_with: Sequence[LogitCache] = ()) -> None:
@@ -51,14 +59,14 @@ class TrainingData:
 
     @classmethod
     def of(cls, cache: LogitCache | TrainingData) -> TrainingData:
-        """A cache as the only one of a run."""
+        """Take a cache as the only cache of a run; training data stay as they are."""
         return cache if isinstance(cache, TrainingData) else cls([Source(cache)])
 
     def __repr__(self) -> str:
         return f"TrainingData({self.path!r}, {len(self)} sequences, {self.num_positions} positions)"
 
     def __reduce__(self) -> Any:
-        """For worker processes that are not forked: each opens the caches itself."""
+        """Have a worker process that is not forked open the caches itself."""
         weights = [source.weight for source in self._sources]
         caches, averaged_with = ([cache.folder.path for cache in some] for some in (self.caches, self.averaged_with))
         return _reopened, (caches, weights, averaged_with)
@@ -69,7 +77,7 @@ class TrainingData:
 
     @property
     def num_positions(self) -> int:
-        """Stored positions of an epoch over all ranks; with weights, what is to be expected."""
+        """The number of stored positions of an epoch over all ranks; with weights, the expected number."""
         if self._shares is None:
             return sum(cache.num_positions for cache in self.caches)
         per_row = np.array([cache.num_positions / len(cache) for cache in self.caches])
@@ -77,7 +85,7 @@ class TrainingData:
 
     @property
     def weights(self) -> list[float] | None:
-        """Of each of `caches`, as given; None where every row comes once."""
+        """The weight of each of `caches`, as given; None without weights, when every row comes once."""
         weights = [source.weight for source in self._sources if source.weight is not None]
         return weights or None
 
@@ -102,7 +110,7 @@ class TrainingData:
         return self.caches[0].tail_groups if self.held.num_tail_groups else None
 
     def check_rows(self) -> None:
-        """Raises UserError where a cache of `averaged_with` lacks a row, and where a weight is too small for one row."""
+        """Raises UserError if a cache of `averaged_with` lacks a row, or if a weight is too small for one row."""
         if (counts := self._rows_by_cache((0, 1))).min() == 0:
             raise UserError(
                 f"--cache {self._sources[int(counts.argmin())]}: beside the other weights that is not one of the "
@@ -113,15 +121,22 @@ class TrainingData:
                 other.check_holds(cache)
 
     def num_rows(self, shard: tuple[int, int] = (0, 1)) -> int:
-        """Rows of an epoch of a rank, the same in every epoch. shard: (rank, world)."""
+        """Count the rows of a rank in an epoch, the same in every epoch. shard: (rank, world)."""
         return int(self._rows_by_cache(shard).sum())
 
     def stream(
         self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1), start: int = 0
     ) -> SequenceStream:
-        """A rank's rows of an epoch. One cache: as its `iter_sequences`, with a seed drawn from `seed` and `epoch`.
+        """Read a rank's rows of an epoch.
 
-        start: rows to leave out at the beginning, which are not read; the stream's `position` counts them.
+        The order of a single cache is that of its `iter_sequences`, with a seed drawn from `seed` and `epoch`.
+
+        Args:
+            epoch: number of the epoch.
+            shuffle: whether the order is drawn.
+            seed: the orders of all epochs are drawn from it.
+            shard: (rank, world).
+            start: how many rows to leave out at the beginning; they are not read, but the stream's `position` counts them.
         """
         rows = self._rows(epoch, shuffle, seed, shard, start)
         if self._others:
@@ -129,7 +144,7 @@ class TrainingData:
         return SequenceStream(rows, self.num_rows(shard), start)
 
     def lengths(self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
-        """Tokens of each row of `stream`, in its order: int32 [num_rows]. The first call reads the caches' loss masks."""
+        """Count the tokens of each row of `stream`, int32 [num_rows]. The first call reads the caches' loss masks."""
         counts = self._rows_by_cache(shard)
         cache_of = np.concatenate([np.empty(0, np.int64), *SmoothOrder(counts).blocks()])
         lengths = np.empty(len(cache_of), np.int32)
@@ -187,7 +202,7 @@ def _reopened(paths: list[str], weights: list[float | None], averaged_with: list
 
 
 def token_lengths(cache: LogitCache) -> np.ndarray:
-    """int32 [rows], in the cache's order; reads the loss masks, a bit a token, and nothing else."""
+    """Count the tokens of each row of a cache, int32 [rows]; only the loss masks are read, a bit a token."""
     lengths = [np.empty(0, np.int32)]
     for table in cache.iter_columns(["loss_mask"]):
         lengths += [pc.list_value_length(mask).to_numpy() for mask in table["loss_mask"].chunks]
