@@ -11,7 +11,7 @@ from logitcache.format.layout import Layout
 
 def column_table(layout: Layout) -> str:
     """A Markdown table of the columns."""
-    meanings = _MEANINGS | {name: column.meaning for name, column in layout.tail_columns().items()}
+    meanings = _MEANINGS | {name: column.meaning for name, column in layout.tail_columns.items()}
     rows = [f"| `{c.name}` | `{c.type}` | {meanings.get(c.name, 'kept from the source')} |" for c in layout.schema()]
     return "\n".join(["| column | type | meaning |", "|---|---|---|", *rows])
 

@@ -5,6 +5,7 @@ Floats are bit-cast. `fields` is the only place that knows the order.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.format.targets import SparseTargets
 
 
+@cache
 def fields(settings: CaptureSettings) -> dict[str, slice]:
     """Returns the place of each captured quantity in a packed position, by its name in SparseTargets."""
     widths = {"token_ids": settings.top_k, "logprobs": settings.top_k, "tail_logprob": 1}

@@ -109,11 +109,10 @@ class DecodedRows(Sequence[CachedSequence]):
         for name in layout.values_per_entry():
             values[name], offsets = flat(table[name])
             _check_offsets(name, offsets, _offsets(self.num_entries)[self.offsets])
-        tail_columns = layout.tail_columns()
         for name, (_, count) in layout.values_per_position().items():
             column, offsets = flat(table[name])
             _check_offsets(name, offsets, self.offsets * count)
-            values[name] = column.reshape(-1, count) if name in tail_columns else column
+            values[name] = column.reshape(-1, count) if name in layout.tail_columns else column
         tail_logprob, quantization, codebook = values["tail_logprob"], layout.quantization, None
         if quantization:
             codebook = Codebook.from_metadata(table.schema.metadata)

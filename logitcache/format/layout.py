@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -72,10 +73,11 @@ class Layout:
         columns = {"num_entries": (pa.int32(), 1), "tail_logprob": (pa.float32(), 1)}
         if self.quantization:
             columns["lowest_level"] = (pa.int32(), 1)
-        for name, column in self.tail_columns().items():
+        for name, column in self.tail_columns.items():
             columns[name] = (column.arrow_type, column.width)
         return columns
 
+    @cached_property
     def tail_columns(self) -> dict[str, Column]:
         """Columns of the tail's optional parts by name."""
         parts = self.tail_parts.stored()

@@ -75,11 +75,10 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
     if len(parts) == 1:
         return parts[0]
     k = max(part.token_ids.shape[1] for part in parts)
-    wide = [
-        replace(part, token_ids=_widen(part.token_ids, k, PAD_ID), logprobs=_widen(part.logprobs, k, -np.inf))
-        for part in parts
-    ]
-    return SparseTargets(**{f.name: _joined([getattr(part, f.name) for part in wide]) for f in fields(SparseTargets)})
+    values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(SparseTargets)}
+    values["token_ids"] = [_widen(ids, k, PAD_ID) for ids in values["token_ids"]]
+    values["logprobs"] = [_widen(logprobs, k, -np.inf) for logprobs in values["logprobs"]]
+    return SparseTargets(**{name: _joined(arrays) for name, arrays in values.items()})
 
 
 def find_defect(
