@@ -17,28 +17,22 @@ def scaled_beside_tail(logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.nda
     return logprobs + np.log(np.clip(factor, 0.5, 2.0))[:, None].astype(np.float32)
 
 
-def scaled_to_tail(group_logprobs: np.ndarray | None, tail_logprob: np.ndarray) -> np.ndarray | None:
+def scaled_to_tail(group_logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
     """Log masses of the tail's groups, float32 [M, G], which are stored rounded, so that they add up to the tail [M].
 
     All groups of a position change by one factor; where none has any mass they stay.
     """
-    if group_logprobs is None:
-        return None
     with np.errstate(divide="ignore"):
         total = np.log(np.exp(group_logprobs, dtype=np.float64).sum(axis=1))
     shift = np.subtract(tail_logprob, total, where=np.isfinite(total), out=np.zeros_like(total))
     return group_logprobs + shift[:, None].astype(np.float32)
 
 
-def scaled_within_tail(
-    sample_logprobs: np.ndarray | None, sample_ids: np.ndarray | None, tail_logprob: np.ndarray
-) -> np.ndarray | None:
+def scaled_within_tail(sample_logprobs: np.ndarray, sample_ids: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
     """Log-probabilities of sampled tokens, float32 [M, s], which are stored rounded, so that they hold no more than the tail [M].
 
     All samples of a position, ids [M, s], change by one factor, of 0.9 at least: rounding needs no more.
     """
-    if sample_logprobs is None or sample_ids is None:
-        return None
     order = np.argsort(sample_ids, axis=1)
     ids = np.take_along_axis(sample_ids, order, axis=1)
     once = ids >= 0

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from logitcache.format.codebook import Codebook
 from logitcache.format.quantization import QuantizationSpec, rounded
-from logitcache.format.scaling import scaled_to_tail, scaled_within_tail
+from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled_within_tail
 from logitcache.format.tail_part import Column, Field, Leaving, TailPart, logsumexp, ratio, to_step
 from logitcache.format.targets import PAD_ID, SparseTargets
 
@@ -91,7 +91,6 @@ class _Groups(TailPart):
         assert targets.group_logprobs is not None and tail_groups is not None
         scaled = scaled_to_tail(targets.group_logprobs, targets.tail_logprob)
         changes = leaving.leaves.any(axis=1, keepdims=True)
-        assert scaled is not None
         before: np.ndarray = np.where(changes, scaled, targets.group_logprobs)
         num_positions, num_groups = before.shape
         groups = tail_groups[np.where(targets.token_ids == PAD_ID, 0, targets.token_ids)]
@@ -295,6 +294,12 @@ def shared_parts(caches: Sequence[TailParts]) -> TailParts:
 def parts_of(targets: SparseTargets) -> list[TailPart]:
     """The parts that the targets hold."""
     return [part for part in PARTS if part.is_in(targets)]
+
+
+def rescaled(targets: SparseTargets) -> SparseTargets:
+    """The targets with masses that were stored rounded scaled: entries, groups and samples agree with the tail again."""
+    fields = {name: values for part in parts_of(targets) for name, values in part.rescaled(targets).items()}
+    return replace(targets, logprobs=scaled_beside_tail(targets.logprobs, targets.tail_logprob), **fields)
 
 
 def tail_ids(targets: SparseTargets) -> list[np.ndarray]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache import CachedSequence, SparseTargets
-from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled_within_tail
+from logitcache import CachedSequence
+from logitcache.format.tail_parts import TailParts, rescaled
 from logitcache.format.targets import concatenate
 from trainer.losses.targets import TeacherTargets
 
@@ -111,12 +111,10 @@ def _each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes one batch of sequences, with the parts of the teacher's tail that a loss needs."""
+    """Makes one batch of sequences."""
 
-    tail_groups: bool = False
-    temperatures: tuple[float, ...] = ()
-    tail_entropy: bool = False
-    tail_samples: bool = False
+    tail_parts: TailParts = field(default_factory=TailParts)
+    """The parts of the teacher's tail that a batch has; the sequences hold them all."""
     flat: bool = False
     """Packed rows one after the other in a single row, unpadded: all that transformers' flash attention tells apart."""
 
@@ -141,7 +139,7 @@ class Collator:
         is_kept = np.zeros(input_ids.shape[1], dtype=bool)
         is_kept[columns] = True
         kept_before = np.cumsum(is_kept) - 1
-        targets = _scaled(concatenate([self._needed(s.targets) for s in sequences]))
+        targets = rescaled(concatenate([self.tail_parts.of(s.targets) for s in sequences]))
         teacher = {name: part for name, part in vars(targets).items() if part is not None}
         tempered_tail = teacher.pop("tempered_tail")
         shape, ends, packed = input_ids.shape, begins + lengths, packed_rows is not None
@@ -157,28 +155,6 @@ class Collator:
             position_ids=_tensor(_position_ids(shape, rows, ends)) if packed else None,
             packed_mask=_tensor(_packed_mask(shape, rows, ends)) if packed else None,
         )
-
-    def _needed(self, targets: SparseTargets) -> SparseTargets:
-        return SparseTargets(
-            targets.token_ids,
-            targets.logprobs,
-            targets.tail_logprob,
-            group_logprobs=targets.group_logprobs if self.tail_groups else None,
-            tempered_tail={T: targets.tempered_tail[T] for T in self.temperatures},
-            tail_entropy=targets.tail_entropy if self.tail_entropy else None,
-            sample_ids=targets.sample_ids if self.tail_samples else None,
-            sample_logprobs=targets.sample_logprobs if self.tail_samples else None,
-        )
-
-
-def _scaled(targets: SparseTargets) -> SparseTargets:
-    """Scale masses that the cache stores rounded, so that a position's entries, groups and samples agree with its tail."""
-    return replace(
-        targets,
-        logprobs=scaled_beside_tail(targets.logprobs, targets.tail_logprob),
-        group_logprobs=scaled_to_tail(targets.group_logprobs, targets.tail_logprob),
-        sample_logprobs=scaled_within_tail(targets.sample_logprobs, targets.sample_ids, targets.tail_logprob),
-    )
 
 
 def _tensor(array: np.ndarray) -> Tensor:

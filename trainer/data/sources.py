@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 import logitcache
 from logitcache import LogitCache, UserError
+from logitcache.format.tail_parts import TailParts, shared_parts
 
 _WEIGHTED = re.compile(
     r"(?P<path>.+):(?P<weight>[+-]?(nan|inf|infinity|(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?[,;%]?))", re.IGNORECASE
@@ -121,28 +122,12 @@ def _check_same_ids(first: LogitCache, cache: LogitCache) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Held:
-    """temperatures: T ≠ 1 at which the tail is stored, ascending.  num_tail_groups: G, or 0.  num_tail_samples: s, or 0."""
-
-    temperatures: tuple[float, ...] = ()
-    tail_entropy: bool = False
-    num_tail_groups: int = 0
-    num_tail_samples: int = 0
-
-
-def held_by_all(caches: Sequence[LogitCache]) -> Held:
-    """What targets of any of the caches can be used for; groups count where all caches have the same partition."""
-    layouts = [cache.manifest.layout for cache in caches]
-    samples = {layout.tail_parts.samples for layout in layouts}
+def common_tail_parts(caches: Sequence[LogitCache]) -> TailParts:
+    """Returns the parts of the tail that all caches hold; groups count only if all caches have the same partition."""
+    parts = shared_parts([cache.manifest.layout.tail_parts for cache in caches])
     groups = caches[0].tail_groups
     same_groups = groups is not None and all(_equal(groups, cache.tail_groups) for cache in caches[1:])
-    return Held(
-        temperatures=tuple(sorted(set.intersection(*(set(layout.tail_parts.temperatures) for layout in layouts)))),
-        tail_entropy=all(layout.tail_parts.entropy for layout in layouts),
-        num_tail_groups=layouts[0].tail_parts.groups if same_groups else 0,
-        num_tail_samples=samples.pop() if len(samples) == 1 else 0,
-    )
+    return parts if same_groups else replace(parts, groups=0)
 
 
 def _equal(groups: np.ndarray, others: np.ndarray | None) -> bool:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from logitcache import UserError
+from logitcache.format.tail_part import TailPart
+from logitcache.format.tail_parts import PARTS
 from trainer.config.config import DistillConfig
 from trainer.data.training_data import TrainingData
 
 
 def resolve_tail(config: DistillConfig, data: TrainingData) -> str:
     """The tail treatment of a run. Raises UserError where the cache does not hold what --tail and --temperature need."""
-    held = data.held
+    parts = data.tail_parts
     for temperature in config.temperatures:
-        if approximates_tail(config, data, temperature) and not (config.approximate_temperature and held.tail_entropy):
+        if approximates_tail(config, data, temperature) and not (config.approximate_temperature and parts.entropy):
             _refuse_temperature(temperature, data)
-    for name, count in (("groups", held.num_tail_groups), ("samples", held.num_tail_samples)):
-        if config.tail == name and not count:
-            _refuse_tail(name, data)
+    for part in PARTS:
+        if config.tail == part.name and not getattr(parts, part.name):
+            _refuse_tail(part, data)
     if config.tail is not None:
         return config.tail
-    return "groups" if held.num_tail_groups and config.temperatures == (1,) else "bucket"
+    return "groups" if parts.groups and config.temperatures == (1,) else "bucket"
 
 
 def approximates_tail(config: DistillConfig, data: TrainingData, temperature: float) -> bool:
     """Whether the cache does not hold the tail at a temperature, though the run needs it."""
-    return temperature not in (1, *data.held.temperatures) and config.tail != "renormalise"
+    return temperature not in (1, *data.tail_parts.temperatures) and config.tail != "renormalise"
 
 
-def _refuse_tail(name: str, data: TrainingData) -> None:
+def _refuse_tail(part: TailPart, data: TrainingData) -> None:
+    name = part.name
     _refuse_averaged(f"--tail {name}", data)
     lacking = [cache for cache in data.caches if not getattr(cache.manifest.layout.tail_parts, name)]
     if not lacking:
@@ -35,7 +38,7 @@ def _refuse_tail(name: str, data: TrainingData) -> None:
         )
     raise UserError(
         f"--tail {name}: {lacking[0].path} holds no tail {name}. Take --tail bucket, or build the cache with "
-        f"`logitcache build --tail-{name} 32`"
+        f"`logitcache build {part.flag} 32`"
     )
 
 
@@ -44,7 +47,7 @@ def _refuse_temperature(temperature: float, data: TrainingData) -> None:
     lacking = next(cache for cache in data.caches if temperature not in cache.manifest.layout.tail_parts.temperatures)
     held = ", ".join(f"{t:g}" for t in sorted({1.0, *lacking.manifest.layout.tail_parts.temperatures}))
     build = f"build the cache with `logitcache build --temperatures {temperature:g}`"
-    if data.held.tail_entropy:
+    if data.tail_parts.entropy:
         ways = f"add --approximate_temperature (it holds the tail's entropy), or {build}"
     else:
         ways = f"or {build}, or with `--tail-entropy`, which is enough for --approximate_temperature"

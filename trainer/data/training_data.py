@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 
 import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
+from logitcache.format.tail_parts import TailParts
 from logitcache.reading.cache import SequenceStream
 from trainer.data.averaging import TeacherTargetsById, averaged
 from trainer.data.mixture import RepeatedCache, SmoothOrder, apportioned
-from trainer.data.sources import Held, Source, check_belong_together, held_by_all, open_sources, without_weights
+from trainer.data.sources import Source, check_belong_together, common_tail_parts, open_sources, without_weights
 
 
 def open_training_data(cache: Sequence[str], average_with: Sequence[str] = ()) -> TrainingData:
@@ -100,14 +101,14 @@ class TrainingData:
         return max(cache.manifest.longest for cache in self.caches)
 
     @cached_property
-    def held(self) -> Held:
-        """What all targets hold; a mean over teachers holds entries and the mass of the tail alone."""
-        return Held() if self.averaged_with else held_by_all(self.caches)
+    def tail_parts(self) -> TailParts:
+        """The parts of the tail that all targets hold: none in the mean of several teachers."""
+        return TailParts() if self.averaged_with else common_tail_parts(self.caches)
 
     @property
     def tail_groups(self) -> np.ndarray | None:
-        """Tail group of each token id, int32 [V], where `held` has groups."""
-        return self.caches[0].tail_groups if self.held.num_tail_groups else None
+        """Tail group of each token id, int32 [V], if `tail_parts` has groups."""
+        return self.caches[0].tail_groups if self.tail_parts.groups else None
 
     def check_rows(self) -> None:
         """Raises UserError if a cache of `averaged_with` lacks a row, or if a weight is too small for one row."""

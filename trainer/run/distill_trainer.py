@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from logitcache import LogitCache, UserError
+from logitcache.format.tail_parts import TailParts
 from trainer.config.config import DistillConfig
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchDataset, BatchLoader
@@ -107,13 +108,7 @@ class DistillTrainer(Trainer):
     def get_train_dataloader(self) -> BatchLoader:
         """Return this rank's batches. accelerate must not shard them again, so they do not pass through it."""
         args = self.args
-        collator = Collator(
-            tail_groups=self.tail == "groups",
-            temperatures=tuple(T for T in args.temperatures if T in self._data.held.temperatures),
-            tail_entropy=bool(self._approximated),
-            tail_samples=self.tail == "samples",
-            flat=self._flat,
-        )
+        collator = Collator(self._needed_tail_parts(), self._flat)
         return self._loader(
             self._data,
             replace(
@@ -129,6 +124,13 @@ class DistillTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
+
+    def _needed_tail_parts(self) -> TailParts:
+        """The parts of the tail that the loss asks for, at all temperatures of the run."""
+        held = self._data.tail_parts
+        names = {self.tail, "entropy" if self._approximated else ""}
+        needed = {part.name: value for part, value in held.stored() if part.name in names}
+        return TailParts(**needed, temperatures=tuple(T for T in self.args.temperatures if T in held.temperatures))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
         """Return this rank's batches of a held-out cache, in the cache's order."""

@@ -21,12 +21,13 @@ from logitcache.format.layout import Layout
 from logitcache.format.quantization import PRESETS
 from logitcache.format.soundness import find_wrong
 from logitcache.format.tail_part import TailPart
-from logitcache.format.tail_parts import PARTS, TailParts, parts_of, shared_parts
+from logitcache.format.tail_parts import PARTS, TailParts, parts_of, rescaled, shared_parts
 from logitcache.format.targets import concatenate
 from logitcache.report.description import origin
 from tests.helpers.exchanging import findings
-from tests.helpers.maintained import assert_same_row, assert_same_targets, make_cache
+from tests.helpers.maintained import arrays_of, assert_same_row, assert_same_targets, make_cache
 from tests.helpers.smallcaches import COLUMNS, EVERYTHING, VOCAB, random_rows
+from trainer.data.collator import Collator
 
 EVERY_PART = EVERYTHING.tail_parts
 ALONE = {part.name: TailParts(**{part.name: getattr(EVERY_PART, part.name)}) for part in PARTS}
@@ -118,6 +119,20 @@ def test_the_commands_keep_the_parts(parts: TailParts, tmp_path: Path) -> None:
     assert fewer.manifest.layout.tail_parts == parts
     for found in (cache, merged, fewer):
         assert not findings(found)
+
+
+@each_choice
+def test_a_batch_has_the_parts_by_the_names_of_the_targets(parts: TailParts, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", ROWS, EVERYTHING)
+    batch = Collator(parts)([*cache])
+    expected = rescaled(parts.of(concatenate([row.targets for row in cache])))
+    found: dict[Any, np.ndarray] = {
+        name: tensor.numpy() for name, tensor in vars(batch.targets).items() if tensor is not None
+    }
+    found |= {T: tensor.numpy() for T, tensor in batch.tempered_tail.items()}
+    assert found.keys() == arrays_of(expected).keys()
+    for name, values in arrays_of(expected).items():
+        np.testing.assert_array_equal(found[name], values, err_msg=str(name))
 
 
 @each_part

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from logitcache import CachedSequence, LogitCache, SparseTargets, UserError
 from logitcache.format import shards
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import PAD_ID, find_defect
 from tests.helpers.cachemaking import VOCAB, llama, random_sequences, write_cache
 from trainer.data import averaging
 from trainer.data.averaging import mean_targets
-from trainer.data.sources import Held
 from trainer.data.training_data import open_training_data
 
 SMALL_VOCAB = 12
@@ -252,8 +252,8 @@ def test_a_mixture_is_averaged_with_a_teacher_of_all_its_rows(
 def test_a_mean_offers_entries_and_the_tails_mass_alone(teachers: tuple[LogitCache, LogitCache]) -> None:
     first, other = teachers
     data = open_training_data([first.path], [other.path])
-    assert open_training_data([first.path]).held.num_tail_groups == 3
-    assert (data.held, data.tail_groups) == (Held(), None)
+    assert open_training_data([first.path]).tail_parts.groups == 3
+    assert (data.tail_parts, data.tail_groups) == (TailParts(), None)
     assert next(data.stream(0, shuffle=False, seed=0)).targets.group_logprobs is None
     assert [cache.path for cache in data.averaged_with] == [other.path]
     assert data.path == first.path

@@ -42,7 +42,7 @@ def rows_of(loader: BatchLoader) -> list[tuple[int, ...]]:
 
 def test_a_batch_holds_every_stored_position_beside_its_label_and_targets(cache: LogitCache) -> None:
     sequences = [cache[i] for i in range(4)]
-    batch = Collator(tail_groups=True, temperatures=(2.0,))(sequences)
+    batch = Collator(TailParts(groups=3, temperatures=(2.0,)))(sequences)
 
     width = len(batch.logits_to_keep)
     n = 0
@@ -83,7 +83,7 @@ def test_entries_are_scaled_by_one_factor_that_is_never_wild() -> None:
 
 
 def test_the_groups_of_a_batch_add_up_to_the_tail(cache: LogitCache) -> None:
-    batch = Collator(tail_groups=True)([cache[i] for i in range(8)])
+    batch = Collator(TailParts(groups=3))([cache[i] for i in range(8)])
     assert batch.targets.group_logprobs is not None
     masses = batch.targets.group_logprobs.double().exp().sum(1)
     np.testing.assert_allclose(masses, batch.targets.tail_logprob.double().exp(), rtol=1e-6)
@@ -96,7 +96,6 @@ def test_groups_are_scaled_by_one_factor_and_stay_where_they_have_no_mass() -> N
         scaled = scaled_to_tail(np.log(masses), np.log(tails))
     assert scaled is not None and scaled.dtype == np.float32
     np.testing.assert_allclose(np.exp(scaled), [[0.1, 0.05, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], rtol=1e-6)
-    assert scaled_to_tail(None, np.log([0.5])) is None
 
 
 def test_samples_hold_no_more_than_the_tail_each_token_counted_once() -> None:
@@ -108,7 +107,6 @@ def test_samples_hold_no_more_than_the_tail_each_token_counted_once() -> None:
     assert scaled is not None and scaled.dtype == np.float32
     np.testing.assert_allclose(np.exp(scaled[:2]), [masses[0] * (0.3 / 0.31), masses[1]], rtol=1e-6)
     np.testing.assert_allclose(np.exp(scaled[2:]), [[0.27] * 3, [0.0] * 3], rtol=1e-6)
-    assert scaled_within_tail(None, None, np.log([0.5])) is None
 
 
 @pytest.mark.parametrize("precision", PRESETS)
@@ -126,7 +124,7 @@ def test_samples_that_are_the_whole_tail_are_accepted_at_every_precision(precisi
     sequence = TokenSequence(np.zeros(51, np.int32), np.arange(51) > 0)
     with ShardWriter(Folder(tmp_path), shard_name(0, 1), layout) as writer:
         writer.write(sequence, targets)
-    batch = Collator(tail_samples=True)(list(ShardReader(Folder(tmp_path), writer.info, layout).read_row_group(0)))
+    batch = Collator(TailParts(samples=3))(list(ShardReader(Folder(tmp_path), writer.info, layout).read_row_group(0)))
     names = ["token_ids", "logprobs", "tail_logprob", "sample_ids", "sample_logprobs"]
     held: Any = {name: getattr(batch.targets, name) for name in names}
     loss = trainer.sparse_divergence(torch.tensor(np.log(np.full((50, 4), 0.25))), tail="samples", **held)
@@ -134,7 +132,7 @@ def test_samples_that_are_the_whole_tail_are_accepted_at_every_precision(precisi
 
 
 def test_entropy_and_samples_of_the_tail_come_with_their_positions(rich_cache: LogitCache) -> None:
-    batch = Collator(tail_entropy=True, tail_samples=True)([rich_cache[0], rich_cache[1]])
+    batch = Collator(TailParts(entropy=True, samples=4))([rich_cache[0], rich_cache[1]])
     targets = [rich_cache[0].targets, rich_cache[1].targets]
     for name in ("tail_entropy", "sample_ids", "sample_logprobs"):
         np.testing.assert_array_equal(getattr(batch.targets, name), np.concatenate([getattr(t, name) for t in targets]))

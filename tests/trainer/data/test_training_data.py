@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from logitcache import LogitCache, UserError
 from logitcache.format import shards
 from logitcache.format.codec import DecodedRows
+from logitcache.format.tail_parts import TailParts
 from logitcache.reading.shard_reader import ShardReader
 from tests.helpers.cachemaking import VOCAB, random_sequences, tokenizer, write_cache
 from trainer.data import mixture
 from trainer.data.averaging import shared_rows
 from trainer.data.mixture import RepeatedCache, SmoothOrder, apportioned
-from trainer.data.sources import Held
 from trainer.data.training_data import TrainingData, open_training_data
 
 few = settings(max_examples=15, deadline=None, database=None)
@@ -316,9 +316,9 @@ def test_without_weights_the_positions_are_those_of_all_caches(
 def test_one_cache_offers_all_that_it_holds(cache: LogitCache, rich_cache: LogitCache) -> None:
     data = TrainingData.of(cache)
     assert TrainingData.of(data) is data
-    assert data.held == Held(temperatures=(2.0,), num_tail_groups=5)
+    assert data.tail_parts == TailParts(temperatures=(2.0,), groups=5)
     assert data.tail_groups is not None and np.array_equal(data.tail_groups, np.arange(VOCAB) % 5)
-    assert TrainingData.of(rich_cache).held == Held(tail_entropy=True, num_tail_samples=4)
+    assert TrainingData.of(rich_cache).tail_parts == TailParts(entropy=True, samples=4)
 
 
 def test_a_mixture_offers_what_all_caches_hold(tmp_path: Path) -> None:
@@ -336,8 +336,8 @@ def test_a_mixture_offers_what_all_caches_hold(tmp_path: Path) -> None:
     first = made("first", 1, by_five, (0.5, 2.0), 3)
     same = made("same", 2, by_five, (4.0, 2.0), 3)
     other = made("other", 3, by_four, (), 2)
-    assert open_training_data([first, same]).held == Held((2.0,), True, 5, 3)
-    assert open_training_data([first, same, other]).held == Held((), True, 0, 0)
+    assert open_training_data([first, same]).tail_parts == TailParts(5, (2.0,), True, 3)
+    assert open_training_data([first, same, other]).tail_parts == TailParts(entropy=True)
     assert open_training_data([first, other]).tail_groups is None
 
 

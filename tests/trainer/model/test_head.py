@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import trainer.losses.fused
 from logitcache import LogitCache, UserError
+from logitcache.format.tail_parts import TailParts
 from tests.helpers.cachemaking import VOCAB, llama
 from tests.helpers.heads import ARCHITECTURES, SIZES, call, fused, model_of
 from tests.helpers.processes import on_two_ranks
@@ -30,7 +31,7 @@ from trainer.model.objective import FusedObjective, LogitsObjective, Objective, 
 
 @pytest.fixture
 def batch(cache: LogitCache) -> Batch:
-    return Collator(temperatures=(2.0,))([cache[i] for i in range(4)])
+    return Collator(TailParts(temperatures=(2.0,)))([cache[i] for i in range(4)])
 
 
 def gradients(objective: Objective, model: nn.Module, batch: Batch, **options: Any) -> dict[str, Tensor]:
