@@ -1,4 +1,4 @@
-"""A:B, as command lines name some of many."""
+"""Ranges as command lines write them, A:B."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from logitcache.errors import UserError
 
 
-def span_of(text: str | None, count: int, what: str) -> range:
-    """The numbers from A up to B, which is left out, of `count`; either may be missing, all where `text` is None.
+def parse_range(text: str | None, count: int, what: str) -> range:
+    """Parses "A:B": the numbers from A up to B, which is left out, of `count`. A and B may be missing; None means all.
 
-    what: one of them, "row" for the option --rows. Raises UserError for anything else, and for numbers that are not there.
+    what: the thing that is counted, "row" for the option --rows. Raises UserError for any other text and for numbers beyond.
     """
     if text is None:
         return range(count)

@@ -17,7 +17,7 @@ from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.errors import UserError, one_line
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.row_scan import Rows, scan
-from logitcache.ranges import span_of
+from logitcache.ranges import parse_range
 from logitcache.reading.cache import LogitCache
 
 COUNTS = ("row_id", "num_tokens", "num_positions")
@@ -73,7 +73,7 @@ def slice_cache(
         "sample": sample,
         "seed": None if sample is None else seed,
     }
-    choice = _Choice(source, span_of(rows, len(source), "row"), listed, where, sample, seed)
+    choice = _Choice(source, parse_range(rows, len(source), "row"), listed, where, sample, seed)
     work = Rewrite(
         command="slice",
         settings={name: value for name, value in settings.items() if value is not None},

@@ -99,17 +99,17 @@ class LogitCache(Sequence[CachedSequence]):
 
     @property
     def folder(self) -> Folder:
-        """The folder or URL that it was opened at."""
+        """Folder or URL at which the cache was opened."""
         return self._folder
 
     @property
     def num_positions(self) -> int:
-        """Stored positions of all rows."""
+        """Number of stored positions of all rows."""
         return self.manifest.num_positions
 
     @property
     def vocab_size(self) -> int:
-        """V of the teacher."""
+        """Number of tokens of the teacher's vocabulary, V."""
         return self.manifest.layout.vocab_size
 
     @property
@@ -119,7 +119,7 @@ class LogitCache(Sequence[CachedSequence]):
 
     @cached_property
     def tail_groups(self) -> np.ndarray | None:
-        """Tail group of each token id, int32 [V], or None where the cache holds no tail groups."""
+        """Tail group of each token id, int32 [V]; None if the cache holds no tail groups."""
         if not self.manifest.layout.tail_parts.groups:
             return None
         content = read_trusted(self._folder, self.manifest, TAIL_GROUPS_NAME, MAX_TAIL_GROUPS_BYTES)
@@ -171,7 +171,7 @@ class LogitCache(Sequence[CachedSequence]):
         return index, row - int(self._row_groups[index, 2])
 
     def _read(self, index: int) -> DecodedRows:
-        """Row group `index`; the last one read is kept."""
+        """Returns row group `index`. The row group that was read last is kept."""
         recent = self._recent  # read once: another thread may replace it at any time
         if recent is None or recent[0] != index:
             recent = self._recent = (index, self._decode(index))
@@ -182,7 +182,7 @@ class LogitCache(Sequence[CachedSequence]):
         return self._shards[shard].read_row_group(row_group)
 
     def read_row_group(self, index: int) -> DecodedRows:
-        """A row group, decoded. Of a remote one the whole shard is copied: streams need all of it sooner or later."""
+        """Decodes a row group. A remote shard is copied whole: streams need all of it sooner or later."""
         self._copy(index)
         return self._decode(index)
 
@@ -244,7 +244,7 @@ class LogitCache(Sequence[CachedSequence]):
         return prefetched(self.read_row_group, self._copied_ahead(order, lambda index: index))
 
     def _copied_ahead(self, items: Iterable[T], row_group: Callable[[T], int | None]) -> Iterator[T]:
-        """Passes on what needs row groups; of a remote cache, the shards of the next ones are copied meanwhile."""
+        """Passes items on. Meanwhile the shards of the next items' row groups are copied, if the cache is remote."""
         if self._copies is None:
             return iter(items)
 

@@ -62,7 +62,7 @@ class LocalCopies:
         self._claim: BinaryIO | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process claims for itself."""
+        """Another process claims this copy."""
         return self.__dict__ | {"_claim": None}
 
     def path(self, shard: ShardInfo, fill: Callable[[BinaryIO], None]) -> Path | None:
@@ -112,7 +112,7 @@ class LocalCopies:
         return path
 
     def _copy(self, path: Path, descriptor: int, fill: Callable[[BinaryIO], None]) -> None:
-        """Fills the temporary file that `descriptor` holds. A crash may tear it after it is renamed: its hash will tell."""
+        """Fills the temporary file that `descriptor` locks. A crash may tear it after it is renamed: its hash will tell."""
         try:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
                 fill(file)
@@ -218,7 +218,7 @@ class LocalCopies:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """Alone in the folder; for moments only. Yields the descriptor of the lock."""
+        """Locks the folder against all other processes, for moments only. Yields the descriptor of the lock."""
         descriptor = _open(self._home / "lock")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -241,7 +241,7 @@ def _limit_bytes() -> float | None:
 
 
 def _read_count(lock: int) -> int | None:
-    """Bytes that all copies take, or more; None where nobody counted them."""
+    """Returns an upper bound of the bytes that all copies take; None if nobody counted them."""
     text = os.pread(lock, 32, 0)
     return int(text) if re.fullmatch(rb"\d+\n", text) else None
 
@@ -256,7 +256,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _open_locked(path: Path) -> int | None:
-    """Descriptor of a file that nobody else holds, made if need be; None where somebody does."""
+    """Locks a file, which is made if need be, and returns its descriptor; None if another process has locked it."""
     descriptor = _open(path)
     if _try_lock(descriptor):
         return descriptor
@@ -275,7 +275,7 @@ def _removed_as_leftover(path: Path) -> bool:
 
 
 def _wait_for(path: Path) -> None:
-    """Until nobody holds the file."""
+    """Waits until no process has locked the file."""
     with suppress(FileNotFoundError):
         descriptor = _open(path, os.O_RDONLY)
         try:
@@ -292,25 +292,25 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-_held: set[int] = set()
+_open_descriptors: set[int] = set()
 
 
 def _open(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     descriptor = os.open(path, flags, 0o644)
-    _held.add(descriptor)
+    _open_descriptors.add(descriptor)
     return descriptor
 
 
 def _close(descriptor: int) -> None:
-    _held.discard(descriptor)
+    _open_descriptors.discard(descriptor)
     os.close(descriptor)
 
 
 def _close_in_child() -> None:
-    """A forked process would hold what threads of its parent hold, which it has not, for ever."""
-    for descriptor in _held:
+    """Closes the locks of the parent's threads: a forked process does not have these threads and would hold them for ever."""
+    for descriptor in _open_descriptors:
         os.close(descriptor)
-    _held.clear()
+    _open_descriptors.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -318,5 +318,5 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @cache
 def _turn(process: int, what: str) -> Lock:
-    """For the threads of a process. A forked one must not wait for threads it has not."""
+    """Returns the lock of a process's threads. A forked process has its own: it must not wait for threads of its parent."""
     return Lock()

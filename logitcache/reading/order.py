@@ -69,5 +69,5 @@ def _rows(share: np.ndarray, shuffle: np.random.Generator | None) -> np.ndarray:
 
 
 def _dealt(rows: Any, steps: int, window: int) -> Any:
-    """How many of so many rows have been dealt after so many steps; the first at once."""
+    """Returns how many of the rows have been dealt after a number of steps. The first row is dealt at once."""
     return -(-rows * steps // window)

@@ -15,7 +15,7 @@ RECORD = np.dtype([("id", "S16"), ("row", "<i8")])
 
 
 def id_bytes(row_ids: Sequence[str]) -> np.ndarray:
-    """The 16 bytes of each row id, S16 [n]. Raises ValueError where one is not 32 hexadecimal digits."""
+    """Returns the 16 bytes of each row id, S16 [n]. Raises ValueError for an id that is not 32 hexadecimal digits."""
     content = bytes.fromhex("".join(row_ids))
     if len(content) != 16 * len(row_ids) or any(len(row_id) != 32 for row_id in row_ids):
         raise ValueError("a row id that is not 32 hexadecimal digits")
@@ -51,7 +51,7 @@ class RowIndex:
         self._rows = _mapped(directory / "rows", "<i8")
 
     def find(self, ids: np.ndarray) -> np.ndarray:
-        """First row of each id, int64 [n], −1 where there is none. ids: S16 [n]."""
+        """Returns the first row of each id, int64 [n]; −1 for an id that no row has. ids: S16 [n]."""
         if not len(self._ids):
             return np.full(len(ids), -1)
         at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
@@ -59,7 +59,7 @@ class RowIndex:
 
 
 def _batches(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same ids in fewer arrays: row groups have few rows, and each array touches every bucket."""
+    """Joins the arrays of ids to fewer ones: row groups have few rows, and each array touches every bucket."""
     held: list[np.ndarray] = []
     count = 0
     for array in arrays:

@@ -41,7 +41,7 @@ class TemporaryCopies:
         self._files: dict[str, Path] = {}
 
     def path(self, shard: ShardInfo, fill: Callable[[BinaryIO], None]) -> Path:
-        """The copy of a shard, made now where there is none. fill: as of `LocalCopies.path`."""
+        """Returns the copy of a shard, which is made if there is none. fill: as of `LocalCopies.path`."""
         with _verifying(os.getpid()):
             copy = self._files.get(shard.name)
             if copy is None or not copy.exists():
@@ -99,7 +99,7 @@ class ShardReader:
         self._claims_checked = False
 
     def check_size(self) -> None:
-        """Raises UserError when the file is missing or has not the manifest's size."""
+        """Raises UserError if the file is missing or does not have the manifest's size."""
         try:
             size = self._folder.num_bytes(self._info.name)
         except FileNotFoundError:
@@ -130,7 +130,7 @@ class ShardReader:
             self._refuse("altered: its SHA-256 is not the manifest's")
 
     def read_row_group(self, index: int) -> DecodedRows:
-        """Decodes a row group. Raises UserError where the file is not the one that the manifest names."""
+        """Decodes a row group. Raises UserError if the file is not the file that the manifest names."""
         table = self.read_columns(index)
         try:
             rows = DecodedRows(table, self._layout)
@@ -140,7 +140,7 @@ class ShardReader:
         return rows
 
     def read_columns(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The named columns of a row group, or all, as they are stored. Raises UserError as `read_row_group` does."""
+        """Reads the named columns of a row group, or all, as they are stored. Raises UserError as `read_row_group` does."""
         if self._whole is not None:
             self.copy()
         elif self._copy is None:
@@ -176,13 +176,13 @@ class ShardReader:
         self._verified = True
 
     def _source(self) -> BinaryIO:
-        """The file. Of a remote one a row group is fetched in one request."""
+        """Opens the file. A row group of a remote file is fetched in one request."""
         if path := self._path:
             return path.open("rb")
         return cast(BinaryIO, RetriedFile(self._folder, self._info.name, self._info.num_bytes))
 
     def metadata(self) -> pq.FileMetaData:
-        """Reads the footer. Raises ValueError where the file claims what the manifest does not say, or more memory."""
+        """Reads the footer. Raises ValueError if the file contradicts the manifest or claims more memory than it may."""
         with self._source() as source:
             if self._claims_checked and self._path:
                 return read_metadata(source, self._info.num_bytes)
@@ -195,7 +195,7 @@ class ShardReader:
 
     @property
     def _path(self) -> Path | None:
-        """The file on this machine, if there is one."""
+        """Returns the file on this machine, if there is one."""
         if self._folder.local:
             return self._folder.local / self._info.name
         copy = self._copy
@@ -214,7 +214,7 @@ class ShardReader:
 
 @lru_cache(1)
 def _verifying(process: int) -> Lock:
-    """Threads take turns, so that no two hash the same shard. A forked process must not wait for threads it has not."""
+    """Returns the lock by which threads take turns, so that no two hash one shard. A forked process has its own."""
     return Lock()
 
 

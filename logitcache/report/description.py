@@ -57,7 +57,7 @@ _SHOWN_ELSEWHERE = {"tail", *(part.option for part in PARTS), "precision", "shar
 
 
 def history(manifest: Manifest) -> list[str]:
-    """What was done to the cache since the teacher was run, a line a step, oldest first."""
+    """Describes the steps that changed the cache since the teacher was run, a line a step, oldest first."""
     return [_step(step) for step in manifest.history]
 
 

@@ -22,7 +22,7 @@ READ_SHARDS = 32
 
 
 def column_bytes(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) -> Counter[str]:
-    """Compressed bytes of each column in these shards. What is missing to their sizes is in the footers."""
+    """Counts the compressed bytes of each column in these shards. Footers are the rest of their sizes."""
     sizes: Counter[str] = Counter()
     for shard in shards:
         with _opened(folder, shard, layout) as (_, footer):
@@ -33,7 +33,7 @@ def column_bytes(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) ->
 
 
 def entry_counts(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) -> Counter[int]:
-    """How many positions of these shards have each number of entries."""
+    """Counts the positions of these shards by their number of entries."""
     counts: Counter[int] = Counter()
     for shard in shards:
         with _opened(folder, shard, layout) as (source, footer), open_parquet(source, footer.metadata) as file:
@@ -46,7 +46,7 @@ def entry_counts(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) ->
 
 @contextmanager
 def _opened(folder: Folder, shard: ShardInfo, layout: Layout) -> Iterator[tuple[BinaryIO, Footer]]:
-    """A shard of which only the footer is read yet. Raises UserError where it is damaged, or not what the manifest says."""
+    """Opens a shard and reads its footer only. Raises UserError if it is damaged or contradicts the manifest."""
     try:
         with folder.open(shard.name, shard.num_bytes) as source:
             footer = read_footer(source, shard.num_bytes)
@@ -61,6 +61,6 @@ def _opened(folder: Folder, shard: ShardInfo, layout: Layout) -> Iterator[tuple[
 
 
 def spread(shards: Sequence[ShardInfo]) -> list[ShardInfo]:
-    """At most `READ_SHARDS` of them, first and last included."""
+    """Chooses at most `READ_SHARDS` of the shards, evenly spread, first and last included."""
     picked = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), READ_SHARDS)).astype(int))
     return [shards[i] for i in picked.tolist()]

@@ -98,7 +98,7 @@ def view(
 
 
 def page_html(cache: LogitCache, samples: Samples) -> str:
-    """The page: markup, style, script and data, each of them by its hash in the page's security policy."""
+    """Returns the page: markup, style, script and data, each named by its hash in the page's security policy."""
     style = _resource("page.css")
     script = "\n".join(_resource(name) for name in ("charts.js", "tokens.js", "page.js"))
     allowed = f"script-src {source_hash(script)}; style-src {source_hash(style)}"
@@ -115,7 +115,7 @@ def page_html(cache: LogitCache, samples: Samples) -> str:
 
 
 def _data(cache: LogitCache, samples: Samples) -> dict[str, Any]:
-    """All that the page shows, in plain JSON types."""
+    """Returns all that the page shows, in plain JSON types."""
     folder, manifest = cache.folder, cache.manifest
     found = statistics(folder, manifest)
     texts, note = token_texts(folder, manifest, samples.ids.tolist())
@@ -149,7 +149,7 @@ def _data(cache: LogitCache, samples: Samples) -> dict[str, Any]:
 
 
 def _tiles(cache: LogitCache) -> list[tuple[str, str, str]]:
-    """What is read first: value, label, remark."""
+    """Returns the figures at the top of the page: value, label, remark."""
     manifest = cache.manifest
     positions = max(manifest.num_positions, 1)
     tokens = sum(shard.num_tokens for shard in manifest.shards)
@@ -191,7 +191,7 @@ def _column_bytes(cache: LogitCache, folder: Folder) -> dict[str, Any]:
 
 
 def _licenses(folder: Folder) -> list[tuple[str, str]]:
-    """What the card states of licences in its YAML head."""
+    """Returns the licences that the card states in its YAML head."""
     if not folder.exists(CARD_NAME):
         return []
     with folder.answering(), folder.open(CARD_NAME) as file:
@@ -212,7 +212,7 @@ def _history(manifest: Manifest) -> list[str]:
 
 
 def _texts_data(texts: Sequence[Text]) -> list[str | list[int] | None]:
-    """Each text cut, and the long ones shorter still where all together are too much for a page."""
+    """Cuts each text, and long texts further if all together are too much for a page."""
     most = SHOWN_CHARACTERS
     while most > 1 and sum(min(len(text or ""), most) for text in texts) > TEXT_CHARACTERS:
         most //= 2
@@ -223,7 +223,7 @@ def _texts_data(texts: Sequence[Text]) -> list[str | list[int] | None]:
 
 
 def _name(cache: LogitCache) -> str:
-    """Of the folder; not where it lies, which need not be known where the page goes."""
+    """Returns the folder's name, without its place: readers of the page need not know that."""
     folder = cache.folder
     name = folder.local.resolve().name if folder.local else PurePosixPath(cache.path).name
     return legible(name) or "cache"

@@ -45,7 +45,7 @@ class Samples:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are shown."""
+        """Number of tokens that are shown."""
         return sum(row["shown"] for row in self.rows)
 
 
@@ -81,7 +81,7 @@ def chosen_rows(cache: LogitCache, rows: Sequence[str], num_sequences: int) -> l
 
 
 def read_samples(cache: LogitCache, numbers: Sequence[int]) -> Samples:
-    """The rows of these numbers; long ones are cut, so that the page takes all of them."""
+    """Reads the rows of these numbers. Long rows are cut, so that all fit on the page."""
     if not numbers:
         return Samples([], {}, np.zeros(0, np.uint32))
     sequences = [cache[number] for number in numbers]
@@ -115,7 +115,7 @@ def read_samples(cache: LogitCache, numbers: Sequence[int]) -> Samples:
 
 
 def fair_lengths(lengths: Sequence[int], budget: int) -> list[int]:
-    """How much of each row is shown: all of the short ones, and of the long ones equally much, `budget` in all."""
+    """Divides `budget` tokens: short rows are shown whole, long rows equally much."""
     shown = list(lengths)
     left, rows = budget, len(lengths)
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -125,7 +125,7 @@ def fair_lengths(lengths: Sequence[int], budget: int) -> list[int]:
 
 
 def shortened(text: str, most: int = SHOWN_CHARACTERS) -> str:
-    """At most so many characters of it."""
+    """Cuts the text to a number of characters."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 
@@ -142,7 +142,7 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def packed(array: np.ndarray) -> dict[str, str]:
-    """An array for JSON: type and little-endian bytes in base64."""
+    """Packs an array for JSON: its type, and its little-endian bytes in base64."""
     little = array.astype(array.dtype.newbyteorder("<"))
     return {"type": f"u{array.dtype.itemsize}", "data": base64.b64encode(little.tobytes()).decode()}
 
@@ -206,7 +206,7 @@ def _wide(array: np.ndarray, width: int, fill: int) -> np.ndarray:
 
 
 def _numbers_of(cache: LogitCache, ids: Sequence[str]) -> set[int]:
-    """Rows whose ids these are, or begin with these; of the cache only the column of ids is read."""
+    """Finds the rows whose ids are these or begin with these. Only the column of ids is read."""
     found: dict[str, int] = {}
     if ids:
         number = 0

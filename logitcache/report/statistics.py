@@ -123,7 +123,7 @@ def _powers_of_two(most: int) -> tuple[int, ...]:
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:
-    """Mean and percentiles, 0 of no values."""
+    """Returns mean and percentiles; 0 if there are no values."""
     if not len(values):
         values = np.zeros(1)
     names = [f"p{percentile}" for percentile in PERCENTILES]

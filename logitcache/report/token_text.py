@@ -62,7 +62,7 @@ def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _text(piece: str, steps: Sequence[Mapping[str, Any]]) -> str | bytes:
-    """A vocabulary's piece as text, by the steps of the tokenizer's decoder that change single pieces."""
+    """Decodes a piece of the vocabulary by the steps of the tokenizer's decoder that change single pieces."""
     for step in steps:
         match step:
             case {"type": "ByteLevel"}:
@@ -81,7 +81,7 @@ def _text(piece: str, steps: Sequence[Mapping[str, Any]]) -> str | bytes:
 
 
 def _replaced(piece: str, old: str, new: str) -> str:
-    """At most `MOST_CHARACTERS` of the piece with `new` for `old`; as it is where `old` is empty."""
+    """Replaces `old` by `new`, up to `MOST_CHARACTERS` of the piece. An empty `old` changes nothing."""
     if not old:
         return piece
     enough = MOST_CHARACTERS // max(len(new), 1) + 1

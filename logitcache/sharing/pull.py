@@ -35,7 +35,7 @@ from logitcache.format.manifest import (
     source_of,
 )
 from logitcache.maintenance.slice import slice_cache
-from logitcache.ranges import span_of
+from logitcache.ranges import parse_range
 from logitcache.reading.cache import LogitCache
 from logitcache.reading.shard_reader import ShardReader
 from logitcache.sharing.bundle import bundled_manifest, is_bundle
@@ -100,7 +100,7 @@ def pull(
     identity = hashlib.sha256(content).hexdigest()
     check_identity(identity, against, url)
     source = Source(url, identity, parse_manifest(content, f"{url.rstrip('/')}/{MANIFEST_NAME}"))
-    chosen = span_of(shards, len(source.manifest.shards), "shard")
+    chosen = parse_range(shards, len(source.manifest.shards), "shard")
     spec = {"command": "pull", "manifest_sha256": identity, "shards": shards and f"{chosen.start}:{chosen.stop}"}
     with workspace(folder), _writable(folder), space_needed(out):
         _begin(folder, spec, content, overwrite)

@@ -356,7 +356,7 @@ def test_what_a_killed_process_left_is_removed(home: Path, store: Store) -> None
 def test_a_forked_process_waits_for_no_thread_that_it_has_not(home: Path) -> None:
     script = """
 import os, sys, threading, time
-sys.path.insert(0, "tests/logitcache")
+sys.path.insert(0, "tests/logitcache/reading")
 from test_local_copies import LocalCopies, Store, shard
 begun = threading.Event()
 def endless(file):
