@@ -1,4 +1,4 @@
-"""The folder that a cache is written to: whose it is, and that nobody else writes there."""
+"""The folder that a cache is written to belongs to one command: nobody else writes there, and nothing else lies there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from logitcache.format.manifest import (
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.storage.atomic import TEMPORARY_SUFFIX
 from logitcache.storage.folder import Folder
-from logitcache.storage.lock import held, lock
+from logitcache.storage.lock import lock, locked
 
 MARK_NAME = f"{BUILD_DIRECTORY}/logitcache"
 """File by which a later command knows that the folder is one of ours."""
@@ -30,18 +30,21 @@ PROMPTS_NAME = f"{ANSWERS_NAME}/prompts.json"
 
 @contextmanager
 def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
-    """Holds `folder`, see `held`; a URL is looked at. Raises UserError where it holds anything but a cache, finished or not."""
-    with held(folder, shared=shared):
+    """Locks `folder` while the block runs, see `locked`.
+
+    Raises UserError if it contains anything but a cache, finished or not.
+    """
+    with locked(folder, shared=shared):
         _refuse_what_is_not_ours(folder)
         yield
 
 
 @contextmanager
-def range_held(folder: Folder, shard_range: tuple[int, int] | None) -> Iterator[None]:
-    """Holds a shard range of a build against another process of the same range while the block runs.
+def lock_range(folder: Folder, shard_range: tuple[int, int] | None) -> Iterator[None]:
+    """Locks a shard range of a build against another process of the same range while the block runs.
 
-    The first range holds the build directory, which it makes; the others hold one of their own in it and need a plan.
-    A URL cannot be held. Raises UserError where another process holds the range.
+    The first range locks the build directory, which it makes; the others lock a directory of their own in it and need a plan.
+    A URL cannot be locked. Raises UserError if another process has locked the range.
     """
     if folder.local is None or shard_range is None:
         yield
@@ -63,7 +66,7 @@ def _refuse_what_is_not_ours(folder: Folder) -> None:
 
 
 def is_ours(folder: Folder) -> bool:
-    """Whether a folder holds a finished cache or one that was begun here."""
+    """Whether a folder contains a cache of ours, finished or begun."""
     if folder.exists(MANIFEST_NAME) or folder.exists(MARK_NAME):
         return True
     killed_before_its_mark = all(name.endswith(TEMPORARY_SUFFIX) for name in folder.names(BUILD_DIRECTORY))

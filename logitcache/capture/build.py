@@ -10,7 +10,7 @@ from typing import Any, Unpack, overload
 
 from logitcache.assembly.plan import PLAN_NAME, SHARD_POSITIONS
 from logitcache.assembly.resume import begun_plan, finished_cache
-from logitcache.assembly.workspace import range_held, workspace
+from logitcache.assembly.workspace import lock_range, workspace
 from logitcache.assembly.write import complete_shards
 from logitcache.capture.executors import Placement, capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
@@ -152,7 +152,7 @@ def build(
             reused.check(spec, cache_layout(inputs.settings, inputs.model.vocab_size, {}))
         if not placement.is_first:
             _wait_for(folder, PLAN_NAME, "has the answers" if inputs.generation else "reads the corpus")
-        with range_held(folder, shard_range):
+        with lock_range(folder, shard_range):
             plan = begun_plan(BuildPlan, folder, spec, overwrite)
             if plan is None:
                 logger.info("reading %s", ", ".join(source.name for source in inputs.sources))

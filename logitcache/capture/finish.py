@@ -50,7 +50,7 @@ def finish(out: str | Path) -> LogitCache:
 
 
 def finish_plan(plan: BuildPlan) -> LogitCache:
-    """The same while the folder is held."""
+    """Makes a cache of the shards of a build whose folder is locked; see `finish`."""
     folder = plan.folder
     shards = [plan.finished(index) for index in range(len(plan.shards))]
     missing = [index for index, shard in enumerate(shards) if shard is None]

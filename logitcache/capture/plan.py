@@ -3,7 +3,7 @@
     OUT/.build/tokens/00000.parquet token sequences of shard 0, and so on
     OUT/.build/left_out/00000.json  rows of shard 0 for which the teacher gave NaN, only with --skip-bad
     OUT/.build/tail_groups.parquet  the partition, once it is made
-    OUT/.build/ranges               held by the processes of shard ranges
+    OUT/.build/ranges               locked by the processes of shard ranges
     OUT/.build/answers              what the teacher answered, see `completions`; only with --generate
     OUT/.build/places, copied       rows that are copied from other caches, see `reuse`; only with --reuse
 

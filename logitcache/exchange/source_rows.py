@@ -55,15 +55,15 @@ def _read_parquet(file: SourceFile, columns: Sequence[str], first: int) -> Itera
     row = first
     with file.opened() as source, _readable(file, lambda: f"row {row}"):
         parquet = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
-        held = [name for name in columns if name in parquet.schema_arrow.names]
+        present = [name for name in columns if name in parquet.schema_arrow.names]
         begins = 0
         for group in range(parquet.num_row_groups):
             count = parquet.metadata.row_group(group).num_rows
             if begins + count > first:
                 skipped = max(first - begins, 0)
-                for batch in parquet.iter_batches(ROWS_AT_A_TIME, [group], held, use_threads=False):
+                for batch in parquet.iter_batches(ROWS_AT_A_TIME, [group], present, use_threads=False):
                     for index in range(min(skipped, len(batch)), len(batch)):
-                        values = {name: batch.column(name)[index] for name in held}
+                        values = {name: batch.column(name)[index] for name in present}
                         yield SourceRow(values, f"{file.url}, row {row}")
                         row += 1
                     skipped = max(skipped - len(batch), 0)

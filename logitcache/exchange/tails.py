@@ -50,21 +50,21 @@ def finish_targets(
     Raises BadRow naming a position with an id outside the vocabulary or twice, a log-probability that is no number,
     no entry at all, or a mass beyond most_mass.
     """
-    held = ~np.isneginf(logprobs)
+    present = ~np.isneginf(logprobs)
     order = np.argsort(-logprobs, axis=1, kind="stable")
-    logprobs, held = np.take_along_axis(logprobs, order, axis=1), np.take_along_axis(held, order, axis=1)
-    ids = np.where(held, np.take_along_axis(ids, order, axis=1), PAD_ID)
+    logprobs, present = np.take_along_axis(logprobs, order, axis=1), np.take_along_axis(present, order, axis=1)
+    ids = np.where(present, np.take_along_axis(ids, order, axis=1), PAD_ID)
     with np.errstate(over="ignore", invalid="ignore"):
         mass = np.exp(logprobs, dtype=np.float64).sum(axis=1)
     ascending = np.sort(ids, axis=1)
     twice = ((np.diff(ascending, axis=1) == 0) & (ascending[:, 1:] != PAD_ID)).any(axis=1)
-    outside = (held & ((ids < 0) | (ids >= vocab_size))).any(axis=1)
+    outside = (present & ((ids < 0) | (ids >= vocab_size))).any(axis=1)
     wanted = np.full(len(mass), 1 - LEAST_TAIL) if tail is None else -np.expm1(tail.astype(np.float64))
     for wrong, what in [
         (np.isnan(logprobs).any(axis=1), "a log-probability that is not a number"),
         (outside, f"a token id outside the vocabulary of {vocab_size:,} (--vocab-size)"),
         (twice, "the same token id twice"),
-        (~held.any(axis=1) & (tail is None), "no entry, though its token is trained"),
+        (~present.any(axis=1) & (tail is None), "no entry, though its token is trained"),
         (~(mass <= most_mass), f"probabilities that add up to more than {most_mass:g}: these are no log-probabilities"),
         ((np.abs(mass - wanted) > MOST_MISSING) & (tail is not None), "entries and tail that do not add up to 1"),
     ]:
@@ -77,7 +77,7 @@ def finish_targets(
         scale = (np.abs(mass - wanted) > tolerance) & (wanted > 0) & (mass > 0)
     if scale.any():
         logprobs[scale] += np.log(wanted[scale] / mass[scale])[:, None].astype(np.float32)
-    logprobs = np.where(held, np.minimum(logprobs, 0), -np.inf).astype(np.float32)
+    logprobs = np.where(present, np.minimum(logprobs, 0), -np.inf).astype(np.float32)
     kept = logprobs[:, :top_k]
     rest = np.exp(logprobs[:, kept.shape[1] :], dtype=np.float64).sum(axis=1)
     if tail is None:

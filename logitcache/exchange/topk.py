@@ -65,16 +65,16 @@ def table(rows: DecodedRows) -> pa.Table:
     predicted[rows.token_offsets[:-1][lengths > 0]] = False
     stored = rows.loss_mask[predicted]  # of every token but the first of its row
     counts = np.zeros(len(stored), dtype=np.int64)
-    held = np.isfinite(rows.targets.logprobs)  # one of probability 0 says no more than one that is not there
-    counts[stored] = held.sum(axis=1)
+    present = np.isfinite(rows.targets.logprobs)  # one of probability 0 says no more than one that is not there
+    counts[stored] = present.sum(axis=1)
     tails = np.full(len(stored), -np.inf, dtype=np.float32)
     tails[stored] = rows.targets.tail_logprob
     per_row = _offsets(np.maximum(lengths - 1, 0))
     columns = {
         "input_ids": _lists(_offsets(lengths), pa.array(rows.input_ids, pa.int32())),
         MASK: _lists(_offsets(lengths), pa.array(rows.loss_mask, pa.bool_())),
-        IDS: _lists(per_row, _lists(_offsets(counts), pa.array(rows.targets.token_ids[held], pa.int32()))),
-        LOGPROBS: _lists(per_row, _lists(_offsets(counts), pa.array(rows.targets.logprobs[held], pa.float32()))),
+        IDS: _lists(per_row, _lists(_offsets(counts), pa.array(rows.targets.token_ids[present], pa.int32()))),
+        LOGPROBS: _lists(per_row, _lists(_offsets(counts), pa.array(rows.targets.logprobs[present], pa.float32()))),
         TAIL: _lists(per_row, pa.array(tails, pa.float32(), mask=np.isneginf(tails))),
     }
     return pa.table(columns)

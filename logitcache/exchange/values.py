@@ -35,10 +35,10 @@ class Ragged(NamedTuple):
     def padded(self, fill: float, dtype: type) -> np.ndarray:
         """The lists as rows [n, longest], filled up at their ends."""
         width = int(self.lengths.max(initial=0))
-        held = np.arange(width) < self.lengths[:, None]
-        rows: np.ndarray = np.full(held.shape, fill, dtype)
+        filled = np.arange(width) < self.lengths[:, None]
+        rows: np.ndarray = np.full(filled.shape, fill, dtype)
         with np.errstate(over="ignore"):
-            rows[held] = self.values
+            rows[filled] = self.values
         return rows
 
 

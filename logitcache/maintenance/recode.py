@@ -96,23 +96,26 @@ class _Entries:
         return cls(top_k, capture.get("top_p", 1.0), capture.get("min_k", top_k))
 
 
-def _fewer_entries(held: _Entries, top_k: int | None, top_p: float | None, min_k: int | None) -> _Entries:
+def _fewer_entries(stored: _Entries, top_k: int | None, top_p: float | None, min_k: int | None) -> _Entries:
     """What the cache will hold. Raises UserError where that is more than it holds."""
-    ragged = held.top_p < 1
-    k = held.top_k if top_k is None else top_k
-    p = held.top_p if top_p is None else top_p
-    most = min(k, held.min_k) if ragged else k  # the floor that every position is sure to have
-    default = min(DEFAULT_MIN_K, most) if top_p is not None else min(held.min_k, k)
+    ragged = stored.top_p < 1
+    k = stored.top_k if top_k is None else top_k
+    p = stored.top_p if top_p is None else top_p
+    most = min(k, stored.min_k) if ragged else k  # the floor that every position is sure to have
+    default = min(DEFAULT_MIN_K, most) if top_p is not None else min(stored.min_k, k)
     floor = default if min_k is None else min_k
     for holds, message in [
         (
-            1 <= k <= held.top_k,
-            f"--top-k {k}: the cache holds {held.top_k} entries of a position, choose 1…{held.top_k}",
+            1 <= k <= stored.top_k,
+            f"--top-k {k}: the cache holds {stored.top_k} entries of a position, choose 1…{stored.top_k}",
         ),
         (0 < p <= 1, f"--top-p {p}: choose a probability mass in (0, 1]"),
-        (p <= held.top_p, f"--top-p {p}: the cache's entries were taken up to a mass of {held.top_p}, choose no more"),
+        (
+            p <= stored.top_p,
+            f"--top-p {p}: the cache's entries were taken up to a mass of {stored.top_p}, choose no more",
+        ),
         (1 <= floor <= k, f"--min-k {floor}: choose 1…{k}, the value of --top-k"),
-        (floor <= most or min_k is None, f"--min-k {floor}: the cache's own floor is {held.min_k}, choose 1…{most}"),
+        (floor <= most or min_k is None, f"--min-k {floor}: the cache's own floor is {stored.min_k}, choose 1…{most}"),
     ]:
         if not holds:
             raise UserError(message)

@@ -37,7 +37,7 @@ def slice_cache(
     shard_positions: int = SHARD_POSITIONS,
     overwrite: bool = False,
 ) -> LogitCache:
-    """Writes those rows of a cache to another that meet every one of the conditions given.
+    """Writes the rows of a cache that meet all of the given conditions to another cache.
 
     The same call continues an interrupted one.
 
@@ -170,16 +170,16 @@ def _sampled(chosen: Iterator[Rows], count: int, seed: int) -> Generator[Rows]:
     """The rows whose ids, mixed with the seed, are the `count` lowest numbers, in order; of equal ids the first."""
     if count < 1:
         raise UserError(f"--sample {count}: at least 1 row is needed")
-    seen, held = 0, 0
+    seen, num_drawn = 0, 0
     limit = np.uint64(2**64 - 1)
     parts: list[Rows] = []
     for rows in chosen:
         seen += len(rows)
         parts.append(rows[_mixed(rows.ids, seed) <= limit])
-        held += len(parts[-1])
-        if held >= 2 * count:
+        num_drawn += len(parts[-1])
+        if num_drawn >= 2 * count:
             best = _lowest(parts, count, seed)
-            parts, held, limit = [best], count, _mixed(best.ids, seed).max()
+            parts, num_drawn, limit = [best], count, _mixed(best.ids, seed).max()
     if seen < count:
         raise UserError(f"--sample {count}: only {seen} rows to draw from")
     yield _lowest(parts, count, seed)

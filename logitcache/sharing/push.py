@@ -44,7 +44,7 @@ from logitcache.sharing.transfer import (
 )
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder, Stored
-from logitcache.storage.lock import held
+from logitcache.storage.lock import locked
 from logitcache.storage.regular_files import regular_file
 
 
@@ -163,7 +163,7 @@ def _push_files(ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pus
     target, source = Folder(url), Folder(ours.folder)
     if target.lies_in(source) or source.lies_in(target):
         raise UserError(f"{url}: choose a place outside the cache that is pushed, {source}")
-    with held(target):
+    with locked(target):
         return _push_to(target, ours, url, overwrite, public)
 
 

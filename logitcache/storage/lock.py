@@ -1,4 +1,4 @@
-"""Folders that one command at a time writes to."""
+"""One command at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ logger = logging.getLogger("logitcache")
 
 
 @contextmanager
-def held(folder: Folder, *, shared: bool = False) -> Iterator[None]:
-    """Holds a folder against other commands while the block runs; makes it, and leaves no empty one behind.
+def locked(folder: Folder, *, shared: bool = False) -> Iterator[None]:
+    """Locks a folder against other commands while the block runs; makes the folder, and leaves no empty one behind.
 
-    shared: together with other processes of one build, each of which scores a range of its shards. A URL cannot be held.
-    Raises UserError for a place that takes no files, and for a folder that another command holds.
+    shared: together with other processes of one build, each of which scores a range of its shards. A URL cannot be locked.
+    Raises UserError for a place that takes no files, and for a folder that another command has locked.
     """
     folder.check_writable()
     if folder.local is None:

@@ -105,14 +105,14 @@ class Verification(Iterator[Finding]):
         if self.is_another:
             return
         named = self._has_manifest and bool(claims.named)
-        held = [name for name in self._folder.files("data") if not name.split("/")[-1].startswith(".")]
+        present = [name for name in self._folder.files("data") if not name.split("/")[-1].startswith(".")]
         yield from _check_files(self._folder, claims)
         if named:
-            yield from _check_unnamed(self._folder, held, claims)
+            yield from _check_unnamed(self._folder, present, claims)
             shards: list[tuple[str, ShardInfo | None]] = [(shard.name, shard) for shard in claims.shards]
-            shards += [(name, None) for name in held if name in claims.named - {name for name, _ in shards}]
+            shards += [(name, None) for name in present if name in claims.named - {name for name, _ in shards}]
         else:
-            shards = [(name, None) for name in held if name.endswith(".parquet")]
+            shards = [(name, None) for name in present if name.endswith(".parquet")]
         yield from self._check_shards(shards, claims)
 
     def _check_shards(self, shards: list[tuple[str, ShardInfo | None]], claims: Claims) -> Iterator[Finding]:
@@ -180,10 +180,10 @@ class _RowIds:
         """A finding for each row that was there before; `names` are the shards' in the order of their numbers."""
         self._deal()
         for bucket in range(NUM_BUCKETS):
-            held = self._buckets.read(bucket)
-            held = held[np.argsort(held["id"], kind="stable")]
-            for i in np.flatnonzero(held["id"][1:] == held["id"][:-1]).tolist():
-                former, again = held[i], held[i + 1]
+            records = self._buckets.read(bucket)
+            records = records[np.argsort(records["id"], kind="stable")]
+            for i in np.flatnonzero(records["id"][1:] == records["id"][:-1]).tolist():
+                former, again = records[i], records[i + 1]
                 where = "it" if former["shard"] == again["shard"] else names[former["shard"]]
                 what = f"the same tokens and loss mask as row {former['row']} of {where}"
                 row_id = again["id"].ljust(16, b"\0").hex()
@@ -202,8 +202,8 @@ def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
             yield Finding("damaged", name, f"cannot be read ({one_line(error)})")
     groups_stored = folder.exists(TAIL_GROUPS_NAME)
     if claims.files:
-        held = folder.files(TOKENIZER_DIRECTORY) + [TAIL_GROUPS_NAME] * groups_stored
-        for name in held:
+        present = folder.files(TOKENIZER_DIRECTORY) + [TAIL_GROUPS_NAME] * groups_stored
+        for name in present:
             if name not in claims.named:
                 yield Finding("foreign", name, "a reader would trust it")
     if claims.layout is not None and claims.layout.tail_parts.groups:
@@ -229,9 +229,9 @@ def _check_tail_groups(folder: Folder, claims: Claims) -> Iterator[Finding]:
         yield Finding("layout", TAIL_GROUPS_NAME, what)
 
 
-def _check_unnamed(folder: Folder, held: list[str], claims: Claims) -> Iterator[Finding]:
+def _check_unnamed(folder: Folder, present: list[str], claims: Claims) -> Iterator[Finding]:
     """Findings about files beside the shards."""
-    for name in held:
+    for name in present:
         if name in claims.named:
             continue
         try:

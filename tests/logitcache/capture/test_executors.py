@@ -21,7 +21,7 @@ import ray
 
 import logitcache
 from logitcache import UserError
-from logitcache.assembly.workspace import range_held
+from logitcache.assembly.workspace import lock_range
 from logitcache.capture import executors
 from logitcache.capture.finish import finish
 from logitcache.capture.plan import BuildPlan
@@ -267,7 +267,7 @@ def test_a_second_process_of_the_same_range_is_refused(
     if index:
         build(teacher, corpus, out, shard_range=(0, 2))
     refused = pytest.raises(UserError, match=f"another process is at work on --shard-range {index}/2")
-    with range_held(Folder(out), (index, 2)), refused:
+    with lock_range(Folder(out), (index, 2)), refused:
         build(teacher, corpus, out, shard_range=(index, 2))
     build(teacher, corpus, out, shard_range=(index, 2))
     build(teacher, corpus, out, shard_range=(1 - index, 2))

@@ -16,9 +16,7 @@ from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.plan import BuildPlan, make_plan
 from logitcache.documents.document import Document
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.shards import ShardWriter
 from logitcache.storage.folder import Folder
-from tests.helpers.smallcaches import EVERYTHING, random_rows
 
 SPEC = {"teacher": {"name": "tiny"}, "capture": {"top_k": 8}}
 
@@ -141,21 +139,6 @@ def test_a_plan_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     assert recorded_spec(Folder(tmp_path)) is None
     make_plan(Folder(tmp_path), SPEC, corpus(documents()), shard_positions=40)
     assert not leftover.exists()
-
-
-def test_a_shard_is_finished_when_it_was_recorded_and_is_there(tmp_path: Path) -> None:
-    plan = make_plan(Folder(tmp_path), SPEC, corpus(documents()), shard_positions=40)
-    assert plan.finished(0) is None
-    with ShardWriter(Folder(tmp_path), plan.shard_name(0), EVERYTHING) as writer:
-        writer.write(*random_rows(1, EVERYTHING)[0])
-    assert plan.finished(0) is None
-    plan.record(0, writer.info)
-    assert plan.finished(0) == writer.info
-    shard = tmp_path / plan.shard_name(0)
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert plan.finished(0) is None
-    shard.unlink()
-    assert plan.finished(0) is None
 
 
 def test_a_kept_column_that_no_document_has_is_refused(tmp_path: Path) -> None:
