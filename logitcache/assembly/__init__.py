@@ -1,1 +1,1 @@
-"""How any command makes a cache: workspace, resume, card, manifest."""
+"""The one resumable way in which every command makes a cache: workspace, plan, resume, write, finalize, card."""

@@ -1,4 +1,4 @@
-"""README.md of a cache: written by every command that changes the cache; what people wrote below its last line is kept."""
+"""The card of a cache is its README.md: every command that changes the cache writes it; words below its last line are kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MARKED = re.compile("^" + re.escape(_MARK).replace(r"\{digest\}", "([0-9a-f]{16
 
 @dataclass(frozen=True)
 class Card:
-    """What a README.md says beside what the manifest does.
+    """The part of a README.md that does not follow from the manifest.
 
     licenses: those of `LICENSES` that it states.  notes: what stands below the mark.  edited: what stands above it is not
     what was written there.
@@ -38,7 +38,7 @@ class Card:
 
 
 def read_card(folder: Folder) -> Card:
-    """The card of a cache; an empty one where it has none."""
+    """Reads the card of a cache; returns an empty one if there is none."""
     if not folder.exists(CARD_NAME):
         return Card()
     text = folder.read(CARD_NAME).decode(errors="replace").replace("\r\n", "\n")
@@ -99,14 +99,14 @@ def check_license(name: str, value: str) -> None:
 
 
 def common_licenses(folders: Iterable[Folder]) -> dict[str, str]:
-    """What all these caches' cards state alike."""
+    """Returns the licences that the cards of all these caches state alike."""
     cards = [read_card(folder).licenses for folder in folders]
     first = cards[0] if cards else {}
     return {name: value for name, value in first.items() if all(card.get(name) == value for card in cards)}
 
 
 def _stated(name: str, front: str) -> str:
-    """A licence in the YAML, "unknown" where there is none that `check_license` takes: the card may be someone else's."""
+    """Reads a licence from the YAML: "unknown" if `check_license` refuses it, for the card may be someone else's."""
     found = re.search(rf"^{name}: (.*)$", front, re.MULTILINE)
     value: object = found[1].strip() if found else UNKNOWN
     with suppress(ValueError):

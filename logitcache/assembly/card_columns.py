@@ -1,4 +1,4 @@
-"""What a card says of the columns: their meanings, and the SQL that turns them into token ids and log-probabilities."""
+"""The card explains the columns: their meanings, and the SQL that turns them into token ids and log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from logitcache.format.layout import Layout
 
 
 def column_table(layout: Layout) -> str:
-    """A Markdown table of the columns."""
+    """Returns a Markdown table of the columns."""
     meanings = _MEANINGS | {name: column.meaning for name, column in layout.tail_columns.items()}
     rows = [f"| `{c.name}` | `{c.type}` | {meanings.get(c.name, 'kept from the source')} |" for c in layout.schema()]
     return "\n".join(["| column | type | meaning |", "|---|---|---|", *rows])
 
 
 def decoding(layout: Layout) -> tuple[str, str]:
-    """How the columns are read: in words, and as SQL for DuckDB."""
+    """Explains how the columns are read: in words, and as SQL for DuckDB."""
     quantization = layout.quantization
     if quantization is None:
         return _EXACT, _EXACT_SQL

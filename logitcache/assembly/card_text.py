@@ -12,7 +12,7 @@ from logitcache.report.statistics import PERCENTILES, Statistics
 
 
 def card_text(manifest: Manifest, identity: str, statistics: Statistics, licenses: Mapping[str, str]) -> str:
-    """YAML as the Hugging Face Hub and `datasets` read it, then Markdown. What the manifest says is text, not Markdown.
+    """Returns YAML as the Hugging Face Hub and `datasets` read it, then Markdown. Words of the manifest are shown as text.
 
     licenses: "license" of the cache, an identifier of the Hub; "teacher_license" and "data_license", any words.
     """
@@ -39,7 +39,7 @@ _LICENSE_LABELS = {"license": "this cache", "teacher_license": "the teacher", "d
 
 
 def _yaml(manifest: Manifest, licenses: Mapping[str, str]) -> str:
-    """JSON strings are YAML strings, whatever is in them."""
+    """Quotes a text for YAML: JSON strings are YAML strings, whatever is in them."""
     lines = [f"license: {licenses['license']}"]
     lines += [
         f"{name}: {json.dumps(licenses[name], ensure_ascii=False)}" for name in _LICENSE_LABELS if name != "license"
@@ -55,7 +55,7 @@ def _teacher(manifest: Manifest) -> str:
 
 
 def _size_category(count: int) -> str:
-    """The Hub's name for a number of rows."""
+    """Returns the Hub's name for a number of rows."""
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     power = len(str(max(count, 1))) - 3  # 1 for 1,000 to 9,999
     if power < 1:
@@ -94,7 +94,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Words of a manifest as Markdown that shows them: one line, no tag, no link, no cell of a table."""
+    """Escapes words of a manifest so that Markdown shows them: one line, no tag, no link, no cell of a table."""
     shown = "".join(sign for sign in " ".join(text.split()) if sign.isprintable())
     escaped = shown.replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{sign}" if sign in "\\`*_{}[]|~" else sign for sign in escaped)

@@ -24,13 +24,13 @@ from logitcache.version import CREATED_BY
 
 
 def trusted_files(folder: Folder) -> dict[str, str]:
-    """SHA-256 of the tokenizer's files and of the tail groups, by name: `Manifest.files`."""
+    """Computes `Manifest.files`: the SHA-256 of the tokenizer's files and of the tail groups, by name."""
     names = [*folder.files(TOKENIZER_DIRECTORY), TAIL_GROUPS_NAME]
     return {name: hashlib.sha256(folder.read(name)).hexdigest() for name in names if folder.exists(name)}
 
 
 def history_step(spec: Mapping[str, Any], shards: Sequence[ShardInfo], **counts: int) -> dict[str, Any]:
-    """The step of a cache's history that records the command which wrote these shards; counts: what else it says of the rows."""
+    """Returns the step of a history that records the command which wrote these shards; counts: further numbers of rows."""
     return {
         **spec,
         "created_by": CREATED_BY,

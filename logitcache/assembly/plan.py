@@ -1,4 +1,4 @@
-"""The plan of a cache: its shards, decided before the first is written, and which of them are complete.
+"""The plan of a cache decides its shards before the first is written, and says which of them are complete.
 
     OUT/.build/logitcache           marks the folder as ours
     OUT/.build/plan.json            the settings and the shards; its presence means that planning is complete
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def num_positions(self) -> int:
-        """Stored positions of all shards."""
+        """The stored positions of all shards."""
         return sum(shard.num_positions for shard in self.shards)
 
     def shard_name(self, index: int) -> str:
@@ -81,7 +81,7 @@ class Plan:
         return shard_name(index, len(self.shards))
 
     def finished(self, index: int) -> ShardInfo | None:
-        """What was recorded of a shard; None if the shard is not complete."""
+        """Returns the record of a shard; None if the shard is not complete."""
         if not self.folder.exists(_record_name(index)):
             return None
         info = ShardInfo.from_json(json.loads(self.folder.read(_record_name(index))))

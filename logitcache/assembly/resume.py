@@ -47,13 +47,13 @@ def finished_cache(folder: Folder, spec: Mapping[str, Any]) -> LogitCache | None
 
 
 def _without_result(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of a build in the fingerprint of its cache."""
+    """Returns the spec of a build, given the fingerprint of its cache."""
     corpus = {name: value for name, value in fingerprint["corpus"].items() if name != "sequences_sha256"}
     return {**fingerprint, "corpus": corpus}
 
 
 def recorded_spec(folder: Folder) -> dict[str, Any] | None:
-    """The settings that an unfinished cache was begun with; None if it was interrupted before they were recorded."""
+    """Returns the settings that an unfinished cache was begun with; None if it was interrupted before they were recorded."""
     for name in (PLAN_NAME, PROMPTS_NAME):
         if folder.exists(name):
             spec: dict[str, Any] = json.loads(folder.read(name))["request"]
@@ -62,7 +62,7 @@ def recorded_spec(folder: Folder) -> dict[str, Any] | None:
 
 
 def continues(folder: Folder, spec: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `folder` holds an unfinished cache with a plan, begun with the same settings.
+    """Tells whether `folder` contains an unfinished cache with a plan, begun with the same settings.
 
     Raises UserError if it was begun with others, which `overwrite` may replace.
     """
@@ -96,7 +96,7 @@ def refuse_changes(recorded: Mapping[str, Any], spec: Mapping[str, Any], folder:
 
 
 def differences(recorded: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
-    """The settings in which two specs differ, in words; of two commands that they are two."""
+    """Lists the settings in which two specs differ, in words; of two commands only that they are two."""
     before, now = (each.get("command", "build") for each in (recorded, spec))
     if before != now:
         return [f"command was {before}, now {now}"]
@@ -104,7 +104,7 @@ def differences(recorded: Mapping[str, Any], spec: Mapping[str, Any]) -> list[st
 
 
 def first_of(changes: list[str]) -> str:
-    """The first three changes, and how many more there are."""
+    """Joins the first three changes, and says how many more there are."""
     return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 

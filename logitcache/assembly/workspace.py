@@ -21,9 +21,9 @@ from logitcache.storage.folder import Folder
 from logitcache.storage.lock import lock, locked
 
 MARK_NAME = f"{BUILD_DIRECTORY}/logitcache"
-"""File by which a later command knows that the folder is one of ours."""
+"""The file by which a later command knows that the folder is one of ours."""
 ANSWERS_NAME = f"{BUILD_DIRECTORY}/answers"
-"""What the teacher answered, hours of work: not to be removed with a plan that was cut off."""
+"""The completions of a build with --generate, hours of work: they stay when a plan that was cut off is removed."""
 PROMPTS_NAME = f"{ANSWERS_NAME}/prompts.json"
 """The settings of a build whose teacher answers prompts, and the counts of them; there before plan.json."""
 
@@ -66,7 +66,7 @@ def _refuse_what_is_not_ours(folder: Folder) -> None:
 
 
 def is_ours(folder: Folder) -> bool:
-    """Whether a folder contains a cache of ours, finished or begun."""
+    """Tells whether a folder contains a cache of ours, finished or begun."""
     if folder.exists(MANIFEST_NAME) or folder.exists(MARK_NAME):
         return True
     killed_before_its_mark = all(name.endswith(TEMPORARY_SUFFIX) for name in folder.names(BUILD_DIRECTORY))
@@ -74,7 +74,7 @@ def is_ours(folder: Folder) -> bool:
 
 
 def begin(folder: Folder, keep: str | None = None) -> None:
-    """Empties the build directory but for `keep` and our mark, which is written first; a cache beside it stays as it is."""
+    """Empties the build directory except `keep` and our mark, which is written first; a cache beside it stays as it is."""
     folder.write(MARK_NAME, "Work in progress of `logitcache`: the same command continues it.\n")
     for name in folder.names(BUILD_DIRECTORY):
         if f"{BUILD_DIRECTORY}/{name}" not in (MARK_NAME, keep):
@@ -82,13 +82,13 @@ def begin(folder: Folder, keep: str | None = None) -> None:
 
 
 def abandon(folder: Folder, keep: str | None = None) -> None:
-    """Removes the build directory but for `keep`; its mark stays where what is left would be nobody's without it."""
+    """Removes the build directory except `keep`; the mark stays if the folder would be nobody's without it."""
     begin(folder, keep)
     if keep is None and (folder.exists(MANIFEST_NAME) or not folder.exists("data")):
         folder.remove(BUILD_DIRECTORY)
 
 
 def remove_former(folder: Folder) -> None:
-    """Removes a cache but for its build directory. The manifest goes first: without it the rest is no cache."""
+    """Removes a cache except its build directory. The manifest goes first: without it the rest is no cache."""
     for name in (MANIFEST_NAME, SIGNATURE_NAME, CARD_NAME, TAIL_GROUPS_NAME, TOKENIZER_DIRECTORY, "data"):
         folder.remove(name)

@@ -1,4 +1,4 @@
-"""logitcache.build: plan → shards → finished cache, and the same call again continues where it was stopped."""
+"""logitcache build: the corpus is planned, its shards are scored or copied, and the cache is finished."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _reused(paths: Sequence[str | Path], out: Folder) -> ReusedCaches | None:
 
 
 def _wait_for(folder: Folder, name: str, what: str) -> None:
-    """Returns when the process of the first shard range has written a file."""
+    """Waits until the process of the first shard range has written a file."""
     if not folder.exists(name):
         logger.info("waiting until --shard-range 0/… %s", what)
     while not folder.exists(name):
@@ -238,7 +238,7 @@ def _capture(plan: BuildPlan, job: Job, placement: Placement) -> None:
 
 
 def _copy(plan: BuildPlan, reused: ReusedCaches, shards: Sequence[int]) -> dict[int, int]:
-    """Writes the shards of which nothing is to be scored. Returns the others, to the number of tokens that are."""
+    """Writes the shards without a row to score. Returns the other shards, each with its number of tokens to score."""
     if plan.cache_layout.tail_parts.groups:
         reused.take_tail_groups(plan.folder)
     to_score = reused.match(plan, shards)

@@ -1,4 +1,4 @@
-"""Shards that are all there → a cache: tokenizer, partition and card, then the manifest."""
+"""logitcache finish: the complete shards of a build become a cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from logitcache.storage.folder import Folder
 from logitcache.version import CREATED_BY
 
 NOT_SCORED = "not scored"
-"""What `skipped` of the manifest calls rows for which the teacher gave NaN."""
+"""The reason in `Manifest.skipped` of rows for which the teacher gave NaN."""
 
 logger = logging.getLogger("logitcache")
 
@@ -83,7 +83,7 @@ def finish_plan(plan: BuildPlan) -> LogitCache:
 
 
 def _sha256(plan: BuildPlan, left_out: Mapping[int, Mapping[int, str]]) -> str:
-    """Of the row ids in order, without the rows that are left out."""
+    """Returns the SHA-256 of the row ids in order, without the rows that are left out."""
     if not left_out:
         return plan.sequences_sha256
     digest = hashlib.sha256()

@@ -63,17 +63,17 @@ class BuildPlan(Plan):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the teacher reads, prompts included: what a build takes its time for."""
+        """The tokens that the teacher reads, prompts included: the time of a build goes there."""
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
     def cache_layout(self) -> Layout:
-        """Columns of every shard."""
+        """The columns of every shard."""
         capture = {name: value for name, value in self.spec["capture"].items() if name != "shard_positions"}
         return cache_layout(CaptureSettings.from_json(capture), self.spec["teacher"]["vocab_size"], self.column_types)
 
     def sequences(self, index: int) -> Iterator[TokenSequence]:
-        """The token sequences of a shard, in order."""
+        """Yields the token sequences of a shard, in order."""
         with self.folder.open(_tokens_name(index)) as source:
             for sequence in read_tokens(source):
                 yield replace(sequence, columns=stored_columns(self.column_types, sequence.columns))
@@ -84,7 +84,7 @@ class BuildPlan(Plan):
         return bool(self.spec["corpus"]["skip_bad"])
 
     def record_left_out(self, index: int, rows: Mapping[int, str]) -> None:
-        """Writes down the rows of a shard that could not be scored, number to reason, before the shard is recorded."""
+        """Records the rows of a shard that could not be scored, number to reason, before the shard itself is recorded."""
         name = f"{LEFT_OUT_NAME}/{index:05d}.json"
         if rows:
             self.folder.write(name, json.dumps(list(rows.items()), ensure_ascii=False))
@@ -92,18 +92,18 @@ class BuildPlan(Plan):
             self.folder.remove(name)
 
     def left_out(self) -> dict[int, dict[int, str]]:
-        """What was written down of the rows that could not be scored, by shard."""
+        """Returns the rows that could not be scored, number to reason, by shard."""
         names = self.folder.names(LEFT_OUT_NAME)
         return {int(name[:5]): dict(json.loads(self.folder.read(f"{LEFT_OUT_NAME}/{name}"))) for name in sorted(names)}
 
 
 def cache_layout(settings: CaptureSettings, vocab_size: int, column_types: Mapping[str, str]) -> Layout:
-    """Columns of the shards that a capture with these settings makes."""
+    """Returns the columns of the shards that a capture with these settings makes."""
     return Layout(vocab_size, settings.tail_parts, column_types, settings.precision)
 
 
 class TokensWriter:
-    """Context manager: writes sequences to a file. Kept columns become JSON text, what JSON has not becomes a string."""
+    """A context manager that writes sequences to a file. Kept columns become JSON text; types unknown to JSON become strings."""
 
     def __init__(self, path: Path) -> None:
         self._parquet = pq.ParquetWriter(path, TOKENS_SCHEMA, compression="zstd")
@@ -137,7 +137,7 @@ class TokensWriter:
 
 
 def read_tokens(source: BinaryIO) -> Iterator[TokenSequence]:
-    """The sequences of such a file, in order."""
+    """Yields the sequences of a file that a TokensWriter wrote, in order."""
     with pq.ParquetFile(source) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
@@ -151,7 +151,7 @@ def read_tokens(source: BinaryIO) -> Iterator[TokenSequence]:
 
 
 class ReadCorpus(Protocol):
-    """What yields the sequences of a corpus and counts as it does: see `Corpus`."""
+    """Yields the sequences of a corpus and counts as `Corpus` does."""
 
     layout: str | None
     num_documents: int
@@ -173,9 +173,9 @@ def make_plan(folder: Folder, spec: Mapping[str, Any], corpus: ReadCorpus, shard
 
 
 def check_read(corpus: ReadCorpus, found: bool, what: str) -> None:
-    """Says what is to be known of a corpus that was read to its end.
+    """Logs the notes of a corpus that was read to its end.
 
-    Raises UserError where it held none of what was wanted, or never a column of --keep.
+    Raises UserError if nothing that was wanted was found, or a column of --keep never was.
     """
     for note, count in corpus.notes.items():
         logger.warning("%s %s", f"{count:,}", note)

@@ -1,4 +1,4 @@
-"""One engine at work on shards: scoring in this thread, checking, encoding and writing in another."""
+"""One engine works on shards: it scores in this thread; another thread checks, encodes and writes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ from logitcache.format.targets import SparseTargets, find_defect
 from logitcache.storage.folder import Folder
 
 CALIBRATION_SEQUENCES = 256
-"""Of the first shard, whose positions the tail groups are made from."""
+"""Sequences of the first shard whose positions the tail groups are made from."""
 WAITING_SEQUENCES = 16
 """Scored sequences that may wait to be written: then the engine waits."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process must know to score shards of a build; travels to other hosts. reused: where rows are copied from."""
+    """The knowledge that a process needs to score shards of a build; it travels to other hosts.
+
+    reused: the caches that rows are copied from.
+    """
 
     out: str
     model: TeacherModel
@@ -52,7 +55,7 @@ class ShardWorker:
         self._plan = BuildPlan.read(Folder(job.out))
 
     def start(self) -> None:
-        """Loads the teacher. Raises UserError where it does not load."""
+        """Loads the teacher. Raises UserError if it does not load."""
         self._teacher: Teacher = start_teacher(
             self._job.model, self._job.engine, self._plan.longest, self._job.settings.top_k
         )
@@ -161,7 +164,7 @@ def _rows(
 
 
 def find_nan(sequence: TokenSequence, targets: SparseTargets) -> str | None:
-    """What to say of a row for which the teacher gave NaN, None of any other."""
+    """Returns an error message if the teacher gave NaN for a row, otherwise None."""
     wrong = np.isnan(targets.logprobs).any(axis=1) | np.isnan(targets.tail_logprob)
     if not wrong.any():
         return None
@@ -173,7 +176,7 @@ def find_nan(sequence: TokenSequence, targets: SparseTargets) -> str | None:
 
 
 def _is_copied(plan: BuildPlan, shard: int, reused: ReusedCaches | None) -> list[bool]:
-    """Of each row of a shard."""
+    """Tells of each row of a shard whether it is copied."""
     if reused is None:
         return [False] * plan.shards[shard].num_sequences
     copied: list[bool] = (read_places(plan.folder, shard)[0] >= 0).tolist()
@@ -198,7 +201,7 @@ def _check(sequence: TokenSequence, targets: SparseTargets, layout: Layout, tole
 
 
 class ShardWriterThread:
-    """Context manager: a thread that writes shards with the targets that it is given, in the order of their rows.
+    """A context manager whose thread writes shards with the targets that it is given, in the order of their rows.
 
     Leaving it with an exception leaves no half shard.
     """

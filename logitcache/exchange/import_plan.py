@@ -1,4 +1,4 @@
-"""The plan of an import: which of the sources' rows make which shard, decided from their tokens alone.
+"""The plan of an import decides from the tokens alone which of the sources' rows make which shard.
 
     OUT/.build/written/00000.json   what writing shard 0 came to, see `Written`; there before the shard counts as complete
     OUT/.build/ids/00000            row ids of shard 0, 16 bytes each
@@ -40,20 +40,20 @@ class Written:
     most_entries: int = 0
 
     def record(self, folder: Folder, shard: int, row_ids: Sequence[str]) -> None:
-        """Keeps it beside the shard until the cache is finished."""
+        """Records it beside the shard until the cache is finished."""
         folder.write(f"{BUILD_DIRECTORY}/ids/{shard:05d}", bytes.fromhex("".join(row_ids)))
         folder.write(f"{BUILD_DIRECTORY}/written/{shard:05d}.json", json.dumps(vars(self)))
 
     @classmethod
     def of(cls, folder: Folder, shard: int) -> tuple[Written, str]:
-        """What was recorded of a shard, and its row ids, 32 hexadecimal digits each, one after the other."""
+        """Returns the record of a shard, and its row ids, 32 hexadecimal digits each, one after the other."""
         data = json.loads(folder.read(f"{BUILD_DIRECTORY}/written/{shard:05d}.json"))
         return cls(**{**data, "skipped": Counter(data["skipped"])}), folder.read(
             f"{BUILD_DIRECTORY}/ids/{shard:05d}"
         ).hex()
 
     def add(self, other: Written) -> None:
-        """Takes another shard into account."""
+        """Adds the record of another shard."""
         self.skipped += other.skipped
         self.first_bad = self.first_bad or other.first_bad
         self.num_scaled += other.num_scaled
@@ -104,7 +104,7 @@ def cut(folder: Folder, spec: Mapping[str, Any], files: Sequence[SourceFile], re
 def rows_from(
     files: Sequence[SourceFile], columns: Sequence[str], begin: tuple[int, int]
 ) -> Iterator[tuple[int, int, SourceRow]]:
-    """(file number, row number in it, row) from a file's row on to the end of the last file."""
+    """Yields (file number, row number in it, row) from a file's row on to the end of the last file."""
     first_file, first_row = begin
     for number in range(first_file, len(files)):
         skipped = first_row if number == first_file else 0
@@ -122,12 +122,12 @@ def _tokens(row: SourceRow, reader: SequenceReader, skip_bad: bool) -> TokenSequ
 
 
 def bad_row(row: SourceRow, error: Exception) -> UserError:
-    """What stops an import without --skip-bad."""
+    """Returns the error that stops an import without --skip-bad."""
     return UserError(f"{row.where}: {error}; mend it, or leave such rows out with --skip-bad")
 
 
 def no_positions(tokens: TokenSequence) -> str | None:
-    """Why a row has nothing to store, as `skipped` calls it, or None."""
+    """Returns the reason in `Manifest.skipped` why a row has nothing to store, or None."""
     if len(tokens.input_ids) < 2:
         return "empty"
     return None if np.any(tokens.loss_mask) else "untrainable"

@@ -145,7 +145,7 @@ def import_logits(
 
 @dataclass(frozen=True)
 class _Job:
-    """How rows are read and what is stored of them."""
+    """Knows how rows are read, and what is stored of them."""
 
     kind: SourceFormat
     files: Sequence[SourceFile]
@@ -156,7 +156,7 @@ class _Job:
     skip_bad: bool
 
     def read(self, row: SourceRow, types: Mapping[str, str], written: Written) -> StoredRow | None:
-        """What a shard holds of a row, or None where it is left out, which `written` counts."""
+        """Returns what a shard stores of a row; None if the row is left out, which `written` counts."""
         try:
             tokens = self.reader.read(row)
             if reason := no_positions(tokens):
@@ -197,7 +197,7 @@ class _Rows:
         self._after: tuple[int, int] | None = None
 
     def of(self, index: int) -> Iterator[StoredRow]:
-        """What is stored of a shard's rows; records after the last of them what it came to."""
+        """Yields the stored rows of a shard; records its counts after the last of them."""
         written, row_ids = Written(), []
         for row in self._source_rows(self._plan.shards[index]):
             stored = self._job.read(row, self._plan.column_types, written)
@@ -273,7 +273,7 @@ def _counted(skipped: Mapping[str, int]) -> str:
 
 
 def _load_tokenizer(name: str) -> tuple[Any, int]:
-    """A tokenizer, and the number of ids that it knows. Raises UserError where there is none."""
+    """Loads a tokenizer; returns it and the number of ids that it knows. Raises UserError if there is none."""
     try:
         from transformers import AutoTokenizer
     except ModuleNotFoundError as error:

@@ -79,7 +79,7 @@ def _refuse_different(one: LogitCache, other: LogitCache) -> None:
 
 
 def _comparable(cache: LogitCache) -> dict[str, Any]:
-    """What must be the same in two caches, in the order in which it is told."""
+    """Returns what must be the same in two caches, in the order in which differences are named."""
     manifest, fingerprint = cache.manifest, cache.manifest.fingerprint
     layout = {name: value for name, value in manifest.layout.to_json().items() if name != "format_version"}
     # The layout says it too, or it is no matter of content.
@@ -96,7 +96,7 @@ def _comparable(cache: LogitCache) -> dict[str, Any]:
 
 
 def _joined(fingerprints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The first one's, with the sources of all, and of corpus and generation settings those that all share."""
+    """Joins fingerprints: the first one, with the sources of all, and the corpus and generation settings that all share."""
     sources: list[Any] = []
     for fingerprint in fingerprints:
         sources += [source for source in fingerprint["corpus"].get("sources", []) if source not in sources]
@@ -113,7 +113,7 @@ def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _distinct(sources: Sequence[LogitCache], folder: Folder) -> Generator[Rows]:
-    """All rows but those whose id a row before them has."""
+    """Yields all rows except those whose id an earlier row has."""
     with _scratch(folder) as directory, space_needed(directory):
         index = RowIndex(directory, (rows.ids for rows, _ in scan(sources)), sum(len(source) for source in sources))
         for rows, _ in scan(sources):
@@ -122,6 +122,6 @@ def _distinct(sources: Sequence[LogitCache], folder: Folder) -> Generator[Rows]:
 
 @contextmanager
 def _scratch(folder: Folder) -> Iterator[Path]:
-    """A directory for the time of the block: in the build directory, or local where the cache is written to a URL."""
+    """Makes a directory for the time of the block: in the build directory, or local if the cache is written to a URL."""
     with tempfile.TemporaryDirectory(prefix="ids-", dir=folder.local and folder.local / BUILD_DIRECTORY) as directory:
         yield Path(directory)

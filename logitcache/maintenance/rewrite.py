@@ -65,7 +65,7 @@ def open_source(path: str | Path, against: str | None = None) -> LogitCache:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What a command makes of its sources.
+    """The work of a command that makes a new cache of finished ones.
 
     command, settings: plain JSON, for the history.  layout, fingerprint, skipped: of the new cache; the fingerprint without
     what follows from its rows.  select: the rows to keep, in ascending order.  transform: what to store of a row.
@@ -84,7 +84,7 @@ class Rewrite:
 
     @property
     def merged(self) -> bool:
-        """Whether there are several sources."""
+        """Tells whether there are several sources."""
         return len(self.sources) > 1
 
 
@@ -155,7 +155,7 @@ def _rows_name(shard: int) -> str:
 
 
 def _rows(work: Rewrite, folder: Folder, shard: int) -> Iterator[StoredRow]:
-    """What is stored of the source rows of a shard. Raises UserError for a row whose id is not that of its tokens."""
+    """Yields what is stored of the source rows of a shard. Raises UserError for a row whose id is not that of its tokens."""
     for sequence in _sequences(work.sources, np.frombuffer(folder.read(_rows_name(shard)), "<i8")):
         kept = {name: sequence.columns.get(name) for name in work.layout.columns}
         tokens = TokenSequence(sequence.input_ids, sequence.loss_mask, kept)
@@ -176,7 +176,7 @@ def _sequences(sources: Sequence[LogitCache], numbers: np.ndarray) -> Iterator[C
 
 
 def _copy_files(source: LogitCache, folder: Folder, layout: Layout) -> None:
-    """Tokenizer and tail groups, checked against the source's manifest, in place of any others."""
+    """Copies tokenizer and tail groups, checked against the source's manifest, in place of any others."""
     folder.remove(TOKENIZER_DIRECTORY)
     folder.remove(TAIL_GROUPS_NAME)
     for name in source.manifest.files:
@@ -207,7 +207,7 @@ def _manifest(plan: Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> Manif
 
 
 def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
-    """What a history says of a source; of one of several also what it was made from."""
+    """Returns the record of a source in the history; if there are several, also what each was made from."""
     manifest = source.manifest
     own = {name: manifest.fingerprint[name] for name in ("corpus", "generation") if name in manifest.fingerprint}
     return {
@@ -217,7 +217,7 @@ def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
 
 
 def _refuse_overlap(out: Folder, source: Folder) -> None:
-    """The source must outlive what is done to `out`."""
+    """Raises UserError if writing to `out` could damage the source."""
     inside, around = out.lies_in(source), source.lies_in(out)
     if inside and around:
         raise UserError(f"--out {out} is the cache that is read: choose another folder")

@@ -1,4 +1,4 @@
-"""Which rows caches have: numbers, ids and lengths, without reading a target."""
+"""Rows of caches are listed by number, id and length, without reading a target."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Rows:
         return len(self.numbers)
 
     def __getitem__(self, kept: np.ndarray) -> Rows:
-        """Those that a bool [n] or int [m] selects."""
+        """Selects rows by a mask, bool [n], or by indices, int [m]."""
         return Rows(self.numbers[kept], self.ids[kept], self.num_positions[kept])
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
-        """One part after the other."""
+        """Joins parts, one after the other."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 

@@ -35,12 +35,12 @@ MOST_EXPANSION = 64
 
 
 def is_bundle(url: str) -> bool:
-    """Whether a path or URL names a bundle, whatever query it has."""
+    """Tells whether a path or URL names a bundle, whatever query it has."""
     return split_query(url)[0].endswith(SUFFIX)
 
 
 def place(url: str) -> tuple[Folder, str]:
-    """The folder that a bundle lies in, and its name there, which begins before a query."""
+    """Returns the folder that a bundle lies in, and its name there, with the query if there is one."""
     path, query = split_query(url)
     parent, slash, name = path.rpartition("/")
     return Folder(parent or slash or "."), name + query
@@ -90,7 +90,7 @@ class Member:
 
 @contextmanager
 def opened_bundle(url: str) -> Iterator[Iterator[Member]]:
-    """The members of a bundle, one after the other, the manifest first; it is read once, as a stream.
+    """Opens the members of a bundle, one after the other, the manifest first; it is read once, as a stream.
 
     Raises UserError for anything but regular files, for a manifest that is not first or is larger than `MAX_MANIFEST_BYTES`, and
     where the file ends too early or is none of ours; Unreachable where a store breaks off.
@@ -137,7 +137,7 @@ class _Counted:
 
 
 def bundled_manifest(url: str) -> bytes:
-    """The manifest of a bundle; no more than that is read. Raises UserError as `opened_bundle` does."""
+    """Reads the manifest of a bundle, and no more. Raises UserError as `opened_bundle` does."""
     with opened_bundle(url) as members:
         content = b"".join(next(members).chunks)
     parts = None

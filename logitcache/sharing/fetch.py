@@ -1,4 +1,4 @@
-"""The files of a cache elsewhere → a local folder; each appears under its name when its SHA-256 is the manifest's."""
+"""Files of a cache elsewhere are fetched to a local folder; each appears under its name when its SHA-256 is the manifest's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Source:
 
     @property
     def where(self) -> str:
-        """Its manifest, for messages."""
+        """The place of its manifest, for messages."""
         return f"{self.url.rstrip('/')}/{MANIFEST_NAME}"
 
 
@@ -77,7 +77,7 @@ def _is_right(folder: Folder, file: TravellingFile) -> bool:
 
 
 def _sizes(origin: Folder, files: Iterable[TravellingFile]) -> list[int]:
-    """Bytes of files at their origin, from one listing where a store gives one."""
+    """Returns the bytes of files at their origin, from one listing if the store gives one."""
     listed: dict[str, int | None] = {}
     if origin.local is None:
         with suppress(UserError, FileNotFoundError, NotImplementedError):
@@ -114,7 +114,7 @@ def _refuse_missing(where: str) -> NoReturn:
 
 
 def _check_size(file: TravellingFile, num_bytes: int, where: str) -> None:
-    """Before it is fetched: what the manifest says, or what any file of its kind may have."""
+    """Raises UserError before a file is fetched that has other bytes than the manifest says, or more than any of its kind."""
     if file.num_bytes is not None and num_bytes != file.num_bytes:
         raise UserError(f"{where} was altered: {num_bytes} bytes, the manifest says {file.num_bytes}")
     if file.num_bytes is None and num_bytes > MAX_FILE_BYTES:

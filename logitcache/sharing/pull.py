@@ -124,7 +124,7 @@ def _pull_rows(
 
 @contextmanager
 def _writable(folder: Folder) -> Iterator[None]:
-    """Raises UserError where something else in the folder, a folder for a file say, is in the way."""
+    """Raises UserError if something else in the folder, such as a folder in place of a file, is in the way."""
     try:
         yield
     except OSError as error:
@@ -132,7 +132,7 @@ def _writable(folder: Folder) -> Iterator[None]:
 
 
 def _begin(folder: Folder, spec: Mapping[str, Any], content: bytes, overwrite: bool) -> None:
-    """Records the settings. Raises UserError where another cache is in the folder, finished or not, and is to stay."""
+    """Records the settings. Raises UserError if another cache, finished or not, is in the folder and is to stay."""
     begun = continues(folder, spec, overwrite)
     holds_another = folder.exists(MANIFEST_NAME) and not _is_what_it_makes(folder, spec, content)
     if holds_another and not begun and not overwrite:
@@ -148,7 +148,7 @@ def _begin(folder: Folder, spec: Mapping[str, Any], content: bytes, overwrite: b
 
 
 def _is_what_it_makes(folder: Folder, spec: Mapping[str, Any], content: bytes) -> bool:
-    """Whether the finished cache in a folder was made with the same settings."""
+    """Tells whether the finished cache in a folder was made with the same settings."""
     there = folder.read(MANIFEST_NAME)
     if spec["shards"] is None:
         return there == content
@@ -180,7 +180,7 @@ def _finish_whole(folder: Folder, content: bytes, source: Source, texts: Mapping
 
 
 def _finish_part(folder: Folder, source: Source, chosen: range, texts: Mapping[str, bytes]) -> LogitCache:
-    """A manifest of some of the shards, with what was left out in its history, and a card of it."""
+    """Writes a manifest of some of the shards, whose history says what was left out, and its card."""
     whole = source.manifest
     shards = whole.shards[chosen.start : chosen.stop]
     spec = {
@@ -202,7 +202,7 @@ def _finish_part(folder: Folder, source: Source, chosen: range, texts: Mapping[s
 
 
 def _sequences_sha256(folder: Folder, manifest: Manifest) -> str:
-    """Of the row ids in their order, as a build takes it."""
+    """Returns the SHA-256 of the row ids in order, as a build takes it."""
     digest = hashlib.sha256()
     for info in manifest.shards:
         shard = ShardReader(folder, info, manifest.layout)

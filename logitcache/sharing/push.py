@@ -144,7 +144,7 @@ class _Outgoing:
         return [TravellingFile(name, "") for name in (CARD_NAME, SIGNATURE_NAME) if name in names]
 
     def path(self, file: TravellingFile) -> Path:
-        """Where a file lies here. Raises UserError where it is missing, or no regular file."""
+        """Returns the local path of a file. Raises UserError if it is missing, or no regular file."""
         try:
             return regular_file(self.folder, file.name)
         except OSError as error:
@@ -154,7 +154,7 @@ class _Outgoing:
             ) from error
 
     def num_bytes(self, file: TravellingFile) -> int:
-        """Size of a file here. Raises UserError as `path` does."""
+        """Returns the size of a local file. Raises UserError as `path` does."""
         return self.path(file).stat().st_size
 
 
@@ -231,7 +231,7 @@ def _send(
 
 
 def _refuse_another_push(target: Folder, ours: _Outgoing) -> None:
-    """Raises UserError where the mark of our push is gone or another's: its files may have taken the place of ours."""
+    """Raises UserError if the mark of our push is gone or another's: its files may have taken the place of ours."""
     try:
         content = persistently(partial(target.read, UNFINISHED_NAME, MAX_MANIFEST_BYTES))
     except FileNotFoundError:
@@ -292,7 +292,7 @@ def _refuse_other(there: Manifest, ours: Manifest, url: str) -> None:
 def _is_same(
     outgoing: _Outgoing, target: Folder, stored: Mapping[str, Stored], words: Mapping[str, str], file: TravellingFile
 ) -> bool:
-    """Whether the target holds a file already, by whatever tells its content.
+    """Tells whether the target has a file already, by whatever tells its content.
 
     words: SHA-256 by name, of a whole manifest there, for a store that has no checksums. Raises UserError for a file here whose
     SHA-256 is not that of its manifest.

@@ -60,7 +60,7 @@ class TravellingFile:
 
 
 def vouched_files(manifest: Manifest, where: str) -> list[TravellingFile]:
-    """Every file that a manifest names with its SHA-256: tokenizer and tail groups, then the shards.
+    """Lists every file that a manifest names with its SHA-256: tokenizer and tail groups, then the shards.
 
     Raises UserError for names that are not where a cache has its files, that are no plain path in it, or that stand there twice.
     """
@@ -77,12 +77,12 @@ def vouched_files(manifest: Manifest, where: str) -> list[TravellingFile]:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a file of this name may be in a cache."""
+    """Tells whether a file of this name may be in a cache."""
     return is_plain(name) and (name.startswith(("data/", f"{TOKENIZER_DIRECTORY}/")) or name == TAIL_GROUPS_NAME)
 
 
 def left_behind(names: Iterable[str], kept: Collection[str]) -> list[str]:
-    """Those of a folder's files that were of a former cache there: not among `kept`, and where a cache has its files."""
+    """Lists the files that a former cache left in a folder: those where a cache has its files, except `kept`."""
     own = (CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, *LEFTOVERS)
     return sorted(name for name in names if name not in kept and (_is_ours(name) or name in own))
 
@@ -94,7 +94,7 @@ def check(file: TravellingFile, sha256: str, where: str) -> None:
 
 
 def digests(path: Path, algorithms: Collection[str]) -> dict[str, str]:
-    """Digests of a file's content, hexadecimal, by algorithm (see `Stored`), in one reading."""
+    """Computes digests of a file's content, hexadecimal, by algorithm (see `Stored`), in one reading."""
     hashes = {name: hashlib.new("sha1" if name == "git" else name) for name in algorithms}
     if "git" in hashes:
         hashes["git"].update(b"blob %d\0" % path.stat().st_size)
@@ -122,7 +122,7 @@ def persistently(work: Callable[[], T]) -> T:
 def at_once(
     work: Callable[[TravellingFile], T], files: Sequence[TravellingFile], label: str, sizes: Sequence[int]
 ) -> list[T]:
-    """work(file) of every file, several at a time, with progress in bytes. The first failure ends it."""
+    """Does work(file) for every file, several at a time, with progress in bytes. The first failure ends it."""
     progress = Progress(label, sum(sizes), 0, "bytes")
     most = IN_FLIGHT_BYTES // max([1, *sizes])
     threads = ThreadPoolExecutor(max(1, min(NUM_TRANSFERS, most)), "transfer")

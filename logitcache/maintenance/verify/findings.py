@@ -50,7 +50,7 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """Where in the file."""
+        """The place in the file."""
         places = [
             "" if self.row_group is None else f"row group {self.row_group}",
             "" if self.row is None else f"row {self.row}",
@@ -61,7 +61,7 @@ class Finding:
 
     @property
     def advice(self) -> str:
-        """What to do."""
+        """The advice what to do."""
         return KINDS[self.kind][1]
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class Report:
         self._shown: dict[str, list[Finding]] = defaultdict(list)
 
     def add(self, finding: Finding) -> None:
-        """Takes note of a finding."""
+        """Adds a finding."""
         self._counts[finding.kind] += 1
         if len(self._shown[finding.kind]) < SHOWN_PER_KIND:
             self._shown[finding.kind].append(finding)
