@@ -32,7 +32,7 @@ class Codebook:
 
     @classmethod
     def of(cls, targets: SparseTargets, quantization: QuantizationSpec | None) -> Self:
-        """For rows like these."""
+        """Makes the codebook of a shard from its first rows."""
         ids = targets.token_ids[targets.token_ids != PAD_ID]
         counts = np.bincount(ids, minlength=1)
         frequent = np.argsort(-counts, kind="stable")[:MOST_FREQUENT_IDS]
@@ -48,13 +48,13 @@ class Codebook:
         return cls(frequent, profile)
 
     def ranks_of_ids(self, vocab_size: int) -> np.ndarray:
-        """Rank of each token id, int32 [V]."""
+        """Returns the rank of each token id, int32 [V]."""
         ranks = np.arange(vocab_size, dtype=np.int32) + np.int32(len(self.frequent_ids))
         ranks[self.frequent_ids] = np.arange(len(self.frequent_ids), dtype=np.int32)
         return ranks
 
     def ids_of_ranks(self, vocab_size: int) -> np.ndarray:
-        """Token id of each rank, int32 [F + V]; `PAD_ID` at ranks that no token has: a frequent one has its first only.
+        """Returns the token id of each rank, int32 [F + V]; `PAD_ID` at the second rank of a frequent token.
 
         Raises ValueError for frequent ids that are outside the vocabulary or come twice.
         """
@@ -68,13 +68,13 @@ class Codebook:
         return np.concatenate([frequent, others])
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        """Key and value in a Parquet file's metadata."""
+        """Returns key and value in a Parquet file's metadata."""
         data = {"frequent_ids": self.frequent_ids.tolist(), "group_profile": self.group_profile.tolist()}
         return {CODEBOOK_KEY: json.dumps(data, separators=(",", ":")).encode()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> Self:
-        """Inverse of `to_metadata`. Raises ValueError where it is missing or unreadable."""
+        """Returns the codebook of `to_metadata`. Raises ValueError if it is missing or unreadable."""
         try:
             data = json.loads((metadata or {})[CODEBOOK_KEY])
             return cls(np.array(data["frequent_ids"], np.int32), np.array(data["group_profile"], np.int32))

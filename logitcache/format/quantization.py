@@ -49,7 +49,7 @@ class QuantizationSpec:
         return round(self.square_root_steps - 2 / self.uniform_step)
 
     def levels(self, logprobs: np.ndarray) -> np.ndarray:
-        """Nearest level of each log-probability, int32; −1 for −inf."""
+        """Returns the nearest level of each log-probability, int32; −1 for −inf."""
         n, u = self.square_root_steps, self.uniform_from
         depth = -np.minimum(logprobs.astype(np.float64), 0.0)
         knot = -2 * np.log1p(-u / n)
@@ -59,14 +59,14 @@ class QuantizationSpec:
             return np.where(np.isposinf(depth), -1, np.minimum(np.rint(level), MOST_LEVELS - 1)).astype(np.int32)
 
     def logprobs(self, count: int) -> np.ndarray:
-        """Log-probability of levels 0 … count − 1, then of level −1: float32 [count + 1]."""
+        """Returns the log-probability of levels 0 … count − 1, then of level −1: float32 [count + 1]."""
         n, u = self.square_root_steps, self.uniform_from
         level = np.arange(count, dtype=np.float64)
         square_root = 2 * np.log1p(-np.minimum(level, u) / n)
         return np.append(square_root - np.maximum(level - u, 0) * self.uniform_step, -np.inf).astype(np.float32)
 
     def bound(self, logprobs: np.ndarray) -> np.ndarray:
-        """The most by which a log-probability may come back changed, nats, up to float32's own rounding."""
+        """Returns the most by which each log-probability may come back changed, nats, up to float32's own rounding."""
         n, half = self.square_root_steps, self.uniform_step / 2
         above_zero = n * np.exp(np.minimum(logprobs.astype(np.float64), 0.0) / 2)
         square_root = 2 * np.log1p(0.5 / np.maximum(above_zero - 0.5, 0.5))
@@ -121,7 +121,7 @@ def mass_tolerances(logprobs: np.ndarray, precision: str, quantization: Quantiza
 
 
 def rounded(values: np.ndarray, step: float | None) -> np.ndarray:
-    """The nearest multiples of a step, float32; the values themselves without a step."""
+    """Returns the nearest multiples of a step, float32; the values themselves without a step."""
     values = values.astype(np.float32)
     if step is None:
         return values

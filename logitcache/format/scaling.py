@@ -6,7 +6,7 @@ import numpy as np
 
 
 def scaled_beside_tail(logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
-    """Log-probabilities of entries, float32 [M, k], which are stored rounded, so that they and the tail [M] add up to 1.
+    """Scales log-probabilities of entries, float32 [M, k], which are stored rounded: they and the tail [M] add up to 1.
 
     All entries of a position change by one factor, of 2 at most: where they hold next to nothing, it is the tail's own
     rounding that would be amplified.
@@ -18,7 +18,7 @@ def scaled_beside_tail(logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.nda
 
 
 def scaled_to_tail(group_logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
-    """Log masses of the tail's groups, float32 [M, G], which are stored rounded, so that they add up to the tail [M].
+    """Scales log masses of the tail's groups, float32 [M, G], which are stored rounded: they add up to the tail [M].
 
     All groups of a position change by one factor; where none has any mass they stay.
     """
@@ -29,7 +29,7 @@ def scaled_to_tail(group_logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.n
 
 
 def scaled_within_tail(sample_logprobs: np.ndarray, sample_ids: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
-    """Log-probabilities of sampled tokens, float32 [M, s], which are stored rounded, so that they hold no more than the tail [M].
+    """Scales log-probabilities of samples, float32 [M, s], which are stored rounded: they hold no more than the tail [M].
 
     All samples of a position, ids [M, s], change by one factor, of 0.9 at least: rounding needs no more.
     """

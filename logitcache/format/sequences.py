@@ -15,14 +15,14 @@ from logitcache.format.targets import SparseTargets
 
 
 def row_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
-    """128-bit BLAKE2b of the token ids (little-endian int32) and the packed loss mask, as 32 hexadecimal digits."""
+    """Returns the 128-bit BLAKE2b of token ids (little-endian int32) and packed loss mask, as 32 hexadecimal digits."""
     digest = hashlib.blake2b(input_ids.astype("<i4").tobytes(), digest_size=16)
     digest.update(np.packbits(loss_mask).tobytes())
     return digest.hexdigest()
 
 
 def trained_positions(loss_mask: np.ndarray) -> np.ndarray:
-    """Rows of the logits that predict a trained token: int32 [M], ascending. Row i predicts token i + 1."""
+    """Returns the positions whose logits predict a trained token, int32 [M], ascending. Position i predicts token i + 1."""
     return np.flatnonzero(loss_mask[1:]).astype(np.int32)
 
 
@@ -83,22 +83,22 @@ class ColumnTypes:
                 types.add("string")
 
     def names(self) -> dict[str, str]:
-        """Column → name of an Arrow type."""
+        """Returns the name of an Arrow type for each column."""
         return {name: min(types) if len(types) == 1 else "string" for name, types in self._seen.items()}
 
 
 def stored_value(column_type: str, value: Any) -> Any:
-    """A value of a column of that type as the cache stores it. Raises TypeError for one that is no plain JSON type."""
+    """Returns a value as a column of that type stores it. Raises TypeError for a value that is no plain JSON type."""
     if column_type != "string" or value is None or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
 def stored_columns(types: Mapping[str, str], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The kept columns of a row as the cache stores them. types: of `ColumnTypes.names`. Raises TypeError as `stored_value`."""
+    """Returns a row's kept columns as they are stored. types: of `ColumnTypes.names`. Raises TypeError as `stored_value`."""
     return {name: stored_value(types[name], value) for name, value in columns.items()}
 
 
 def columns_text(columns: Mapping[str, Any]) -> str:
-    """The kept columns of a row as JSON text. What JSON has not becomes a string."""
+    """Returns a row's kept columns as JSON text. A value of a kind that JSON lacks becomes a string."""
     return json.dumps(dict(columns), ensure_ascii=False, default=str)

@@ -26,7 +26,7 @@ def write_tail_groups(folder: Folder, groups: np.ndarray, name: str = TAIL_GROUP
 
 
 def read_tail_groups(file: BinaryIO) -> np.ndarray:
-    """Group of each id, int32 [V]. Raises ValueError where the file holds anything else."""
+    """Reads the group of each id, int32 [V]. Raises ValueError if the file holds anything else."""
     footer = read_footer(file, file.seek(0, os.SEEK_END))
     for group in footer.row_groups:
         check_pages(file, group)

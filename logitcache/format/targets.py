@@ -49,13 +49,17 @@ class SparseTargets:
         return np.count_nonzero(self.token_ids != PAD_ID, axis=1).astype(np.int32)
 
     def cut_to_width(self, k: int) -> SparseTargets:
-        """The same targets with entry lists cut to width k (a view); no position may hold more than k entries."""
+        """Returns the same targets with entry lists of width k, as a view. No position may have more than k entries."""
         return replace(self, token_ids=self.token_ids[:, :k], logprobs=self.logprobs[:, :k])
 
     def to_torch(self, device: Any = None) -> dict[str, Any]:
-        """The fields that are held, by their names, as tensors of the same dtypes; `tempered_tail` a dict of them by T.
+        """Returns the stored fields as tensors of the same dtypes and shapes, by name. On a CPU nothing is copied.
 
-        device: as in `tensor`; on a CPU nothing is copied.
+        Args:
+            device: a device as `torch.device` takes it; see `tensor`.
+
+        Returns:
+            A tensor for each field that is not None; `tempered_tail` is a dict of tensors by temperature.
         """
         held = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         tempered = {temperature: tensor(values, device) for temperature, values in held.pop("tempered_tail").items()}
@@ -65,13 +69,13 @@ class SparseTargets:
         return self.num_positions
 
     def __getitem__(self, rows: slice | np.ndarray) -> SparseTargets:
-        """The positions that `rows` selects (views where numpy gives views)."""
+        """Returns the positions that `rows` selects, as views if numpy gives views."""
         selected: dict[str, Any] = {f.name: _select(getattr(self, f.name), rows) for f in fields(self)}
         return SparseTargets(**selected)
 
 
 def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
-    """Joins parts along the positions; the widest entry list sets k. All parts hold the same optional fields."""
+    """Joins targets along the positions. The widest entry list sets k; all parts have the same optional fields."""
     if len(parts) == 1:
         return parts[0]
     k = max(part.token_ids.shape[1] for part in parts)
@@ -84,10 +88,18 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
 def find_defect(
     targets: SparseTargets, vocab_size: int, *, mass_tolerance: float | np.ndarray = 1e-4
 ) -> tuple[int, str] | None:
-    """The first position that no teacher can have produced, with the reason, or None.
+    """Finds the first position that no teacher can have produced.
 
-    Checks ids (range, duplicates, padding at the end only), log-probabilities (finite, ≤ 0, descending) and that entries
-    and tail sum to one within `mass_tolerance`, of all positions or of each [M]. Returns (position, what is wrong).
+    Ids are checked (range, duplicates, padding at the end only), log-probabilities (finite, ≤ 0, descending), and that
+    entries and tail add up to 1.
+
+    Args:
+        targets: M positions.
+        vocab_size: V of the teacher.
+        mass_tolerance: by how much the sum may miss 1: one number, or one of each position [M].
+
+    Returns:
+        The position and the reason, or None if there is no such position.
     """
     ids, logprobs = targets.token_ids, targets.logprobs
     held = ids != PAD_ID
@@ -148,10 +160,12 @@ class _Writable:
 
 
 def tensor(array: np.ndarray, device: Any = None) -> torch.Tensor:
-    """The array as a tensor of the same dtype and shape.
+    """Returns an array as a tensor of the same dtype and shape.
 
-    device: what `torch.device` takes, by default the CPU, where the tensor shares the array's memory, which belongs to
-    a whole row group: do not write into it. To CUDA the copy goes through pinned memory and is not waited for.
+    Args:
+        array: any numbers.
+        device: a device as `torch.device` takes it, by default the CPU. There the tensor shares the array's memory, which
+            belongs to a whole row group: do not write into it. A copy to CUDA goes through pinned memory, without waiting.
     """
     import torch
 

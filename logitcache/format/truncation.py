@@ -55,10 +55,13 @@ def truncate(
     tail_groups: np.ndarray | None = None,
     random: np.random.Generator | None = None,
 ) -> SparseTargets:
-    """The first `keep`, int [M], entries of each position, the others in its tail.
+    """Moves all but the first entries of each position to its tail.
 
-    tail_groups: int [V], group of each id; needed where the targets hold tail groups.
-    random: decides the tail samples; needed where the targets hold some, and to be independent of what drew them.
+    Args:
+        targets: M positions.
+        keep: int [M], the number of entries that stay.
+        tail_groups: int [V], the group of each id; needed if the targets hold tail groups.
+        random: decides the tail samples; needed if the targets hold samples, and independent of what drew those.
     """
     width = int(keep.max(initial=0))
     rank = np.arange(targets.token_ids.shape[1])

@@ -17,7 +17,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether the disk here, or a limit on it, refused what was to be written."""
+    """Returns whether this machine's disk, or a limit on it, refused a write."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return full or "os error 28" in str(error)  # as Rust libraries say it, in a bare Exception
 
@@ -86,7 +86,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
+    """Returns the SHA-256 of a file's content in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

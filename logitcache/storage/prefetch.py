@@ -50,8 +50,8 @@ def prefetched(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 def begun_ahead(work: Callable[[T], object], items: Iterable[T], ahead: int, num_threads: int) -> Iterator[T]:
     """Yields the items, in order, while threads do `work` with the next `ahead` of them.
 
-    For work that is done again when its item's turn comes, and quickly where it was done before: what it returns or raises is
-    dropped. A forked process goes on without.
+    Use it for work whose effect is cached, such as copying a shard: the caller repeats the call later and finds it done.
+    Results and exceptions of the call in the background are ignored. After a fork the child does no work in the background.
     """
     waiting: deque[T] = deque()
     process = os.getpid()
