@@ -120,6 +120,15 @@ def test_logitcache_never_imports_the_trainer_which_imports_its_reader_side_only
     assert not walls
 
 
+def test_a_module_of_a_few_lines_has_several_users() -> None:
+    """A paragraph with one importer belongs to its file; commands have a file each."""
+    few = 40
+    for module in sorted(MODULES):
+        users = [other for other, imported in MODULES.items() if module in imported]
+        num_lines = len((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8").splitlines())
+        assert num_lines >= few or len(users) > 1 or ".commands." in module, f"{module} has one user: {users}"
+
+
 def test_losses_import_nothing_but_each_other_and_torch() -> None:
     for module, imported in MODULES.items():
         if module.startswith("trainer.losses."):
