@@ -48,7 +48,7 @@ def _run(name: str, rest: Sequence[str]) -> int:
     try:
         if name not in CONTINUE:
             raise UserError(f"unknown command {name}: choose {', '.join(CONTINUE)}")
-        return import_module(f"trainer.commands.{name}").run(rest)
+        return int(import_module(f"trainer.commands.{name}").run(rest))
     except UserError as error:
         return _refused(one_line(error))
     except BrokenPipeError:  # of `| head`: there is nobody left to tell

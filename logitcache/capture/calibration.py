@@ -88,13 +88,15 @@ def profile_clusters(logprobs: np.ndarray, num_groups: int) -> np.ndarray:
         memberships = (groups == np.arange(num_groups)[:, None]) * weights.astype(np.float32)  # [G, V]
         centres = memberships @ points / memberships.sum(axis=1, keepdims=True)
     order = np.argsort(-np.bincount(groups, mean, num_groups), kind="stable")
-    return np.argsort(order).astype(np.int32)[groups]
+    by_size: np.ndarray = np.argsort(order).astype(np.int32)[groups]
+    return by_size
 
 
 def _distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Returns squared Euclidean distances, float32 [V, G]."""
     squares = (points**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
-    return np.maximum(squares - 2 * points @ centres.T, 0)
+    distances: np.ndarray = np.maximum(squares - 2 * points @ centres.T, 0)
+    return distances
 
 
 def _fill_empty(groups: np.ndarray, costs: np.ndarray, num_groups: int) -> None:

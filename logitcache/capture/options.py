@@ -153,7 +153,7 @@ def parse_engine_options(arguments: list[str]) -> dict[str, Any]:
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class Parser(FlexibleArgumentParser):
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
             raise UserError(f"{message} (neither `logitcache build` nor vLLM takes this)")
 

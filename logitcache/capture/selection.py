@@ -55,7 +55,8 @@ class TailGroups:
     def masses(self, probabilities: Tensor) -> Tensor:
         """Returns the sum of each group, float64 [N, G]. probabilities: float32 [N, ≥ V + 1], 0 in column V."""
         tiles = probabilities.index_select(1, self._ids).unflatten(1, (TILE, -1)).sum(dim=1)
-        return tiles.double() @ self._membership
+        masses: Tensor = tiles.double() @ self._membership
+        return masses
 
 
 def draw_uniforms(row_id: str, num_positions: int, num_samples: int) -> np.ndarray:

@@ -26,7 +26,7 @@ def fields(settings: CaptureSettings) -> dict[str, slice]:
 
 def position_width(settings: CaptureSettings) -> int:
     """Returns W, the number of int32 of a packed position."""
-    return max(part.stop for part in fields(settings).values())
+    return max(int(part.stop) for part in fields(settings).values())
 
 
 def unpack(packed: np.ndarray, settings: CaptureSettings) -> SparseTargets:

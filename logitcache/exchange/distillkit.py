@@ -96,7 +96,7 @@ def _logprobs(content: np.ndarray, config: CompressionConfig) -> np.ndarray:
         on_curve = _curve(coefficients, on_curve.shape[1], config) + on_curve
         if config.term_dtype == config.exact_dtype:  # of two kinds the sum is of the finer one
             on_curve = rounded_to(on_curve, config.exact_dtype)
-    values = np.concatenate([exact, on_curve], axis=1)
+    values: np.ndarray = np.concatenate([exact, on_curve], axis=1)
     if config.delta_encoding:
         summed = np.cumsum(values.astype(np.float32), axis=1, dtype=np.float64).astype(np.float32)
         return rounded_to(summed, config.exact_dtype)

@@ -55,7 +55,8 @@ def _tail(row: SourceRow, positions: np.ndarray, count: int) -> np.ndarray | Non
         stored = tail[positions].astype(np.float32)
     if not (stored <= 1e-6).all():
         raise BadRow(f"{TAIL} is above 0, or not a number, at a trained position")
-    return np.minimum(stored, 0)
+    at_most_all: np.ndarray = np.minimum(stored, 0)
+    return at_most_all
 
 
 def table(rows: DecodedRows) -> pa.Table:

@@ -70,7 +70,8 @@ class QuantizationSpec:
         n, half = self.square_root_steps, self.uniform_step / 2
         above_zero = n * np.exp(np.minimum(logprobs.astype(np.float64), 0.0) / 2)
         square_root = 2 * np.log1p(0.5 / np.maximum(above_zero - 0.5, 0.5))
-        return np.minimum(square_root, half + (half / 8))
+        least: np.ndarray = np.minimum(square_root, half + (half / 8))
+        return least
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -117,7 +118,8 @@ def mass_tolerances(logprobs: np.ndarray, precision: str, quantization: Quantiza
     if quantization is None:
         return np.full(len(logprobs), least)
     relative = np.expm1(quantization.bound(logprobs))
-    return np.maximum(least, 1e-4 + (np.exp(logprobs, dtype=np.float64) * relative).sum(axis=1))
+    tolerance: np.ndarray = np.maximum(least, 1e-4 + (np.exp(logprobs, dtype=np.float64) * relative).sum(axis=1))
+    return tolerance
 
 
 def rounded(values: np.ndarray, step: float | None) -> np.ndarray:

@@ -14,7 +14,8 @@ def scaled_beside_tail(logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.nda
     missing = -np.expm1(tail_logprob.astype(np.float64))
     held = np.exp(logprobs, dtype=np.float64).sum(axis=1)
     factor = np.divide(missing, held, where=held > 0, out=np.ones_like(held))
-    return logprobs + np.log(np.clip(factor, 0.5, 2.0))[:, None].astype(np.float32)
+    scaled: np.ndarray = logprobs + np.log(np.clip(factor, 0.5, 2.0))[:, None].astype(np.float32)
+    return scaled
 
 
 def scaled_to_tail(group_logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
@@ -25,7 +26,8 @@ def scaled_to_tail(group_logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.n
     with np.errstate(divide="ignore"):
         total = np.log(np.exp(group_logprobs, dtype=np.float64).sum(axis=1))
     shift = np.subtract(tail_logprob, total, where=np.isfinite(total), out=np.zeros_like(total))
-    return group_logprobs + shift[:, None].astype(np.float32)
+    scaled: np.ndarray = group_logprobs + shift[:, None].astype(np.float32)
+    return scaled
 
 
 def scaled_within_tail(sample_logprobs: np.ndarray, sample_ids: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
@@ -40,4 +42,5 @@ def scaled_within_tail(sample_logprobs: np.ndarray, sample_ids: np.ndarray, tail
     probs = np.exp(np.take_along_axis(sample_logprobs, order, axis=1), dtype=np.float64)
     held = np.where(once, probs, 0.0).sum(axis=1)
     factor = np.divide(np.exp(tail_logprob, dtype=np.float64), held, where=held > 0, out=np.ones_like(held))
-    return sample_logprobs + np.log(np.clip(factor, 0.9, 1.0))[:, None].astype(np.float32)
+    scaled: np.ndarray = sample_logprobs + np.log(np.clip(factor, 0.9, 1.0))[:, None].astype(np.float32)
+    return scaled

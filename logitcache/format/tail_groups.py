@@ -36,4 +36,5 @@ def read_tail_groups(file: BinaryIO) -> np.ndarray:
         raise ValueError(one_line(error)) from error
     if groups.type != pa.int32() or groups.null_count:
         raise ValueError(f"its groups are {groups.type}, int32 is wanted" + ", none missing" * bool(groups.null_count))
-    return groups.to_numpy()
+    numbers: np.ndarray = groups.to_numpy()
+    return numbers

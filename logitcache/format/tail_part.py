@@ -153,7 +153,8 @@ def logsumexp(logprobs: np.ndarray) -> np.ndarray:
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """exp(part − whole), 0 where both are nothing."""
-    return np.exp(part - np.where(np.isneginf(whole), 0.0, whole))
+    quotient: np.ndarray = np.exp(part - np.where(np.isneginf(whole), 0.0, whole))
+    return quotient
 
 
 def to_step(values: np.ndarray, quantization: QuantizationSpec | None, step: str) -> np.ndarray:

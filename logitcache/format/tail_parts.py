@@ -319,4 +319,5 @@ def _draw(weights: np.ndarray, count: int, random: np.random.Generator) -> np.nd
     wanted = random.random((len(weights), count)) * cumulated[:, -1:]
     columns = np.stack([(cumulated <= wanted[:, [i]]).sum(axis=1) for i in range(count)], axis=1)
     last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=1)  # rounding may carry a draw past the last
-    return np.minimum(columns, last[:, None])
+    drawn: np.ndarray = np.minimum(columns, last[:, None])
+    return drawn

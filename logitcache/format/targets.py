@@ -46,7 +46,8 @@ class SparseTargets:
     @property
     def num_entries(self) -> np.ndarray:
         """Entries of each position, int32 [M]."""
-        return np.count_nonzero(self.token_ids != PAD_ID, axis=1).astype(np.int32)
+        counts: np.ndarray = np.count_nonzero(self.token_ids != PAD_ID, axis=1).astype(np.int32)
+        return counts
 
     def cut_to_width(self, k: int) -> SparseTargets:
         """Returns the same targets with entry lists of width k, as a view. No position may have more than k entries."""

@@ -107,14 +107,14 @@ def entropies(targets: SparseTargets) -> np.ndarray:
     tail = np.where(tail_mass > 0, tail_mass * np.where(np.isfinite(own), own, 0), 0)
     logprobs = np.where(np.isfinite(targets.logprobs), targets.logprobs, 0)
     entropy: np.ndarray = -(_probabilities(targets) * logprobs).sum(axis=1) - tail
-    return np.maximum(entropy, 0)  # rounding may leave −0.0001 of a certain position
+    return entropy.clip(min=0)  # rounding may leave −0.0001 of a certain position
 
 
 def _probabilities(targets: SparseTargets) -> np.ndarray:
     """float64 [M, k], 0 where a position has no entry."""
-    return np.exp(
-        targets.logprobs, dtype=np.float64, where=targets.token_ids != PAD_ID, out=np.zeros(targets.logprobs.shape)
-    )
+    probabilities = np.zeros(targets.logprobs.shape)
+    np.exp(targets.logprobs, dtype=np.float64, where=targets.token_ids != PAD_ID, out=probabilities)
+    return probabilities
 
 
 def _powers_of_two(most: int) -> tuple[int, ...]:

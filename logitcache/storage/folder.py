@@ -384,7 +384,7 @@ class Folder:
         return Folder, (self.path,)
 
 
-class _Bound(NoOpCallback):
+class _Bound(NoOpCallback):  # type: ignore[misc]  # fsspec has no types
     """Ends a transfer by a UserError as soon as a store announces, or has sent, more than it may."""
 
     def __init__(self, most_bytes: int, where: str) -> None:

@@ -67,7 +67,7 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         try:
-            super().__post_init__()
+            super().__post_init__()  # type: ignore[no-untyped-call]
         except UserError:
             raise
         except Exception as error:  # of whatever kind transformers, accelerate and what they load raise for a value
@@ -92,11 +92,12 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as run.json records and trackers report them: URLs of caches without their secrets."""
-        return super().to_dict() | public_places(self.__dict__)
+        settings: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return settings | public_places(self.__dict__)
 
     def recorded(self) -> dict[str, Any]:
         """The settings as run.json holds them."""
-        settings: dict[str, Any] = json.loads(self.to_json_string())
+        settings: dict[str, Any] = json.loads(self.to_json_string())  # type: ignore[no-untyped-call]
         return settings
 
     def __getstate__(self) -> dict[str, Any]:

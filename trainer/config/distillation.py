@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from logitcache import UserError
 from trainer.config.fields import DecidesRun, setting
@@ -29,7 +30,7 @@ class DistillationSettings(ScheduleSettings):
     loss: str = setting(
         "todi", f"The divergence from the teacher: {', '.join(DIVERGENCES)}, or a registered one (Python only)."
     )
-    loss_args: dict | str | None = setting(
+    loss_args: dict[str, Any] | str | None = setting(
         None, f"Options of the divergence, key=value,key=value: {_options_by_divergence()}."
     )
     kd_weight: float = setting(

@@ -104,7 +104,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """A node, measured: an alias has the size of the node that it stands for."""
-        event, before = self.peek_event(), self._count
+        event, before = self.peek_event(), self._count  # type: ignore[no-untyped-call]
         self._depth += 1
         self._count += 1
         self._check(event, levels=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def _each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
         changed = {name: _each_tensor(item, change) for name, item in value.items()}
     elif isinstance(value, (Batch, TeacherTargets)):
         changed = replace(value, **{name: _each_tensor(item, change) for name, item in vars(value).items()})
-    return changed
+    return cast(T, changed)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def _begins(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The column where each sequence begins, int64 [n]: after those before it in its row."""
     before = np.cumsum(lengths) - lengths
     first_of_row = np.flatnonzero(np.diff(rows, prepend=-1))
-    return before - before[first_of_row][rows]
+    begins: np.ndarray = before - before[first_of_row][rows]
+    return begins
 
 
 def _attention_mask(shape: tuple[int, int], lengths: np.ndarray) -> np.ndarray:
@@ -184,4 +185,5 @@ def _position_ids(shape: tuple[int, int], rows: np.ndarray, ends: np.ndarray) ->
     begins = np.zeros(shape, dtype=np.int64)
     inside = ends < shape[1]
     begins[rows[inside], ends[inside]] = ends[inside]
-    return columns - np.maximum.accumulate(begins, axis=1)
+    positions: np.ndarray = columns - np.maximum.accumulate(begins, axis=1)
+    return positions

@@ -28,7 +28,7 @@ def apportioned(shares: np.ndarray, rows: int) -> np.ndarray:
         int64 [C], whole rows that sum to `rows`.
     """
     exact = shares * rows
-    counts = np.floor(exact).astype(np.int64)
+    counts: np.ndarray = np.floor(exact).astype(np.int64)
     rest = rows - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
     return counts
@@ -72,7 +72,8 @@ class SmoothOrder:
         caches = len(self._counts)
         twice_phase = 2 * np.arange(caches) + 1
         ahead = 2 * caches * self._counts * block - twice_phase * self._num_blocks
-        return np.clip(-(-ahead // (2 * caches * max(self._num_blocks, 1))), 0, self._counts)
+        before: np.ndarray = np.clip(-(-ahead // (2 * caches * max(self._num_blocks, 1))), 0, self._counts)
+        return before
 
     def _block(self, block: int) -> np.ndarray:
         if block >= self._num_blocks:
@@ -129,7 +130,8 @@ class RepeatedCache:
             return np.empty(0, np.int64)
         number, start = divmod(first, self._size)
         last = (first + count - 1) // self._size
-        return np.concatenate([self._order(n) for n in range(number, last + 1)])[start : start + count]
+        numbers: np.ndarray = np.concatenate([self._order(n) for n in range(number, last + 1)])[start : start + count]
+        return numbers
 
     def _order(self, number: int) -> np.ndarray:
         """Rows of the cache that a pass consists of, int64 [_size]."""

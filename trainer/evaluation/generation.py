@@ -124,7 +124,8 @@ class TransformersGenerator:
         generate: Any = self._model.generate
         whole = generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_processor=processors)
         draws.check()
-        return whole[:, longest:].cpu()
+        answers: Tensor = whole[:, longest:].cpu()
+        return answers
 
 
 @torch.no_grad()

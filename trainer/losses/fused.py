@@ -174,7 +174,7 @@ def _checked_terms(
 ) -> tuple[Tensor, DistillationTerms]:
     tensors = [tensor for pair in projection.maps for tensor in pair]
     call = _Call(projection.transform, targets, labels, mixture, settings, vocabulary, torch.is_grad_enabled())
-    total, *terms = _FusedTerms.apply(call, projection.bias, *tensors)
+    total, *terms = _FusedTerms.apply(call, projection.bias, *tensors)  # type: ignore[no-untyped-call]
     return total, DistillationTerms(*terms)
 
 

@@ -105,7 +105,8 @@ def distillation_terms(
     vocabulary = check_targets(
         targets, labels, settings, logits, logits.shape[1], vocab_size=vocab_size, validate=validate
     )
-    return DistillationTerms(*_SparseTerms.apply(logits, targets, labels, settings, vocabulary))
+    terms = _SparseTerms.apply(logits, targets, labels, settings, vocabulary)  # type: ignore[no-untyped-call]
+    return DistillationTerms(*terms)
 
 
 class _SparseTerms(torch.autograd.Function):

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def add_adapters(model: PreTrainedModel, config: DistillConfig) -> PreTrainedMod
         use_dora=config.use_dora,
     )
     try:
-        adapted: Any = get_peft_model(model, settings)
+        adapted = cast(PreTrainedModel, get_peft_model(model, settings))
     except ValueError as error:
         raise UserError(f"{_option(config)}: {one_line(error)}") from error
     for name, module in model.named_modules():
@@ -159,10 +159,10 @@ def load_adapter(base: PreTrainedModel, name: str) -> PreTrainedModel:
     except ImportError as error:
         raise UserError(EXTENSION) from error
     try:
-        adapted: Any = PeftModel.from_pretrained(base, name, is_trainable=True)
+        adapted = PeftModel.from_pretrained(base, name, is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{name}: the adapter does not load on {base.name_or_path}: {one_line(error)}") from error
-    return adapted
+    return cast(PreTrainedModel, adapted)
 
 
 def describe_adapters(model: Any) -> str:

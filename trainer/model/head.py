@@ -106,7 +106,8 @@ def _look(model: PreTrainedModel, module: nn.Module, keeps: bool) -> tuple[Tenso
 
     def forward(hidden: Tensor) -> Tensor:
         raw_logits.append(_raw_logits(project(module, hidden.flatten(0, -2), LogitTransform())))
-        return original(hidden)
+        output: Tensor = original(hidden)
+        return output
 
     with replaced_attribute(module, "forward", forward):
         logits = _probe(model, keeps)
@@ -138,7 +139,8 @@ def _probe(model: PreTrainedModel, keeps: bool) -> Tensor:
     tokens = torch.arange(3, device=model.device)
     inputs = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None]}
     try:
-        return model(**inputs, **({"logits_to_keep": tokens[::2]} if keeps else {})).logits
+        logits: Tensor = model(**inputs, **({"logits_to_keep": tokens[::2]} if keeps else {})).logits
+        return logits
     except NoProjectionError:
         raise
     except Exception as error:  # whatever an architecture does

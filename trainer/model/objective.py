@@ -161,7 +161,7 @@ class FusedObjective:
         finally:
             self._loss = self._total = self._terms = None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _head_forward(self, hidden: Tensor) -> Tensor:
         """In place of logits a zero with the total's gradient, which no scale and no cap changes but by its slope."""
         assert self._loss is not None
@@ -172,12 +172,13 @@ class FusedObjective:
     def _model_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         output = self._original_forward(*args, **kwargs)
         assert self._total is not None
-        total = self._total + output.logits.to(self._total).sum() / self._head.transform.scale
+        total: Tensor = self._total + output.logits.to(self._total).sum() / self._head.transform.scale
         if self._added_weight is None:
             self.added_loss = None
-            return total
-        self.added_loss = output.loss.detach()
-        return total + self._added_weight * output.loss.to(total)
+        else:
+            self.added_loss = output.loss.detach()
+            total = total + self._added_weight * output.loss.to(total)
+        return total
 
     def what_is_not_finite(self) -> str:
         """See Objective."""

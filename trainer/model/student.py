@@ -45,7 +45,7 @@ def student_config(name: str) -> PretrainedConfig:
     """
     base = base_model(name)
     try:
-        config = AutoConfig.from_pretrained(base or name, **NO_CODE)
+        config: PretrainedConfig = AutoConfig.from_pretrained(base or name, **NO_CODE)
     except Exception as error:  # of whatever kind the file leads to
         hint = "" if Path(base or name).exists() else " (no such folder here)"
         of = f" is an adapter of {base}, and" if base else ":"
@@ -134,7 +134,8 @@ def load_student(
     base = base_model(name)
     try:
         if from_scratch:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+            drawn: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+            return drawn
         model = AutoModelForCausalLM.from_pretrained(base or name, config=config, dtype=dtype, **NO_CODE)
     except Exception as error:  # of whatever kind the files lead to
         attention = getattr(config, "_attn_implementation", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from logitcache import LogitCache, UserError
 from logitcache.format.tokenizer import tokenizer_fingerprint

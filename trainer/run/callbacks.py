@@ -135,7 +135,7 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the count; stop at once if the run had already stopped early at the checkpoint's step."""
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         saved = state.stateful_callbacks
         count = saved.get(EarlyStoppingCallback.__name__, self.state())  # the name in checkpoints of earlier versions
         count = saved.setdefault(type(self).__name__, count)["attributes"]["early_stopping_patience_counter"]

@@ -170,7 +170,7 @@ class DistillTrainer(Trainer):
         return super().floating_point_ops(inputs.model_inputs())
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
-        super()._track_num_input_tokens(inputs.model_inputs())
+        super()._track_num_input_tokens(inputs.model_inputs())  # type: ignore[no-untyped-call]
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -250,7 +250,7 @@ class DistillTrainer(Trainer):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -281,7 +281,7 @@ class DistillTrainer(Trainer):
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(np.empty(0), None, prefixed, num_samples=self.num_examples(dataloader))
 
-    def num_examples(self, dataloader: DataLoader) -> int:
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Count the rows of the cache behind a loader."""
         assert isinstance(dataloader.dataset, BatchDataset)
         return len(dataloader.dataset)
@@ -293,4 +293,5 @@ class DistillTrainer(Trainer):
         """Sum over the ranks."""
         if self.args.world_size == 1:
             return values
-        return self.accelerator.reduce(values.to(self.args.device), "sum")
+        reduced: Tensor = self.accelerator.reduce(values.to(self.args.device), "sum")
+        return reduced

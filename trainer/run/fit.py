@@ -95,7 +95,7 @@ class _Trainer(DistillTrainer):
 
     def _prepare_for_training(self, *args: Any) -> Any:
         with settings_taken():
-            return super()._prepare_for_training(*args)
+            return super()._prepare_for_training(*args)  # type: ignore[no-untyped-call]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoint_read(checkpoint, "its optimizer or scheduler"):
@@ -127,7 +127,7 @@ class _Trainer(DistillTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def fit(run: PreparedRun, tell: Callable[[dict[str, str]], None]) -> Outcome:

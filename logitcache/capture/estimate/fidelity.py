@@ -19,7 +19,8 @@ HEAD_MASS = 0.5  # μ of AKL
 
 
 def _forward_slope(log_ratio: np.ndarray, q: np.ndarray, head: np.ndarray) -> np.ndarray:
-    return -np.exp(log_ratio)
+    slope: np.ndarray = -np.exp(log_ratio)
+    return slope
 
 
 def _reverse_slope(log_ratio: np.ndarray, q: np.ndarray, head: np.ndarray) -> np.ndarray:
@@ -31,11 +32,13 @@ def _adaptive_slope(log_ratio: np.ndarray, q: np.ndarray, head: np.ndarray) -> n
     gap = q * np.abs(np.expm1(log_ratio))
     total = gap.sum(axis=1, keepdims=True)
     w = (gap * head).sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
-    return w * _forward_slope(log_ratio, q, head) + (1 - w) * _reverse_slope(log_ratio, q, head)
+    slope: np.ndarray = w * _forward_slope(log_ratio, q, head) + (1 - w) * _reverse_slope(log_ratio, q, head)
+    return slope
 
 
 def _token_wise_slope(log_ratio: np.ndarray, q: np.ndarray, head: np.ndarray) -> np.ndarray:
-    return (1 - log_ratio - np.exp(2 * log_ratio)) / (1 + np.exp(log_ratio))
+    slope: np.ndarray = (1 - log_ratio - np.exp(2 * log_ratio)) / (1 + np.exp(log_ratio))
+    return slope
 
 
 SLOPES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
@@ -116,7 +119,8 @@ def stand_in(outcomes: Outcomes, stage: str) -> np.ndarray:
         logits = of_teacher * (outcomes.logprobs - log_size) + of_mean * (np.log(outcomes.mean_probs) - log_size)
         logits += log_size + np.where(outcomes.sizes > 1, deviation**2 / 2, noise)
     logits[(outcomes.sizes == 0) | np.isneginf(outcomes.logprobs)] = -np.inf
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    normalised: np.ndarray = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return normalised
 
 
 def gradient_errors(

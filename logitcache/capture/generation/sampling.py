@@ -83,7 +83,7 @@ class GenerationSettings:
     @property
     def shortest(self) -> int:
         """Tokens that every completion must have room for."""
-        return max(1, self.params.get("min_tokens", 0))
+        return max(1, int(self.params.get("min_tokens", 0)))
 
     def seed(self, row_id: str, sample: int) -> int:
         """Returns the seed of one completion of a prompt, whatever else is answered and in whatever order."""

@@ -53,7 +53,7 @@ class Piece:
         return draw_uniforms(self.request.row_id, self.total, num_samples)[self.first : self.first + len(self.rows)]
 
 
-class PositionPooler(Pooler):
+class PositionPooler(Pooler):  # type: ignore[misc]
     """The pooler that gives for each finished sequence its packed positions, int32 [M, W], or its sum of distributions.
 
     Args:
@@ -231,7 +231,7 @@ class ScoringModels(UserDict[str, Any]):
 def register_scoring_models() -> None:
     """Makes every language model that this process loads from now on a scoring one."""
     if not isinstance(ModelRegistry.models, ScoringModels):
-        ModelRegistry.models = ScoringModels(ModelRegistry.models)  # type: ignore[assignment]
+        ModelRegistry.models = ScoringModels(ModelRegistry.models)
 
 
 @contextmanager
