@@ -27,6 +27,7 @@ from logitcache.capture.finish import finish
 from logitcache.capture.plan import BuildPlan
 from logitcache.storage.folder import Folder
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401
+from tests.helpers.processes import run_command
 from tests.helpers.underway import num_finished_shards
 
 pytestmark = pytest.mark.engine
@@ -203,13 +204,9 @@ def test_engines_that_find_no_room_are_told_of(
 
 
 def test_a_cluster_that_does_not_answer_is_named(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; from logitcache.cli import main\n"
-        "sys.exit(main(['build', '--teacher', sys.argv[1], '--data', sys.argv[2], '--out', sys.argv[3], '--backend',\n"
-        "    'transformers', '--executor', 'ray', '--ray-address', '127.0.0.1:1']))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script, teacher, corpus, tmp_path / "c"], capture_output=True, text=True, timeout=120
+    run = run_command(
+        *("logitcache", "build", "--teacher", str(teacher), "--data", str(corpus), "--out", str(tmp_path / "c")),
+        *("--backend", "transformers", "--executor", "ray", "--ray-address", "127.0.0.1:1"),
     )
     assert run.returncode == 2
     [line] = [line for line in run.stderr.splitlines() if "error" in line]
@@ -371,12 +368,10 @@ def test_a_cluster_that_is_gone_is_not_waited_for(teacher: Path, corpus: Path, t
     rays = Path(tempfile.mkdtemp(prefix="ray"))  # Ray's sockets take no longer path
     (rays / "ray").mkdir()
     (rays / "ray/ray_current_cluster").write_text("127.0.0.1:1")
-    command = [
-        *(sys.executable, "-m", "logitcache", "build", "--teacher", str(teacher), "--data", str(corpus)),
-        *("--out", str(tmp_path / "c"), "--backend", "transformers", "--executor", "ray", "--engines", "1"),
-    ]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"RAY_TMPDIR": str(rays)}
+    run = run_command(
+        *("logitcache", "build", "--teacher", str(teacher), "--data", str(corpus), "--out", str(tmp_path / "c")),
+        *("--backend", "transformers", "--executor", "ray", "--engines", "1"),
+        env=os.environ | {"RAY_TMPDIR": str(rays)},
     )
     assert run.returncode == 0, run.stderr
     assert len(logitcache.open(tmp_path / "c")) == 40

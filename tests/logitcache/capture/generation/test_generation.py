@@ -33,6 +33,7 @@ from logitcache.capture.teachers.vllm.generate import Completion, VllmGenerator
 from logitcache.cli import parser
 from logitcache.format.sequences import TokenSequence
 from logitcache.storage.folder import Folder
+from tests.helpers.processes import CORE_HERE, vllm_core_here
 from tests.helpers.references import assert_scores_agree, full_logprobs
 
 needs_vllm = pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")
@@ -378,7 +379,8 @@ class TestVllm:
     ) -> Iterator[logitcache.LogitCache]:
         """Built by the command, in one go."""
         out = tmp_path_factory.mktemp("generated") / "cache"
-        run = subprocess.run(command(teacher, prompts, out), capture_output=True, text=True, timeout=400)
+        placed = [*command(teacher, prompts, out), "--distributed-executor-backend", "mp"]
+        run = subprocess.run(placed, env=dict(os.environ, **CORE_HERE), capture_output=True, text=True, timeout=400)
         assert run.returncode == 0, run.stderr
         assert "answering 300 prompts" in run.stderr
         assert "cut off for length" in run.stderr
@@ -389,7 +391,8 @@ class TestVllm:
     def generator(self, teacher: Path, prompts: Path) -> Iterator[VllmGenerator]:
         """The engine of such a build, in this process."""
         inputs = settled(teacher, prompts)
-        generator = VllmGenerator(inputs.model, 64, inputs.engine.options)
+        with vllm_core_here() as placed:
+            generator = VllmGenerator(inputs.model, 64, inputs.engine.options | placed)
         yield generator
         generator.close()
 

@@ -24,6 +24,7 @@ from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
+from tests.helpers.processes import CORE_HERE
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -149,7 +150,11 @@ def build_with_vllm(path: Path, corpus: Path, out: Path, torchvision: str | None
     if torchvision is not None:
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(torchvision)
-    found = {"PYTHONPATH": f"{package.parent}:{os.environ.get('PYTHONPATH', '')}", "VLLM_CACHE_ROOT": str(out / "vllm")}
+    found = {
+        "PYTHONPATH": f"{package.parent}:{os.environ.get('PYTHONPATH', '')}",
+        "VLLM_CACHE_ROOT": str(out / "vllm"),
+        **CORE_HERE,
+    }
     options = [
         "--backend",
         "vllm",
@@ -161,6 +166,8 @@ def build_with_vllm(path: Path, corpus: Path, out: Path, torchvision: str | None
         "100",
         "--max-num-seqs",
         "8",
+        "--distributed-executor-backend",
+        "mp",
     ]
     command = ["build", "--teacher", str(path), "--data", str(corpus), "--out", str(out / "cache"), *options]
     return subprocess.run(

@@ -21,8 +21,10 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm import flat as vllm_flat
 from logitcache.capture.teachers.vllm.flat import VllmFlatTeacher
+from logitcache.cli import main
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
+from tests.helpers.processes import CORE_HERE, vllm_core_here
 from tests.helpers.references import assert_scores_agree, full_logprobs
 from tests.helpers.underway import num_finished_shards
 
@@ -54,7 +56,8 @@ def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive, "the engine outlived the build"
     kept = {path: path.stat().st_mtime_ns for path in out.glob("data/*.parquet")}
-    second = subprocess.run(command(teacher, corpus, out), capture_output=True, text=True, timeout=300)
+    again = [*command(teacher, corpus, out), "--distributed-executor-backend", "mp"]
+    second = subprocess.run(again, env=dict(os.environ, **CORE_HERE), capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr
     assert "continuing: " in second.stderr
     recorded = {path for path, written in kept.items() if path.stat().st_mtime_ns == written}
@@ -96,12 +99,12 @@ def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, corpus: Path,
     assert not psutil.wait_procs(children, timeout=60)[1]
 
 
-def test_an_option_that_vllm_does_not_know_is_refused_in_one_line(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [*command(teacher, corpus, tmp_path / "c"), "--no-such-option", "1"], capture_output=True, text=True
-    )
-    assert run.returncode == 2
-    errors = [line for line in run.stderr.splitlines() if "error" in line]
+def test_an_option_that_vllm_does_not_know_is_refused_in_one_line(
+    teacher: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, _, *options = command(teacher, corpus, tmp_path / "c")
+    assert main([*options, "--no-such-option", "1"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1
     assert "--no-such-option" in errors[0]
 
@@ -109,7 +112,8 @@ def test_an_option_that_vllm_does_not_know_is_refused_in_one_line(teacher: Path,
 @pytest.fixture(scope="module")
 def flat(teacher: Path) -> Iterator[VllmFlatTeacher]:
     model = TeacherModel.load(str(teacher), None, "float32", False)
-    started = VllmFlatTeacher(model, 200, 16, {"max_num_batched_tokens": 64, "max_num_seqs": 8})
+    with vllm_core_here() as placed:
+        started = VllmFlatTeacher(model, 200, 16, {"max_num_batched_tokens": 64, "max_num_seqs": 8, **placed})
     yield started
     started.close()
 

@@ -25,6 +25,7 @@ from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
+from tests.helpers.processes import vllm_core_here
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")]
 
@@ -357,7 +358,8 @@ def test_chunks_preemption_and_mixed_requests_change_nothing(monkeypatch: pytest
 
 
 def assert_route_agrees(path: Path, options: dict[str, Any]) -> None:
-    engine = VllmPoolingTeacher(TeacherModel.load(str(path), None, "float32", False), LONGEST, options)
+    with vllm_core_here() as placed:
+        engine = VllmPoolingTeacher(TeacherModel.load(str(path), None, "float32", False), LONGEST, options | placed)
     engine.set_tail_groups(GROUPS)
     scored = list(engine.score(SEQUENCES, EVERYTHING))
     engine.close()
