@@ -35,17 +35,16 @@ SMALLER = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    name, *rest = arguments
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     with printable_logs():
         return _run(name, rest)
 
 
 def _run(name: str, rest: Sequence[str]) -> int:
     try:
+        if name in ("-h", "--help"):
+            print(__doc__, flush=True)
+            return 0
         if name not in CONTINUE:
             raise UserError(f"unknown command {name}: choose {', '.join(CONTINUE)}")
         return int(import_module(f"trainer.commands.{name}").run(rest))
