@@ -46,7 +46,7 @@ class NotUnderstood(LlamaForCausalLM):
 
 
 def not_understood() -> LlamaForCausalLM:
-    student: LlamaForCausalLM = NotUnderstood(llama().config)  # type: ignore[no-untyped-call]
+    student: LlamaForCausalLM = NotUnderstood(llama().config)
     student.eval()
     student.load_state_dict(llama(seed=7).state_dict())
     return student

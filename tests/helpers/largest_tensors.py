@@ -10,7 +10,7 @@ class LargestTensors(TorchDispatchMode):
     """Counts the operations that allocate a result of at least `elements` elements."""
 
     def __init__(self, elements: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.elements, self.allocations = elements, 0
         self.storages: set[int] = set()
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import ray
 
 import logitcache
 from logitcache import UserError
@@ -30,6 +29,7 @@ from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401
 from tests.helpers.processes import run_command
 from tests.helpers.underway import num_finished_shards
 
+ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.engine
 
 SETTINGS: dict[str, Any] = {

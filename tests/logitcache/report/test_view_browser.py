@@ -9,6 +9,9 @@ from math import exp
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("playwright")
+
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from logitcache import LogitCache

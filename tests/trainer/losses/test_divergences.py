@@ -570,7 +570,7 @@ def test_autograd_of_a_value_equals_the_closed_form_everywhere_it_may_be_called(
     found["student with a graph"] = evaluate_divergence("own_rkl", padded_coarse(requires_grad=True), {})
     with torch.no_grad():
         found["no grad"] = evaluate_divergence("own_rkl", padded_coarse(), {})
-    InForward.apply(padded_coarse(requires_grad=True).log_q)  # type: ignore[no-untyped-call]
+    InForward.apply(padded_coarse(requires_grad=True).log_q)
     for where, (value, slope) in found.items():
         torch.testing.assert_close((value, slope), expected, msg=where)
         assert not value.requires_grad and not slope.requires_grad, where

@@ -95,7 +95,7 @@ def test_the_logits_never_exist(cache: LogitCache, training: bool, monkeypatch: 
     model = llama(seed=7, hidden_size=8)
     sizes = {}
     for objective in (LogitsObjective(model), fused(model)):
-        with torch.set_grad_enabled(training), Largest() as largest:  # type: ignore[no-untyped-call]
+        with torch.set_grad_enabled(training), Largest() as largest:
             total, _ = call(objective, model, batch)
             if training:
                 total.backward()
@@ -229,7 +229,7 @@ class LearnedScale(LlamaForCausalLM):
     """Scales its logits by a parameter."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)  # type: ignore[no-untyped-call]
+        super().__init__(config)
         self.logit_scale = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -259,7 +259,7 @@ class OwnHead(LlamaForCausalLM):
     """Has a head with a nonlinearity."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)  # type: ignore[no-untyped-call]
+        super().__init__(config)
         self.lm_head = Softened(config.hidden_size, config.vocab_size, bias=False)
 
 
@@ -313,7 +313,7 @@ def test_an_architecture_that_scales_its_logits_by_a_number_of_its_own_is_unders
             return output
 
     torch.manual_seed(7)
-    tempered: PreTrainedModel = Tempered(LlamaConfig(**SIZES))  # type: ignore[no-untyped-call]
+    tempered: PreTrainedModel = Tempered(LlamaConfig(**SIZES))
     assert_fused_is_unfused(tempered.train(False), batch)
 
 
