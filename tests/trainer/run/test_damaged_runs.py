@@ -289,7 +289,7 @@ def test_settings_that_are_refused_only_when_they_are_used_are_one_line(
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_loads(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.prepare, "prepare", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(trainer.run.prepare, "prepare", lambda config: pytest.fail("something was loaded"))
     (tmp_path / "file").touch()
     assert main([*options, "--output_dir", str(tmp_path / "file" / "run")]) == 2
     assert "file/run: a folder that can be written is wanted (Not a directory)" in one_line(capsys)
