@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mypy import api
 
 import trainer
 from logitcache import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_dir_shows_every_public_name() -> None:
@@ -26,20 +23,10 @@ def test_a_comparison_refuses_what_belongs_to_a_recipe(tmp_path: Path) -> None:
         trainer.compare([tmp_path / "recipe.yaml", tmp_path])
 
 
-@pytest.mark.programs
-def test_a_type_checker_knows_the_names(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        """\
-import trainer
-found: dict[str, float] = trainer.evaluate("student", "cache", batch_size=4)
-text: str = trainer.compare(["one", "other"]).table()
-trainer.evaluate("student", "cache", batchsize=4)
-trainer.compare("recipe.yaml", job=2)
-trainer.LossSettings("fkl").no_such_setting
-"""
-    )
-    options = ["--no-error-summary", "--config-file", str(ROOT / "pyproject.toml")]
-    printed, errors, status = api.run([*options, str(program)])
-    assert (status, errors) == (1, "")
-    assert [line.split(":")[1] for line in printed.splitlines() if ": error: " in line] == ["4", "5", "6"]
+def typed() -> None:
+    """Lines for `mypy`, which accepts the first and, as unused ignores are errors, must refuse the marked ones."""
+    found: dict[str, float] = trainer.evaluate("student", "cache", batch_size=4)
+    text: str = trainer.compare(["one", "other"]).table()
+    trainer.evaluate("student", "cache", batchsize=4)  # type: ignore[call-arg]
+    trainer.compare("recipe.yaml", job=2)  # type: ignore[call-arg]
+    print(found, text, trainer.LossSettings("fkl").no_such_setting)  # type: ignore[attr-defined]
