@@ -67,18 +67,20 @@ def continues(folder: Folder, spec: Mapping[str, Any], overwrite: bool) -> bool:
     Raises UserError if it was begun with others, which `overwrite` may replace.
     """
     recorded = recorded_spec(folder)
-    if recorded is None:
-        return False
-    if overwrite and differences(recorded, spec):
-        folder.remove(ANSWERS_NAME)
+    if recorded is None or (overwrite and differences(recorded, spec)):
         return False
     refuse_changes(recorded, spec, folder, "an unfinished cache")
     return folder.exists(PLAN_NAME)
 
 
 def begun_plan(kind: type[P], folder: Folder, spec: Mapping[str, Any], overwrite: bool) -> P | None:
-    """Reads the plan of an interrupted command that `spec` continues, if there is one; see `continues`."""
+    """Reads the plan of an interrupted command that `spec` continues, if there is one; see `continues`.
+
+    The completions of a build that `overwrite` replaces are removed.
+    """
     if not continues(folder, spec, overwrite):
+        if differences(recorded_spec(folder) or spec, spec):
+            folder.remove(ANSWERS_NAME)
         return None
     if overwrite and folder.exists(MANIFEST_NAME):
         remove_former(folder)  # interrupted between planning and removing the cache that it overwrites

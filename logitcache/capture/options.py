@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypedDict, TypeVar
 
+from logitcache.engines.vllm_process import why_not_vllm
 from logitcache.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -123,7 +123,7 @@ def passes_on_to(other: Callable[..., Any]) -> Callable[[F], F]:
 def check_engine_options(options: Mapping[str, Any]) -> None:
     """Raises UserError for an option that vLLM does not have, or that contradicts what a build does."""
     unknown = options.keys() - EngineOptions.__annotations__.keys() - OWN_OPTIONS
-    if unknown and importlib.util.find_spec("vllm"):
+    if unknown and not why_not_vllm():
         from vllm import EngineArgs
 
         if unknown := unknown - EngineArgs.__dataclass_fields__.keys():
@@ -144,11 +144,11 @@ def decisive_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def parse_engine_options(arguments: list[str]) -> dict[str, Any]:
     """Fields of vLLM's EngineArgs from command-line arguments that `logitcache build` does not know itself.
 
-    Raises UserError for an argument that vLLM does not know either, and for any where vLLM is not installed.
+    Raises UserError for an argument that vLLM does not know either, and for any where vLLM does not import.
     """
     if not arguments:
         return {}
-    if importlib.util.find_spec("vllm") is None:
+    if why_not_vllm():
         raise UserError(f"unknown argument {arguments[0]} (options of vLLM are accepted where vLLM is installed)")
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -62,7 +62,7 @@ class LocalCopies:
         self._claim: BinaryIO | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process claims this copy."""
+        """Leaves the claim out: another process makes its own."""
         return self.__dict__ | {"_claim": None}
 
     def path(self, shard: ShardInfo, fill: Callable[[BinaryIO], None]) -> Path | None:

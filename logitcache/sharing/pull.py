@@ -102,12 +102,14 @@ def pull(
     source = Source(url, identity, parse_manifest(content, f"{url.rstrip('/')}/{MANIFEST_NAME}"))
     chosen = parse_range(shards, len(source.manifest.shards), "shard")
     spec = {"command": "pull", "manifest_sha256": identity, "shards": shards and f"{chosen.start}:{chosen.stop}"}
-    with workspace(folder), _writable(folder), space_needed(out):
-        _begin(folder, spec, content, overwrite)
-        texts = fetch(source, chosen, folder)
-        if shards is None:
-            return _finish_whole(folder, content, source, texts)
-        return _finish_part(folder, source, chosen, texts)
+    with workspace(folder):
+        with _writable(folder), space_needed(out):
+            _begin(folder, spec, content, overwrite)
+            texts = fetch(source, chosen, folder)
+            if shards is not None:
+                return _finish_part(folder, source, chosen, texts)
+            _finish_whole(folder, content, source, texts)
+        return open_finished(folder)
 
 
 def _pull_rows(
@@ -167,7 +169,7 @@ def _spec_of(step: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finish_whole(folder: Folder, content: bytes, source: Source, texts: Mapping[str, bytes]) -> LogitCache:
+def _finish_whole(folder: Folder, content: bytes, source: Source, texts: Mapping[str, bytes]) -> None:
     files = vouched_files(source.manifest, source.where)
     for name in left_behind(folder.stored(), [*(file.name for file in files), *texts, MANIFEST_NAME]):
         folder.remove(name)
@@ -176,7 +178,6 @@ def _finish_whole(folder: Folder, content: bytes, source: Source, texts: Mapping
     if CARD_NAME in texts:
         logger.info("%s is what its author says: no checksum covers it", folder.where(CARD_NAME))
     folder.write(MANIFEST_NAME, content)
-    return open_finished(folder)
 
 
 def _finish_part(folder: Folder, source: Source, chosen: range, texts: Mapping[str, bytes]) -> LogitCache:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import numpy as np
 import pyarrow as pa
@@ -72,9 +72,12 @@ def plan(teacher: str | None, data: str | Sequence[str], **options: Unpack[Input
     Raises:
         UserError: The build would refuse this before it scores.
     """
-    if "generate" in options:
+    given: dict[str, Any] = dict(options)
+    if given.pop("generate", False):
         raise UserError("--generate: a plan cannot know how long the teacher's answers will be")
-    inputs = resolve_inputs(teacher, data, **options)
+    if given.pop("sampling_params", None):
+        raise UserError("--sampling-params needs --generate")
+    inputs = resolve_inputs(teacher, data, **given)
     logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
     sample = sample_corpus(inputs.sources, inputs.model.tokenizer, inputs.model.vocab_size, inputs.corpus_settings)
     types = ColumnTypes()

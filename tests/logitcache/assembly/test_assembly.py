@@ -107,6 +107,9 @@ def test_another_command_does_not_continue_it_unless_it_may_overwrite(tmp_path: 
         continues(folder, {"teacher": "y"}, overwrite=False)
     assert continues(folder, {"teacher": "x"}, overwrite=False) == (name == PLAN_NAME)
     assert not continues(folder, SPEC, overwrite=True)
+    assert folder.exists(name)
+    assert begun_plan(Plan, folder, SPEC, overwrite=True) is None
+    assert folder.exists(name) == (name == PLAN_NAME)
 
 
 def test_planning_that_fails_leaves_the_finished_cache_and_nothing_else(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from logitcache import UserError
 from logitcache.capture import engine as engine_module
+from logitcache.capture import options as options_module
 from logitcache.capture.engine import Engine, EngineChoice, TransformersEngine, VllmEngine, choose_engine
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm import engine as vllm_engine
@@ -83,6 +84,14 @@ def test_the_attention_is_an_option_of_transformers_only(model: TeacherModel, vl
     ):
         choose(model, attention="eager")
     assert choose(model, "transformers", attention="eager") == TransformersEngine(attention="eager")
+
+
+def test_an_option_of_a_vllm_that_does_not_import_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options_module, "why_not_vllm", lambda: "vLLM does not import (no such module)")
+    with pytest.raises(UserError, match=r"--speculative-config is an option of vLLM, and the backend is transformers"):
+        EngineChoice("transformers", vllm={"speculative_config": {}})
+    with pytest.raises(UserError, match="unknown argument --speculative-config"):
+        options_module.parse_engine_options(["--speculative-config", "{}"])
 
 
 def test_without_vllm_auto_takes_transformers_and_says_why(

@@ -48,6 +48,12 @@ def test_a_wrong_keyword_is_refused_by_name(teacher: Path, corpus: Path, tmp_pat
         logitcache.build(str(teacher), str(corpus), tmp_path / "c", backend="transformers", top_kk=3)  # type: ignore[call-overload]
     with pytest.raises(UserError, match=r"^--top-kk"):
         logitcache.plan(str(teacher), str(corpus), backend="transformers", top_kk=3)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="--sampling-params needs --generate"):
+        logitcache.plan(str(teacher), str(corpus), sampling_params={"n": 2})  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="--generate: a plan cannot know"):
+        logitcache.plan(str(teacher), str(corpus), generate=True)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match=r"^--top-k "):
+        logitcache.plan(str(teacher), str(corpus), generate=False, backend="transformers", top_k=0)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="top_kk"):
         logitcache.recode("c", tmp_path / "c", top_kk=3)  # type: ignore[call-arg]
     with pytest.raises(UserError, match="--seed needs --rescore"):
@@ -57,7 +63,7 @@ def test_a_wrong_keyword_is_refused_by_name(teacher: Path, corpus: Path, tmp_pat
 
 def test_dir_shows_every_public_name_and_a_star_import_hides_nothing_of_python() -> None:
     functions = {"import_logits" if name == "import" else name for name in COMMANDS}
-    assert functions | {"open", *logitcache.__all__} <= set(dir(logitcache))
+    assert functions | {"open", *logitcache.__all__} == set(dir(logitcache))
     assert functions - {"slice"} <= set(logitcache.__all__)
     assert not set(logitcache.__all__) & set(dir(builtins))
     for name in [*dir(logitcache), *logitcache.__all__]:

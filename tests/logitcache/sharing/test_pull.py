@@ -543,6 +543,17 @@ class TestPlaces:
             pull(there, tmp_path / "out")
 
 
+def test_a_copy_that_does_not_open_is_not_said_to_be_unwritable(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: str) -> None:
+        raise OSError("it does not open")
+
+    monkeypatch.setattr("logitcache.assembly.finalize.open_cache", fail)
+    with pytest.raises(OSError, match="it does not open"):
+        pull(there, tmp_path / "copy")
+
+
 def test_the_command_prints_the_cache(there: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", there, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
