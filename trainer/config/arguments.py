@@ -75,9 +75,7 @@ def _gathered(argv: Sequence[str]) -> list[str]:
 
 
 class _FitParser(Parser, HfArgumentParser):
-    def add_argument(self, *names: Any, decides_run: Any = None, **options: Any) -> Action:
-        """Takes a field's metadata, of which argparse does not know `decides_run`."""
-        return super().add_argument(*names, **options)
+    """transformers' parser, whose errors are UserErrors."""
 
 
 class _Help(ArgumentDefaultsHelpFormatter):

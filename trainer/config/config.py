@@ -128,5 +128,7 @@ def decides_run(name: str) -> DecidesRun:
     """Return what the setting `name` decides of a run, also a setting that only another version has."""
     field = DistillConfig.__dataclass_fields__.get(name)
     by_prefix = DecidesRun.NEVER if name.startswith(NEVER_PREFIXES) else DecidesRun.COMPARED
-    said: DecidesRun = (field.metadata if field else {}).get("decides_run", OF_TRANSFORMERS.get(name, by_prefix))
+    said: DecidesRun = getattr(
+        field and field.metadata.get("help"), "decides_run", OF_TRANSFORMERS.get(name, by_prefix)
+    )
     return said

@@ -20,6 +20,12 @@ class DecidesRun(Enum):
     NEVER = "where and how a run was done"
 
 
+class _Help(str):
+    """A help text with what the field decides: HfArgumentParser takes every entry of the metadata to argparse."""
+
+    decides_run: DecidesRun
+
+
 def setting(
     default: Any, help: str, choices: Sequence[str] | None = None, *, decides_run: DecidesRun = DecidesRun.ALWAYS
 ) -> Any:
@@ -31,8 +37,10 @@ def setting(
         choices: the accepted values; None for any.
         decides_run: whether another value makes another run.
     """
+    text = _Help(help)
+    text.decides_run = decides_run
     chosen = {"choices": list(choices)} if choices else {}
-    return dataclasses.field(default=default, metadata={"help": help, "decides_run": decides_run} | chosen)
+    return dataclasses.field(default=default, metadata={"help": text} | chosen)
 
 
 def redefault(name: str, default: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from trainer.comparison.settings import matters
 from trainer.config.config import DistillConfig, decides_run
@@ -52,7 +53,17 @@ def test_what_a_checkpoint_refuses_a_comparison_tells_apart() -> None:
 
 
 def test_a_setting_of_our_own_decides_unless_it_says_otherwise_and_the_table_is_of_the_others() -> None:
-    assert setting(0, "new").metadata["decides_run"] is DecidesRun.ALWAYS
-    own = {name for name, field in FIELDS.items() if "decides_run" in field.metadata}
+    assert setting(0, "new").metadata["help"].decides_run is DecidesRun.ALWAYS
+    own = {name for name, field in FIELDS.items() if hasattr(field.metadata.get("help"), "decides_run")}
     assert own >= FIELDS.keys() - TrainingArguments.__dataclass_fields__.keys()
     assert not own & OF_TRANSFORMERS.keys()
+
+
+def test_scripts_read_the_settings_with_transformers_own_parser() -> None:
+    given = ["--cache", "c", "--student", "s", "--output_dir", "o", "--loss", "fkl"]
+    [config] = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(given)
+    assert (config.student, config.loss) == ("s", "fkl")
+
+
+def test_training_args_of_earlier_checkpoints_name_the_settings_class_where_it_was() -> None:
+    assert pickle.loads(b"ctrainer.config\nDistillConfig\n.") is DistillConfig
