@@ -23,6 +23,18 @@ def test_a_comparison_refuses_what_belongs_to_a_recipe(tmp_path: Path) -> None:
         trainer.compare([tmp_path / "recipe.yaml", tmp_path])
 
 
+def test_a_comparison_of_nothing_says_so(tmp_path: Path) -> None:
+    nothing = trainer.compare([])
+    for show in (
+        nothing.table,
+        lambda: nothing.draw(tmp_path / "c.png"),
+        lambda: nothing.write_page(tmp_path / "c.html"),
+    ):
+        with pytest.raises(UserError, match="nothing to compare: no run is named"):
+            show()
+    assert not list(tmp_path.iterdir())
+
+
 def typed() -> None:
     """Lines for `mypy`, which accepts the first and, as unused ignores are errors, must refuse the marked ones."""
     found: dict[str, float] = trainer.evaluate("student", "cache", batch_size=4)

@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
     recipe = read_recipe(args.runs[0]) if len(args.runs) == 1 and args.runs[0].suffix in RECIPE_SUFFIXES else None
     out = args.out or (recipe.output_dir if recipe else Path()) / "compare.png"
     page = args.page or out.with_suffix(".html")
-    _check_outputs(args, out, page)
+    _check_outputs(args, out, page, recipe.output_dir.resolve() if recipe else None)
     try:
         compared = compare(recipe or args.runs, jobs=args.jobs, overwrite=args.overwrite)
     except KeyboardInterrupt:
@@ -87,11 +87,12 @@ def _parser() -> Parser:
     return parser
 
 
-def _check_outputs(args: Namespace, out: Path, page: Path) -> None:
+def _check_outputs(args: Namespace, out: Path, page: Path, output_dir: Path | None) -> None:
     """Raises UserError if picture or page cannot be written. A recipe's output_dir may be missing: its runs make it."""
-    if args.out or out.parent.exists():
+    made = [] if output_dir is None else [output_dir, *output_dir.parents]
+    if out.parent.exists() or out.parent.resolve() not in made:
         check_writable(out)
-    if page.is_dir() or not (page.parent.is_dir() or page.parent == out.parent):
+    if page.is_dir() or not (page.parent.is_dir() or page.parent.resolve() in made):
         raise UserError(f"--page {page}: name a file in an existing folder")
     if page.resolve() == out.resolve():
         raise UserError(f"--page {page}: that is the picture; name another file")

@@ -37,17 +37,23 @@ class Comparison:
 
     def table(self) -> str:
         """The metrics of the rows, their differences and their pace, as aligned text."""
-        return table(self.rows)
+        return table(self._shown())
 
     def draw(self, picture: str | Path, curves: Sequence[str] = SHOWN_CURVES) -> None:
         """Draws the curves of these metrics to a file, whose suffix is its format."""
-        draw(self.rows, curves, Path(picture))
+        draw(self._shown(), curves, Path(picture))
 
     def write_page(self, page: str | Path) -> None:
         """Writes the comparison as one HTML page."""
         from trainer.comparison.page import write_page
 
-        write_page(self.rows, Path(page), self.title)
+        write_page(self._shown(), Path(page), self.title)
+
+    def _shown(self) -> Sequence[Row]:
+        if not self.rows:
+            failed = [str(failure.folder) for failure in self.failures]
+            raise UserError(f"nothing to compare: {'failed are ' + ', '.join(failed) if failed else 'no run is named'}")
+        return self.rows
 
 
 def compare(
@@ -55,7 +61,8 @@ def compare(
 ) -> Comparison:
     """Compares runs, after doing those of a recipe that are missing.
 
-    The same call continues after an interruption. Each run of a recipe is a process of its own.
+    The same call continues after an interruption. Each run of a recipe is a process of its own. While they are done,
+    their progress is printed and SIGINT and SIGTERM have other handlers, so a recipe belongs to the main thread.
 
     Args:
         runs: A recipe (RECIPE.yaml, or one that was read), or output folders of `trainer fit`.
@@ -68,15 +75,15 @@ def compare(
     Raises:
         UserError: A recipe or a run cannot be read, or `trainer fit` would refuse a run of the recipe.
     """
-    paths = [
-        Path(run) for run in ([runs] if isinstance(runs, str | Path) else [] if isinstance(runs, Recipe) else runs)
-    ]
+    if isinstance(runs, Recipe):
+        return _done(runs, jobs, overwrite)
+    paths = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     recipes = [path for path in paths if path.suffix in RECIPE_SUFFIXES]
     if recipes and len(paths) > 1:
         raise UserError(f"{recipes[0]} is a recipe: name it alone, or finished runs only")
-    if recipes or isinstance(runs, Recipe):
-        return _done(runs if isinstance(runs, Recipe) else read_recipe(recipes[0]), jobs, overwrite)
-    if jobs or overwrite:
+    if recipes:
+        return _done(read_recipe(recipes[0]), jobs, overwrite)
+    if paths and (jobs or overwrite):
         raise UserError(
             f"--{'jobs' if jobs else 'overwrite'} belongs to a recipe: {paths[0]} is taken for a finished run"
         )

@@ -127,7 +127,8 @@ def _same_cache(a: FinishedRun, b: FinishedRun) -> bool:
         return True
     for path in (a.eval_cache, b.eval_cache):
         with suppress(UserError, OSError):
-            return {a.eval_cache_sha256, b.eval_cache_sha256} <= {*identities(logitcache.open(path))}
+            if {a.eval_cache_sha256, b.eval_cache_sha256} <= {*identities(logitcache.open(path))}:
+                return True
     return False
 
 

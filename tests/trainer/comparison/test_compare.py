@@ -385,12 +385,19 @@ def test_a_run_without_an_evaluation_is_refused(tmp_path: Path) -> None:
         read_run(run)
 
 
-def test_an_evaluation_of_a_former_version_is_of_the_same_cache(tmp_path: Path, cache: LogitCache) -> None:
+def test_an_evaluation_of_a_former_version_is_of_the_same_cache(
+    tmp_path: Path, cache: LogitCache, heldout: LogitCache
+) -> None:
     runs = [finished_run(tmp_path, name, heldout=cache.path) for name in "ab"]
     for run, identity in zip(runs, identities(cache), strict=True):
         path = run / "eval.json"
         path.write_text(path.read_text().replace(f"digest of {cache.path}", identity))
     assert [run.eval_cache_sha256 for run in read_runs(runs)] == [*identities(cache)]
+    for other in runs:  # where one of them was, another cache is by now
+        other_path, text = other / "eval.json", (other / "eval.json").read_text()
+        other_path.write_text(text.replace(json.dumps(cache.path), json.dumps(heldout.path)))
+        assert len(read_runs(runs)) == 2
+        other_path.write_text(text)
     path.write_text(path.read_text().replace(identities(cache)[1], identities(cache)[1][::-1]))
     with pytest.raises(UserError, match="was evaluated on the cache"):
         read_runs(runs)

@@ -287,6 +287,19 @@ def test_a_recipe_is_done_once_and_its_rows_are_shown(
     assert len(started(runs)) == 6
 
 
+def test_picture_and_page_may_be_named_in_the_recipes_missing_output_dir(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, recipe)
+    runs = read_recipe(path).output_dir
+    monkeypatch.setattr(execute, "TRAINER", ("-c", "raise SystemExit(1)"))
+    outputs = ["--out", str(runs / "c.png"), "--page", str(runs / "c.html")]
+    assert not runs.exists() and main(["compare", str(path), *outputs]) == 1
+    assert "failed; the end of its log.txt" in capsys.readouterr().err
+    assert main(["compare", str(path), "--out", str(runs / "none" / "c.png")]) == 2
+    assert "name an existing folder" in capsys.readouterr().err
+
+
 def test_answers_of_each_student_are_generated_once(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
