@@ -17,8 +17,10 @@ from trainer.losses.targets import TeacherTargets
 UserDivergence = Callable[..., Tensor | tuple[Tensor, Tensor]]
 F = TypeVar("F", bound=UserDivergence)
 
-# What the losses' own arguments are called: an option of that name could never be given.
-RESERVED = {field.name for arguments in (TeacherTargets, LossSettings) for field in fields(arguments)} | {
+# What the losses' own arguments are called, by which no option could be given. They take no argument `loss_args`.
+RESERVED = {field.name for arguments in (TeacherTargets, LossSettings) for field in fields(arguments)} - {
+    "loss_args"
+} | {
     *("logits", "hidden", "weight", "bias", "logit_scale", "logit_softcap", "targets", "labels"),
     *("kd_weight", "t_squared", "num_items", "vocab_size", "validate"),
 }

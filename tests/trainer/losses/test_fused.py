@@ -468,6 +468,7 @@ def test_no_option_of_a_divergence_can_be_called_like_an_argument_of_the_losses(
     for function in (trainer.fused_linear_divergence, trainer.sparse_divergence):
         own = {name for name in inspect.signature(function).parameters if name != "loss_args"}
         assert own <= registry.RESERVED
+    assert "loss_args" not in registry.RESERVED
     with pytest.raises(ValueError, match="option 'weight', which is an argument of the losses"):
 
         @trainer.register_divergence("clash")
