@@ -1,5 +1,5 @@
 # Every target sets up .venv itself; the second time it starts at once.
-.PHONY: check demo test test-engines test-trainer test-logitcache test-types test-programs setup setup-light clean
+.PHONY: check demo test test-fast test-engines test-trainer test-logitcache test-types test-programs setup setup-light clean
 PYTHON := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 

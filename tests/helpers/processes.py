@@ -37,7 +37,7 @@ def run_command(
         process = FORKED.Process(target=_command, args=(folder, program, arguments, cwd or Path.cwd(), dict(env)))
         process.start()
         said = _ended([process], folder)
-        return subprocess.CompletedProcess([program, *arguments], process.exitcode or 0, said[0], said[1])
+        return subprocess.CompletedProcess([program, *arguments], process.exitcode, said[0], said[1])
 
 
 def on_two_ranks(function: Callable[..., None], *arguments: Any, status: int = 0) -> list[str]:
@@ -78,6 +78,7 @@ def _ended(processes: list[Any], folder: str) -> list[str]:
         process.join(LONGEST_S)
         if process.is_alive():
             process.kill()
+            process.join()
     return [path.read_text() if (path := Path(folder, name)).exists() else "" for name in ("1", "2")]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,6 @@ import pytest
 import logitcache
 from tests.helpers.exchanging import write_tokenizer
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
-from tests.helpers.processes import run_command
 
 pytestmark = pytest.mark.programs
 
@@ -22,7 +23,9 @@ DISTILLKIT = Path(__file__).parents[2] / "data/exchange" / "residual_bins"
 def run(team: Path, *command: str, status: int = 0) -> str:
     """What a command of ours prints to a team, which has a home of its own and works in its own folder."""
     environment = {**os.environ, "HOME": str(team), "LOGITCACHE_HOME": str(team / "copies"), "OMP_NUM_THREADS": "1"}
-    done = run_command(*command, cwd=team, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=team, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == status, done.stderr
     return done.stdout
 
