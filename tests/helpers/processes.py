@@ -37,6 +37,7 @@ def run_command(
         process = FORKED.Process(target=_command, args=(folder, program, arguments, cwd or Path.cwd(), dict(env)))
         process.start()
         said = _ended([process], folder)
+        assert process.exitcode is not None
         return subprocess.CompletedProcess([program, *arguments], process.exitcode, said[0], said[1])
 
 

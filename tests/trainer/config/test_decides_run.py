@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from typing import Any, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -61,7 +62,7 @@ def test_a_setting_of_our_own_decides_unless_it_says_otherwise_and_the_table_is_
 
 def test_scripts_read_the_settings_with_transformers_own_parser() -> None:
     given = ["--cache", "c", "--student", "s", "--output_dir", "o", "--loss", "fkl"]
-    [config] = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(given)
+    [config] = HfArgumentParser(cast(Any, DistillConfig)).parse_args_into_dataclasses(given)
     assert (config.student, config.loss) == ("s", "fkl")
 
 

@@ -33,7 +33,7 @@ from logitcache.capture.teachers.vllm.generate import Completion, VllmGenerator
 from logitcache.cli import parser
 from logitcache.format.sequences import TokenSequence
 from logitcache.storage.folder import Folder
-from tests.helpers.processes import CORE_HERE, vllm_core_here
+from tests.helpers.processes import vllm_core_here
 from tests.helpers.references import assert_scores_agree, full_logprobs
 
 needs_vllm = pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")
@@ -377,10 +377,9 @@ class TestVllm:
     def cache(
         self, teacher: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
     ) -> Iterator[logitcache.LogitCache]:
-        """Built by the command, in one go."""
+        """Built by the command, in one go, with the engine's core in a process of its own."""
         out = tmp_path_factory.mktemp("generated") / "cache"
-        placed = [*command(teacher, prompts, out), "--distributed-executor-backend", "mp"]
-        run = subprocess.run(placed, env=dict(os.environ, **CORE_HERE), capture_output=True, text=True, timeout=400)
+        run = subprocess.run(command(teacher, prompts, out), capture_output=True, text=True, timeout=400)
         assert run.returncode == 0, run.stderr
         assert "answering 300 prompts" in run.stderr
         assert "cut off for length" in run.stderr

@@ -24,7 +24,7 @@ from logitcache.capture.teachers.vllm.flat import VllmFlatTeacher
 from logitcache.cli import main
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
-from tests.helpers.processes import CORE_HERE, vllm_core_here
+from tests.helpers.processes import CORE_HERE
 from tests.helpers.references import assert_scores_agree, full_logprobs
 from tests.helpers.underway import num_finished_shards
 
@@ -111,9 +111,9 @@ def test_an_option_that_vllm_does_not_know_is_refused_in_one_line(
 
 @pytest.fixture(scope="module")
 def flat(teacher: Path) -> Iterator[VllmFlatTeacher]:
+    """The engine's core is in a process of its own, as vLLM places it by default."""
     model = TeacherModel.load(str(teacher), None, "float32", False)
-    with vllm_core_here() as placed:
-        started = VllmFlatTeacher(model, 200, 16, {"max_num_batched_tokens": 64, "max_num_seqs": 8, **placed})
+    started = VllmFlatTeacher(model, 200, 16, {"max_num_batched_tokens": 64, "max_num_seqs": 8})
     yield started
     started.close()
 
