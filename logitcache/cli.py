@@ -25,6 +25,7 @@ from logitcache.commands import (
     verify,
     view,
 )
+from logitcache.commands.shared import refuse_unknown
 from logitcache.errors import Parser, UserError, one_line, printable
 
 
@@ -58,6 +59,8 @@ COMMANDS: dict[str, Command] = {
     "export": export,
 }
 
+TAKE_OPTIONS_OF_VLLM = {"build", "plan", "verify"}
+
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `logitcache …`; unknown options are left over for vLLM."""
@@ -82,7 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed, rest = parser().parse_known_args(arguments)
         options = vars(parsed)
-        command = COMMANDS[options.pop("command")]
+        name = options.pop("command")
+        command = COMMANDS[name]
+        if name not in TAKE_OPTIONS_OF_VLLM:
+            refuse_unknown(rest, name)
         continued = command.CONTINUES
         with _log_lines():
             status = command.run(options, rest) or 0

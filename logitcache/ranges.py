@@ -1,10 +1,17 @@
-"""Ranges as command lines write them, A:B."""
+"""Arguments as callers write them: ranges A:B, and one value in place of a list."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 from logitcache.errors import UserError
+
+
+def one_or_more(values: Any) -> list[Any]:
+    """Lists the values; a text or a path is one value, not many letters."""
+    return [values] if isinstance(values, str | Path) else list(values)
 
 
 def parse_range(text: str | None, count: int, what: str) -> range:

@@ -23,6 +23,7 @@ from logitcache.capture.worker import Job, write_scored
 from logitcache.errors import UserError
 from logitcache.format.tokenizer import save_tokenizer
 from logitcache.progress import Progress
+from logitcache.ranges import one_or_more
 from logitcache.reading.cache import LogitCache
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
@@ -142,7 +143,7 @@ def build(
     if overwrite and shard_range:
         raise UserError("--overwrite contradicts --shard-range: remove the old cache first")
     folder = Folder(out)
-    reused = _reused([reuse] if isinstance(reuse, str | Path) else reuse, folder)
+    reused = _reused(one_or_more(reuse), folder)
     inputs = resolve_inputs(teacher, data, (sampling_params or {}) if generate else None, **options)
     with workspace(folder, shared=shard_range is not None), space_needed(out):
         spec = inputs.spec(shard_positions)

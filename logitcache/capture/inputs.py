@@ -18,6 +18,7 @@ from logitcache.capture.teachers.base import TeacherModel
 from logitcache.documents.chat_template import read_chat_template
 from logitcache.errors import UserError
 from logitcache.format.tail_parts import TailParts
+from logitcache.ranges import one_or_more
 
 DEFAULT_MAX_LENGTH = 4096
 
@@ -125,7 +126,7 @@ def resolve_inputs(
         turns=turns,
         columns=columns or {},
         long=long,
-        keep=tuple(keep),
+        keep=tuple(one_or_more(keep)),
         skip_bad=skip_bad,
     )
     generation = None

@@ -27,7 +27,7 @@ from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.targets import PAD_ID, SparseTargets
 from logitcache.maintenance.verify.findings import Finding
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.cache import LogitCache, opened
 from logitcache.table import aligned
 
 logger = logging.getLogger("logitcache")
@@ -72,8 +72,7 @@ def prepare_rescoring(
     """
     if num_rows < 1:
         raise UserError(f"--rescore {num_rows}: at least 1 row is needed")
-    if not isinstance(cache, LogitCache):
-        cache = open_cache(cache)
+    cache = opened(cache)
     recorded = cache.manifest.fingerprint.get("teacher", {})
     asked = EngineChoice(backend, capture_route, base_url, model, attn_implementation, engine_options)
     teacher = teacher or asked.default_teacher()

@@ -9,11 +9,11 @@ from logitcache.capture.options import EngineOptions
 from logitcache.errors import UserError
 from logitcache.maintenance.verify.findings import Report
 from logitcache.maintenance.verify.verify import Verification
-from logitcache.reading.cache import open_cache
+from logitcache.reading.cache import LogitCache, open_cache, path_of
 
 
 def verify(
-    path: str | Path,
+    path: LogitCache | str | Path,
     *,
     against: str | None = None,
     rescore: int | None = None,
@@ -34,7 +34,7 @@ def verify(
     What is damaged does not keep the rest from being checked. Memory and disk are bounded. The options below `rescore` need it.
 
     Args:
-        path: Folder or URL of the cache.
+        path: A cache, or its folder or URL.
         against: Identity that the cache must have. If it has another, that is the only finding, and nothing else is read.
         rescore: Number of random rows that the teacher scores once more, if the cache has no other finding.
         seed: Random seed for choosing the rows. None: 0.
@@ -71,6 +71,7 @@ def verify(
     given: dict[str, Any] = {name: value for name, value in named.items() if value is not None} | engine_options
     if given and rescore is None:
         raise UserError(f"--{next(iter(given)).replace('_', '-')} needs --rescore")
+    path = path_of(path)
     verification, rescoring = Verification(path, against), None
     if rescore is not None and not verification.is_another:
         from logitcache.capture.rescore import prepare_rescoring

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import refuse_unknown
-
 HELP = "the rows of a cache in another tool's format: plain top-k rows, or Axolotl's"
 DESCRIPTION = (
     "Writes the rows of a cache, with its kept columns, to one file in another tool's format. topk: input_ids, "
@@ -35,7 +33,6 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
     """Exports and prints the file."""
     from logitcache.exchange.exporting import export
 
-    refuse_unknown(rest, "export")
     exported = export(**options)
     print(f"exported   {exported.path}")
     print(f"rows       {exported.num_rows:,}")

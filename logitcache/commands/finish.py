@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import engines_needed, print_cache, refuse_unknown
+from logitcache.commands.shared import engines_needed, print_cache
 
 HELP = "make a cache of the shards that `logitcache build --shard-range` left"
 DESCRIPTION = "Makes a cache of the shards that several `logitcache build --shard-range` processes left in DIR."
@@ -19,7 +19,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
     """Finishes and prints the cache."""
-    refuse_unknown(rest, "finish")
     with engines_needed():
         from logitcache.capture.finish import finish
 

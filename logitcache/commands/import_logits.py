@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import engines_needed, output_options, print_cache, refuse_unknown
+from logitcache.commands.shared import engines_needed, output_options, print_cache
 from logitcache.commands.values import names
 from logitcache.format.quantization import PRESETS
 
@@ -63,7 +63,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
     """Imports and prints the new cache."""
-    refuse_unknown(rest, "import")
     with engines_needed():
         from logitcache.exchange.importing import import_logits
 

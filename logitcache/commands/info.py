@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import refuse_unknown
 from logitcache.errors import printable
 
 HELP = "what a cache holds and what it was made from, on one screen"
@@ -22,5 +21,4 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
     """Prints the cache's description."""
     from logitcache.maintenance.info import info
 
-    refuse_unknown(rest, "info")
     print(printable(info(**options)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import output_options, print_rewritten, refuse_unknown
+from logitcache.commands.shared import output_options, print_rewritten
 
 HELP = "several caches of one teacher as one, every row once"
 DESCRIPTION = (
@@ -25,5 +25,4 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
     """Merges and prints the new cache."""
     from logitcache.maintenance.merge import merge
 
-    refuse_unknown(rest, "merge")
     print_rewritten(merge(**options))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import print_cache, print_rewritten, refuse_unknown
+from logitcache.commands.shared import print_cache, print_rewritten
 
 HELP = "copy a cache, or a part of it, from a URL or a .tar.zst file, and check every byte"
 DESCRIPTION = (
@@ -36,7 +36,6 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
     """Pulls and prints the copy."""
     from logitcache.sharing.pull import pull
 
-    refuse_unknown(rest, "pull")
     cache = pull(**options)
     if "rows" in options or "shards" in options:
         print_rewritten(cache)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import refuse_unknown
-
 HELP = "copy a cache to where others read it: the Hub, an object store, a folder, one file"
 DESCRIPTION = (
     "Copies a finished cache to a place that others read. What is there already is not sent again, so the same "
@@ -38,7 +36,6 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
     """Pushes and prints what was sent."""
     from logitcache.sharing.push import push
 
-    refuse_unknown(rest, "push")
     pushed = push(**options)
     print(f"url        {pushed.url}")
     print(f"identity   {pushed.identity}")

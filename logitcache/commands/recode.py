@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import output_options, print_rewritten, refuse_unknown
+from logitcache.commands.shared import output_options, print_rewritten
 from logitcache.commands.values import names
 from logitcache.format.quantization import PRESETS
 
@@ -37,5 +37,4 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
     """Recodes and prints the new cache."""
     from logitcache.maintenance.recode import recode
 
-    refuse_unknown(rest, "recode")
     print_rewritten(recode(**options))

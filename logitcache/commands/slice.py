@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import output_options, print_rewritten, refuse_unknown
+from logitcache.commands.shared import output_options, print_rewritten
 
 HELP = "some rows of a cache"
 DESCRIPTION = (
@@ -35,5 +35,4 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
     """Slices and prints the new cache."""
     from logitcache.maintenance.slice import slice_cache
 
-    refuse_unknown(rest, "slice")
     print_rewritten(slice_cache(**options))

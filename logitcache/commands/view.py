@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import refuse_unknown
 from logitcache.commands.values import names
 
 HELP = "one page for a browser: charts of a cache, and some of its rows to read with what the teacher expected"
@@ -33,7 +32,6 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
     """Writes the page and prints where it is."""
     from logitcache.report.page import view
 
-    refuse_unknown(rest, "view")
     page = view(**options)
     shown = f"{page.num_rows:,} of {page.of_rows:,} rows, {page.num_tokens:,} tokens of them"
     print(f"page       {page.path} ({page.num_bytes:,} bytes), which shows {shown}")

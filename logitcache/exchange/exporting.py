@@ -19,7 +19,7 @@ from logitcache.errors import UserError, one_line
 from logitcache.exchange import axolotl, topk
 from logitcache.format.codec import DecodedRows
 from logitcache.progress import Progress
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.cache import LogitCache, opened
 from logitcache.storage.folder import Folder
 
 logger = logging.getLogger("logitcache")
@@ -91,7 +91,7 @@ def export(
     field = LOGPROBS_FIELD if logprobs_field is None else logprobs_field
     if field in ("", ROW_ID, axolotl.IDS):
         raise UserError(f"--logprobs-field {field!r}: choose a name that no other column has, such as {LOGPROBS_FIELD}")
-    cache = cache if isinstance(cache, LogitCache) else open_cache(cache)
+    cache = opened(cache)
     folder, name = _split(str(out))
     folder.check_writable(name)
     if folder.lies_in(cache.folder):

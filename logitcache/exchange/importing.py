@@ -30,6 +30,7 @@ from logitcache.format.sequences import stored_columns
 from logitcache.format.shards import ShardInfo
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
+from logitcache.ranges import one_or_more
 from logitcache.reading.cache import LogitCache
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
@@ -91,13 +92,15 @@ def import_logits(
     for name, value in [("shard-positions", shard_positions), ("top-k", top_k), ("vocab-size", vocab_size)]:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1 is needed")
-    found = find_sources([sources] if isinstance(sources, str) else sources)
+    found = find_sources(one_or_more(sources))
     kind = FORMATS[source_format](found, config)
     loaded, num_known = _load_tokenizer(tokenizer)
     vocabulary = vocab_size or kind.vocab_size or num_known
     if vocabulary > MAX_VOCAB_SIZE:
         raise UserError(f"--vocab-size {vocabulary}: at most {MAX_VOCAB_SIZE:,} tokens are read")
-    reader = SequenceReader(loss_mask or kind.loss_mask, loss_mask is not None, min(num_known, vocabulary), tuple(keep))
+    reader = SequenceReader(
+        loss_mask or kind.loss_mask, loss_mask is not None, min(num_known, vocabulary), tuple(one_or_more(keep))
+    )
     job = _Job(
         kind=kind,
         files=[file for source in found for file in source.files],

@@ -9,7 +9,7 @@ from pathlib import Path
 from logitcache.assembly.card import read_card
 from logitcache.format.manifest import Manifest
 from logitcache.format.shards import ShardInfo
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.cache import LogitCache, opened
 from logitcache.report.description import amounts, history, origin
 from logitcache.report.footers import column_bytes, entry_counts, spread
 from logitcache.storage.folder import Folder
@@ -36,8 +36,7 @@ def info(cache: LogitCache | str | Path) -> str:
     Raises:
         UserError: The cache does not open.
     """
-    if not isinstance(cache, LogitCache):
-        cache = open_cache(cache)
+    cache = opened(cache)
     manifest, folder = cache.manifest, cache.folder
     chosen = spread(manifest.shards)
     paragraphs = [

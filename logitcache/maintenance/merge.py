@@ -17,6 +17,7 @@ from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.tail_parts import PARTS
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.row_scan import Rows, scan
+from logitcache.ranges import one_or_more
 from logitcache.reading.cache import LogitCache
 from logitcache.reading.row_index import RowIndex
 from logitcache.storage.atomic import space_needed
@@ -24,7 +25,7 @@ from logitcache.storage.folder import Folder
 
 
 def merge(
-    paths: Sequence[str | Path],
+    paths: Sequence[LogitCache | str | Path],
     out: str | Path,
     *,
     shard_positions: int = SHARD_POSITIONS,
@@ -35,7 +36,7 @@ def merge(
     The same call continues an interrupted one.
 
     Args:
-        paths: Folders or URLs of at least two caches.
+        paths: At least two caches, or their folders or URLs.
         out: The new cache: a folder, or a URL that fsspec writes.
         shard_positions: Stored positions of a shard.
         overwrite: Replaces what `out` holds.
@@ -47,7 +48,7 @@ def merge(
         UserError: Teacher, tokenizer, capture settings or columns differ (the message names them), a cache is damaged, or `out`
             holds something else.
     """
-    if len(paths) < 2:
+    if len(paths := one_or_more(paths)) < 2:
         raise UserError("merge needs at least two caches")
     sources = [open_source(path) for path in paths]
     for source in sources[1:]:

@@ -21,6 +21,7 @@ from logitcache.format.targets import SparseTargets
 from logitcache.format.truncation import nucleus, truncate
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.row_scan import scan
+from logitcache.ranges import one_or_more
 from logitcache.reading.cache import LogitCache
 
 DEFAULT_MIN_K = 32
@@ -28,7 +29,7 @@ DEFAULT_MIN_K = 32
 
 
 def recode(
-    path: str | Path,
+    path: LogitCache | str | Path,
     out: str | Path,
     *,
     top_k: int | None = None,
@@ -44,7 +45,7 @@ def recode(
     What leaves the entries joins the tail, exactly. The same call continues an interrupted one.
 
     Args:
-        path: Folder or URL of the cache.
+        path: A cache, or its folder or URL.
         out: The new cache: a folder, or a URL that fsspec writes.
         top_k: Entries that a position keeps at most. None: all that `top_p` leaves.
         top_p: Probability mass that the kept entries hold. None: as in the cache.
@@ -65,7 +66,7 @@ def recode(
     source = open_source(path)
     capture = source.manifest.fingerprint["capture"]
     entries = _fewer_entries(_Entries.of(capture), top_k, top_p, min_k)
-    dropped = _checked(drop, source.manifest.layout)
+    dropped = _checked(one_or_more(drop), source.manifest.layout)
     layout = _with_precision(_without(source.manifest.layout, dropped), precision)
     absent = {name: value for name, value in TailParts().to_json("option").items() if name in dropped}
     stored = {"top_k": entries.top_k, "top_p": entries.top_p, "min_k": entries.min_k, "precision": layout.precision}

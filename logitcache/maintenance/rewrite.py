@@ -39,7 +39,7 @@ from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.targets import SparseTargets
 from logitcache.format.trusted import read_trusted
 from logitcache.maintenance.row_scan import Rows
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.cache import LogitCache, opened
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
 from logitcache.version import CREATED_BY
@@ -52,9 +52,9 @@ _FINGERPRINT = {
 """What rewriting needs of a fingerprint, see `check_shape`."""
 
 
-def open_source(path: str | Path, against: str | None = None) -> LogitCache:
+def open_source(path: LogitCache | str | Path, against: str | None = None) -> LogitCache:
     """Opens a cache to rewrite. Raises UserError as `open_cache` does, and for a fingerprint that no build wrote."""
-    cache = open_cache(path, against)
+    cache = opened(path, against)
     without_secrets_of_sources(cache.manifest)  # as the new manifest will hold them, before any work is done
     try:
         check_shape(cache.manifest.fingerprint, _FINGERPRINT, "fingerprint")

@@ -25,7 +25,7 @@ COUNTS = ("row_id", "num_tokens", "num_positions")
 
 
 def slice_cache(
-    path: str | Path,
+    path: LogitCache | str | Path,
     out: str | Path,
     *,
     rows: str | None = None,
@@ -42,7 +42,7 @@ def slice_cache(
     The same call continues an interrupted one.
 
     Args:
-        path: Folder or URL of the cache.
+        path: A cache, or its folder or URL.
         out: The new cache: a folder, or a URL that fsspec writes.
         rows: "A:B", from row A, counted from 0, up to B, which is left out. Either may be missing.
         row_ids: Text file with a row id a line.

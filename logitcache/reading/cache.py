@@ -63,6 +63,18 @@ def open_cache(path: str | Path, against: str | None = None) -> LogitCache:
     return LogitCache(str(path), against)
 
 
+def opened(cache: LogitCache | str | Path, against: str | None = None) -> LogitCache:
+    """Returns the cache, opened unless it is open; with `against` it is opened anew, as its files are then checked."""
+    if isinstance(cache, LogitCache) and against is None:
+        return cache
+    return open_cache(path_of(cache), against)
+
+
+def path_of(cache: LogitCache | str | Path) -> str:
+    """Returns the path or URL of a cache, with the secrets that opening it needs."""
+    return str(cache.folder.path if isinstance(cache, LogitCache) else cache)
+
+
 class LogitCache(Sequence[CachedSequence]):
     """A finished cache: `len(cache)` rows, `cache[i]`, `cache.iter_sequences(...)`, `cache.iter_row_groups(...)`.
 

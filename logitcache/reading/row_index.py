@@ -38,7 +38,7 @@ class RowIndex:
             records["id"], records["row"] = ids, np.arange(first, first + len(ids))
             first += len(ids)
             leading = ids.view(">u4")[::4].astype(np.uint64)
-            _deal(directory, records, (leading * np.uint64(num_buckets)) >> np.uint64(32))
+            deal(directory, records, (leading * np.uint64(num_buckets)) >> np.uint64(32))
         with (directory / "ids").open("wb") as sorted_ids, (directory / "rows").open("wb") as rows:
             for path in (directory / str(bucket) for bucket in range(num_buckets)):
                 if path.exists():
@@ -72,7 +72,8 @@ def _batches(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.concatenate(held)
 
 
-def _deal(directory: Path, records: np.ndarray, buckets: np.ndarray) -> None:
+def deal(directory: Path, records: np.ndarray, buckets: np.ndarray) -> None:
+    """Appends records [n], each to the file of `directory` with the number of its bucket, int [n]."""
     order = np.argsort(buckets, kind="stable")
     numbers, starts = np.unique(buckets[order], return_index=True)
     for number, part in zip(numbers.tolist(), np.split(records[order], starts[1:]), strict=True):

@@ -13,7 +13,8 @@ from typing import Any
 from logitcache.errors import UserError
 from logitcache.format.manifest import CARD_NAME, Manifest
 from logitcache.html_page import embedded, filled, source_hash
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.ranges import one_or_more
+from logitcache.reading.cache import LogitCache, opened
 from logitcache.report.description import amounts, history, origin
 from logitcache.report.footers import column_bytes, spread
 from logitcache.report.samples import (
@@ -77,12 +78,11 @@ def view(
     Raises:
         UserError: The cache does not open, does not have these rows, or `out` is something else than such a page.
     """
-    if not isinstance(cache, LogitCache):
-        cache = open_cache(cache)
+    cache = opened(cache)
     path = Path(f"{_name(cache)}.html" if out is None else out)
     _check_replaceable(path)
     Folder(path.parent).check_writable(path.name)
-    samples = read_samples(cache, chosen_rows(cache, rows, num_sequences))
+    samples = read_samples(cache, chosen_rows(cache, one_or_more(rows), num_sequences))
     text = page_html(cache, samples)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from logitcache.format.manifest import (
     without_secrets_of_sources,
 )
 from logitcache.progress import Progress
-from logitcache.reading.cache import LogitCache, open_cache
+from logitcache.reading.cache import LogitCache, open_cache, path_of
 from logitcache.sharing.bundle import bundled_manifest, is_bundle, place, write_bundle
 from logitcache.sharing.transfer import (
     LEFTOVERS,
@@ -63,7 +63,7 @@ class Pushed:
 
 
 def push(
-    path: str | Path,
+    path: LogitCache | str | Path,
     url: str | Path,
     *,
     license: str | None = None,
@@ -77,7 +77,7 @@ def push(
     Files that are there already are not sent again, so the same call continues an interrupted one.
 
     Args:
-        path: Folder of the cache.
+        path: A cache, or its folder.
         url: A URL that fsspec writes, hf://datasets/ORG/NAME, a folder, or one file that ends with .tar.zst.
         license: Licence of the cache, for its card, as the Hub has them. None: as the card has it; so for the other two.
         teacher_license: Licence of the teacher, for the card.
@@ -92,7 +92,7 @@ def push(
         UserError: The cache is not whole or not local, the place holds another cache or anything else or takes nothing, there
             are no credentials, another push is under way, or the connection breaks every time.
     """
-    url = str(url)
+    path, url = path_of(path), str(url)
     if not url:
         raise UserError(
             "nothing says where to push to: hf://datasets/ORG/NAME, s3://…, a folder or a FILE.tar.zst is wanted"

@@ -14,6 +14,7 @@ from logitcache.documents.arrow import read_arrow
 from logitcache.documents.document import Document
 from logitcache.documents.files import READERS, find_reader
 from logitcache.errors import UserError
+from logitcache.ranges import one_or_more
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def find_sources(data: str | Sequence[str], split: str = "train", config_name: s
         UserError: A path does not exist, or a folder or glob has no such files.
     """
     sources: list[Source] = []
-    for item in [data] if isinstance(data, str) else data:
+    for item in map(str, one_or_more(data)):
         path = Path(item).expanduser()
         if path.is_file():
             sources.append(_file_source(path, path.name))

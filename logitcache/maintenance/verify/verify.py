@@ -26,6 +26,7 @@ from logitcache.maintenance.verify.findings import Finding
 from logitcache.maintenance.verify.manifest import Claims, check_manifest
 from logitcache.maintenance.verify.shard import Claimed, check_shard, fetched_sha256, shard_files
 from logitcache.progress import Progress
+from logitcache.reading.row_index import deal
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder, Stored
 
@@ -259,11 +260,7 @@ class HashBuckets:
         records = np.empty(len(buckets), self._type)
         for name, column in zip(self._type.names or (), columns, strict=True):
             records[name] = column
-        order = np.argsort(buckets, kind="stable")
-        numbers, starts = np.unique(buckets[order], return_index=True)
-        for number, part in zip(numbers.tolist(), np.split(records[order], starts[1:]), strict=True):
-            with (self._directory / str(number)).open("ab") as file:
-                file.write(part.tobytes())
+        deal(self._directory, records, buckets)
 
     def read(self, bucket: int) -> np.ndarray:
         """All records of a bucket, in the order in which they came."""

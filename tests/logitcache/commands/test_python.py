@@ -6,6 +6,7 @@ import argparse
 import builtins
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,22 @@ def test_a_wrong_keyword_is_refused_by_name(teacher: Path, corpus: Path, tmp_pat
     with pytest.raises(UserError, match="--seed needs --rescore"):
         logitcache.verify("c", seed=3)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_may_stand_for_its_path_and_a_text_for_a_list_of_one(
+    teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"backend": "transformers", "top_k": 8, "keep": "id"}
+    cache = logitcache.build(str(teacher), str(corpus), tmp_path / "cache", **options)
+    assert set(cache.manifest.layout.columns) == {"id"}
+    assert not logitcache.verify(cache, against=cache.identity)
+    part = logitcache.slice(cache, tmp_path / "part", rows="0:2", against=cache.identity)
+    assert logitcache.view(part, tmp_path / "page.html", rows="0:1").num_rows == 1
+    assert not logitcache.recode(part, tmp_path / "less", drop="id").manifest.layout.columns
+    assert len(logitcache.merge([part, cache], tmp_path / "all")) == len(cache)
+    assert logitcache.push(part, tmp_path / "pushed").identity == part.identity
+    with pytest.raises(UserError, match="at least two"):
+        logitcache.merge(str(tmp_path / "cache"), tmp_path / "m")
 
 
 def test_dir_shows_every_public_name_and_a_star_import_hides_nothing_of_python() -> None:
