@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.comparison.compare import compare
-    from trainer.config.config import DistillConfig
-    from trainer.data.training_data import open_training_data
-    from trainer.evaluation.evaluate import evaluate
-    from trainer.losses.fused import fused_linear_divergence
-    from trainer.losses.registry import register_divergence
-    from trainer.losses.settings import LossSettings
-    from trainer.losses.sparse import sparse_divergence
-    from trainer.losses.targets import TeacherTargets
-    from trainer.run.distill_trainer import DistillTrainer
+    from trainer.comparison.compare import compare as compare
+    from trainer.config.config import DistillConfig as DistillConfig
+    from trainer.data.training_data import open_training_data as open_training_data
+    from trainer.evaluation.evaluate import evaluate as evaluate
+    from trainer.losses.fused import fused_linear_divergence as fused_linear_divergence
+    from trainer.losses.registry import register_divergence as register_divergence
+    from trainer.losses.settings import LossSettings as LossSettings
+    from trainer.losses.sparse import sparse_divergence as sparse_divergence
+    from trainer.losses.targets import TeacherTargets as TeacherTargets
+    from trainer.run.distill_trainer import DistillTrainer as DistillTrainer
 
 # Public name → the module that defines it, imported on first use: `trainer --help` needs no torch.
 _EXPORTS = {
@@ -29,18 +29,7 @@ _EXPORTS = {
     "sparse_divergence": "trainer.losses.sparse",
 }
 
-__all__ = [
-    "DistillConfig",
-    "DistillTrainer",
-    "LossSettings",
-    "TeacherTargets",
-    "compare",
-    "evaluate",
-    "fused_linear_divergence",
-    "open_training_data",
-    "register_divergence",
-    "sparse_divergence",
-]
+__all__ = [*_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:

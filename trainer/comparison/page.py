@@ -160,17 +160,15 @@ def _data(rows: Sequence[Row]) -> dict[str, Any]:
                 bands = {"low": list(map(min, seeds)), "high": list(map(max, seeds))}
                 series.append({"row": number, "steps": steps, "mean": list(map(fmean, seeds)), **bands})
         if series:
-            curves.append({"title": _upper(metric_of(name).description), "series": series})
+            title = metric_of(name).description
+            curves.append({"title": title[:1].upper() + title[1:], "series": series})
     return {"rows": [row.name for row in rows], "curves": curves}
-
-
-def _titled(title: str) -> str:
-    return f' title="{escape(title)}"' if title else ' class="text"'
 
 
 def _table(headings: Sequence[tuple[str, str]], lines: Sequence[Sequence[str]]) -> str:
     """headings: text and, of numbers, what they are.  lines: cells in HTML."""
-    head = "".join(f'<th scope="col"{_titled(title)}>{escape(text)}</th>' for text, title in headings)
+    titled = [(text, f' title="{escape(title)}"' if title else ' class="text"') for text, title in headings]
+    head = "".join(f'<th scope="col"{attribute}>{escape(text)}</th>' for text, attribute in titled)
     body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
     return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
@@ -213,10 +211,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _resource(name: str) -> str:

@@ -31,12 +31,8 @@ def mean_targets(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTa
     than half of that where the tail is no smaller than m_i such entries. Entries and tail sum to 1 as the teachers' do.
     Where the union is the whole vocabulary t_i/m_i stands for each, and nothing is left of the tail.
 
-    Args:
-        teachers: targets of each teacher, k may differ.
-        vocab_size: V of all teachers.
-
-    Returns:
-        Entries, descending, and the mass of the tail; further numbers that the teachers hold of their tails have no mean.
+    The teachers' k may differ. The mean holds entries, descending, and the mass of the tail; further numbers that the
+    teachers hold of their tails have no mean.
     """
     width = sum(teacher.token_ids.shape[1] for teacher in teachers)
     at_once = max(1, VALUES_AT_ONCE // max(width, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,6 @@ from logitcache.format.tail_parts import TailParts, rescaled
 from logitcache.format.targets import concatenate
 from trainer.losses.targets import TeacherTargets
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,7 +23,7 @@ class Batch:
     B is the number of sequences or, with packing, of packed rows; T the tokens of the longest; C the number of columns
     in which any of them has a stored position; N the number of stored positions.
 
-    DataLoader and accelerate move a batch by its methods `pin_memory` and `to`.
+    BatchLoader pins a batch by its method `pin_memory`, and DistillTrainer moves it by `to`.
     """
 
     input_ids: Tensor
@@ -90,23 +88,17 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with all tensors on a device."""
-        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return the batch with all tensors in page-locked memory."""
-        return _each_tensor(self, Tensor.pin_memory)
+        return self._each(Tensor.pin_memory)
 
-
-def _each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """Change every tensor in a value, a dict or a dataclass, and in those that they hold."""
-    changed: Any = value
-    if isinstance(value, Tensor):
-        changed = change(value)
-    elif isinstance(value, dict):
-        changed = {name: _each_tensor(item, change) for name, item in value.items()}
-    elif isinstance(value, (Batch, TeacherTargets)):
-        changed = replace(value, **{name: _each_tensor(item, change) for name, item in vars(value).items()})
-    return cast(T, changed)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {name: change(of) for name, of in vars(self).items() if isinstance(of, Tensor)}
+        targets = self.targets.each(lambda _, tensor: change(tensor))
+        tempered_tail = {T: change(tail) for T, tail in self.tempered_tail.items()}
+        return replace(self, **changed, targets=targets, tempered_tail=tempered_tail)
 
 
 @dataclass(frozen=True)

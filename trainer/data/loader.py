@@ -109,11 +109,7 @@ def rows_of_batches(
 ) -> Iterator[list[CachedSequence]]:
     """Yield the rows of batches first, first + every, …; rows that a later batch of them needs wait in memory.
 
-    Args:
-        plan: says which rows make which batch.
-        stream: rows from plan.first_row(first) on, read forward.
-        first: the first batch.
-        every: the step from one batch to the next.
+    The stream begins with row plan.first_row(first) and is read forward.
     """
     next_row = plan.first_row(first)
     waiting: dict[int, CachedSequence] = {}

@@ -18,15 +18,7 @@ DECODED_ROW_GROUPS = 4
 
 
 def apportioned(shares: np.ndarray, rows: int) -> np.ndarray:
-    """Divide a number of rows among caches; the largest remainders are rounded up.
-
-    Args:
-        shares: the share of each cache, float64 [C], summing to 1.
-        rows: the number of rows to divide.
-
-    Returns:
-        int64 [C], whole rows that sum to `rows`.
-    """
+    """Divide `rows` among caches by shares, float64 [C] with sum 1, into int64 [C]; the largest remainders are rounded up."""
     exact = shares * rows
     counts: np.ndarray = np.floor(exact).astype(np.int64)
     rest = rows - int(counts.sum())

@@ -126,9 +126,6 @@ def common_tail_parts(caches: Sequence[LogitCache]) -> TailParts:
     """Returns the parts of the tail that all caches hold; groups count only if all caches have the same partition."""
     parts = shared_parts([cache.manifest.layout.tail_parts for cache in caches])
     groups = caches[0].tail_groups
-    same_groups = groups is not None and all(_equal(groups, cache.tail_groups) for cache in caches[1:])
+    others = [cache.tail_groups for cache in caches[1:]]
+    same_groups = groups is not None and all(other is not None and np.array_equal(groups, other) for other in others)
     return parts if same_groups else replace(parts, groups=0)
-
-
-def _equal(groups: np.ndarray, others: np.ndarray | None) -> bool:
-    return others is not None and np.array_equal(groups, others)

@@ -9,8 +9,12 @@ from typing import Any
 class LossSettings:
     """A divergence, what it does about the teacher's tail, and at which temperature.
 
-    loss: name of a divergence, and its options in loss_args.  tail: name of a treatment, see tail.py.
-    approximate_temperature: allow a temperature whose tail was not captured, see temperature.py.
+    Attributes:
+        loss: the name of a divergence.
+        tail: the name of a treatment of the tail, see tail.py.
+        temperature: T of both distributions.
+        approximate_temperature: whether a temperature is allowed whose tail was not captured, see temperature.py.
+        loss_args: the options of the divergence.
     """
 
     loss: str = "todi"

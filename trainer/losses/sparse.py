@@ -84,20 +84,10 @@ def distillation_terms(
     vocab_size: int | None = None,
     validate: bool = True,
 ) -> DistillationTerms:
-    """Compute the divergence, the labels' cross-entropy and the logged quantities in one pass over the logits.
+    """Compute the divergence, the labels' cross-entropy and the logged quantities in one pass over logits [N, V].
 
-    `kd` and `cross_entropy` are differentiable in the logits; both gradients are written in one pass.
-
-    Args:
-        logits: [N, V] floating.
-        targets: the teacher at the N positions.
-        labels: [N] integer, the next token of each position; without them `cross_entropy` is None.
-        settings: the loss.
-        vocab_size: as for `sparse_divergence`.
-        validate: likewise.
-
-    Raises:
-        ValueError: as for `sparse_divergence`.
+    `kd` and `cross_entropy` are differentiable in the logits; both gradients are written in one pass. Without labels
+    [N] `cross_entropy` is None. `vocab_size`, `validate` and the errors are those of `sparse_divergence`.
     """
     check_settings(settings)
     if logits.ndim != 2 or not logits.is_floating_point():

@@ -23,17 +23,29 @@ def mask_tokens_(logits: Tensor, token_ids: Tensor) -> None:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher at N positions; log masses in nats, T = 1, over its whole vocabulary."""
+    """The teacher at N positions; log masses in nats, T = 1, over its whole vocabulary.
 
-    token_ids: Tensor  # [N, k] integer, −1 pads
-    logprobs: Tensor  # [N, k], −inf pads
-    tail_logprob: Tensor  # [N] log(1 − Σ p)
-    tempered_tail: Tensor | None = None  # [N] s(1/T) = log Σ p^(1/T) over the tail, for the temperature in use
-    tail_groups: Tensor | None = None  # [V] integer, the group of each token id
-    group_logprobs: Tensor | None = None  # [N, G] log mass of each group outside the entries, may be −inf
-    tail_entropy: Tensor | None = None  # [N] Σ p log p over the tail / its mass
-    sample_ids: Tensor | None = None  # [N, s] integer, drawn from the tail with replacement, −1 pads
-    sample_logprobs: Tensor | None = None  # [N, s] their log p
+    Attributes:
+        token_ids: [N, k] integer, −1 pads.
+        logprobs: [N, k] floating, −inf pads.
+        tail_logprob: [N] floating, log(1 − Σ p).
+        tempered_tail: [N] floating, s(1/T) = log Σ p^(1/T) over the tail, for the temperature in use.
+        tail_groups: [V] integer, the group of each token id.
+        group_logprobs: [N, G] floating, the log mass of each group outside the entries, may be −inf.
+        tail_entropy: [N] floating, Σ p log p over the tail / its mass.
+        sample_ids: [N, s] integer, drawn from the tail with replacement, −1 pads.
+        sample_logprobs: [N, s] floating, their log p.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    tail_logprob: Tensor
+    tempered_tail: Tensor | None = None
+    tail_groups: Tensor | None = None
+    group_logprobs: Tensor | None = None
+    tail_entropy: Tensor | None = None
+    sample_ids: Tensor | None = None
+    sample_logprobs: Tensor | None = None
 
     @classmethod
     def of_call(cls, targets: "TeacherTargets | None", arguments: Mapping[str, Any]) -> "TeacherTargets":
@@ -65,13 +77,14 @@ class TeacherTargets:
 
     def __getitem__(self, rows: slice | Tensor) -> "TeacherTargets":
         """Return the targets of some positions; the partition into groups belongs to no position and stays."""
-        return self._each(lambda name, tensor: tensor if name == "tail_groups" else tensor[rows])
+        return self.each(lambda name, tensor: tensor if name == "tail_groups" else tensor[rows])
 
     def for_arithmetic(self, dtype: torch.dtype) -> "TeacherTargets":
         """Convert log-probabilities to `dtype` and indices to int64, with the id −1 wherever nothing is stored."""
-        converted = self._each(lambda name, tensor: tensor.to(dtype if tensor.is_floating_point() else torch.long))
+        converted = self.each(lambda name, tensor: tensor.to(dtype if tensor.is_floating_point() else torch.long))
         return replace(converted, token_ids=converted.token_ids.masked_fill(~converted.stored, -1))
 
-    def _each(self, change: Callable[[str, Tensor], Tensor]) -> "TeacherTargets":
+    def each(self, change: Callable[[str, Tensor], Tensor]) -> "TeacherTargets":
+        """Change every tensor, by its name and itself."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: change(name, tensor) for name, tensor in tensors.items() if tensor is not None})

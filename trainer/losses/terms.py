@@ -100,15 +100,7 @@ class DistillationBlock:
         settings: LossSettings,
         transform: LogitTransform,
     ) -> None:
-        """Compute the divergence.
-
-        Args:
-            raw: [n, V] floating.
-            targets: the teacher at the n positions, as `for_arithmetic` gives it.
-            labels: [n] int64, or None.
-            settings: the loss.
-            transform: from raw logits to those of the softmax.
-        """
+        """Compute the divergence of raw logits [n, V] from targets as `for_arithmetic` gives them; labels are int64 [n]."""
         temperature = settings.temperature
         if temperature != 1.0 and targets.tempered_tail is None and targets.tail_entropy is not None:
             estimate = approximate_tempered_tail(targets, temperature, raw.shape[1])
@@ -150,9 +142,7 @@ class DistillationBlock:
     def write_gradient_(self, kd_weights: Tensor | float, ce_weights: Tensor | float) -> None:
         """Overwrite the raw logits with the gradient of Σ kd_weights·kd + ce_weights·cross_entropy; once only.
 
-        Args:
-            kd_weights: [n] floating, or one number; the number 0 costs nothing.
-            ce_weights: likewise.
+        Weights are [n] floating, or one number; the number 0 costs nothing.
         """
         at_one, at_temperature, label_weights = None, None, None
         if not _is_zero(kd_weights):

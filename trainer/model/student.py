@@ -96,13 +96,9 @@ def lengths_of_one_rotation(config: PretrainedConfig) -> int | None:
 
 
 def warn_of_rotation(model: PreTrainedModel, longest: int, what_is_done: str, remedy: str) -> None:
-    """Warn if a batch rotates its shorter sequences like its longest one.
+    """Warn if a batch rotates its shorter sequences like its longest one, of `longest` tokens.
 
-    Args:
-        model: the student.
-        longest: tokens of the longest sequence.
-        what_is_done: what becomes of the sequences: "trained" or "measured".
-        remedy: the option that avoids it.
+    The warning says `what_is_done` to the sequences ("trained" or "measured") and names the option that is the remedy.
     """
     rotated = lengths_of_one_rotation(model.config)
     if rotated is not None and longest > rotated:
@@ -155,11 +151,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
-    """Tell whether a model can compute the logits of chosen columns only, and so never those of prompts.
-
-    Args:
-        model: before anything wraps it.
-    """
+    """Tell whether a model that nothing wraps yet can compute the logits of chosen columns only, so never those of prompts."""
     return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
 
 

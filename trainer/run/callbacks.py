@@ -15,17 +15,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from trainer.config.metrics import JUDGED
 
-TRAINING: tuple[str, ...] = (
-    "loss",
-    "ce",
-    "fkl",
-    "rkl",
-    "aux_loss",
-    "teacher_tail",
-    "student_tail",
-    "grad_norm",
-    "learning_rate",
-)
+TRAINING = ("loss", "ce", "fkl", "rkl", "aux_loss", "teacher_tail", "student_tail", "grad_norm", "learning_rate")
 
 
 def use_short_lines(trainer: Trainer) -> None:

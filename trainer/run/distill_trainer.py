@@ -43,6 +43,7 @@ class DistillTrainer(Trainer):
     and ranks. A term that the student's own forward adds to its loss, such as the balance among a mixture's experts,
     is a mean over one batch of one rank; in the loss it has the share of the positions of its batch. Every rank reads
     its own share of the rows. Beside the loss it logs what `metrics.position_means` names, and the added term.
+    `compute_loss` and the other methods of Trainer that take a batch get a `trainer.data.collator.Batch`, not a dict.
     """
 
     args: DistillConfig
@@ -57,11 +58,18 @@ class DistillTrainer(Trainer):
         eval_cache: LogitCache | None = None,
         **options: Any,
     ) -> None:
-        """cache: to learn from, or several as `open_training_data` puts them together.
+        """Check the caches against the settings and the model, and set transformers.Trainer up.
 
-        options: of transformers.Trainer, such as processing_class, callbacks and optimizers.
+        Args:
+            model: the student.
+            cache: to learn from, or several as `open_training_data` puts them together.
+            args: the settings.
+            eval_cache: the held-out cache, if the run is evaluated.
+            **options: of transformers.Trainer, such as processing_class, callbacks and optimizers.
 
-        Raises UserError where a cache does not hold what the settings need, and where it does not suit the model.
+        Raises:
+            UserError: a cache does not hold what the settings need or does not suit the model, or the settings do not
+                suit the ranks.
         """
         data = TrainingData.of(cache)
         self.tail = resolve_tail(args, data)
