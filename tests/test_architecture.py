@@ -82,6 +82,8 @@ def test_every_module_stands_in_the_readmes_architecture() -> None:
     tree = README.split("## Architecture")[1].split("```")[1]
     names = {module.split(".")[-1] + ".py" for module in MODULES}
     assert not {name for name in names if not re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", tree)}
+    walk = README.split("### One row, from document to gradient")[1].split("## Studies")[0]
+    assert set(re.findall(r"\w+\.py", walk)) <= names
 
 
 def test_every_module_has_a_floor_and_imports_downward_only() -> None:
