@@ -86,6 +86,12 @@ def test_every_module_stands_in_the_readmes_architecture() -> None:
     assert set(re.findall(r"\w+\.py", walk)) <= names
 
 
+def test_every_file_that_the_documents_name_is_there() -> None:
+    for document in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        named = re.findall(r"\b((?:tests|tools|logitcache|trainer)/[\w/]+\.\w+)", document)
+        assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_every_module_has_a_floor_and_imports_downward_only() -> None:
     assert not [module for module in MODULES if floor(module) is None]
     upward = [
