@@ -58,6 +58,7 @@ def furthest(cache: logitcache.LogitCache, model: Any) -> float:
     return found
 
 
+@pytest.mark.slow
 def test_a_cap_on_attention_scores_is_applied(
     capped: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -81,6 +82,7 @@ def test_an_attention_that_leaves_something_out_is_refused_before_the_corpus_is_
     assert "--attn-implementation sdpa: it leaves out attn_logit_softcapping = 3" in errors[0]
 
 
+@pytest.mark.slow
 def test_the_attention_can_be_chosen_and_stands_in_the_fingerprint(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     chosen = build(teacher, corpus, tmp_path / "eager", attn_implementation="eager")
     default = build(teacher, corpus, tmp_path / "default")
@@ -109,6 +111,7 @@ def test_a_wrong_choice_is_refused_before_the_corpus_is_read(
         )
 
 
+@pytest.mark.slow
 def test_an_architecture_that_transformers_does_not_know_is_refused_before_the_corpus_is_read(
     capped: Path, teacher_tokenizer: Any, tmp_path: Path
 ) -> None:

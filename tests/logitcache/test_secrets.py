@@ -81,6 +81,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
 def test_what_reads_from_a_url_records_and_prints_it_without_the_password(
     site: Website, tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
@@ -116,6 +117,7 @@ FAILURES: dict[str, Callable[[Website], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", FAILURES.values(), ids=FAILURES.keys())
 @pytest.mark.parametrize(
     "command",
@@ -169,6 +171,7 @@ def test_a_cache_and_a_folder_are_printed_without_them_and_travel_with_them(site
 class TestAnotherPassword:
     """It may have changed since yesterday: what a command was asked for is the same."""
 
+    @pytest.mark.slow
     def test_the_same_command_finds_its_cache_complete(
         self, site: Website, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -178,6 +181,7 @@ class TestAnotherPassword:
         assert main(["slice", site.url("cache"), "--rows", "2:9", "--out", "out"]) == 0
         assert "is already complete" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_and_continues_what_was_interrupted(
         self, site: Website, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -60,6 +60,7 @@ def test_messages_of_errors_and_lines_for_a_terminal_hold_no_secrets() -> None:
 names = st.text("abcdefghijklmnop-_.~%", min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, database=None)
 @given(
     st.sampled_from(["http", "https", "ftp", "s3", "gs", "sftp"]),

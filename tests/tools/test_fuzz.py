@@ -57,6 +57,7 @@ def dies(arguments: Any) -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("main", "found"),
     [

@@ -153,6 +153,7 @@ def all_students() -> Iterator[Student]:
     yield from (epochs.student(loss, 1, 4, source) for loss in LOSSES for source in ("k64", ONLINE))
 
 
+@pytest.mark.slow
 def test_every_kind_of_student_trains(cache: LogitCache, entropy_cache: LogitCache) -> None:
     judges = {"heldout": Judge(llama(), cache, 2, (1.0, 2.0))}
     kinds = {  # one of each way of training
@@ -222,6 +223,7 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callab
     return fill
 
 
+@pytest.mark.slow
 def test_the_share_of_the_gain_is_that_between_hard_labels_and_online(made_up: Any, tmp_path: Path) -> None:
     results = made_up(
         lambda one: {HARD: 3.0, ONLINE: 1.0}.get(one.source, 2.5 if one.source == "k8" else 0.9) + one.seed
@@ -242,6 +244,7 @@ def test_no_share_is_given_where_online_gains_nothing(made_up: Any) -> None:
     assert cached_against_online.Gains(results, SEEDS).cell("rkl", "k8", "bucket") == cached_against_online.NO_GAIN
 
 
+@pytest.mark.slow
 def test_tables_over_temperatures_and_epochs_name_every_way_and_loss(made_up: Any, tmp_path: Path) -> None:
     results = made_up(lambda one: 1.0 + LOSSES.index(one.loss) + one.power_tail / 2)
     lines = {line.split("  ")[0]: line for line in temperature.table(results, SEEDS).splitlines()}
@@ -264,6 +267,7 @@ def test_a_finished_study_trains_nothing(made_up: Any, tmp_path: Path, monkeypat
     assert Student(HARD, 1) in finish(cached_against_online.students(SEEDS), jobs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((TOOLS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_hold_what_trainer_fit_and_eval_take(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,12 +27,14 @@ def started(folder: Path, *before: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_file_of_that_name_in_the_working_folder_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "trainer.py").write_text("raise SystemExit('it ran')")
     done = started(tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and "trainer fit --cache" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trainer.py", "trainer/__init__.py"])
 def test_a_package_before_ours_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "trainer").mkdir()
@@ -44,6 +46,7 @@ def test_a_package_before_ours_is_named(name: str, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["from trainer.trainer import Trainer", "Trainer = object"])
 def test_a_package_that_overwrote_ours_is_told(init: str, tmp_path: Path) -> None:
     """As when coqui-tts-trainer is installed after ours: its files beside those of ours that it has no name for."""

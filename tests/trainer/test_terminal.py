@@ -67,6 +67,7 @@ def test_refusals_that_quote_a_manifest_a_student_or_a_run_are_printable(
     assert f"--loss was {SPELT.replace(chr(92) + 'r', ' ')}, is todi" in clean(capfd)
 
 
+@pytest.mark.slow
 def test_tables_of_strangers_runs_are_printable(
     cache: LogitCache, student_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ def rows_of(shard: int) -> Iterator[StoredRow]:
     yield from ROWS[2 * shard : 2 * shard + 2]
 
 
+@pytest.mark.slow
 def test_a_plan_read_back_is_the_plan_that_was_made(tmp_path: Path) -> None:
     plan = planned(Folder(tmp_path))
     assert Plan.read(Folder(tmp_path)) == plan == begun_plan(Plan, Folder(tmp_path), SPEC, overwrite=False)

@@ -112,6 +112,7 @@ def test_top_p_gives_ragged_entries_with_a_floor(teacher: Path, corpus: Path, tm
     assert len(np.unique(counts)) > 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_continues_to_the_same_cache(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_finished_build_is_left_as_it_is(teacher: Path, corpus: Path, tmp_path
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_changed_setting_is_refused_by_name_and_overwrite_starts_anew(
     teacher: Path, corpus: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
@@ -173,6 +175,7 @@ def test_overwriting_keeps_the_old_cache_until_the_new_corpus_is_read(
     assert len(logitcache.open(tmp_path / "c")) == 40
 
 
+@pytest.mark.slow
 def test_an_interrupted_overwrite_is_continued_by_the_same_command(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import logitcache
 from tests.helpers.processes import FORKED
@@ -35,6 +36,7 @@ def run_build(teacher: str, corpus: str, out: Path) -> None:
     logitcache.build(teacher, corpus, **settings(out))
 
 
+@pytest.mark.slow
 def test_ten_kills_and_then_the_same_rows_as_an_uninterrupted_build(
     teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:

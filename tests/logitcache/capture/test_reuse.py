@@ -323,6 +323,7 @@ def test_a_finished_build_is_left_as_it_is_though_the_other_cache_is_gone(
     assert (tmp_path / "c/logitcache.json").stat().st_mtime_ns == manifest
 
 
+@pytest.mark.slow
 def test_a_resumed_build_may_reuse_the_cache_again_or_not(
     teacher: Path, corpus: Path, tmp_path: Path, old: LogitCache, scored: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +380,7 @@ def test_a_teacher_that_stops_early_leaves_no_half_shard(
     assert len(list((tmp_path / "c/data").iterdir())) == len(planned) - 1
 
 
+@pytest.mark.slow
 def test_shard_ranges_copy_and_score_each_their_own(
     teacher: Path, corpus: Path, tmp_path: Path, old: LogitCache, scored: list[str]
 ) -> None:
@@ -413,6 +415,7 @@ def run_build(teacher: str, corpus: str, out: Path, source: str) -> None:
     build(Path(teacher), Path(corpus), out, reuse=source, shard_positions=60, tail_groups=4)
 
 
+@pytest.mark.slow
 def test_kills_and_then_the_same_rows_as_an_uninterrupted_build(
     teacher: Path, corpus: Path, texts: list[str], tmp_path: Path
 ) -> None:
@@ -488,6 +491,7 @@ def test_the_command_takes_several_caches_and_refuses_in_one_line(
     assert f"error: --reuse {tmp_path / 'none'}: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_order", [True, False])
 def test_rows_are_read_in_windows_and_in_order_a_row_group_hardly_twice(
     tmp_path: Path, in_order: bool, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from logitcache.engines.vllm_process import OWNER_PID, brief
 
@@ -31,6 +32,7 @@ child.wait()
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_when_its_owner_is_killed_and_leaves_ctrl_c_to_it() -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None

@@ -87,6 +87,7 @@ class TestTopK:
         assert findings(again) == []
         assert "tail" not in again.manifest.fingerprint["capture"]
 
+    @pytest.mark.slow
     @small
     @given(st.data())
     def test_any_cache_comes_back(
@@ -244,6 +245,7 @@ class TestAxolotl:
             assert seen[0][0] == best
             assert count or np.isclose(seen[1][0], 1)
 
+    @pytest.mark.slow
     def test_a_row_of_more_entries_than_numpy_text_fits_one_array_of_arrow(self, tmp_path: Path) -> None:
         positions, k = 40_000, 50
         logprobs = np.full((positions, k), np.log(0.01), np.float32)
@@ -277,6 +279,7 @@ def cache(tmp_path: Path) -> LogitCache:
 
 
 class TestWriting:
+    @pytest.mark.slow
     def test_from_and_to_an_object_store(self, cache: LogitCache, tmp_path: Path, bucket: str) -> None:  # noqa: F811
         import fsspec
 

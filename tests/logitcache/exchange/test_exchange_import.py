@@ -74,6 +74,7 @@ def assert_holds_rows(cache: LogitCache, rows: list[dict[str, Any]]) -> None:
 
 
 class TestDistillKit:
+    @pytest.mark.slow
     def test_a_sample_becomes_a_cache_of_the_same_numbers_in_order(self, tmp_path: Path, large_tokenizer: Path) -> None:
         cache = import_distillkit(FIXTURES / "recommended", tmp_path / "out", large_tokenizer)
         expected = np.load(FIXTURES / "recommended" / "expected.npz")
@@ -92,6 +93,7 @@ class TestDistillKit:
         assert cache.manifest.history[-1]["scaled"] == num_scaled > 0
         assert findings(cache) == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("precision", sorted(PRESETS))
     def test_verify_finds_nothing_in_any_precision(
         self, tmp_path: Path, medium_tokenizer: Path, precision: str
@@ -114,6 +116,7 @@ class TestDistillKit:
                 bound = quantization.bound(wanted) if quantization else np.zeros_like(wanted)
                 assert (np.abs(now - wanted) <= bound + 1e-5).all()
 
+    @pytest.mark.slow
     def test_the_cache_says_where_it_is_from_and_that_its_tail_is_approximate(
         self, tmp_path: Path, large_tokenizer: Path
     ) -> None:
@@ -486,6 +489,7 @@ class TestSources:
         )
         assert_holds_rows(several, [*rows[4:], *rows[2:4]])
 
+    @pytest.mark.slow
     def test_from_and_to_an_object_store(self, tmp_path: Path, tokenizer: Path, bucket: str) -> None:  # noqa: F811
         import fsspec
 
@@ -559,6 +563,7 @@ def run_import(arguments: dict[str, Any]) -> None:
 
 
 class TestResuming:
+    @pytest.mark.slow
     @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
     def test_kills_at_any_moment_end_in_the_same_bytes(self, tmp_path: Path, tokenizer: Path, suffix: str) -> None:
         rows = random_rows(60)

@@ -144,6 +144,7 @@ def test_a_footer_says_what_arrow_reads_in_it(tmp_path: Path) -> None:
                 assert chunk.compressed_bytes == column.total_compressed_size
 
 
+@pytest.mark.slow
 @small
 @given(st.data())
 def test_a_footer_that_is_damaged_ends_in_one_line(

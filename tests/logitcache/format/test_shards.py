@@ -86,6 +86,7 @@ def test_the_file_says_itself_what_its_columns_are(tmp_path: Path) -> None:
     assert read_layout(pq.read_schema(tmp_path / NAME).metadata, NAME) == EVERYTHING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "limit"),
     [(Layout(VOCAB), 20_000), (Layout(VOCAB, TailParts(groups=20, samples=30)), 100_000)],
@@ -221,6 +222,7 @@ def swap(first: Path, second: Path) -> None:
     first.with_suffix(".was").rename(second)
 
 
+@pytest.mark.slow
 @reading
 @pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_damage_done_after_opening_is_named_when_the_shard_is_read(
@@ -324,6 +326,7 @@ def group_bytes(row_group: pq.RowGroupMetaData) -> list[int]:
     return [row_group.column(i).total_compressed_size for i in range(row_group.num_columns)]
 
 
+@pytest.mark.slow
 def test_sizes_of_remote_shards_are_asked_for_all_at_once(
     tmp_path: Path,
     bucket: str,  # noqa: F811

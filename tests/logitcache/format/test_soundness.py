@@ -146,6 +146,7 @@ def test_a_slice_of_such_rows_takes_no_memory_for_ids_that_are_none(tmp_path: Pa
         slice_cache(tmp_path / "cache", tmp_path / "out", rows="0:5")
 
 
+@pytest.mark.slow
 @given(layouts(), st.data())
 @small
 def test_what_the_writer_wrote_is_read(

@@ -27,6 +27,7 @@ LAYOUT = Layout(VOCAB, columns=COLUMNS)
 TEACHER: dict[str, Any] = FINGERPRINT["teacher"]  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_rows_follow_each_other_cache_after_cache(tmp_path: Path) -> None:
     parts = [make_cache(tmp_path / str(i), random_rows(20, EVERYTHING, seed=i), EVERYTHING) for i in range(3)]
     merged = logitcache.merge([part.path for part in parts], tmp_path / "out", shard_positions=50)
@@ -52,6 +53,7 @@ def test_of_rows_with_one_id_the_first_is_kept(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.endswith(" bytes, 36 → 30 sequences, 6 duplicates left out\n")
 
 
+@pytest.mark.slow
 @small
 @given(
     parts=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=20), min_size=2, max_size=4),

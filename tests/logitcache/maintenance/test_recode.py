@@ -141,6 +141,7 @@ class TestTailSamples:
         joint = np.outer(expected, expected)
         assert chi_square(pairs[np.ix_(tail, tail)].reshape(-1), joint.reshape(-1)) < critical(joint.size - 1)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("k", [7, 2, 1])
     def test_they_follow_the_new_tail(self, tmp_path: Path, k: int) -> None:
         source, full = self.source(tmp_path / "source")
@@ -151,6 +152,7 @@ class TestTailSamples:
             assert row.targets.sample_logprobs is not None
             assert (np.abs(row.targets.sample_logprobs - full[row.targets.sample_ids]) < 1e-6).all()
 
+    @pytest.mark.slow
     def test_they_do_so_after_several_steps(self, tmp_path: Path) -> None:
         cache, full = self.source(tmp_path / "source")
         for k in (7, 5, 3):
@@ -168,6 +170,7 @@ class TestTailSamples:
         assert counts.sum() == counts[tail].sum() == 6000
         assert chi_square(counts[tail], expected) < critical(3)
 
+    @pytest.mark.slow
     def test_the_same_command_draws_the_same(self, tmp_path: Path) -> None:
         source, _ = self.source(tmp_path / "source")
         one, other = (logitcache.recode(source.path, tmp_path / name, top_k=3) for name in ("a", "b"))

@@ -77,6 +77,7 @@ def stopped_after(num_shards: int) -> Any:
     return patch.object(ShardWriter, "write", write)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [recode, merge])
 def test_kills_at_any_moment_and_then_the_same_bytes(root: Path, command: Command) -> None:
     command(root, root / "whole")
@@ -103,6 +104,7 @@ def test_kills_at_any_moment_and_then_the_same_bytes(root: Path, command: Comman
     assert contents(out) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [recode, merge])
 @pytest.mark.parametrize("num_shards", [0, 1, 3])
 def test_shards_that_are_complete_are_not_written_again(root: Path, command: Command, num_shards: int) -> None:
@@ -117,6 +119,7 @@ def test_shards_that_are_complete_are_not_written_again(root: Path, command: Com
     assert contents(root / "out") == contents(root / "whole")
 
 
+@pytest.mark.slow
 def test_an_unfinished_cache_does_not_open(root: Path) -> None:
     with stopped_after(1), pytest.raises(Stopped):
         recode(root, root / "out")
@@ -126,6 +129,7 @@ def test_an_unfinished_cache_does_not_open(root: Path) -> None:
         finish(root / "out")
 
 
+@pytest.mark.slow
 def test_another_request_in_the_same_folder_is_refused_naming_what_differs(root: Path) -> None:
     with stopped_after(1), pytest.raises(Stopped):
         recode(root, root / "out")
@@ -153,6 +157,7 @@ def test_a_source_that_changed_meanwhile_is_refused(root: Path) -> None:
         recode(root, root / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [".build/plan.json", ".build/answers/prompts.json"])
 def test_an_unfinished_build_is_not_overwritten(root: Path, name: str) -> None:
     workspace.begin(Folder(root / "out"))
@@ -164,6 +169,7 @@ def test_an_unfinished_build_is_not_overwritten(root: Path, name: str) -> None:
     assert len(recode(root, root / "out", overwrite=True)) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [recode, merge])
 def test_a_finished_cache_is_left_alone_by_the_command_that_made_it(
     root: Path, command: Command, caplog: pytest.LogCaptureFixture
@@ -176,6 +182,7 @@ def test_a_finished_cache_is_left_alone_by_the_command_that_made_it(
     assert {path: path.stat().st_mtime_ns for path in (root / "out").rglob("*")} == times
 
 
+@pytest.mark.slow
 def test_a_finished_cache_is_refused_to_any_other_command(root: Path) -> None:
     recode(root, root / "out")
     with pytest.raises(UserError, match=r"a finished cache made otherwise: top_k was 4, now 2; min_k"):
@@ -187,6 +194,7 @@ def test_a_finished_cache_is_refused_to_any_other_command(root: Path) -> None:
         recode(root, root / "built")
 
 
+@pytest.mark.slow
 def test_overwriting_replaces_a_cache_once_the_rows_are_chosen(root: Path) -> None:
     make_cache(root / "out", random_rows(3, LAYOUT), LAYOUT, rows_per_shard=1)
     before = contents(root / "out")
@@ -198,6 +206,7 @@ def test_overwriting_replaces_a_cache_once_the_rows_are_chosen(root: Path) -> No
     assert contents(root / "out") == contents(root / "whole")
 
 
+@pytest.mark.slow
 def test_overwriting_continues_where_it_was_interrupted(root: Path) -> None:
     recode(root, root / "whole")
     make_cache(root / "out", random_rows(3, LAYOUT), LAYOUT)
@@ -227,6 +236,7 @@ class TestDamagedSources:
         assert "train-00004-of-00009.parquet was altered: its SHA-256 is not the manifest's" in lines[0]
         assert not (root / "out").exists()
 
+    @pytest.mark.slow
     def test_leave_what_is_complete_when_they_are_found_later(self, root: Path) -> None:
         recode(root, root / "whole")
         with stopped_after(2), pytest.raises(Stopped):
@@ -259,6 +269,7 @@ class TestDamagedSources:
             recode(root, root / "elsewhere/out")
         assert not (root / "elsewhere/precious").exists()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("part", ["teacher", "corpus", "capture"])
     def test_fingerprints_of_no_build_are_refused(self, root: Path, part: str) -> None:
         manifest = logitcache.open(root / "a").manifest
@@ -295,6 +306,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [recode, merge])
 @pytest.mark.parametrize("room_bytes", [0, 12_000, 100_000])
 def test_a_full_disk_loses_nothing_that_is_complete(
@@ -325,6 +337,7 @@ class TestPlaces:
             recode(root, Path(f"{root}/{place}"), overwrite=True)
         assert contents(root / "a") == before
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("place", ["a/data", "a/out", "link/data/x", "."])
     def test_nor_into_itself_nor_around_itself(self, root: Path, place: str) -> None:
         (root / "link").symlink_to(root / "a")
@@ -339,6 +352,7 @@ class TestPlaces:
         with pytest.raises(UserError, match="the folder is not empty and holds no cache"):
             recode(root, root / "out", overwrite=True)
 
+    @pytest.mark.slow
     def test_a_folder_in_which_another_command_writes_is_refused(self, root: Path) -> None:
         with (
             workspace.workspace(Folder(root / "out")),
@@ -346,6 +360,7 @@ class TestPlaces:
         ):
             recode(root, root / "out")
 
+    @pytest.mark.slow
     def test_a_bucket_takes_and_gives_caches_as_a_folder_does(self, root: Path, bucket: str) -> None:  # noqa: F811
         local = recode(root, root / "local")
         with stopped_after(2), pytest.raises(Stopped):
@@ -366,6 +381,7 @@ class TestBuildsInTheSameFolder:
     def settings(self, teacher: Path, corpus: Path, out: Path) -> dict[str, Any]:
         return {"teacher": str(teacher), "data": str(corpus), "out": out, "backend": "transformers", "top_k": 4}
 
+    @pytest.mark.slow
     def test_an_unfinished_recode_is_not_continued(self, root: Path, teacher: Path, corpus: Path) -> None:
         with stopped_after(1), pytest.raises(Stopped):
             recode(root, root / "out")
@@ -374,6 +390,7 @@ class TestBuildsInTheSameFolder:
             logitcache.build(**self.settings(teacher, corpus, root / "out"))
         assert contents(root / "out") == left
 
+    @pytest.mark.slow
     def test_a_slice_is_not_what_was_asked_for(self, root: Path, teacher: Path, corpus: Path) -> None:
         settings = self.settings(teacher, corpus, root / "built")
         built = logitcache.build(**settings)
@@ -386,6 +403,7 @@ class TestBuildsInTheSameFolder:
         assert whole.manifest.files == built.manifest.files
 
 
+@pytest.mark.slow
 def test_the_manifest_says_what_the_cache_now_holds(root: Path) -> None:
     source = logitcache.open(root / "a")
     cache = recode(root, root / "out")

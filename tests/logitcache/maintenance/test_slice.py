@@ -44,6 +44,7 @@ def test_rows_by_number_are_those_of_a_python_range(
         assert_same_row(row, source[number])
 
 
+@pytest.mark.slow
 @small
 @given(data=st.data())
 def test_a_slice_of_everything_is_the_same_in_any_layout_and_precision(
@@ -185,6 +186,7 @@ def test_where_without_duckdb_says_what_to_install(
         logitcache.slice(source.path, tmp_path / "out", where="id = 1")
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_the_ids_and_the_seed_alone(tmp_path: Path) -> None:
     rows = random_rows(60, LAYOUT)
     one = make_cache(tmp_path / "one", rows, LAYOUT)
@@ -200,6 +202,7 @@ def test_a_sample_depends_on_the_ids_and_the_seed_alone(tmp_path: Path) -> None:
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.slow
 def test_samples_draw_every_row_equally_often(tmp_path: Path) -> None:
     source = make_cache(tmp_path / "cache", random_rows(20, LAYOUT), LAYOUT)
     counts = np.zeros(20)

@@ -133,6 +133,7 @@ def kinds(findings: list[Finding]) -> set[tuple[str, str]]:
     return {(finding.kind, finding.file) for finding in findings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRESETS)
 def test_nothing_is_wrong_with_a_sound_cache(tmp_path: Path, precision: str) -> None:
     layout = replace(EVERYTHING, precision=precision, quantization=None)
@@ -143,6 +144,7 @@ def test_nothing_is_wrong_with_a_sound_cache(tmp_path: Path, precision: str) -> 
     assert (verification.num_bytes, verification.num_shards) == (cache.manifest.num_bytes, 3)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10_000), precision=st.sampled_from(sorted(PRESETS)), most=st.integers(1, VOCAB))
 @small
 def test_no_cache_that_was_written_as_it_should_be_has_findings(
@@ -158,6 +160,7 @@ def test_nothing_is_wrong_with_a_cache_of_format_1() -> None:
     assert found(Path(__file__).parents[2] / "data/format1" / "cache") == []
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @small
 def test_a_flipped_bit_anywhere_in_a_shard_is_found(sound: Path, data: st.DataObject) -> None:
@@ -172,6 +175,7 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(sound: Path, data: st.DataOb
     assert {finding.file for finding in findings} == {name}
 
 
+@pytest.mark.slow
 @small
 @given(st.data())
 def test_a_byte_of_the_manifest_that_is_another_is_found(

@@ -123,6 +123,7 @@ def test_iterating_gives_the_rows_in_order(cache: LogitCache) -> None:
     assert row_ids(cache) == row_ids(cache.iter_sequences())
 
 
+@pytest.mark.slow
 def test_a_shuffle_is_a_permutation_that_the_seed_decides(long_cache: LogitCache) -> None:
     first, again = (row_ids(long_cache.iter_sequences(shuffle=True, seed=3)) for _ in range(2))
     assert first == again
@@ -143,6 +144,7 @@ def test_a_shuffle_mixes_rows_of_different_row_groups(cache: LogitCache) -> None
     assert sum(abs(a - b) == 1 for a, b in pairwise(shuffled)) < 8
 
 
+@pytest.mark.slow
 @given(world=st.integers(1, 5), shuffle=st.booleans(), seed=st.integers(0, 1000))
 @small
 def test_ranks_share_the_rows_evenly_and_without_overlap(
@@ -169,6 +171,7 @@ def test_a_rank_outside_the_world_is_refused(cache: LogitCache, shard: tuple[int
         cache.iter_sequences(shard=shard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("shard", [(0, 1), (0, 3), (2, 3)])
 def test_a_stream_continues_where_another_stopped(cache: LogitCache, shuffle: bool, shard: tuple[int, int]) -> None:
@@ -188,6 +191,7 @@ def test_a_stream_beyond_its_end_is_empty_and_none_begins_before_its_beginning(c
         cache.iter_sequences(start=-1)
 
 
+@pytest.mark.slow
 def test_a_long_shuffled_stream_continues_in_every_window(long_cache: LogitCache) -> None:
     whole = row_ids(long_cache.iter_sequences(True, 1))
     for start in range(0, 121, 5):
@@ -200,6 +204,7 @@ def test_two_streams_of_one_cache_do_not_disturb_each_other(cache: LogitCache) -
     assert [b.row_id for _, b in pairs] == row_ids(cache.iter_sequences(True, 2))
 
 
+@pytest.mark.slow
 def test_many_streams_of_one_cache_run_in_many_threads(long_cache: LogitCache) -> None:
     def read(seed: int) -> list[str]:
         return row_ids(long_cache.iter_sequences(shuffle=seed > 0, seed=seed))
@@ -327,6 +332,7 @@ def test_tensors_go_to_the_device_that_is_asked_for(exact_cache: LogitCache) -> 
     assert {values.device.type for name, values in tensors.items() if name != "tempered_tail"} == {"meta"}
 
 
+@pytest.mark.slow
 def test_threads_read_their_own_rows(long_cache: LogitCache) -> None:
     expected = row_ids(long_cache)
     rows = np.random.default_rng(0).integers(0, len(expected), 800).tolist()
@@ -380,6 +386,7 @@ def test_a_cache_without_tail_groups_has_none(long_cache: LogitCache) -> None:
     assert long_cache.tail_groups is None
 
 
+@pytest.mark.slow
 def test_a_cache_is_read_where_no_engine_can_be_imported(cache: LogitCache) -> None:
     script = """
 import json, sys

@@ -191,6 +191,7 @@ def test_copies_in_use_in_a_forked_process_stay_when_its_parent_is_done(home: Pa
     assert LocalCopies([shard(4)]).path(shard(4), store.fill(4)) is not None
 
 
+@pytest.mark.slow
 def test_several_processes_never_hold_more_than_the_limit(home: Path, tmp_path: Path) -> None:
     def size() -> int:
         total = 0
@@ -353,6 +354,7 @@ def test_what_a_killed_process_left_is_removed(home: Path, store: Store) -> None
     assert path.read_bytes() == content(1)
 
 
+@pytest.mark.slow
 def test_a_forked_process_waits_for_no_thread_that_it_has_not(home: Path) -> None:
     script = """
 import os, sys, threading, time

@@ -70,6 +70,7 @@ def test_the_rows_of_a_row_group_are_dealt_evenly_to_the_steps_in_which_it_is_op
         assert set(due[row_group : row_group + window]) <= {size // window, -(-size // window)}
 
 
+@pytest.mark.slow
 def test_every_row_is_equally_likely_at_every_place() -> None:
     places = np.array(
         [

@@ -117,6 +117,7 @@ STREAMS: dict[str, Callable[[LogitCache], list[str]]] = {
 streams = pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
 
 
+@pytest.mark.slow
 @streams
 def test_a_stream_fetches_each_shard_once_and_later_ones_none(
     local: LogitCache, url: str, home: Path, requests: Requests, stream: Callable[[LogitCache], list[str]]
@@ -134,6 +135,7 @@ def test_a_stream_fetches_each_shard_once_and_later_ones_none(
     assert requests.of("/data/") == []
 
 
+@pytest.mark.slow
 @streams
 def test_what_has_no_room_is_read_by_ranges(
     local: LogitCache,
@@ -212,6 +214,7 @@ def test_an_altered_shard_of_the_same_size_is_refused_by_name(
     assert not [name for name in held(home) if not name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_rows_before_an_altered_shard_are_handed_out(local: LogitCache, url: str) -> None:
     alter(url, shards.shard_name(1, NUM_SHARDS))
     stream = iter(LogitCache(url))
@@ -220,6 +223,7 @@ def test_rows_before_an_altered_shard_are_handed_out(local: LogitCache, url: str
         next(stream)
 
 
+@pytest.mark.slow
 def test_an_altered_copy_on_this_machine_is_fetched_again(local: LogitCache, url: str, home: Path) -> None:
     assert ids(LogitCache(url)) == ids(local)
     for path in (home / "shards").iterdir():
@@ -227,6 +231,7 @@ def test_an_altered_copy_on_this_machine_is_fetched_again(local: LogitCache, url
     assert ids(LogitCache(url)) == ids(local)
 
 
+@pytest.mark.slow
 @streams
 def test_a_shard_that_is_removed_after_opening_is_missing(url: str, stream: Callable[[LogitCache], list[str]]) -> None:
     remote = LogitCache(url)
@@ -280,6 +285,7 @@ def proxy(s3_endpoint: str, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["0", "1"], ids=["ranges", "copies"])
 def test_a_connection_that_breaks_in_the_middle_is_made_again(
     local: LogitCache, url: str, proxy: Proxy, limit: str, monkeypatch: pytest.MonkeyPatch
@@ -439,6 +445,7 @@ def row_group_bytes(cache: LogitCache, shard: int, row_group: int) -> list[int]:
     return [group.column(i).total_compressed_size for i in range(group.num_columns)]
 
 
+@pytest.mark.slow
 def test_commands_make_the_same_of_a_url_as_of_the_folder(local: LogitCache, url: str, tmp_path: Path) -> None:
     commands: dict[str, Callable[[str, str], list[str]]] = {
         "slice": lambda source, out: ["slice", source, "--sample", "9", "--out", out],
@@ -475,6 +482,7 @@ def forge(local: LogitCache, url: str, index: int) -> None:
     fsspec.filesystem("s3").pipe_file(f"{url}/{name}", content[:-footer] + padding + content[-footer:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["64", "0"], ids=["room for copies", "no copies"])
 def test_a_forged_shard_is_refused_against_an_identity_and_by_ranges_it_is_not(
     local: LogitCache, url: str, home: Path, tmp_path: Path, room: str, monkeypatch: pytest.MonkeyPatch
@@ -496,6 +504,7 @@ def test_a_forged_shard_is_refused_against_an_identity_and_by_ranges_it_is_not(
     assert ids(part) == ids(local)[:3]
 
 
+@pytest.mark.slow
 def test_against_an_identity_shards_without_room_are_read_from_temporary_files(
     local: LogitCache, url: str, home: Path, tmp_path: Path, requests: Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,6 +564,7 @@ def test_rows_of_a_cache_with_another_identity_are_not_pulled(local: LogitCache,
     assert not (tmp_path / "part").exists()
 
 
+@pytest.mark.slow
 def test_verifying_a_url_asks_for_each_shard_once(local: LogitCache, url: str, requests: Requests) -> None:
     assert list(Verification(url)) == []
     about_shards = [(operation, key.split("/", 1)[1]) for operation, key, _ in requests.made if "/data/" in key]
@@ -589,6 +599,7 @@ def eventually(holds: Callable[[], bool]) -> None:
     raise AssertionError("it never held")
 
 
+@pytest.mark.slow
 def test_verifying_a_url_reads_what_is_there_and_keeps_no_copy(local: LogitCache, url: str, home: Path) -> None:
     assert list(Verification(url)) == []
     assert not home.exists()
@@ -599,6 +610,7 @@ def test_verifying_a_url_reads_what_is_there_and_keeps_no_copy(local: LogitCache
     assert (findings[0].kind, findings[0].file) == ("altered", name)
 
 
+@pytest.mark.slow
 def test_a_cache_with_the_identity_that_is_wanted_is_checked(
     local: LogitCache, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -646,6 +658,7 @@ def test_a_cache_without_a_manifest_has_no_identity(local: LogitCache, tmp_path:
     assert [finding.kind for finding in findings] == ["missing"]
 
 
+@pytest.mark.slow
 def test_a_recoded_cache_at_a_url_is_read_back(local: LogitCache, bucket: str) -> None:  # noqa: F811
     made = recode(local.path, f"{bucket}/recoded", top_k=2)
     assert ids(made) == ids(local)

@@ -23,6 +23,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     return write_cache(folder, random_rows(40, layout), layout, rows_per_shard=15, row_group_bytes=400)
 
 
+@pytest.mark.slow
 @given(shuffle=st.booleans(), seed=st.integers(0, 99), world=st.integers(1, 4), data=st.data())
 @small
 def test_the_order_is_that_of_the_stream(

@@ -97,6 +97,7 @@ def test_a_cache_says_whether_its_entropy_is_a_lower_bound(tmp_path: Path) -> No
         assert of(cache).entropy_is_lower_bound is not layout.tail_parts.entropy
 
 
+@pytest.mark.slow
 def test_few_row_groups_of_many_are_read_the_same_ones_each_time(tmp_path: Path) -> None:
     layout = Layout(VOCAB)
     cache = write_cache(tmp_path, random_rows(40, layout), layout, rows_per_shard=20, row_group_bytes=1)

@@ -466,6 +466,7 @@ def test_the_overview_says_what_info_says(cache: LogitCache, tmp_path: Path) -> 
     assert sum(data["group_sizes"]) == VOCAB
 
 
+@pytest.mark.slow
 def test_a_full_page_of_a_large_vocabulary_is_less_than_5_mb(tmp_path: Path) -> None:
     texts = [f"token{i:06}" for i in range(100_000)]
     layout = Layout(len(texts), TailParts(groups=32))

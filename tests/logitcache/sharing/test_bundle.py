@@ -286,6 +286,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, content: bytes) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @small
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_one_altered_byte_is_found_or_changes_nothing(place: int, change: int) -> None:

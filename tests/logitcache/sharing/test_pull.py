@@ -154,6 +154,7 @@ def run_pull(url: str, out: Path, environment: dict[str, str]) -> None:
     pull(url, out)
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_and_then_the_same_bytes(cache: Path, bucket: str, tmp_path: Path) -> None:
     push(cache, f"{bucket}/cache")
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
@@ -184,6 +185,7 @@ def test_kills_at_any_moment_and_then_the_same_bytes(cache: Path, bucket: str, t
 
 
 class TestConnections:
+    @pytest.mark.slow
     @pytest.mark.parametrize("after_bytes", [2_000, 20_000, 60_000, 100_000])
     def test_one_that_is_cut_is_made_again(
         self,
@@ -199,6 +201,7 @@ class TestConnections:
         assert proxy.num_cuts < 2
         assert contents(tmp_path / "out") == contents(cache)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["cache", "cache.tar.zst"])
     def test_one_that_breaks_every_time_is_one_line_and_the_same_command_continues(
         self,
@@ -230,6 +233,7 @@ def web(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["there", "there.tar.zst"])
 def test_a_cache_comes_from_a_web_server(cache: Path, web: str, tmp_path: Path, name: str) -> None:
     push(cache, tmp_path / name)
@@ -237,12 +241,14 @@ def test_a_cache_comes_from_a_web_server(cache: Path, web: str, tmp_path: Path, 
     assert contents(tmp_path / "out") == contents(cache)
 
 
+@pytest.mark.slow
 def test_a_web_server_takes_none(cache: Path, web: str) -> None:
     with pytest.raises(UserError, match=r"/there: a web server takes no files"):
         push(cache, f"{web}/there")
 
 
 class TestAltered:
+    @pytest.mark.slow
     def test_a_shard_that_was_altered_is_named_and_does_not_come(self, url: str, tmp_path: Path) -> None:
         Folder(url).write(SHARD, bytes(Folder(url).num_bytes(SHARD)))
         with pytest.raises(
@@ -252,6 +258,7 @@ class TestAltered:
         assert not (tmp_path / "out" / SHARD).exists()
         assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
+    @pytest.mark.slow
     def test_a_shard_of_another_size_is_not_even_fetched(self, url: str, tmp_path: Path) -> None:
         Folder(url).write(SHARD, bytes(100_000))
         with (
@@ -263,6 +270,7 @@ class TestAltered:
             pull(url, tmp_path / "out")
         assert fetched == []
 
+    @pytest.mark.slow
     def test_a_shard_may_be_larger_as_the_manifest_says_its_size(
         self, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -272,6 +280,7 @@ class TestAltered:
         assert any(path.stat().st_size > max(largest, groups) for path in Path(there).glob("data/*"))
         pull(there, tmp_path / "out")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", [CARD_NAME, SHARD])
     def test_a_folder_where_a_file_should_be_is_one_line(self, there: str, tmp_path: Path, name: str) -> None:
         pull(there, tmp_path / "out")
@@ -280,6 +289,7 @@ class TestAltered:
         with pytest.raises(UserError, match=r".* cannot be written"):
             pull(there, tmp_path / "out")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", [SHARD, "tokenizer/tokenizer.json", "tail_groups.parquet"])
     def test_a_file_that_is_missing_is_named(self, url: str, tmp_path: Path, name: str) -> None:
         Folder(url).remove(name)
@@ -298,6 +308,7 @@ class TestAltered:
         with pytest.raises(UserError, match=r"logitcache\.json is refused: it has more than the 5 bytes"):
             pull("memory://bounds/cache", tmp_path / "other")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("content", "message"),
         [(b"\xff\xfe", r"README\.md is not text in UTF-8"), (bytes(5 << 20), r"README\.md: 5242880 bytes are refused")],
@@ -307,6 +318,7 @@ class TestAltered:
         with pytest.raises(UserError, match=message):
             pull(there, tmp_path / "out")
 
+    @pytest.mark.slow
     def test_a_card_that_anyone_may_have_written_comes_with_a_word_of_warning(
         self, there: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -315,6 +327,7 @@ class TestAltered:
             pull(there, tmp_path / "out")
         assert "README.md is what its author says: no checksum covers it" in caplog.text
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name", ["../x", "/tmp/x", ".build/plan.json", MANIFEST_NAME, "data//x", "data/./x", "data/\nx"]
     )
@@ -332,6 +345,7 @@ class TestAltered:
 
 
 class TestIdentity:
+    @pytest.mark.slow
     def test_another_cache_than_the_trusted_one_is_refused_before_anything_else(self, url: str, tmp_path: Path) -> None:
         Folder(url).write(MANIFEST_NAME, "not even JSON")
         message = f"is not the cache that --against names: its identity is {sha256(b'not even JSON')}"
@@ -339,9 +353,11 @@ class TestIdentity:
             pull(url, tmp_path / "out", against="a" * 64)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.slow
     def test_it_may_be_written_in_capitals(self, cache: Path, there: str, tmp_path: Path) -> None:
         pull(there, tmp_path / "out", against=logitcache.open(cache).identity.upper())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("against", ["", "abc", "g" * 64, "a" * 63])
     def test_what_is_no_identity_is_said_to_be_none(self, there: str, tmp_path: Path, against: str) -> None:
         with pytest.raises(UserError, match="the 64 hexadecimal digits of a cache's identity are wanted"):
@@ -349,6 +365,7 @@ class TestIdentity:
 
 
 class TestShards:
+    @pytest.mark.slow
     def test_some_come_byte_for_byte_with_a_manifest_and_a_card_of_them(
         self, cache: Path, url: str, tmp_path: Path
     ) -> None:
@@ -375,6 +392,7 @@ class TestShards:
     def test_either_end_may_be_left_out(self, there: str, tmp_path: Path, shards: str, count: int) -> None:
         assert len(pull(there, tmp_path / "part", shards=shards).manifest.shards) == count
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("shards", "message"),
         [
@@ -390,6 +408,7 @@ class TestShards:
             pull(there, tmp_path / "part", shards=shards)
         assert not (tmp_path / "part").exists()
 
+    @pytest.mark.slow
     def test_the_same_command_continues_and_then_has_nothing_to_do(self, there: str, tmp_path: Path) -> None:
         with stopped_after(3) as fetched, pytest.raises(Stopped):
             pull(there, tmp_path / "part", shards="2:5")
@@ -401,6 +420,7 @@ class TestShards:
             pull(there, tmp_path / "part", shards="2:5")
         assert contents(tmp_path / "part") == before
 
+    @pytest.mark.slow
     def test_others_than_those_that_are_here_are_refused_unless_they_replace_them(
         self, there: str, tmp_path: Path
     ) -> None:
@@ -418,12 +438,14 @@ class TestShards:
 
 
 class TestRows:
+    @pytest.mark.slow
     def test_some_come_as_a_slice(self, cache: Path, url: str, tmp_path: Path) -> None:
         identity = logitcache.open(cache).identity
         assert main(["pull", url, "--out", str(tmp_path / "rows"), "--rows", "20:25", "--against", identity]) == 0
         ids = [row.row_id for row in logitcache.open(tmp_path / "rows")]
         assert ids == [row.row_id for row in logitcache.open(cache)][20:25]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("more", "message"),
         [
@@ -479,6 +501,7 @@ class TestPlaces:
         with pytest.raises(UserError, match="half is not whole: `logitcache push` did not get to its end"):
             pull(tmp_path / "half", tmp_path / "out")
 
+    @pytest.mark.slow
     def test_only_a_local_folder_beside_the_cache_is_written(self, there: str, tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match="--out memory://out: a local folder is wanted; `logitcache push` copies to a URL"
@@ -495,6 +518,7 @@ class TestPlaces:
             pull(there, tmp_path / "out", overwrite=True)
         assert contents(tmp_path / "out") == {"thesis.tex": b"precious"}
 
+    @pytest.mark.slow
     def test_a_folder_in_which_another_command_writes_is_refused(self, there: str, tmp_path: Path) -> None:
         with (
             workspace.workspace(Folder(tmp_path / "out")),
@@ -502,6 +526,7 @@ class TestPlaces:
         ):
             pull(there, tmp_path / "out")
 
+    @pytest.mark.slow
     def test_another_cache_is_kept_unless_it_is_to_be_replaced(self, cache: Path, there: str, tmp_path: Path) -> None:
         make_cache(tmp_path / "out", ROWS[:20], EVERYTHING)
         before = contents(tmp_path / "out")
@@ -511,6 +536,7 @@ class TestPlaces:
         pull(there, tmp_path / "out", overwrite=True)
         assert contents(tmp_path / "out") == contents(cache)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("left", "message"),
         [
@@ -535,6 +561,7 @@ class TestPlaces:
         pull(there, tmp_path / "out", overwrite=True)
         assert contents(tmp_path / "out") == contents(cache)
 
+    @pytest.mark.slow
     def test_a_cache_that_was_pushed_anew_meanwhile_is_another_one(self, there: str, tmp_path: Path) -> None:
         with stopped_after(3), pytest.raises(Stopped):
             pull(there, tmp_path / "out")
@@ -561,6 +588,7 @@ def test_the_command_prints_the_cache(there: str, tmp_path: Path, capsys: pytest
     assert "sequences  60" in printed
 
 
+@pytest.mark.slow
 def test_a_signature_comes_with_its_manifest(cache: Path, tmp_path: Path) -> None:
     (cache / "logitcache.json.sig").write_text("-----BEGIN SSH SIGNATURE-----")
     push(cache, tmp_path / "there")

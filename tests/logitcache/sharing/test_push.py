@@ -80,6 +80,7 @@ def stopped_after(num_files: int) -> Iterator[list[str]]:
         yield sent
 
 
+@pytest.mark.slow
 def test_every_file_arrives_and_the_cache_opens_there(cache: Path, url: str) -> None:
     pushed = push(cache, url)
     assert there(url) == contents(cache)
@@ -90,12 +91,14 @@ def test_every_file_arrives_and_the_cache_opens_there(cache: Path, url: str) -> 
     assert logitcache.open(url).identity == identity
 
 
+@pytest.mark.slow
 def test_what_is_unchanged_is_not_sent_again(cache: Path, url: str) -> None:
     push(cache, url)
     with stopped_after(0):
         assert push(cache, url) == Pushed(url, logitcache.open(cache).identity, 0, 0, NUM_FILES)
 
 
+@pytest.mark.slow
 def test_another_licence_sends_the_card_alone(cache: Path, url: str) -> None:
     push(cache, url)
     with stopped_after(1) as sent:
@@ -104,6 +107,7 @@ def test_another_licence_sends_the_card_alone(cache: Path, url: str) -> None:
     assert "license: apache-2.0" in there(url)["README.md"].decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_files", range(NUM_FILES + 1))
 def test_half_a_cache_is_never_taken_for_a_whole_one_and_the_rest_follows(
     cache: Path, tmp_path: Path, num_files: int
@@ -121,6 +125,7 @@ def test_half_a_cache_is_never_taken_for_a_whole_one_and_the_rest_follows(
     assert there(url) == contents(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_files", [0, 1, 5, NUM_FILES])
 def test_an_object_store_is_continued_as_a_folder_is(cache: Path, bucket: str, num_files: int) -> None:
     url = f"{bucket}/cache"
@@ -130,6 +135,7 @@ def test_an_object_store_is_continued_as_a_folder_is(cache: Path, bucket: str, n
     assert there(url) == contents(cache)
 
 
+@pytest.mark.slow
 def test_a_store_without_checksums_is_believed_by_its_whole_manifest_only(cache: Path, tmp_path: Path) -> None:
     url = f"memory://{tmp_path}/there"
     with stopped_after(5), pytest.raises(Stopped):
@@ -145,6 +151,7 @@ def run_push(path: str, url: str, environment: dict[str, str]) -> None:
     push(path, url)
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_and_then_the_rest_is_sent(
     cache: Path,
     bucket: str,
@@ -176,6 +183,7 @@ def test_kills_at_any_moment_and_then_the_rest_is_sent(
 
 
 class TestConnections:
+    @pytest.mark.slow
     @pytest.mark.parametrize("after_bytes", [200, 30_000, 90_000, 150_000])
     def test_one_that_is_cut_is_made_again(
         self,
@@ -190,6 +198,7 @@ class TestConnections:
         proxy.cut(0, num_cuts=0)
         assert there(f"{bucket}/cache") == contents(cache)
 
+    @pytest.mark.slow
     def test_one_that_breaks_every_time_is_one_line_and_the_same_command_continues(
         self,
         cache: Path,
@@ -210,6 +219,7 @@ class TestConnections:
 
 
 class TestOverAnother:
+    @pytest.mark.slow
     def test_a_cache_of_another_fingerprint_is_kept(self, cache: Path, tmp_path: Path, url: str) -> None:
         push(cache, url)
         before = there(url)
@@ -220,6 +230,7 @@ class TestOverAnother:
             push(tmp_path / "other", url)
         assert there(url) == before
 
+    @pytest.mark.slow
     def test_nor_does_a_slice_replace_what_it_was_cut_from(self, cache: Path, tmp_path: Path, url: str) -> None:
         push(cache, url)
         manifest = logitcache.open(cache).manifest
@@ -230,6 +241,7 @@ class TestOverAnother:
             push(cache, url)
         assert there(url) == before
 
+    @pytest.mark.slow
     def test_overwriting_leaves_nothing_of_it(self, cache: Path, tmp_path: Path, url: str) -> None:
         push(cache, url)
         Folder(url).write(".gitattributes", "not of a cache")
@@ -241,6 +253,7 @@ class TestOverAnother:
         assert there(url) == contents(tmp_path / "other") | {".gitattributes": b"not of a cache"}
         assert pushed.num_kept == 1  # the tokenizer is the same
 
+    @pytest.mark.slow
     def test_while_a_named_file_changes_no_manifest_is_there(self, cache: Path, tmp_path: Path, url: str) -> None:
         push(cache, url)
         make_cache(tmp_path / "rebuilt", ROWS[:59], EVERYTHING)
@@ -256,6 +269,7 @@ class TestOverAnother:
         assert present == {UNFINISHED_NAME: True, last: False, "README.md": False, MANIFEST_NAME: False}
         assert there(url) == contents(tmp_path / "rebuilt")
 
+    @pytest.mark.slow
     def test_a_cache_that_grew_is_there_in_its_former_state_until_it_is_whole(
         self, cache: Path, tmp_path: Path, url: str
     ) -> None:
@@ -267,6 +281,7 @@ class TestOverAnother:
         push(cache, url)
         assert there(url) == contents(cache)
 
+    @pytest.mark.slow
     def test_a_shard_that_was_altered_there_is_sent_again(self, cache: Path, bucket: str) -> None:
         push(cache, f"{bucket}/cache")
         shard = "data/train-00004-of-00009.parquet"
@@ -296,6 +311,7 @@ class TestOverAnother:
         push(cache, url, overwrite=True)
         assert there(url) == contents(cache)
 
+    @pytest.mark.slow
     def test_one_that_a_newer_version_wrote_is_away_while_its_files_are_replaced(self, cache: Path, url: str) -> None:
         push(cache, url)
         Folder(url).write(MANIFEST_NAME, '{"format": 99}')
@@ -317,6 +333,7 @@ class TestOverAnother:
 
 
 class TestAtOnce:
+    @pytest.mark.slow
     @pytest.mark.parametrize("moment", [UNFINISHED_NAME, "data/train-00008-of-00009.parquet"])
     @pytest.mark.parametrize("finished", [False, True])
     def test_another_push_to_a_store_is_noticed_before_the_manifest_goes(
@@ -369,6 +386,7 @@ class TestNotedChecksums:
             storage, "_stored", lambda info, s3: original({**info, "ETag": f'"{"0" * 32}"'} if s3 else info, s3)
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("etags", ["no_plain_etags", "etags_of_encrypted_content"])
     def test_what_s3_has_no_checksum_of_is_not_sent_twice(
         self, cache: Path, bucket: str, etags: str, request: pytest.FixtureRequest
@@ -379,6 +397,7 @@ class TestNotedChecksums:
         assert push(cache, f"{bucket}/cache").num_kept == 7
         assert there(f"{bucket}/cache") == contents(cache)
 
+    @pytest.mark.slow
     def test_nor_is_another_file_of_that_size_taken_for_it(
         self, cache: Path, bucket: str, no_plain_etags: None
     ) -> None:
@@ -406,6 +425,7 @@ class TestSource:
             push(cache, url)
         assert there(url) == {}
 
+    @pytest.mark.slow
     def test_so_is_a_card_that_was_edited_where_it_is_written_anew(self, cache: Path, url: str) -> None:
         push(cache, url)
         before = there(url)
@@ -415,6 +435,7 @@ class TestSource:
             push(cache, url)
         assert there(url) == before
 
+    @pytest.mark.slow
     def test_a_signature_travels_and_leaves_with_its_manifest(self, cache: Path, url: str) -> None:
         (cache / "logitcache.json.sig").write_text("-----BEGIN SSH SIGNATURE-----")
         assert push(cache, url).num_sent == NUM_FILES + 1
@@ -423,6 +444,7 @@ class TestSource:
         assert push(cache, url).num_sent == 0
         assert there(url) == contents(cache)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "message"),
         [
@@ -438,6 +460,7 @@ class TestSource:
         with pytest.raises(UserError, match=message):
             push(cache, url)
 
+    @pytest.mark.slow
     def test_what_is_no_whole_local_cache_is_refused(self, cache: Path, tmp_path: Path, url: str) -> None:
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match="empty is not a cache"):
@@ -539,12 +562,14 @@ class TestPlaces:
         with pytest.raises(UserError, match=r"logitcache\.json\.unfinished cannot be written \(Access Denied\)"):
             push(cache, url)
 
+    @pytest.mark.slow
     def test_public_is_of_the_hub(self, cache: Path, url: str) -> None:
         with pytest.raises(UserError, match="--public is of repositories on the Hub"):
             push(cache, url, public=True)
 
 
 class TestHub:
+    @pytest.mark.slow
     def test_a_repository_gets_what_it_lacks_in_one_commit(self, cache: Path, tmp_path: Path, hub: HubServer) -> None:
         url = "hf://datasets/team-a/cache"
         pushed = push(cache, url)
@@ -559,6 +584,7 @@ class TestHub:
         pull(url, tmp_path / "out", against=pushed.identity)
         assert contents(tmp_path / "out") == contents(cache)
 
+    @pytest.mark.slow
     def test_another_cache_there_is_kept_unless_it_is_to_be_replaced(
         self, cache: Path, tmp_path: Path, hub: HubServer
     ) -> None:
@@ -572,6 +598,7 @@ class TestHub:
         assert hub.files("team-a/cache").keys() - contents(tmp_path / "other").keys() == {".gitattributes"}
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_did(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["push", str(cache), str(tmp_path / "there"), "--license", "apache-2.0", "--teacher-license", "MIT"]) == 0

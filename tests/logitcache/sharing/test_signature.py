@@ -46,6 +46,7 @@ def signing(tmp_path: Path) -> Signing:
     return Signing(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signature_lies_beside_the_manifest_and_is_verified(signing: Signing) -> None:
     assert (signing.cache / SIGNATURE_NAME).is_file()
     done = signing.run(VERIFY)

@@ -74,6 +74,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LogitCach
     yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -196,6 +197,7 @@ class TestSnapshotOfTheHub:
             assert (root / name).is_symlink()
         return root
 
+    @pytest.mark.slow
     def test_is_read_verified_sliced_pulled_and_pushed(self, snapshot: Path, cache: LogitCache, tmp_path: Path) -> None:
         assert [row.row_id for row in logitcache.open(snapshot)] == [row.row_id for row in cache]
         assert not list(Verification(snapshot))

@@ -198,6 +198,7 @@ class TestListingsOfAWebServer:
             served.listing = "".join(f'<a href="{link}">{link}</a>' for link in request.param.split(" "))
             yield served
 
+    @pytest.mark.slow
     def test_are_not_read_of_a_cache(self, site: Website, tmp_path: Path) -> None:
         url = site.url("cache")
         assert len(list(logitcache.open(url))) == 12

@@ -150,6 +150,7 @@ def test_a_forked_process_ends_though_it_never_asked() -> None:
     assert next(results) == 1
 
 
+@pytest.mark.slow
 def test_a_program_ends_while_a_stream_is_half_read() -> None:
     script = """
 from itertools import count

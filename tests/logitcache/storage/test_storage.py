@@ -127,6 +127,7 @@ def test_a_folder_travels_to_another_process(folder: Folder) -> None:
     assert copy.read("name") == b"value"
 
 
+@pytest.mark.slow
 def test_a_folder_reads_in_a_forked_process(folder: Folder) -> None:
     folder.write("name", "value")
     context = multiprocessing.get_context("fork")

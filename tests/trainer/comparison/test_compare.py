@@ -179,6 +179,7 @@ def test_a_run_that_is_named_twice_is_refused(tmp_path: Path) -> None:
         rows_of(read_runs([run, tmp_path / "copy"]))
 
 
+@pytest.mark.slow
 def test_answers_of_a_former_model_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run(tmp_path, "a")
     scores = answered(run, 24.5)

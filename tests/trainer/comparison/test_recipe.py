@@ -263,6 +263,7 @@ def test_checking_one_run_leaves_nothing_in_the_environment_of_another(tmp_path:
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_a_recipe_is_done_once_and_its_rows_are_shown(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +301,7 @@ def test_picture_and_page_may_be_named_in_the_recipes_missing_output_dir(
     assert "name an existing folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_answers_of_each_student_are_generated_once(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,6 +331,7 @@ def with_answers(folder: Path, recipe: dict[str, Any]) -> Path:
     return data
 
 
+@pytest.mark.slow
 def test_answers_are_made_again_when_data_or_options_change_and_only_then(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -403,6 +406,7 @@ def test_scores_of_someone_else_are_not_replaced(
     assert "dolly.json holds no scores" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_known_by_its_content_not_by_its_times(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +419,7 @@ def test_a_finished_run_is_known_by_its_content_not_by_its_times(
     assert len(started(runs)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_an_earlier_version_did_is_finished(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,6 +481,7 @@ def test_a_folder_of_someone_else_is_not_overwritten(
     assert (runs / "KD-fkl-1" / name).read_text() == content
 
 
+@pytest.mark.slow
 def test_nothing_of_a_former_model_stays_when_a_run_is_done_again(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +505,7 @@ def test_nothing_of_a_former_model_stays_when_a_run_is_done_again(
     assert (folder / "model.safetensors").read_text() == "new"
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_read_loses_no_other(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -520,6 +527,7 @@ def test_a_result_that_cannot_be_read_loses_no_other(
     assert "KD ToDi" in captured.out
 
 
+@pytest.mark.slow
 def test_rows_stand_in_the_order_of_the_recipe(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -547,6 +555,7 @@ def test_what_does_not_fit_a_cache_is_refused_before_anything_starts(
     assert started(runs) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_loses_no_other(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -563,6 +572,7 @@ def test_a_run_that_fails_loses_no_other(
     assert len(started(runs)) == 7
 
 
+@pytest.mark.slow
 def test_other_settings_in_a_folder_are_refused_before_anything_starts(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -584,6 +594,7 @@ def test_other_settings_in_a_folder_are_refused_before_anything_starts(
     assert not (runs / "KD-fkl-1" / "checkpoint-3").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_cache_has_changed_is_done_again(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,6 +633,7 @@ def test_only_a_whole_checkpoint_is_continued_from(
     assert started(runs) == ["KD-fkl-1 7"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_runs_at_a_checkpoint_and_the_same_command_continues(
     tmp_path: Path,
@@ -652,6 +664,7 @@ def test_a_signal_stops_the_runs_at_a_checkpoint_and_the_same_command_continues(
     assert started(runs) == sorted(line for name, step in steps.items() for line in (f"{name} 0", f"{name} {step}"))
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_does_is_waited_for(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -671,6 +684,7 @@ def test_a_run_that_another_process_does_is_waited_for(
     assert last_step(folder / "log.txt") == "10/10"
 
 
+@pytest.mark.slow
 def test_ranks_that_a_killed_launcher_left_are_waited_for(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(content=PLAIN)
 def test_plain_values_are_what_pyyaml_reads(tmp_path: Path, content: Any) -> None:
@@ -84,6 +85,7 @@ def test_aliases_of_aliases_are_counted_and_not_made(tmp_path: Path, use: str) -
             read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -123,6 +125,7 @@ def test_a_file_of_settings_names_the_line_of_what_it_cannot_mean(tmp_path: Path
             parse(["--config", str(written(tmp_path, text))])
 
 
+@pytest.mark.slow
 def test_a_setting_of_another_kind_is_refused_whichever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = [field.name for field in dataclasses.fields(DistillConfig) if field.init]
@@ -151,6 +154,7 @@ def test_a_refusal_of_transformers_names_the_setting(tmp_path: Path, text: str, 
         parse(["--use_cpu", "--output_dir", str(tmp_path), "--config", str(written(tmp_path, text))])
 
 
+@pytest.mark.slow
 def test_an_option_of_answers_of_another_kind_is_refused_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").touch()
     recipe = {

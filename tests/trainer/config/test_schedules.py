@@ -79,6 +79,7 @@ def logged(folder: Path, cache: LogitCache, steps: int = 4, **settings: Any) -> 
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_what_the_schedule_says(tmp_path: Path) -> None:
     tempered = write_cache(tmp_path / "cache", random_sequences(6, seed=3), k=VOCAB, temperatures=(2.0, 4.0))
     fkl, rkl = (logged(tmp_path, tempered, 1, loss=loss, kd_weight=1.0)[0] for loss in ("fkl", "rkl"))

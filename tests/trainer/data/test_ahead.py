@@ -149,6 +149,7 @@ print([next(items) for items in threading.left_open])
 """
 
 
+@pytest.mark.slow
 def test_iterators_that_are_open_when_the_interpreter_ends_say_nothing() -> None:
     ended = subprocess.run([sys.executable, "-c", OPEN_AT_EXIT], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[0, 0, 0]\n", "")

@@ -6,12 +6,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from logitcache import LogitCache
 from logitcache.storage.folder import Folder
 from trainer.config.config import DistillConfig
 from trainer.run.prepare import prepare
 
 
+@pytest.mark.slow
 def test_a_run_warns_once_of_each_cache_whose_tail_is_approximate(
     tmp_path: Path, cache: LogitCache, student_folder: str
 ) -> None:

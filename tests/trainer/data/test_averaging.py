@@ -87,6 +87,7 @@ def teachers_of_the_same_positions(draw: st.DrawFn) -> tuple[list[np.ndarray], l
     return full, [stored(one, random.integers(0, most + 1, positions)) for one in full]
 
 
+@pytest.mark.slow
 @given(made=teachers_of_the_same_positions(), at_once=st.sampled_from([1, 20, 1 << 20]))
 @examples
 def test_the_mean_is_that_of_a_loop_over_positions(
@@ -97,6 +98,7 @@ def test_the_mean_is_that_of_a_loop_over_positions(
         assert_is(mean_targets(teachers, SMALL_VOCAB), slow_mean(teachers, SMALL_VOCAB))
 
 
+@pytest.mark.slow
 @given(made=teachers_of_the_same_positions())
 @examples
 def test_the_mean_is_a_distribution_over_the_union(made: tuple[list[np.ndarray], list[SparseTargets]]) -> None:
@@ -110,6 +112,7 @@ def test_the_mean_is_a_distribution_over_the_union(made: tuple[list[np.ndarray],
         assert set(mean.token_ids[m].tolist()) - {PAD_ID} == union
 
 
+@pytest.mark.slow
 @given(made=teachers_of_the_same_positions())
 @examples
 def test_an_id_that_a_teacher_lacks_is_off_by_less_than_its_smallest_entry(
@@ -195,6 +198,7 @@ def assert_averaged(rows: dict[str, CachedSequence], first: LogitCache, other: L
         np.testing.assert_array_equal(mean.positions, row.positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_rows_are_averaged_in_the_order_of_the_first(teachers: tuple[LogitCache, LogitCache], shuffle: bool) -> None:
     first, other = teachers
@@ -208,6 +212,7 @@ def test_rows_are_averaged_in_the_order_of_the_first(teachers: tuple[LogitCache,
     assert [row.row_id for row in data.stream(2, shuffle=shuffle, seed=1, start=50)] == [r.row_id for r in rows[50:]]
 
 
+@pytest.mark.slow
 def test_the_other_teachers_rows_may_come_in_another_order(
     teachers: tuple[LogitCache, LogitCache], tmp_path: Path
 ) -> None:
@@ -237,6 +242,7 @@ def test_of_caches_in_the_same_order_each_row_group_is_decoded_once_an_epoch(
     assert set(decoded.values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_mixture_is_averaged_with_a_teacher_of_all_its_rows(
     teachers: tuple[LogitCache, LogitCache], tmp_path: Path
 ) -> None:

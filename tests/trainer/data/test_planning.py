@@ -131,6 +131,7 @@ def rows_in(batch: Batch) -> list[int]:
     return sorted(batch.labels.tolist())
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(RUNS)
 def test_every_row_comes_once_an_epoch_in_equally_many_batches_on_every_rank(run: Run) -> None:
@@ -145,6 +146,7 @@ def test_every_row_comes_once_an_epoch_in_equally_many_batches_on_every_rank(run
         assert number == {len(run.loader())}
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(RUNS)
 def test_no_batch_exceeds_its_budget(run: Run) -> None:
@@ -159,6 +161,7 @@ def test_no_batch_exceeds_its_budget(run: Run) -> None:
             assert longest <= (batching.packed_length or 12)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(RUNS, st.data())
 def test_any_batch_is_the_same_after_skipping_those_before_it(run: Run, data: st.DataObject) -> None:
@@ -170,6 +173,7 @@ def test_any_batch_is_the_same_after_skipping_those_before_it(run: Run, data: st
     assert equal(rest, expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(RUNS)
 def test_drop_last_gives_every_rank_and_epoch_as_many_batches_and_no_row_twice(run: Run) -> None:
@@ -187,6 +191,7 @@ def test_drop_last_gives_every_rank_and_epoch_as_many_batches_and_no_row_twice(r
     assert len(number) == 1
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 50))
 def test_bins_hold_every_item_and_no_two_could_be_one(lengths: list[int], capacity: int) -> None:
     bin_of = best_fit_decreasing(np.array(lengths, dtype=np.int32), capacity)
@@ -195,6 +200,7 @@ def test_bins_hold_every_item_and_no_two_could_be_one(lengths: list[int], capaci
     assert np.sort(loads)[:2].sum() > capacity or len(loads) < 2
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=60), st.integers(30, 99))
 def test_consecutive_batches_take_every_row_that_still_fits(lengths: list[int], budget: int) -> None:
     plan = consecutive_plan(np.array(lengths, dtype=np.int32), budget)
@@ -346,6 +352,7 @@ def test_a_sequence_that_fits_into_no_batch_is_named(batching: Batching) -> None
         EpochBatches(NumberedRows([3, 12]), batching)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(RUNS, st.integers(1, 20))
 def test_a_plan_made_longer_keeps_packed_rows_whole_where_it_can(run: Run, more: int) -> None:

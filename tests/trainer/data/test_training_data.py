@@ -76,6 +76,7 @@ def kinds(rows: list[str], caches: tuple[LogitCache, ...]) -> np.ndarray:
 # The order of an epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_one_cache_streams_as_it_does_alone(caches: tuple[LogitCache, ...], shuffle: bool) -> None:
     data = TrainingData.of(caches[0])
@@ -97,6 +98,7 @@ def test_without_weights_every_row_comes_once_an_epoch_and_epochs_differ(
     assert len(plain) == plain.num_rows() == 75
 
 
+@pytest.mark.slow
 def test_without_a_shuffle_each_cache_comes_in_its_own_order(
     plain: TrainingData, caches: tuple[LogitCache, ...]
 ) -> None:
@@ -106,6 +108,7 @@ def test_without_a_shuffle_each_cache_comes_in_its_own_order(
         assert own == [row.row_id for row in cache]
 
 
+@pytest.mark.slow
 @given(epoch=st.integers(0, 4), world=st.integers(1, 5))
 @few
 def test_without_weights_ranks_divide_the_rows_of_an_epoch(plain: TrainingData, epoch: int, world: int) -> None:
@@ -151,6 +154,7 @@ def test_any_stretch_of_rows_has_the_shares(weighted: TrainingData, caches: tupl
         assert np.ptp(np.append(0, beyond)) <= 2.5
 
 
+@pytest.mark.slow
 @given(epoch=st.integers(0, 5), start=st.integers(0, 80), world=st.integers(1, 3), data_=st.data())
 @few
 def test_any_start_is_as_if_the_rows_before_were_skipped(
@@ -161,6 +165,7 @@ def test_any_start_is_as_if_the_rows_before_were_skipped(
         assert ids(data, epoch, shard, start) == ids(data, epoch, shard)[start:]
 
 
+@pytest.mark.slow
 @given(epoch=st.integers(0, 5), shuffle=st.booleans(), seed=st.integers(0, 9), world=st.integers(1, 3), data_=st.data())
 @few
 def test_lengths_are_those_of_the_streams_rows(
@@ -174,6 +179,7 @@ def test_lengths_are_those_of_the_streams_rows(
         assert lengths.tolist() == [len(row.input_ids) for row in stream]
 
 
+@pytest.mark.slow
 def test_a_rank_without_rows_streams_none(plain: TrainingData, weighted: TrainingData) -> None:
     for data in (plain, weighted):
         ranks = [data.num_rows((rank, 200)) for rank in range(200)]
@@ -205,6 +211,7 @@ def test_worker_processes_that_are_not_forked_read_the_same(data: TrainingData) 
     assert ids(pickle.loads(pickle.dumps(data)), 2) == ids(data, 2)
 
 
+@pytest.mark.slow
 def test_a_small_cache_of_a_great_weight_is_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small, large = (
         write_cache(tmp_path / name, random_sequences(n, seed=n)) for name, n in (("small", 5), ("large", 300))
@@ -296,6 +303,7 @@ def test_the_largest_remainders_are_rounded_up() -> None:
 # What a run is told of its data
 
 
+@pytest.mark.slow
 def test_a_mixture_says_what_an_epoch_is(weighted: TrainingData, caches: tuple[LogitCache, ...]) -> None:
     assert weighted.path == " + ".join(
         f"{cache.path}:{weight}" for cache, weight in zip(caches, (2, 3, 5), strict=True)

@@ -94,6 +94,7 @@ def test_greedy_answers_are_those_that_transformers_gives_to_each_prompt_alone(
         assert answer.text == teacher_tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_a_sampled_answer_depends_on_seed_and_row_and_not_on_its_batch(
     model: PreTrainedModel, prompts: list[Prompt], teacher_tokenizer: Any
 ) -> None:

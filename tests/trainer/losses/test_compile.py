@@ -29,6 +29,7 @@ def trained(folder: Path, cache: LogitCache, **settings: Any) -> DistillTrainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_a_compiled_student_learns_the_same(tmp_path: Path, cache: LogitCache) -> None:
     """Dynamo and autograd's capture are what can break; aot_eager has both and no code generation."""
     plain = trained(tmp_path, cache)

@@ -217,6 +217,7 @@ def gradient_at_the_teacher(loss: str, tail: str, options: dict[str, Any], num_s
     return gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "groups", "cap", "samples"])
 @every_setting
 def test_at_the_teacher_the_gradient_is_zero_but_of_tvd(loss: str, options: dict[str, Any], tail: str) -> None:

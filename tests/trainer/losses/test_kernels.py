@@ -309,6 +309,7 @@ def test_a_whole_vocabulary_at_the_sizes_used_in_training(num_groups: int) -> No
     torch.testing.assert_close(block.cpu().double(), gradient, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run here")
 def test_the_kernels_and_the_losses_on_them_pass_in_the_interpreter() -> None:
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "loss_paths", "fused")]
@@ -389,6 +390,7 @@ def _compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="compiles in the main process")
 @pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -404,6 +406,7 @@ def test_every_launch_compiles(
     assert ("cvt.rn.bf16" in assemblies[1]["ptx"]) == (dtype == torch.bfloat16)  # the gradient, rounded to nearest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="compiles in the main process")
 @pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("capability", [80, 100])

@@ -141,6 +141,7 @@ def test_the_ablations_move_a_student_that_equals_the_teacher(loss: str, tail: s
     assert value_and_gradient(path, teacher, loss=loss, tail=tail, **arguments)[1].abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="a property of the tails, whatever computes them")
 @pytest.mark.parametrize("loss", F_DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -138,6 +138,7 @@ def test_blocks_of_rows_change_nothing(tail: str, temperature: float, monkeypatc
         torch.testing.assert_close(result, results[0], rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.slow
 @every_treatment
 def test_the_gradient_is_the_only_tensor_as_large_as_the_logits(
     tail: str, temperature: float, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,7 @@ def train(cache: LogitCache, heldout: LogitCache, student: str, out: Path, *opti
     return metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--use_dora",)], ids=["LoRA", "DoRA"])
 def test_a_run_leaves_an_adapter_that_evaluates_and_trains_on(
     options: tuple[str, ...],
@@ -180,6 +181,7 @@ def model_of(name: str) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTED)
 def test_by_default_adapters_are_on_the_linear_layers_that_they_change(
     name: str, tmp_path: Path, cache: LogitCache

@@ -48,6 +48,7 @@ def trained(model: PreTrainedModel, cache: LogitCache, folder: Path, **settings:
     return catch.gradient, trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERTS)
 def test_the_balance_of_experts_is_part_of_the_loss_as_transformers_has_it(
     name: str, tmp_path: Path, cache: LogitCache
@@ -77,6 +78,7 @@ def test_split_into_accumulation_steps_every_batch_counts_by_its_positions(tmp_p
     assert logged["aux_loss"] == pytest.approx(loss - logged["ce"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_weigh_it_alike(tmp_path: Path, cache: LogitCache) -> None:
     """Each rank takes one row at a time, and the rank that runs out of rows adds nothing."""
     loss, expected = own_loss(model_of("Mixtral", SIZES), [[row] for row in cache])
@@ -110,6 +112,7 @@ def test_adapters_and_gradient_checkpointing_have_the_same_term(tmp_path: Path, 
     assert any(float(value.abs().max()) > 0 for value in gradient.values())
 
 
+@pytest.mark.slow
 def test_a_z_loss_is_of_the_logits_of_all_positions(
     tmp_path: Path, cache: LogitCache, caplog: pytest.LogCaptureFixture
 ) -> None:

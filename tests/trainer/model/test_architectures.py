@@ -47,6 +47,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_student_trains_on_transformers_own_loss_is_saved_and_measured(
     name: str, tmp_path: Path, cache: LogitCache, heldout: LogitCache, capsys: pytest.CaptureFixture[str]

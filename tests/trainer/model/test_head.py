@@ -383,6 +383,7 @@ def test_it_is_said_where_a_number_is_missing(place: str, batch: Batch) -> None:
     assert ("weight" in said) == (place == "weight")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_gradient(batch: Batch) -> None:
     model = model_of("Llama")
     objective = fused(model)
@@ -394,6 +395,7 @@ def test_a_compiled_model_gives_the_same_gradient(batch: Batch) -> None:
         assert_same({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["fsdp2", "fsdp2 head", "fsdp2 tied", "fsdp1"])
 def test_sharded_over_two_ranks_the_gradient_is_that_of_one(sharding: str, tmp_path: Path, cache: LogitCache) -> None:
     model = model_of("Gemma2", tie_word_embeddings="tied" in sharding)

@@ -161,6 +161,7 @@ def test_a_model_that_mixes_sequences_is_refused_however_little_it_mixes_them(
     assert model.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", [*MODELS, "Qwen3Moe"])
@@ -232,6 +233,7 @@ def differs_in_a_row(model: PreTrainedModel, lengths: list[int]) -> float:
     return float((packed - alone).abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [

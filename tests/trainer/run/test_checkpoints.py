@@ -48,6 +48,7 @@ def second(tmp_path: Path) -> LogitCache:
     return write_cache(tmp_path / "second", random_sequences(10, seed=6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--early_stopping_patience", "9")], ids=["best", "early stopping"])
 def test_ctrl_c_keeps_its_checkpoint_where_the_best_one_alone_is_kept(
     options: tuple[str, ...],
@@ -221,6 +222,7 @@ def test_a_best_checkpoint_is_judged_in_the_same_way_after_a_resume(
     assert fit(tmp_path / "plain", student_folder, *options, "--eval_steps", "1") == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_early_where_an_uninterrupted_one_does(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

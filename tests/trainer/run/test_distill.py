@@ -225,6 +225,7 @@ def test_adapters_train_and_the_rest_stays(tmp_path: Path, cache: LogitCache) ->
         assert parameter.equal(before[name]) == ("lora_" not in name), name
 
 
+@pytest.mark.slow
 def test_samples_of_the_tail_estimate_the_whole_teacher(tmp_path: Path) -> None:
     """Drawn so often, the 56 tokens of a tail bring forward KL near its full-vocabulary value."""
     torch.manual_seed(0)
@@ -292,6 +293,7 @@ def test_logit_columns_beyond_the_teachers_vocabulary_change_nothing(tmp_path: P
     assert (masked["lm_head.weight"][VOCAB:] == 0).all()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(tmp_path: Path, cache: LogitCache) -> None:
     """One rank reads 11 of the 23 rows, the other 12; the first takes part in the twelfth batch without a row."""
     alone = first_gradient(tmp_path, cache, llama(seed=7), per_device_train_batch_size=23)

@@ -16,6 +16,7 @@ def train(cache: LogitCache, heldout: LogitCache, student: str, out: Path, repor
     assert main(["fit", *arguments, *options, "--report_to", reporter]) == 0
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_losses_and_the_held_out_metrics(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -29,6 +30,7 @@ def test_tensorboard_gets_the_losses_and_the_held_out_metrics(
     assert [point.step for point in kept.Scalars("train/loss")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_wandb_keeps_a_run_offline(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

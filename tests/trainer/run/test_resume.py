@@ -19,6 +19,7 @@ def losses(trainer: DistillTrainer, checkpoint: str | None = None) -> dict[int, 
     return {int(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

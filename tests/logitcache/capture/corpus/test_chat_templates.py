@@ -203,6 +203,7 @@ CONTENTS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(contents=CONTENTS, trim=st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_said_the_answers_are_trained_and_nothing_else(

@@ -218,6 +218,7 @@ def estimated(engine: TransformersTeacher, corpus: Path, teacher_tokenizer: Any)
     return of_corpus(engine, corpus, teacher_tokenizer, settings, sees_logits=True)
 
 
+@pytest.mark.slow
 def test_every_choice_has_its_bytes_mass_and_errors(estimated: Estimate) -> None:
     ks = [8, 16, 32, 40, 64, 128, 256]
     assert [(c.top_k, c.tail_groups) for c in estimated.choices] == [(k, g) for k in ks for g in (0, 16)]
@@ -232,6 +233,7 @@ def test_every_choice_has_its_bytes_mass_and_errors(estimated: Estimate) -> None
     assert estimated.not_told_apart == 0, "the vocabulary is smaller than the entries that stand for it"
 
 
+@pytest.mark.slow
 def test_the_mass_covered_is_that_of_the_full_distributions(estimated: Estimate, teacher: Path) -> None:
     covered = []
     for sequence in estimated.sample.sequences:

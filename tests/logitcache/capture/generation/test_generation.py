@@ -138,6 +138,7 @@ class TestSamplingParams:
         with pytest.raises((UserError, argparse.ArgumentTypeError), match="--sampling-params"):
             parser().parse_args(["build", "--data", "d", "--out", "o", "--sampling-params", text])
 
+    @pytest.mark.slow
     @needs_vllm
     def test_they_are_the_same_however_they_are_written(self) -> None:
         written = GenerationSettings.check({"temperature": ".80", "stop": "END", "logit_bias": {5: 1}}, 100)
@@ -232,6 +233,7 @@ def rows(sequences: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 @needs_vllm
 class TestBuild:
+    @pytest.mark.slow
     def test_answers_stand_behind_their_prompts_in_the_prompts_order(
         self, teacher: Path, prompts: Path, tmp_path: Path, echo: type[Echo], teacher_tokenizer: Any
     ) -> None:
@@ -248,6 +250,7 @@ class TestBuild:
         assert cache.manifest.fingerprint["generation"]["n"] == 2
         assert not (tmp_path / "c/.build").exists()
 
+    @pytest.mark.slow
     def test_an_interruption_costs_the_batches_in_flight(
         self, teacher: Path, prompts: Path, tmp_path: Path, echo: type[Echo], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -288,6 +291,7 @@ class TestBuild:
         with pytest.raises(UserError, match=r"a finished cache made otherwise: generation\.n was 1, now 2"):
             build(teacher, prompts, out)
 
+    @pytest.mark.slow
     def test_overwriting_keeps_the_old_cache_until_everything_is_answered(
         self, teacher: Path, prompts: Path, tmp_path: Path, echo: type[Echo], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -302,6 +306,7 @@ class TestBuild:
         assert build(teacher, prompts, out, **changed).manifest.fingerprint["generation"]["seed"] == 1
         assert echo.asked == 128
 
+    @pytest.mark.slow
     def test_the_first_of_several_shard_ranges_answers_for_all(
         self, teacher: Path, prompts: Path, tmp_path: Path, echo: type[Echo]
     ) -> None:

@@ -147,6 +147,7 @@ def test_results_come_in_order_although_the_first_answer_comes_last(
     assert [targets.token_ids[0].tolist() for targets in results] == expected
 
 
+@pytest.mark.slow
 def test_requests_under_way_and_sequences_read_ahead_are_bounded(
     fake: FakeServer, connect: Callable[..., ServerTeacher]
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_server_that_fails_again_and_again(fake: FakeServer, connect: Callable
     assert asked(fake) == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs(fake: FakeServer, connect: Callable[..., ServerTeacher]) -> None:
     fake.respond = after_the_probe(fake.hang)
     assert "gave no answer within 0.5 s, at the last of 2 attempts" in failure(connect(timeout_s=0.5, attempts=2))
