@@ -125,6 +125,7 @@ def test_a_judge_measures_what_loops_over_rows_and_tokens_measure(cache: LogitCa
     assert found["todi"] == pytest.approx(found["fkl"] + found["rkl"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "temperature"), [("fkl", 2.0), ("rkl", 1.0), ("akl", 1.0), ("todi", 2.0)])
 def test_a_cache_of_every_token_makes_the_student_that_online_training_makes(
     loss: str, temperature: float, whole_cache: LogitCache

@@ -45,6 +45,7 @@ def front(folder: Folder) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.slow
 def test_the_yaml_is_what_the_hub_and_datasets_look_for(folder: Folder) -> None:
     update_card(folder, STATED)
     assert front(folder) == {

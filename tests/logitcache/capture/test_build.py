@@ -84,6 +84,7 @@ def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distrib
     assert np.allclose(targets.sample_logprobs, drawn, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRESETS)
 def test_every_precision_is_as_near_as_it_declares(teacher: Path, corpus: Path, tmp_path: Path, precision: str) -> None:
     cache = build(teacher, corpus, tmp_path / "c", precision=precision)
@@ -294,6 +295,7 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_with_all_of_them(
     assert "tokenizer/additional_chat_templates/tool_use.jinja" in cache.manifest.files
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_the_tokenizer_of_a_cache_whose_removal_was_cut_off(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_row_without_numbers_is_named_by_file_and_row(broken: Path, rows: Path
     assert "\n" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"tail_groups": 4}, {"top_p": 0.5}, {"tail_samples": 2, "tail_entropy": True}]
 )

@@ -69,6 +69,7 @@ def test_the_teacher_gives_again_what_it_gave(built: Path, teacher: Path) -> Non
     assert result.distances[0] < 1e-4 < 0.2 < min(result.distances[-1], result.distances[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["balanced", "compact"])
 def test_rounding_is_no_finding(built: Path, teacher: Path, tmp_path: Path, precision: str) -> None:
     layout = replace(logitcache.open(built).manifest.layout, precision=precision, quantization=None)

@@ -149,6 +149,7 @@ def assert_copied_unchanged(ours: LogitCache, source: LogitCache) -> None:
         assert arrays(row) == theirs[row.row_id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRESETS)
 def test_the_cache_is_the_one_of_a_build_that_scores_everything(
     teacher: Path, texts: list[str], corpus: Path, tmp_path: Path, scored: list[str], precision: str
@@ -164,6 +165,7 @@ def test_the_cache_is_the_one_of_a_build_that_scores_everything(
     assert_copied_unchanged(cache, source)
 
 
+@pytest.mark.slow
 def test_of_a_corpus_that_grew_only_what_is_new_is_scored_and_the_tail_groups_stay(
     teacher: Path, corpus: Path, tmp_path: Path, old: LogitCache, scored: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -260,6 +262,7 @@ def test_a_cache_made_with_other_settings_is_refused_before_the_weights_load(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_caches_with_different_tail_groups_are_not_both_reused(
     teacher: Path, texts: list[str], corpus: Path, tmp_path: Path
 ) -> None:
@@ -351,6 +354,7 @@ def test_a_resumed_build_may_reuse_the_cache_again_or_not(
     assert cache.manifest.history[0]["sequences"] == copied
 
 
+@pytest.mark.slow
 def test_a_build_with_tail_groups_of_its_own_does_not_go_on_with_rows_of_others(
     teacher: Path, texts: list[str], tmp_path: Path, old: LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +472,7 @@ def as_format_1(cache: LogitCache) -> None:
     (Path(cache.path) / "logitcache.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_a_cache_of_format_1_is_an_exact_one(
     teacher: Path, texts: list[str], corpus: Path, tmp_path: Path, scored: list[str]
 ) -> None:

@@ -71,6 +71,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 class TestTopK:
+    @pytest.mark.slow
     @pytest.mark.parametrize("precision", sorted(PRESETS))
     @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
     def test_imported_again_the_rows_are_the_same(
@@ -389,6 +390,7 @@ class TestCommandLine:
         assert "rows       20" in printed
         assert "teacher" in lines(out)[0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -147,6 +147,7 @@ class TestDistillKit:
             mass = np.exp(some.targets.logprobs, dtype=np.float64).sum(axis=1)
             assert np.allclose(np.exp(some.targets.tail_logprob), 1 - mass, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -418,6 +419,7 @@ class TestTopK:
         assert cache.manifest.skipped == {"empty": 2, "untrainable": 1}
         assert len(cache) == 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("change", "message"),
         [

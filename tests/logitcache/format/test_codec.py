@@ -55,6 +55,7 @@ def codebooks(draw: st.DrawFn, layout: Layout) -> Codebook:
     return Codebook(np.array(ids, np.int32), np.array(profile, np.int32))
 
 
+@pytest.mark.slow
 @small
 @given(data=st.data(), layout=layouts())
 def test_rows_come_back_as_they_were_written(data: Any, layout: Layout) -> None:
@@ -65,6 +66,7 @@ def test_rows_come_back_as_they_were_written(data: Any, layout: Layout) -> None:
         assert_holds(cached, row, layout)
 
 
+@pytest.mark.slow
 @small
 @given(data=st.data(), layout=layouts())
 def test_rows_that_are_read_and_written_again_do_not_change(data: Any, layout: Layout) -> None:
@@ -80,6 +82,7 @@ def test_rows_that_are_read_and_written_again_do_not_change(data: Any, layout: L
             assert np.array_equal(values, second.targets.tempered_tail[temperature])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRESETS)
 @small
 @given(data=st.data(), vocab_size=st.sampled_from([2, 1000, 1_000_000]), k=st.integers(1, 80))

@@ -89,6 +89,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("counted", [False, True], ids=["more than the manifest says", "as the manifest says"])
 def test_a_list_without_end_is_refused_before_it_is_decompressed(

@@ -122,6 +122,7 @@ def test_json_of_another_kind_is_refused(root: Path, data: Any) -> None:
         logitcache.open(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "value"),
     [

@@ -105,6 +105,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "column", "change", "what"), CASES)
 def test_a_row_that_cannot_be_is_refused(
     tmp_path: Path, precision: str, column: str, change: Change, what: str

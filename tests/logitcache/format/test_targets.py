@@ -144,6 +144,7 @@ DEFECTS: list[tuple[Callable[[SparseTargets, int], None], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "reason"), DEFECTS, ids=[damage.__name__ for damage, _ in DEFECTS])
 @small
 @given(position=st.integers(0, POSITIONS - 1), seed=st.integers(0, 100))

@@ -237,6 +237,7 @@ def test_a_nucleus_of_a_cache_has_a_floor_and_a_cap(tmp_path: Path) -> None:
     assert cache.manifest.fingerprint["capture"]["min_k"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["balanced", "compact"])
 def test_a_coarser_precision_is_that_of_a_capture_with_it(tmp_path: Path, precision: str) -> None:
     exact = make_cache(tmp_path / "exact", captured(EXACT, 8), EXACT)
@@ -250,6 +251,7 @@ def test_a_coarser_precision_is_that_of_a_capture_with_it(tmp_path: Path, precis
         assert_same_row(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", list(PRESETS))
 def test_what_comes_out_is_what_a_teacher_can_have_produced(tmp_path: Path, precision: str) -> None:
     layout = replace(EVERYTHING, precision=precision, quantization=None)
@@ -260,6 +262,7 @@ def test_what_comes_out_is_what_a_teacher_can_have_produced(tmp_path: Path, prec
         assert row.targets.num_entries.max() <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("drop", "missing"),
     [

@@ -329,6 +329,7 @@ def test_a_full_disk_loses_nothing_that_is_complete(
 
 
 class TestPlaces:
+    @pytest.mark.slow
     @pytest.mark.parametrize("place", ["a", "a/", "./b/../a", "link"])
     def test_a_cache_is_not_written_onto_itself(self, root: Path, place: str) -> None:
         (root / "link").symlink_to(root / "a")

@@ -124,6 +124,7 @@ def test_an_empty_list_of_ids_selects_nothing(source: LogitCache, tmp_path: Path
         logitcache.slice(source.path, tmp_path / "out", row_ids=tmp_path / "ids")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "meets"),
     [

@@ -322,6 +322,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_manifest_is_found_by_what_was_edited(root: Path, name: str) -> None:
     change, what = EDITS[name]
@@ -472,6 +473,7 @@ def assign(at: int, value: float) -> Change:
     return lambda values: values.__setitem__(at, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
@@ -523,6 +525,7 @@ def test_targets_that_no_teacher_can_give_are_found_by_row_and_position(root: Pa
     assert finding.what == what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("column", "change", "what"),
     [

@@ -214,6 +214,7 @@ def test_many_streams_of_one_cache_run_in_many_threads(long_cache: LogitCache) -
         assert list(threads.map(read, range(8))) == expected
 
 
+@pytest.mark.slow
 def test_a_stream_begun_here_continues_in_a_forked_process(long_cache: LogitCache) -> None:
     stream = long_cache.iter_sequences(True, 1)
     head = [next(stream).row_id for _ in range(30)]

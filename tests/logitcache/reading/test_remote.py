@@ -199,6 +199,7 @@ def alter(url: str, name: str) -> None:
     store.pipe_file(f"{url}/{name}", bytes(content))
 
 
+@pytest.mark.slow
 @streams
 def test_an_altered_shard_of_the_same_size_is_refused_by_name(
     local: LogitCache, url: str, home: Path, stream: Callable[[LogitCache], list[str]]
@@ -339,6 +340,7 @@ def breaking(local: LogitCache, monkeypatch: pytest.MonkeyPatch) -> LogitCache:
 READINGS = STREAMS | {"single rows": lambda cache: [cache[row].row_id for row in range(len(cache))]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", READINGS.values(), ids=READINGS.keys())
 @pytest.mark.parametrize("limit", ["0", "1"], ids=["ranges", "copies"])
 def test_what_breaks_twice_is_read_a_third_time(
@@ -379,6 +381,7 @@ def test_verifying_over_a_connection_that_is_cut_calls_nothing_damaged(breaking:
         list(Verification(breaking.path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -413,6 +416,7 @@ def test_missing_credentials_are_one_line_that_says_what_to_set(
 # Commands
 
 
+@pytest.mark.slow
 def test_info_of_a_url_is_that_of_the_folder(
     local: LogitCache, url: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def vocabulary(decoder: Any) -> str:
 REPLACE = {"type": "Replace", "pattern": {"String": "t"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps",
     [
@@ -280,6 +281,7 @@ def test_numbers_of_a_page_are_those_of_the_targets_that_predicted_each_token(tm
     assert position == len(arrays["entropy"])
 
 
+@pytest.mark.slow
 def test_a_cut_row_has_the_positions_of_the_tokens_that_are_shown(tmp_path: Path) -> None:
     texts = [f"w{i}" for i in range(40)]
     cache = readable_cache(tmp_path / "c", texts, num_rows=2, length=PAGE_TOKENS // 2 + 100, entries=2)

@@ -100,6 +100,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "there.tar.zst") if request.param == "disk" else f"memory://{tmp_path}/there.tar.zst"
 
 
+@pytest.mark.slow
 def test_a_cache_travels_in_one_file(cache: Path, tmp_path: Path, url: str) -> None:
     pushed = push(cache, url)
     assert (pushed.num_sent, pushed.identity) == (1, logitcache.open(cache).identity)
@@ -113,6 +114,7 @@ def test_a_bundle_in_an_object_store_is_not_sent_twice(cache: Path, bucket: str)
     assert push(cache, f"{bucket}/c.tar.zst").num_kept == 1
 
 
+@pytest.mark.slow
 def test_the_bundle_of_another_cache_is_kept_unless_it_is_to_be_replaced(cache: Path, tmp_path: Path, url: str) -> None:
     push(cache, url)
     make_cache(tmp_path / "other", ROWS[:9], EVERYTHING, corpus={"sources": [{"name": "other"}]})
@@ -234,6 +236,7 @@ ATTACKS: dict[str, tuple[Callable[[Files], Files], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attacks_are_refused_and_nothing_of_them_is_left(cache: Path, tmp_path: Path, attack: str) -> None:
     change, message = ATTACKS[attack]
@@ -260,6 +263,7 @@ def test_headers_of_extensions_are_not_followed(cache: Path, tmp_path: Path) -> 
         pull_cache(url, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.98])
 def test_a_bundle_that_was_cut_is_refused_and_continued_from_a_whole_one(
     cache: Path, tmp_path: Path, kept: float, capsys: pytest.CaptureFixture[str]

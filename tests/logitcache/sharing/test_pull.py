@@ -98,6 +98,7 @@ def stopped_after(num_files: int) -> Iterator[list[str]]:
         yield fetched
 
 
+@pytest.mark.slow
 def test_every_file_comes_and_the_identity_is_the_same(cache: Path, url: str, tmp_path: Path) -> None:
     pulled = pull(url, tmp_path / "out", against=logitcache.open(cache).identity)
     assert contents(tmp_path / "out") == contents(cache)
@@ -113,6 +114,7 @@ def test_what_is_here_and_right_is_not_fetched_again(there: str, tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/data").iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_files", range(11))
 def test_a_pull_that_stopped_anywhere_is_continued(cache: Path, there: str, tmp_path: Path, num_files: int) -> None:
     with stopped_after(num_files) as fetched, pytest.raises(Stopped):
@@ -388,6 +390,7 @@ class TestShards:
         assert "license: apache-2.0" in card
         assert part.identity in card
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("shards", "count"), [(":", 9), (":2", 2), ("8:", 1)])
     def test_either_end_may_be_left_out(self, there: str, tmp_path: Path, shards: str, count: int) -> None:
         assert len(pull(there, tmp_path / "part", shards=shards).manifest.shards) == count

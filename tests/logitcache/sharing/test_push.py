@@ -302,6 +302,7 @@ class TestOverAnother:
         with pytest.raises(UserError, match="is an unfinished build"):
             push(cache, url)
 
+    @pytest.mark.slow
     def test_a_manifest_that_nobody_can_read_is_kept_unless_it_is_to_be_replaced(self, cache: Path, url: str) -> None:
         Folder(url).write(MANIFEST_NAME, "{")
         with pytest.raises(
@@ -322,6 +323,7 @@ class TestOverAnother:
         push(cache, url)
         assert there(url) == contents(cache)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["logitcache.json.unfinished.tmp", "logitcache.json.tmp", "README.md.tmp"])
     def test_what_a_push_that_was_killed_in_its_first_write_left_is_ours(
         self, cache: Path, tmp_path: Path, name: str

@@ -216,6 +216,7 @@ class TestSnapshotOfTheHub:
         (tmp_path / "link").symlink_to(snapshot)
         assert len(logitcache.open(tmp_path / "link")) == len(cache)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FILES)
     def test_links_of_which_lead_nowhere_else(self, snapshot: Path, tmp_path: Path, name: str) -> None:
         blobs, place = snapshot.parent.parent / "blobs", snapshot / name

@@ -127,6 +127,7 @@ def test_a_read_only_file_system_is_refused(
     assert not list((read_only if read_only.name == "mounted" else read_only.parent).iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG])
 @commands
 def test_a_file_system_that_fails_meanwhile_is_one_line_and_leaves_nothing_half(

@@ -275,6 +275,7 @@ def test_one_run_is_not_called_runs(tmp_path: Path) -> None:
     assert "1 run in 1 row, measured on heldout" in page_html(rows_of([read_run(finished_run(tmp_path, "a"))]), "one")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_any_name_stands_in_the_pictures_legend_as_it_is(tmp_path: Path) -> None:
     names = ["_hidden", "$x_{$", "a", *(f"number {number}" for number in range(37))]

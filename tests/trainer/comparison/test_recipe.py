@@ -159,6 +159,7 @@ def test_runs_are_multiplied_by_losses_and_seeds_but_not_hard_labels(tmp_path: P
     assert runs[7].config.learning_rate == 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -108,6 +108,7 @@ def test_a_sampled_answer_depends_on_seed_and_row_and_not_on_its_batch(
     assert all(a != b for a, b in zip(answers(prompts, 20, 32), together, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "apart", "settings"),
     [

@@ -361,12 +361,14 @@ def from_scores(scores: tuple[list[float], list[float]]) -> Coarse:
     return all_counted(log_p, log_q)
 
 
+@pytest.mark.slow
 @every_setting
 @given(scores=distributions)
 def test_value_is_never_negative(loss: str, options: dict[str, Any], scores: tuple[list[float], list[float]]) -> None:
     assert divergence(loss, from_scores(scores), **options)[0].item() >= -1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "options"), F_DIVERGENCES, ids=str)
 @given(scores=distributions)
 def test_merging_two_outcomes_never_raises_an_f_divergence(

@@ -95,6 +95,7 @@ def assert_same(ours: Tensor, theirs: Tensor, parameters: tuple[Tensor, ...]) ->
     )
 
 
+@pytest.mark.slow
 @every_loss_with_every_tail()
 def test_objective_and_gradients_are_those_of_the_loss_on_logits(loss: str, tail: str, temperature: float) -> None:
     parameters, labels = student(7), labels_of(7)
@@ -103,6 +104,7 @@ def test_objective_and_gradients_are_those_of_the_loss_on_logits(loss: str, tail
     assert_same(ours, unfused(*parameters, labels, 0.3, **arguments), parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the kernels' gradients are held against brute force")
 @pytest.mark.parametrize("loss", ["fkl", "rkl", "jsd"])
 @pytest.mark.parametrize(
@@ -272,6 +274,7 @@ def test_a_second_backward_gives_the_same_where_the_first_kept_the_graph_and_is_
 # Precision.
 
 
+@pytest.mark.slow
 @every_loss
 @pytest.mark.parametrize(("tail", "temperature"), [("bucket", 1.0), ("bucket", 2.0), ("groups", 1.0), ("cap", 1.0)])
 def test_bfloat16_products_with_float32_sums_stay_close_to_float64(loss: str, tail: str, temperature: float) -> None:
@@ -339,6 +342,7 @@ def test_float64_is_left_alone_under_autocast() -> None:
 # Memory.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter copies the block")
 @every_treatment
 def test_no_tensor_is_as_large_as_a_quarter_of_the_logits(

@@ -49,6 +49,7 @@ every_treatment = pytest.mark.parametrize(("tail", "temperature"), TREATMENTS)
 # Value and gradient.
 
 
+@pytest.mark.slow
 @every_loss_with_every_tail(*PATHS)
 @FEW
 @given(problem=ragged_problems())
@@ -96,6 +97,7 @@ def test_every_token_its_own_group_gives_the_full_definition(loss: str, path: st
         torch.testing.assert_close(received, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @every_loss
 @FEW
 @given(problem=ragged_problems())
@@ -112,6 +114,7 @@ def test_a_single_group_is_the_bucket(
 # The tail's promises.
 
 
+@pytest.mark.slow
 @every_loss
 @pytest.mark.parametrize(
     ("tail", "temperature"), [("groups", 1.0), *itertools.product(("bucket", "cap", "samples"), (1.0, 2.0))]
@@ -168,6 +171,7 @@ def test_bucket_is_a_lower_bound_that_rises_with_every_entry_and_the_cap_lies_be
     torch.testing.assert_close(buckets[-1], full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", F_DIVERGENCES)
 @FEW
 @given(seed=st.integers(0, 2**16), k=st.integers(0, 12))
@@ -186,6 +190,7 @@ def test_splitting_groups_never_lowers_the_bound(loss: str, path: str, seed: int
     assert (reference_full(loss, logits, teacher) >= bounds[-1] - 1e-11).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [loss for loss in F_DIVERGENCES if loss != "fkl"])
 @FEW
 @given(problem=ragged_problems())
@@ -200,6 +205,7 @@ def test_samples_that_join_the_entries_only_tighten_the_bucket(
     assert (reference_full(loss, logits, teacher) >= joined - 1e-11).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="a property of the estimate, whatever computes the tails")
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_gradient_of_fkl_on_samples_averages_to_the_full_vocabularys(temperature: float, path: str) -> None:
@@ -232,6 +238,7 @@ def test_fkl_misses_exactly_the_divergence_inside_the_tail(path: str) -> None:
 # Numerics.
 
 
+@pytest.mark.slow
 @every_loss
 @pytest.mark.parametrize("tail", ["bucket", "groups", "cap", "samples"])
 @pytest.mark.parametrize("student_sure_of", [0, 5])
@@ -265,6 +272,7 @@ def test_a_teacher_certain_of_one_token_gives_a_finite_loss_and_gradient(
         assert gradient[0, 5].item() == pytest.approx(1, rel=1e-2)
 
 
+@pytest.mark.slow
 @every_loss
 @pytest.mark.parametrize("tail", ["bucket", "groups", "cap", "samples"])
 def test_float32_is_exact_where_the_student_leaves_the_tail_all_but_empty(loss: str, tail: str, path: str) -> None:
@@ -302,6 +310,7 @@ def test_an_infinite_divergence_is_not_hidden(path_without_product: str, monkeyp
     assert value.isinf().tolist() == [False, True]
 
 
+@pytest.mark.slow
 @every_loss_with_every_tail(*PATHS)
 def test_bfloat16_logits_lose_nothing_but_the_rounding_of_the_gradient(
     loss: str, tail: str, temperature: float, path: str
@@ -368,6 +377,7 @@ def test_a_row_without_draws_has_the_bucket_for_its_samples(loss: str, path: str
     torch.testing.assert_close((value[1], gradient[1]), (bucket[1], bucket_gradient[1]))
 
 
+@pytest.mark.slow
 @every_loss_with_every_tail(*PATHS)
 def test_columns_beyond_the_teachers_vocabulary_change_nothing_and_get_no_gradient(
     loss: str, tail: str, temperature: float, path: str
@@ -388,6 +398,7 @@ def test_columns_beyond_the_teachers_vocabulary_change_nothing_and_get_no_gradie
     assert torch.equal(gradient[:, 10:], torch.zeros(3, 6, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @every_loss_with_every_tail(*PATHS)
 def test_more_padding_changes_nothing(loss: str, tail: str, temperature: float, path: str) -> None:
     teacher, logits = random_logits(3, 10, seed=25), random_logits(3, 10, seed=26)

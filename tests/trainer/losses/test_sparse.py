@@ -36,6 +36,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES)
 every_treatment = pytest.mark.parametrize(("tail", "temperature"), TREATMENTS)
 
 
+@pytest.mark.slow
 @every_loss_with_every_tail()
 def test_gradient_passes_gradcheck(loss: str, tail: str, temperature: float) -> None:
     if loss not in SMOOTH:
@@ -173,6 +174,7 @@ def mixture_of(terms: DistillationTerms, kd_weight: Tensor | float, ce_weight: T
     return kd_weight * terms.kd + ce_weight * terms.cross_entropy
 
 
+@pytest.mark.slow
 @every_loss_with_every_tail()
 def test_cross_entropy_and_its_mixture_with_the_divergence_have_the_gradients_of_their_definitions(
     loss: str, tail: str, temperature: float
@@ -208,6 +210,7 @@ def test_cross_entropy_and_its_mixture_with_the_divergence_have_the_gradients_of
     )
 
 
+@pytest.mark.slow
 @every_loss_with_every_tail()
 def test_what_is_reported_is_the_buckets_at_temperature_one_whatever_is_trained(
     loss: str, tail: str, temperature: float

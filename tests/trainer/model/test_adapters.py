@@ -198,6 +198,7 @@ def test_by_default_adapters_are_on_the_linear_layers_that_they_change(
     assert loaded.get_nb_trainable_parameters()[1] == model.get_nb_trainable_parameters()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers", "said"),
     [

@@ -89,6 +89,7 @@ def test_two_ranks_weigh_it_alike(tmp_path: Path, cache: LogitCache) -> None:
     assert together["logged"]["aux_loss"] == pytest.approx(loss - together["logged"]["ce"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", PACKABLE)
 def test_packed_the_balance_is_over_the_tokens_and_not_the_padding(

@@ -58,6 +58,7 @@ def assert_fused_is_unfused(model: PreTrainedModel, batch: Batch, **options: Any
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_fused_gradient_is_that_of_the_logits(name: str, temperature: float, batch: Batch) -> None:
@@ -168,6 +169,7 @@ def adapted(base: PreTrainedModel, **settings: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

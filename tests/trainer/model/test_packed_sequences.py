@@ -83,6 +83,7 @@ def loss_and_gradient(model: PreTrainedModel, batches: list[Batch]) -> tuple[flo
     return float(total.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
@@ -148,6 +149,7 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
         yield torch.bfloat16 if request.param == "weights bfloat16" else torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("spread", [0.3, 0.01])
 @pytest.mark.parametrize("name", MIXING)

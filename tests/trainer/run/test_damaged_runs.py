@@ -68,6 +68,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 STATE: dict[str, Any] = {"global_step": 2, "log_history": []}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -97,6 +98,7 @@ def test_files_of_another_kind_are_named_in_one_line(
     assert str(path) in error or f"{checkpoint}: its " in error or f"{checkpoint}: not a checkpoint" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("kind", ["code", [1], {}, {"state": 7, "param_groups": [7]}, {"last_epoch": "x"}], ids=str)
 def test_pickles_of_another_kind_are_refused_and_never_run(
@@ -133,6 +135,7 @@ def files_up_to(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "tokenizer.json", "training_args.bin"]
 )

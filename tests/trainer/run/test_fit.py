@@ -161,6 +161,7 @@ def test_evaluations_are_spread_over_the_run_where_a_heldout_cache_is_named(tmp_
     assert parse([*common, "--eval_cache", "x", "--eval_steps", "7"]).eval_steps == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_strategy", ["steps", "no"])
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(
     save_strategy: str,

@@ -270,6 +270,7 @@ class TestBuild:
         assert rows(build(teacher, prompts, tmp_path / "cut")) == rows(whole)
         assert echo.asked == 128
 
+    @pytest.mark.slow
     def test_answers_are_not_mixed_with_those_of_other_settings(
         self, teacher: Path, prompts: Path, tmp_path: Path, echo: type[Echo], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -316,6 +317,7 @@ class TestBuild:
             assert echo.asked == 300
         assert rows(finish(out)) == rows(build(teacher, prompts, tmp_path / "whole", shard_positions=500))
 
+    @pytest.mark.slow
     def test_the_output_may_be_a_url(self, teacher: Path, prompts: Path, echo: type[Echo]) -> None:
         url = "memory://generated"
         with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -109,6 +109,7 @@ def assert_agrees(path: Path, scored: Iterable[tuple[np.ndarray, np.ndarray, Spa
         assert np.abs(full.topk(16).values.numpy() - targets.logprobs).max() < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transformers_loads_the_class_that_the_checkpoint_names(
     name: str, teacher_tokenizer: Any, tmp_path: Path
