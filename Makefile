@@ -7,7 +7,7 @@ test: setup
 	tools/setup_browser.sh
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	@echo "five parts, three at a time, 5 to 12 minutes; each is shown when it is done"
+	@echo "five parts, three at a time, 10 to 25 minutes; each is shown when it is done"
 	@$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target \
 		test-engines test-trainer test-programs test-logitcache test-types
 
@@ -30,7 +30,7 @@ test-types:
 test-programs:
 	$(PYTEST) -m "programs and not engine" $$(grep -rl --include=*.py mark.programs tests)
 
-# What a change passes before it is committed, in less than two minutes: no engine, no whole command, no slow test.
+# What a change passes before it is committed: no engine, no whole command, no slow test.
 check: setup-light
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
