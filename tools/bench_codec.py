@@ -339,11 +339,7 @@ def draw(results: Sequence[Result], baseline: Sequence[Result], file: Path) -> N
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
     titles = {"L1": "mean L1 of probabilities, tail included", "todi late": "1 − cos of ToDi's gradient, late student"}
     for axis, (error, title) in zip(axes, titles.items(), strict=True):
-        orders = {
-            "rank": "in order of probability",
-            "ascending": "ascending ids",
-            "frequent": "frequent ids first",
-        }
+        orders = {"rank": "in order of probability", "ascending": "ascending ids", "frequent": "frequent ids first"}
         for (order, label), marker in zip(orders.items(), "sv.", strict=True):
             some = [r for r in results if r.name.startswith(order)]
             axis.plot([r.num_bytes for r in some], [r.errors[error] for r in some], marker, markersize=5, label=label)

@@ -8,13 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from logitcache.errors import UserError
-from logitcache.format.manifest import (
-    BUILD_DIRECTORY,
-    CARD_NAME,
-    MANIFEST_NAME,
-    SIGNATURE_NAME,
-    TOKENIZER_DIRECTORY,
-)
+from logitcache.format.manifest import BUILD_DIRECTORY, CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, TOKENIZER_DIRECTORY
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.storage.atomic import TEMPORARY_SUFFIX
 from logitcache.storage.folder import Folder

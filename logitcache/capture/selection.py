@@ -70,10 +70,7 @@ def draw_uniforms(row_id: str, num_positions: int, num_samples: int) -> np.ndarr
 
 @torch.inference_mode()
 def select(
-    logits: Tensor,
-    settings: CaptureSettings,
-    tail_groups: TailGroups | None = None,
-    uniforms: Tensor | None = None,
+    logits: Tensor, settings: CaptureSettings, tail_groups: TailGroups | None = None, uniforms: Tensor | None = None
 ) -> Tensor:
     """Returns the part of softmax(logits) that is stored, int32 [N, W], see `logitcache.capture.wire_format`.
 

@@ -20,10 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", metavar="CACHE", help="folder or URL of the cache, of which only parts are read")
     parser.add_argument("--out", metavar="FILE", help="the page (default: the cache's name with .html, in this folder)")
     parser.add_argument(
-        "--rows",
-        type=names,
-        metavar="A:B,ROW,ID",
-        help="these rows, by range, number or id (default: evenly spread)",
+        "--rows", type=names, metavar="A:B,ROW,ID", help="these rows, by range, number or id (default: evenly spread)"
     )
     parser.add_argument("--num-sequences", type=int, metavar="N", help="so many rows, evenly spread (default 24)")
 

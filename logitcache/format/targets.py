@@ -112,10 +112,7 @@ def find_defect(
     )
     checks = [
         ("a token id outside the vocabulary", ((ids < PAD_ID) | (ids >= vocab_size)).any(axis=1)),
-        (
-            "the same token id twice",
-            ((np.diff(ordered_ids, axis=1) == 0) & (ordered_ids[:, 1:] != PAD_ID)).any(axis=1),
-        ),
+        ("the same token id twice", ((np.diff(ordered_ids, axis=1) == 0) & (ordered_ids[:, 1:] != PAD_ID)).any(axis=1)),
         ("padding that has a log-probability", (~held & ~np.isneginf(logprobs)).any(axis=1)),
         ("an entry after padding", (held[:, 1:] & ~held[:, :-1]).any(axis=1)),
         ("a log-probability that is not finite", (held & ~np.isfinite(logprobs)).any(axis=1)),

@@ -40,11 +40,7 @@ from logitcache.reading.cache import LogitCache
 from logitcache.reading.shard_reader import ShardReader
 from logitcache.sharing.bundle import bundled_manifest, is_bundle
 from logitcache.sharing.fetch import Source, fetch
-from logitcache.sharing.transfer import (
-    left_behind,
-    persistently,
-    vouched_files,
-)
+from logitcache.sharing.transfer import left_behind, persistently, vouched_files
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
 from logitcache.version import CREATED_BY

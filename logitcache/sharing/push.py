@@ -208,11 +208,7 @@ def _push_to(target: Folder, ours: _Outgoing, url: str, overwrite: bool, public:
 
 
 def _send(
-    ours: _Outgoing,
-    files: Sequence[TravellingFile],
-    last: Sequence[TravellingFile],
-    target: Folder,
-    away: bool,
+    ours: _Outgoing, files: Sequence[TravellingFile], last: Sequence[TravellingFile], target: Folder, away: bool
 ) -> None:
     """Sends files, then the manifest, if that is to go. away: the manifest there is removed before the files change."""
 

@@ -17,9 +17,7 @@ from trainer.losses.terms import DistillationTerms
 from trainer.model.head import find_head
 from trainer.model.objective import FusedObjective, Objective
 
-SIZES = TINY | {
-    "max_position_embeddings": 64,
-}
+SIZES = TINY | {"max_position_embeddings": 64}
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -169,11 +169,7 @@ def train(model: LlamaForCausalLM, batches: list[Batch], peak_lr: float, warmup_
 
 
 def save(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    history: list[Stage],
-    heldout_nats: float,
-    out: Path,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, history: list[Stage], heldout_nats: float, out: Path
 ) -> None:
     """Write the teacher in bfloat16, its history and its README; each file appears whole."""
     out.mkdir(parents=True, exist_ok=True)

@@ -83,10 +83,7 @@ class TransformersGenerator:
         self._pad = pad if isinstance(pad, int) and pad < rows else 0  # any that the model knows: it is masked
         # In place of the model's own: a published model's top_k or repetition penalty would change the protocol.
         model.generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(ends) or None,
-            pad_token_id=self._pad,
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=self._pad
         )
         if batch_size > 1 and not keeps_prompts_apart(model, self._pad):
             logger.warning(

@@ -11,13 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from logitcache import UserError
-from logitcache.engines.vllm_process import (
-    SHUTDOWN_S,
-    brief,
-    ends_with_this_process,
-    set_environment,
-    whole_prompts,
-)
+from logitcache.engines.vllm_process import SHUTDOWN_S, brief, ends_with_this_process, set_environment, whole_prompts
 from trainer.evaluation.generation import Answer, answer_of
 from trainer.evaluation.prompts import Prompt
 

@@ -281,12 +281,7 @@ class _Gradients:
     """Sums of ∂L/∂(bias, hidden, weight, …), each only where it is needed."""
 
     def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        bias: Tensor | None,
-        needed: Sequence[bool],
-        sums: torch.dtype,
-        vocabulary: int,
+        self, tensors: Sequence[Tensor], bias: Tensor | None, needed: Sequence[bool], sums: torch.dtype, vocabulary: int
     ) -> None:
         """needed: of the bias and then of each tensor.  sums: dtype of the sums over all positions."""
         self._like = [bias, *tensors]

@@ -211,13 +211,7 @@ class DistillTrainer(Trainer):
         return loss
 
     def _distil(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        settings: LossSettings,
-        mixture: Mixture,
-        *,
-        with_added_loss: bool = False,
+        self, model: nn.Module, batch: Batch, settings: LossSettings, mixture: Mixture, *, with_added_loss: bool = False
     ) -> tuple[Tensor, DistillationTerms]:
         """Compute (1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms.
 

@@ -154,12 +154,7 @@ def fit(run: PreparedRun, tell: Callable[[dict[str, str]], None]) -> Outcome:
         callbacks.append(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
     with settings_taken():
         trainer = _Trainer(
-            model,
-            run.data,
-            config,
-            eval_cache=run.eval_cache,
-            processing_class=run.tokenizer,
-            callbacks=callbacks,
+            model, run.data, config, eval_cache=run.eval_cache, processing_class=run.tokenizer, callbacks=callbacks
         )
     use_short_lines(trainer)
     computed = {"computed": trainer.objective.description}

@@ -42,13 +42,7 @@ def empty_lists(table: pa.Table, layout: Layout) -> list[str]:
 
 
 def check_rows(
-    table: pa.Table,
-    layout: Layout,
-    file: str,
-    row_group: int,
-    first: int,
-    counts: Counts,
-    seen: SeenRows,
+    table: pa.Table, layout: Layout, file: str, row_group: int, first: int, counts: Counts, seen: SeenRows
 ) -> Iterator[Finding]:
     """Findings about the rows of a row group without nulls, of which `first` is the first one's number in the file."""
     lists = _Lists(table, layout)

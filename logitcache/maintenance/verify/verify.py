@@ -13,13 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.errors import one_line
-from logitcache.format.manifest import (
-    BUILD_DIRECTORY,
-    MANIFEST_NAME,
-    TOKENIZER_DIRECTORY,
-    read_identity,
-    read_manifest,
-)
+from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY, read_identity, read_manifest
 from logitcache.format.shards import ShardInfo
 from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
 from logitcache.maintenance.verify.findings import Finding

@@ -34,18 +34,12 @@ def packed(targets: SparseTargets) -> np.ndarray:
         floats += [] if targets.tail_entropy is None else [targets.tail_entropy[i]]
         samples = [] if targets.sample_ids is None else [int(sample) for sample in targets.sample_ids[i]]
         sampled = [] if targets.sample_logprobs is None else list(targets.sample_logprobs[i])
-        rows.append(
-            [*map(int, targets.token_ids[i]), *map(bits, floats), *samples, *map(bits, sampled)],
-        )
+        rows.append([*map(int, targets.token_ids[i]), *map(bits, floats), *samples, *map(bits, sampled)])
     return np.array(rows, dtype=np.int32)
 
 
 @given(
-    st.integers(1, 6),
-    st.integers(0, 3),
-    st.sampled_from([(), (2.0,), (0.5, 2.0)]),
-    st.booleans(),
-    st.integers(0, 3),
+    st.integers(1, 6), st.integers(0, 3), st.sampled_from([(), (2.0,), (0.5, 2.0)]), st.booleans(), st.integers(0, 3)
 )
 @small
 def test_a_row_holds_every_quantity_bit_for_bit(

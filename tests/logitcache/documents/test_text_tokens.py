@@ -57,10 +57,7 @@ def llama_2() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer.train_from_iterator(
-        LEARNED,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *byte_tokens]),
-    )
+    tokenizer.train_from_iterator(LEARNED, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *byte_tokens]))
     # The bytes are no special tokens: decoding would leave them out, and their text would be taken for them.
     model = json.loads(tokenizer.to_str())
     model["added_tokens"] = model["added_tokens"][:1]

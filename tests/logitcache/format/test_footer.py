@@ -308,10 +308,7 @@ def test_a_page_that_claims_more_than_its_footer_is_not_decompressed(root: Path,
     with (root / SHARD).open("rb") as file:
         group = read_footer(file, (root / SHARD).stat().st_size).row_groups[0]
         chunk = next(chunk for chunk in group.chunks if chunk.name == "id_gaps")
-        lies = {
-            "bytes": replace(chunk, num_bytes=1000),
-            "values": replace(chunk, num_values=1000),
-        }
+        lies = {"bytes": replace(chunk, num_bytes=1000), "values": replace(chunk, num_values=1000)}
         with pytest.raises(ValueError, match=r"column id_gaps: pages of [\d,]+ values in [\d,]+ bytes uncompressed"):
             check_pages(file, replace(group, chunks=(lies[part],)))
         check_pages(file, group)

@@ -180,8 +180,7 @@ def test_a_shard_with_other_row_groups_than_the_manifest_says_is_refused(tmp_pat
     data["shards"][0]["row_group_sizes"] = [2, 4]
     manifest.write_text(json.dumps(data))
     with pytest.raises(
-        UserError,
-        match=r"train-00000-of-00001\.parquet was altered: it has 1 row groups of 6 rows, not those",
+        UserError, match=r"train-00000-of-00001\.parquet was altered: it has 1 row groups of 6 rows, not those"
     ):
         read_everything(tmp_path)
 

@@ -360,10 +360,7 @@ def test_what_breaks_twice_is_read_a_third_time(
 @pytest.mark.parametrize("read", READINGS.values(), ids=READINGS.keys())
 @pytest.mark.parametrize("limit", ["0", "1"], ids=["ranges", "copies"])
 def test_a_connection_that_is_cut_for_good_is_one_line(
-    breaking: LogitCache,
-    read: Callable[[LogitCache], list[str]],
-    limit: str,
-    monkeypatch: pytest.MonkeyPatch,
+    breaking: LogitCache, read: Callable[[LogitCache], list[str]], limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOGITCACHE_LOCAL_GB", limit)
     cache = LogitCache(breaking.path)

@@ -99,11 +99,7 @@ def test_a_student_with_another_tokenizer_is_refused_by_what_the_store_holds(
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_shard_that_was_altered_in_the_store_ends_a_run_in_one_line(
-    tmp_path: Path,
-    pairs: dict[str, tuple[str, str]],
-    teacher: Path,
-    workers: str,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, pairs: dict[str, tuple[str, str]], teacher: Path, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = pairs["remote"][0]
     store = fsspec.filesystem("s3")

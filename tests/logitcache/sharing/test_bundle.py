@@ -51,10 +51,7 @@ def decompressed(path: Path) -> bytes:
 
 
 @small
-@given(
-    st.lists(st.binary(max_size=3000), min_size=1, max_size=6),
-    st.sampled_from([1, 511, 512, 513, 1 << 20]),
-)
+@given(st.lists(st.binary(max_size=3000), min_size=1, max_size=6), st.sampled_from([1, 511, 512, 513, 1 << 20]))
 def test_what_is_written_is_read_back(files: list[bytes], chunk_bytes: int) -> None:
     with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patched:
         patched.setattr(bundle, "CHUNK_BYTES", chunk_bytes)

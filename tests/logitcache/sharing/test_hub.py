@@ -61,8 +61,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_push_makes_a_private_repository_and_shows_all_its_files_in_one_commit(
-    cache: LogitCache,
-    hub: HubServer,
+    cache: LogitCache, hub: HubServer
 ) -> None:
     revision = push(cache)
     repository = hub.repositories[REPO]
@@ -85,9 +84,7 @@ def test_a_repository_is_public_where_that_is_asked_for_and_stays_so(
 
 
 def test_blobs_that_the_hub_has_are_not_sent_again_and_removals_are_of_the_same_commit(
-    cache: LogitCache,
-    hub: HubServer,
-    tmp_path: Path,
+    cache: LogitCache, hub: HubServer, tmp_path: Path
 ) -> None:
     push(cache)
     hub.uploaded.clear()
@@ -146,9 +143,7 @@ def test_a_killed_push_shows_nothing_and_the_same_push_continues(cache: LogitCac
 
 
 def test_uploads_are_finished_in_batches_of_bytes(
-    cache: LogitCache,
-    hub: HubServer,
-    monkeypatch: pytest.MonkeyPatch,
+    cache: LogitCache, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pushing, "UPLOAD_BYTES", blob_sizes(cache)[0] + 1)
     push(cache)
@@ -168,9 +163,7 @@ def test_a_push_to_a_branch_leaves_the_main_one(cache: LogitCache, hub: HubServe
 
 
 def test_a_push_over_a_commit_made_meanwhile_is_refused(
-    cache: LogitCache,
-    hub: HubServer,
-    monkeypatch: pytest.MonkeyPatch,
+    cache: LogitCache, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import HfApi
 
@@ -226,12 +219,7 @@ def test_a_datasets_url_names_repository_and_branch() -> None:
     ],
 )
 def test_a_push_that_may_not_be_is_one_line(
-    cache: LogitCache,
-    hub: HubServer,
-    monkeypatch: pytest.MonkeyPatch,
-    token: str,
-    url: str,
-    message: str,
+    cache: LogitCache, hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: str, url: str, message: str
 ) -> None:
     hub.repositories["team-a/other"] = other = Repository(private=False)
     other.commit("main", "initial commit", {})
@@ -244,9 +232,7 @@ def test_a_push_that_may_not_be_is_one_line(
 
 
 def test_a_reader_may_not_push_to_what_exists(
-    cache: LogitCache,
-    hub: HubServer,
-    monkeypatch: pytest.MonkeyPatch,
+    cache: LogitCache, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(cache)
     monkeypatch.setenv("HF_TOKEN", "hf_team_b")
@@ -331,12 +317,7 @@ def test_a_folder_on_the_hub_lists_sizes_and_fetches(cache: LogitCache, hub: Hub
     ],
 )
 def test_what_may_not_be_read_is_one_line(
-    cache: LogitCache,
-    hub: HubServer,
-    monkeypatch: pytest.MonkeyPatch,
-    token: str,
-    url: str,
-    message: str,
+    cache: LogitCache, hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: str, url: str, message: str
 ) -> None:
     push(cache)
     hub.repositories["team-a/gated"] = gated = Repository(private=False, gated=True)
@@ -365,9 +346,7 @@ def test_offline_is_said(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_one_team_pushes_and_another_describes_checks_slices_and_pulls_it_by_its_url(
-    hub: HubServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = make_cache(tmp_path / "cache", random_rows(30, EVERYTHING), EVERYTHING)
     pushed = command("push", cache.path, URL, "--license", "mit")

@@ -190,12 +190,7 @@ class TestConnections:
     @pytest.mark.slow
     @pytest.mark.parametrize("after_bytes", [2_000, 20_000, 60_000, 100_000])
     def test_one_that_is_cut_is_made_again(
-        self,
-        cache: Path,
-        bucket: str,
-        proxy: CuttingProxy,
-        tmp_path: Path,
-        after_bytes: int,
+        self, cache: Path, bucket: str, proxy: CuttingProxy, tmp_path: Path, after_bytes: int
     ) -> None:
         push(cache, f"{bucket}/cache")
         proxy.cut(after_bytes, num_cuts=2)
@@ -480,12 +475,7 @@ class TestPlaces:
         ],
     )
     def test_that_do_not_exist_are_one_line(
-        self,
-        bucket: str,
-        tmp_path: Path,
-        url: str,
-        message: str,
-        capsys: pytest.CaptureFixture[str],
+        self, bucket: str, tmp_path: Path, url: str, message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["pull", url, "--out", str(tmp_path / "out")]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]

@@ -152,11 +152,7 @@ def run_push(path: str, url: str, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment_and_then_the_rest_is_sent(
-    cache: Path,
-    bucket: str,
-    s3_endpoint: str,
-) -> None:
+def test_kills_at_any_moment_and_then_the_rest_is_sent(cache: Path, bucket: str, s3_endpoint: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     moments, kept = random.Random(0), 0
     for _ in range(KILLS):
@@ -186,11 +182,7 @@ class TestConnections:
     @pytest.mark.slow
     @pytest.mark.parametrize("after_bytes", [200, 30_000, 90_000, 150_000])
     def test_one_that_is_cut_is_made_again(
-        self,
-        cache: Path,
-        bucket: str,
-        proxy: CuttingProxy,
-        after_bytes: int,
+        self, cache: Path, bucket: str, proxy: CuttingProxy, after_bytes: int
     ) -> None:
         proxy.cut(after_bytes, num_cuts=2)
         push(cache, f"{bucket}/cache")
@@ -200,11 +192,7 @@ class TestConnections:
 
     @pytest.mark.slow
     def test_one_that_breaks_every_time_is_one_line_and_the_same_command_continues(
-        self,
-        cache: Path,
-        bucket: str,
-        proxy: CuttingProxy,
-        capsys: pytest.CaptureFixture[str],
+        self, cache: Path, bucket: str, proxy: CuttingProxy, capsys: pytest.CaptureFixture[str]
     ) -> None:
         proxy.cut(60_000, num_cuts=0)
         with patch.object(transfer, "NUM_TRANSFERS", 1), stopped_after(6), pytest.raises(Stopped):
@@ -491,23 +479,14 @@ class TestPlaces:
         ],
     )
     def test_that_do_not_exist_are_one_line(
-        self,
-        cache: Path,
-        bucket: str,
-        url: str,
-        message: str,
-        capsys: pytest.CaptureFixture[str],
+        self, cache: Path, bucket: str, url: str, message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["push", str(cache), url]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert message in line
 
     def test_that_want_credentials_say_which(
-        self,
-        cache: Path,
-        bucket: str,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, cache: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)

@@ -104,10 +104,7 @@ def stood_in(
         run.folder.name: {
             "settings": run.config.recorded(),
             "tail": "bucket",
-            "cache": {
-                "path": "a cache",
-                "caches": folder_state._caches(tuple(run.config.cache or ()), ()),
-            },
+            "cache": {"path": "a cache", "caches": folder_state._caches(tuple(run.config.cache or ()), ())},
         }
         for run in read.runs
     }

@@ -20,7 +20,7 @@ SETTINGS = {
 }
 LENGTH = {"num_train_epochs", "max_steps"}
 JUDGED = {
-    *("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model", "eval_strategy", "eval_steps"),
+    *("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model", "eval_strategy", "eval_steps")
 }
 INCIDENTAL = {
     *("output_dir", "run_name", "project", "resume_from_checkpoint", "report_to", "debug", "disable_tqdm"),

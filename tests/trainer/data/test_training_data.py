@@ -403,10 +403,7 @@ def test_a_path_may_look_like_one_with_a_weight(tmp_path: Path) -> None:
 
 
 def test_a_cache_named_twice_is_refused(caches: tuple[LogitCache, ...], heldout: LogitCache) -> None:
-    for cache, average_with in (
-        ([caches[0].path, f"{caches[0].path}/"], []),
-        ([caches[0].path], [caches[0].path]),
-    ):
+    for cache, average_with in (([caches[0].path, f"{caches[0].path}/"], []), ([caches[0].path], [caches[0].path])):
         with pytest.raises(UserError, match=r"is the same cache as .*name it once"):
             open_training_data(cache, average_with)
 

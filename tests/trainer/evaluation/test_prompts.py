@@ -15,10 +15,7 @@ from logitcache import UserError
 from trainer.evaluation.generation_settings import GenerationSettings
 from trainer.evaluation.prompts import check_columns, check_templates, data_stem, read_prompts
 
-ROWS = [
-    {"prompt": "The quick", "completion": " brown fox"},
-    {"prompt": "A student", "completion": " reads them"},
-]
+ROWS = [{"prompt": "The quick", "completion": " brown fox"}, {"prompt": "A student", "completion": " reads them"}]
 ALPACA = ["Task: {instruction}\nInput: {context}\nAnswer:", "Task: {instruction}\nAnswer:"]
 
 

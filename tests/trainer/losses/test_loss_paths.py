@@ -61,8 +61,7 @@ def test_value_and_gradient_match_brute_force_on_any_ragged_shape(
         kept = [ids or [0] for ids in kept]  # no empty sum, and no equal masses that end AKL's head at exactly a half
     arguments = known(teacher, kept, groups, temperature)
     expected = autograd_of(
-        logits,
-        lambda z: reference_sparse(loss, z, teacher, kept, tail, groups, temperature, arguments["sample_ids"]),
+        logits, lambda z: reference_sparse(loss, z, teacher, kept, tail, groups, temperature, arguments["sample_ids"])
     )
     received = value_and_gradient(path, logits, loss=loss, tail=tail, temperature=temperature, **arguments)
     torch.testing.assert_close(received, expected, rtol=1e-8, atol=1e-10)

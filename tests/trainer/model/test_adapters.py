@@ -139,12 +139,7 @@ def test_what_suits_no_adapter_is_refused(tmp_path: Path, student_folder: str) -
         add_adapters(llama(seed=7), config(tmp_path, lora_r=2, lora_target_modules=["missing_proj"]))
 
 
-SIZES: dict[str, Any] = TINY | {
-    "head_dim": 16,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "use_cache": False,
-}
+SIZES: dict[str, Any] = TINY | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "use_cache": False}
 MIXER: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 MIXER2: dict[str, Any] = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}
 HYBRID: dict[str, Any] = {"attn_layer_indices": [1], "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16}

@@ -16,10 +16,7 @@ from tests.helpers.cachemaking import TINY, VOCAB
 from tests.helpers.experts import labelled
 from trainer.cli import main
 
-SIZES: dict[str, Any] = TINY | {
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-}
+SIZES: dict[str, Any] = TINY | {"head_dim": 16, "max_position_embeddings": 256}
 MIXER: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LINEAR: dict[str, Any] = {

@@ -30,11 +30,7 @@ from trainer.model.objective import objective_of
 from trainer.model.packing_check import check_packing
 from trainer.run.distill_trainer import DistillTrainer
 
-SIZES: dict[str, Any] = TINY | {
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "use_cache": False,
-}
+SIZES: dict[str, Any] = TINY | {"head_dim": 16, "max_position_embeddings": 256, "use_cache": False}
 GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": SIZES,

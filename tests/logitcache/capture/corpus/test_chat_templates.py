@@ -45,12 +45,7 @@ CHATS = {
     "two answers": [user("hi"), assistant("one"), user("go on"), assistant("  two ")],
     "system": [{"role": "system", "content": "Be brief."}, user("hi"), assistant("one")],
     "assistant first": [assistant("Welcome!"), user("hi"), assistant("Hello")],
-    "tool call": [
-        user("weather?"),
-        assistant(None, tool_calls=call({"city": "Rome"})),
-        RESULT,
-        assistant("Sunny."),
-    ],
+    "tool call": [user("weather?"), assistant(None, tool_calls=call({"city": "Rome"})), RESULT, assistant("Sunny.")],
     "tool call as text": [
         user("weather?"),
         assistant(None, tool_calls=call('{"city": "Rome"}')),
