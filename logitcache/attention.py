@@ -17,14 +17,9 @@ COMPLETE = "eager"
 
 
 def left_out(config: Any, attention: str | None) -> str | None:
-    """Names the part of a configuration that an attention implementation leaves out.
+    """Names the setting of a configuration, with its value, that an attention implementation leaves out; None if there is none.
 
-    Args:
-        config: a configuration of transformers.
-        attention: name of the implementation; None is the one that transformers chooses, SDPA.
-
-    Returns:
-        The setting and its value, or None where the implementation computes everything.
+    attention None is the implementation that transformers chooses itself, SDPA.
     """
     text = config.get_text_config()
     cap = getattr(text, "attn_logit_softcapping", None)
@@ -36,18 +31,9 @@ def left_out(config: Any, attention: str | None) -> str | None:
 
 
 def choose_attention(config: Any, asked: str | None, option: str) -> str | None:
-    """Chooses the attention implementation that a model is loaded with.
+    """Returns the `attn_implementation` that a model is loaded with; None leaves the choice to transformers.
 
-    Args:
-        config: a configuration of transformers.
-        asked: the name that the user gave, or None.
-        option: how the user's option is called, for the message.
-
-    Returns:
-        A name for transformers' `attn_implementation`, or None, which leaves the choice to transformers.
-
-    Raises:
-        UserError: The one asked for leaves out a part of the configuration.
+    Raises UserError if the implementation that `option` asks for leaves out a part of the configuration.
     """
     lost = left_out(config, asked)
     if lost is None:

@@ -1,4 +1,4 @@
-"""Command line: finds the command and turns its errors into one line and an exit status."""
+"""The command line finds the command and turns its errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ TAKE_OPTIONS_OF_VLLM = {"build", "plan", "verify"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of `logitcache …`; unknown options are left over for vLLM."""
+    """Returns the parser of `logitcache …`; unknown options are left over for vLLM."""
     top = Parser(prog="logitcache", description="Caches of teacher log-probabilities.", allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `logitcache …`. Returns the exit status: 0, 1 where `verify` finds something, 2 for bad input, 130 after Ctrl-C."""
+    """Runs `logitcache …`. Returns the exit status: 0, 1 if `verify` finds something, 2 for bad input, 130 after Ctrl-C."""
     continued = False
     try:
         parsed, rest = parser().parse_known_args(arguments)
@@ -127,7 +127,7 @@ def _log_lines() -> Iterator[None]:
 
 
 class _Printable(logging.Formatter):
-    """A message may quote a store, or someone else's file."""
+    """A formatter of messages that may quote a store, or someone else's file."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

@@ -22,19 +22,16 @@ class Parser(ArgumentParser):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks, and without the secrets of URLs in it."""
+    """Returns the message of an error without line breaks, and without the secrets of URLs in it."""
     return without_secrets(" ".join(str(error).split()))
 
 
 def printable(text: str) -> str:
-    """Text that may come from someone else's file, for a terminal or a log.
-
-    Lines stay, other control characters are spelled out, secrets of URLs are left out.
-    """
+    """Makes text that may come from someone else's file fit for a terminal or a log."""
     return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in without_secrets(text))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch, which is not imported for this, has two errors of its own for it."""
+    """Tells whether memory ran out; torch, which is not imported for this, has two errors of its own for it."""
     of_device = type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError) or of_device or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then otherwise."""
+"""The progress of long work is a bar on a terminal, otherwise a plain line now and then."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("logitcache")
 
 
 class Progress:
-    """Counts units of work; shows the rate, and the time left where the total is known."""
+    """A counter of units of work, which shows the rate, and the time left if the total is known."""
 
     def __init__(self, label: str, total: int | None, done: int, unit: str) -> None:
         self._label, self._total, self._done, self._unit = label, total, done, unit
@@ -24,7 +24,7 @@ class Progress:
             self._bar = tqdm(desc=label, total=total, initial=done, unit=unit, unit_scale=True, dynamic_ncols=True)
 
     def start(self) -> None:
-        """The clock runs from here: what was waited for until now says nothing about the rate."""
+        """Starts the clock: the time until now was spent waiting and says nothing about the rate."""
         self._began = self._last_line = time.monotonic()
         if self._bar is not None:
             self._bar.reset(self._total)
@@ -55,7 +55,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people write them: 42 s, 3 min 20 s, 5 h 10 min."""
+    """Returns seconds as people write them: 42 s, 3 min 20 s, 5 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""The command `trainer`: says in one line where a package that is not ours has its name, and else is trainer.cli."""
+"""The command `trainer` is trainer.cli, unless a package that is not ours has its name, which it says in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> int:
 
 
 def in_the_way() -> str | None:
-    """Return why `import trainer` does not give our package, None where it does."""
+    """Returns why `import trainer` does not give our package, None if it does."""
     spec = find_spec("trainer")
     if spec is None or spec.origin is None or Path(spec.origin).resolve() != OURS.resolve():
         found = "there is none" if spec is None else f"`import trainer` finds {spec.origin or spec.name}"

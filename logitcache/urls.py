@@ -1,4 +1,4 @@
-"""URLs as they may be shown and recorded: without what lets their reader in."""
+"""URLs are shown and recorded without what lets their reader in."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _WEB = ("http", "https", "ftp", "webdav", "webhdfs")
 
 
 def public_url(url: str) -> str:
-    """A path or URL without user name, password, query and fragment; a path on this machine as it is.
+    """Returns a path or URL without user name, password, query and fragment; a path on this machine as it is.
 
-    On the web all from the first `?` or `#` on is left out. In an object store, where names and patterns have these characters, a
-    query is what begins as `?NAME=`. Every URL of a chain (`simplecache::http://…`) is treated so.
+    On the web all from the first `?` or `#` on is left out. In an object store, where names and patterns have these characters,
+    a query is what begins as `?NAME=`. Every URL of a chain (`simplecache::http://…`) is treated so.
     """
     return _LINK.sub(_public, url)
 
 
 def split_query(url: str) -> tuple[str, str]:
-    """A path or URL up to its query or fragment, and these, which are empty where it has none."""
+    """Splits a path or URL before its query or fragment, which is empty if it has none."""
     *_, last = [None, *_LINK.finditer(url)]
     found = None if last is None or _is_local(last) else _query_of(last["scheme"]).search(url, last.start("rest"))
     return (url[: found.start()], url[found.start() :]) if found else (url, "")
 
 
 def without_secrets(text: str) -> str:
-    """A text with `public_url` in the place of every URL that it quotes."""
+    """Returns a text with `public_url` in the place of every URL that it quotes."""
     return _QUOTED.sub(_quoted, text) if "://" in text else text
 
 
@@ -59,6 +59,6 @@ def _query_of(scheme: str) -> re.Pattern[str]:
 
 
 def _quoted(found: re.Match[str]) -> str:
-    """Leaves what ends the sentence rather than the URL."""
+    """Takes a URL out of a text, without the signs that end the sentence."""
     url = found[0].rstrip("'\").,:;!]}")
     return public_url(url) + found[0][len(url) :]

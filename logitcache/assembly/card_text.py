@@ -50,7 +50,6 @@ def _yaml(manifest: Manifest, licenses: Mapping[str, str]) -> str:
 
 
 def _teacher(manifest: Manifest) -> str:
-    """Its name, if anybody recorded it."""
     return str(manifest.fingerprint.get("teacher", {}).get("name", "an unknown teacher"))
 
 

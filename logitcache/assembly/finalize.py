@@ -43,10 +43,7 @@ def history_step(spec: Mapping[str, Any], shards: Sequence[ShardInfo], **counts:
 def finalize_cache(folder: Folder, manifest: Manifest, licenses: Mapping[str, str] | None = None) -> LogitCache:
     """Writes card and manifest beside the shards, removes all other shards and the build directory, and opens the cache.
 
-    Args:
-        folder: the cache's folder; the files that a reader trusts are there.
-        manifest: the cache's manifest; secrets of URLs are left out of what is written.
-        licenses: the licences that the card states, see `card.LICENSES`.
+    Secrets of URLs are left out of the manifest.  licenses: those that the card states, see `card.LICENSES`.
     """
     named = {shard.name for shard in manifest.shards}
     for name in folder.names("data"):

@@ -77,7 +77,7 @@ class Plan:
         return sum(shard.num_positions for shard in self.shards)
 
     def shard_name(self, index: int) -> str:
-        """The final name of a shard, relative to the cache."""
+        """Returns the final name of a shard, relative to the cache."""
         return shard_name(index, len(self.shards))
 
     def finished(self, index: int) -> ShardInfo | None:
@@ -96,13 +96,8 @@ class Plan:
 def new_plan(folder: Folder, cut: Callable[[], P], keep: str | None = None) -> P:
     """Plans a cache in an emptied build directory, then removes the cache that it replaces.
 
-    Args:
-        folder: the cache's folder.
-        cut: deals the rows to shards; it may write to the build directory.
-        keep: name of what stays of the build directory, whether planning succeeds or not.
-
-    Raises:
-        Exception: whatever `cut` raises; the build directory is emptied again, and a finished cache beside it stays.
+    cut: deals the rows to shards; it may write to the build directory, which is emptied again if it raises an exception.  keep:
+    name of what stays there in any case.
     """
     begin(folder, keep)
     try:

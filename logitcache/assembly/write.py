@@ -37,16 +37,9 @@ def write_shard(plan: Plan, index: int, layout: Layout, rows: Iterable[StoredRow
 def write_missing(
     plan: Plan, layout: Layout, rows: Callable[[int], Iterable[StoredRow]], label: str
 ) -> tuple[ShardInfo, ...]:
-    """Writes the shards of a cache that are not complete.
+    """Writes the shards of a cache that are not complete. Returns all its shards, in order.
 
-    Args:
-        plan: the plan of the cache.
-        layout: the columns of every shard.
-        rows: yields the rows of the shard with this index.
-        label: what the progress calls the work.
-
-    Returns:
-        All shards of the cache, in order.
+    rows: yields the rows of the shard with an index.  label: what the progress calls the work.
     """
     every = range(len(plan.shards))
     shards = complete_shards(plan, every)

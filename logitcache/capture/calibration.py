@@ -25,18 +25,9 @@ LEAST_LOGPROB = -80.0
 
 
 def make_tail_groups(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:
-    """Returns tail groups by the teacher's distributions at stored positions, drawn at random.
+    """Returns the group of each id, int32 [V], by the teacher's distributions at stored positions drawn at random.
 
-    Args:
-        teacher: an engine that sees the logits.
-        sequences: the sequences whose positions are drawn.
-        num_groups: number of groups, at most V.
-
-    Returns:
-        The group of each id, int32 [V].
-
-    Raises:
-        UserError: The teacher gives no numbers.
+    Raises UserError if the teacher gives no numbers.
     """
     with np.errstate(divide="ignore"):
         logprobs = [np.log(teacher.mean_probability([one])) for one in _single_positions(sequences)]
@@ -58,17 +49,11 @@ def _single_positions(sequences: Sequence[TokenSequence]) -> list[TokenSequence]
 
 
 def profile_clusters(logprobs: np.ndarray, num_groups: int) -> np.ndarray:
-    """Returns clusters of tokens by a weighted k-means over their log-probabilities; group 0 has the most probable tokens.
+    """Returns the cluster of each token, int32 [V], by a weighted k-means; cluster 0 has the most probable tokens.
 
-    A token is the point of its log-probabilities at C positions, its weight the square root of its mean probability outside the
-    head. Every group has at least one id. Lloyd 1982, doi 10.1109/TIT.1982.1056489.
-
-    Args:
-        logprobs: the teacher's full distributions at C positions drawn at random, float [C, V].
-        num_groups: number of groups, at most V.
-
-    Returns:
-        The group of each id, int32 [V].
+    logprobs: the teacher's full distributions at C positions, float [C, V]. A token is the point of its log-probabilities
+    there, its weight the square root of its mean probability outside the head. Each of the num_groups ≤ V clusters has at least
+    one id. Lloyd 1982, doi 10.1109/TIT.1982.1056489.
     """
     vocab_size = logprobs.shape[1]
     assert num_groups <= vocab_size, f"{num_groups} groups of {vocab_size} tokens"

@@ -226,16 +226,10 @@ BACKENDS = ("auto", *ENGINES)
 
 
 def choose_engine(options: EngineChoice, model: TeacherModel, beyond: Sequence[str]) -> Engine:
-    """Returns the engine that the options ask for, with what they leave open decided for a teacher. Loads no weights.
+    """Returns the engine that the options ask for; "auto" is vLLM if it imports, otherwise transformers. Loads no weights.
 
-    Args:
-        options: "auto" is vLLM if it imports, otherwise transformers.
-        model: the teacher.
-        beyond: the options asked for that need the teacher's logits.
-
-    Raises:
-        UserError: The engine does not import, does not know the teacher, or cannot give what is asked for, or an option is
-            one of other engines.
+    beyond: the options asked for that need the teacher's logits. Raises UserError for an engine that does not import, does not
+    know the teacher or cannot give what is asked for, and for an option of other engines.
     """
     backend = options.backend
     if backend == "auto":
@@ -246,16 +240,9 @@ def choose_engine(options: EngineChoice, model: TeacherModel, beyond: Sequence[s
 
 
 def start_teacher(model: TeacherModel, engine: Engine, longest: int, most_entries: int) -> Teacher:
-    """Returns the teacher, loaded: a `LogitTeacher` if `engine.sees_logits`.
+    """Loads the teacher: a `LogitTeacher` if `engine.sees_logits`. Raises UserError if it does not load.
 
-    Args:
-        model: the teacher.
-        engine: the engine that runs it.
-        longest: tokens of the longest sequence that it will score.
-        most_entries: the largest `top_k` that it will be asked for.
-
-    Raises:
-        UserError: It does not load.
+    longest: tokens of the longest sequence that it will score.  most_entries: the largest `top_k` that it will be asked for.
     """
     began = time.monotonic()
     teacher = engine.start(model, longest, most_entries)

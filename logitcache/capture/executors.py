@@ -70,13 +70,7 @@ class Placement:
 
 
 def capture_here(job: Job, shards: Mapping[int, int], progress: Progress) -> None:
-    """Scores shards with one engine in this process.
-
-    Args:
-        job: everything that a process must know to score shards.
-        shards: the shards, each with the number of tokens that are read of it.
-        progress: advanced by those tokens.
-    """
+    """Scores shards with one engine in this process.  shards: of each the tokens that are read, which advance `progress`."""
     worker = ShardWorker(job)
     worker.start()
     try:
@@ -97,19 +91,10 @@ def capture_on_ray(
 ) -> None:
     """Scores shards with several engines, each in an actor with the GPUs of one tensor-parallel group.
 
-    A shard goes to whichever engine is free; that of an actor that died goes to another one.
-
-    Args:
-        job: everything that a process must know to score shards.
-        plan: the plan of the build.
-        shards: the shards, each with the number of tokens that are read of it.
-        progress: advanced by those tokens.
-        address: of a running Ray cluster. None: the one that Ray finds (RAY_ADDRESS, `ray start`); without one, a cluster is
-            started on this machine.
-        num_engines: number of actors. None: as many as the GPUs of the cluster allow.
-
-    Raises:
-        UserError: No cluster answers, it has no room for a single engine, or all actors died.
+    A shard goes to whichever engine is free; the shard of an actor that died goes to another one.  shards, progress: as of
+    `capture_here`.  address: of a running cluster; None: the cluster that Ray finds (RAY_ADDRESS, `ray start`), otherwise one
+    that is started on this machine.  num_engines None: as many as the GPUs of the cluster allow. Raises UserError if no cluster
+    answers, it has no room for a single engine, or all actors died.
     """
     import ray
 
@@ -263,10 +248,7 @@ def _hosts() -> list[dict[str, float]]:
 
 
 def _resources(job: Job, wanted: int | None, hosts: Sequence[dict[str, float]]) -> tuple[int, dict[str, Any]]:
-    """Returns the number of engines and the resources of each: the GPUs of a tensor-parallel group, or an equal share of cores.
-
-    hosts: their resources. Those of an engine are on one host.
-    """
+    """Returns the number of engines and the resources of each, on one host: GPUs of a tensor-parallel group, or some cores."""
     gpus = [int(host.get("GPU", 0)) for host in hosts]
     if not any(gpus):
         cores = [int(host.get("CPU", 0)) for host in hosts]

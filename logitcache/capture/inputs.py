@@ -35,7 +35,7 @@ class Inputs:
     generation: GenerationSettings | None = None
 
     def spec(self, shard_positions: int) -> dict[str, Any]:
-        """Everything that decides what the cache will hold, as plain JSON types: the fingerprint that it will have."""
+        """Returns everything that decides what the cache will hold, as plain JSON types: the fingerprint that it will have."""
         capture = self.settings.to_json() | {"shard_positions": shard_positions}
         return {
             "teacher": self.model.fingerprint() | self.engine.identity(),
@@ -90,11 +90,10 @@ def resolve_inputs(
     data_config: str | None = None,
     **engine_options: Unpack[EngineOptions],
 ) -> Inputs:
-    """The inputs that the options of `logitcache.build` describe, all of which are explained there.
+    """Returns the inputs that the options of `logitcache.build` describe, all of which are explained there.
 
-    sampling_params: given, the documents are prompts, which the teacher answers first, see `GenerationSettings`.
-
-    Raises UserError for options that contradict each other, and for a teacher or data that are missing.
+    sampling_params: given, the documents are prompts, which the teacher answers first, see `GenerationSettings`. Raises
+    UserError for options that contradict each other, and for a teacher or data that are missing.
     """
     generate = sampling_params is not None
     if generate and turns != CorpusSettings.turns:

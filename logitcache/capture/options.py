@@ -133,7 +133,7 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
 
 
 def decisive_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that can change a number, as plain JSON types, for the fingerprint."""
+    """Returns the options that can change a number, as plain JSON types, for the fingerprint."""
     return {
         name: value if isinstance(value, bool | int | float | str | None) else str(value)
         for name, value in sorted(options.items())
@@ -142,9 +142,9 @@ def decisive_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_engine_options(arguments: list[str]) -> dict[str, Any]:
-    """Fields of vLLM's EngineArgs from command-line arguments that `logitcache build` does not know itself.
+    """Returns fields of vLLM's EngineArgs from command-line arguments that `logitcache build` does not know itself.
 
-    Raises UserError for an argument that vLLM does not know either, and for any where vLLM does not import.
+    Raises UserError for an argument that vLLM does not know either, and for any if vLLM does not import.
     """
     if not arguments:
         return {}

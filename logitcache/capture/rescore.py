@@ -55,20 +55,9 @@ def prepare_rescoring(
     attn_implementation: str | None = None,
     **engine_options: Unpack[EngineOptions],
 ) -> Rescoring:
-    """Returns the rescoring of random rows of a cache. Loads no weights.
+    """Returns the rescoring of random rows of a cache, with the options of `logitcache.verify`. Loads no weights.
 
-    Args:
-        cache: a cache, its path or its URL.
-        num_rows: number of rows.
-        teacher: model name or folder. None: the one that the cache's fingerprint records.
-        seed: random seed for choosing the rows.
-        revision: branch, tag or commit. None: the recorded one.
-        dtype: of the weights. None: the recorded one.
-        backend, capture_route, base_url, model, trust_remote_code, attn_implementation: see `logitcache.build`.
-        **engine_options: options of vLLM under their own names.
-
-    Raises:
-        UserError: There is no such teacher, or its vocabulary or tokenizer is not the cache's.
+    Raises UserError if there is no such teacher, or its vocabulary or tokenizer is not the cache's.
     """
     if num_rows < 1:
         raise UserError(f"--rescore {num_rows}: at least 1 row is needed")

@@ -67,12 +67,7 @@ class ReusedCaches:
         return np.cumsum([0] + [len(cache) for cache in self.caches])
 
     def check(self, spec: Mapping[str, Any], layout: Layout) -> None:
-        """Raises UserError, naming what differs, for a cache whose rows are not those that a build would make.
-
-        Args:
-            spec: everything that decides what the build's cache will hold.
-            layout: of the build, whatever its kept columns.
-        """
+        """Raises UserError, naming what differs, for a cache whose rows are not those that a build with this spec would make."""
         wanted = _comparable(spec, layout)
         for cache in self.caches:
             found = list(compared(_comparable(cache.manifest.fingerprint, cache.manifest.layout), wanted))
@@ -100,12 +95,9 @@ class ReusedCaches:
                 )
 
     def match(self, plan: BuildPlan, shards: Sequence[int]) -> dict[int, int]:
-        """Looks the rows of shards up and writes down their places.
+        """Looks the rows of shards up, writes down their places, and returns the tokens of each shard that are left to score.
 
         All but the rows of one shard goes to disk: about 24 bytes for each row of the caches, for the time of the call.
-
-        Returns:
-            The tokens of each shard that are left to score.
         """
         local = plan.folder.local
         tokens_left = {}
@@ -136,14 +128,10 @@ class ReusedCaches:
                     raise UserError(f"--reuse {cache.path}: {error}: fetch or build it again") from error
 
     def rows(self, places: np.ndarray, positions: np.ndarray) -> Iterator[CachedSequence]:
-        """Yields the rows at places, in that order.
+        """Yields the rows at places, int64 [n], in that order.  positions: how many stored positions each row has, int64 [n].
 
-        Rows are read in windows of about `WINDOW_BYTES`, each in the order of the caches: a row group is decoded once for all the
-        rows of a window, so rows in the caches' own order cost no more than a stream of them.
-
-        Args:
-            places: int64 [n].
-            positions: how many stored positions each row has, int64 [n].
+        Rows are read in windows of about `WINDOW_BYTES`, each in the order of the caches: a row group is decoded once for all
+        the rows of a window, so rows in the caches' own order cost no more than a stream of them.
         """
         manifest = self.caches[0].manifest
         values = sum(count for _, count in manifest.layout.values_per_position().values())

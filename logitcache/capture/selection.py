@@ -74,14 +74,9 @@ def select(
 ) -> Tensor:
     """Returns the part of softmax(logits) that is stored, int32 [N, W], see `logitcache.capture.wire_format`.
 
-    Sums run in float32 or better. The samples are the tail's inverse distribution function at `uniforms`, so that the caller's
-    seed decides them on every device.
-
-    Args:
-        logits: [N, V], any float dtype, without padding columns; OVERWRITTEN.
-        settings: what is stored.
-        tail_groups: the partition of the vocabulary, if `settings.tail_parts.groups`.
-        uniforms: float64 [N, s] in [0, 1), if `settings.tail_parts.samples`.
+    logits: [N, V], any float dtype, without padding columns; they are OVERWRITTEN.  uniforms: float64 [N, s] in [0, 1); the
+    samples are the tail's inverse distribution function there, so that the caller's seed decides them on every device.
+    tail_groups and uniforms are needed if the settings have such parts. Sums run in float32 or better.
     """
     on_cpu = logits.device.type == "cpu"
     rows = max(1, (CPU_BLOCK_LOGITS if on_cpu else GPU_BLOCK_LOGITS) // logits.shape[1])
@@ -182,11 +177,8 @@ def select_from_top_k(
 ) -> SparseTargets:
     """Returns what `select` stores, from an engine's top-k alone: the tail is log(1 − Σp), nothing else of it can be known.
 
-    Args:
-        token_ids: int [N, ≥ top_k]. Ids of padding columns are left to the tail.
-        logprobs: float32 [N, ≥ top_k], descending.
-        settings: what is stored.
-        vocab_size: number of tokens; ids beyond are padding.
+    token_ids: int [N, ≥ top_k]; ids of padding columns, from vocab_size on, are left to the tail.  logprobs: float32,
+    descending.
     """
     is_padding = token_ids >= vocab_size
     order = np.argsort(is_padding, axis=1, kind="stable")[:, : settings.top_k]
@@ -204,7 +196,7 @@ def select_from_top_k(
 
 
 def _nucleus(logprobs: Tensor, settings: CaptureSettings) -> Tensor:
-    """`logitcache.format.truncation.nucleus` on the device: bool [N, k] of float64 [N, k]."""
+    """Returns `logitcache.format.truncation.nucleus`, computed on the device: bool [N, k] of float64 [N, k]."""
     rank = torch.arange(logprobs.shape[1], device=logprobs.device)
     taken: Tensor = ~logprobs.isneginf() & in_nucleus(logprobs.exp(), rank, settings.top_p, settings.min_k)
     return taken
@@ -218,8 +210,8 @@ def _log_normaliser(logits: Tensor, settings: CaptureSettings) -> Tensor | float
 def _inverse_distribution_function(weights: Tensor, block_masses: Tensor, uniforms: Tensor) -> Tensor:
     """Returns the ids at which the cumulated weights pass `uniforms` of their sum, int64 [N, s]; never one of weight 0.
 
-    First among blocks, then inside the block, by cumulated sums in float64: no [N, V] of them. weights: float32
-    [N, blocks · SUM_WIDTH].  block_masses: float64 [N, blocks]. Rows without weight give anything.
+    First among blocks, then inside the block, by cumulated sums in float64: no [N, V] of them.  weights: float32 [N, blocks ·
+    SUM_WIDTH].  block_masses: float64 [N, blocks]. Rows without weight give anything.
     """
     cumulated = block_masses.cumsum(dim=1)
     wanted = uniforms * cumulated[:, -1:]

@@ -30,14 +30,9 @@ def position_width(settings: CaptureSettings) -> int:
 
 
 def unpack(packed: np.ndarray, settings: CaptureSettings) -> SparseTargets:
-    """Returns packed positions as SparseTargets with k = `settings.top_k`, as views without copies.
+    """Returns packed positions, int32 [N, W], as SparseTargets with k = `settings.top_k`, as views without copies.
 
-    Args:
-        packed: int32 [N, W].
-        settings: the settings that they were packed with.
-
-    Raises:
-        ValueError: `packed` has another shape or dtype.
+    Raises ValueError for another shape or dtype.
     """
     if packed.dtype != np.int32 or packed.ndim != 2 or packed.shape[1] != position_width(settings):
         raise ValueError(

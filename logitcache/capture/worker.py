@@ -71,8 +71,8 @@ class ShardWorker:
     def capture(self, shards: Sequence[int], advance: Callable[[int], None] = lambda tokens: None) -> None:
         """Scores shards one after the other, without a pause between them, and records each when it is complete.
 
-        What other caches hold of their rows is copied between the scored ones. advance: told the tokens of every sequence
-        that was scored and written. Raises UserError where the teacher's rows cannot be.
+        Rows that other caches have are copied between the scored ones.  advance: told the tokens of every sequence that was
+        scored and written. Raises UserError for rows that cannot be scored.
         """
         if self._job.settings.tail_parts.groups:
             with self._plan.folder.open(PARTITION_NAME) as file:
@@ -100,19 +100,11 @@ def write_scored(
     reused: ReusedCaches | None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Writes a shard and records it.
+    """Writes a shard and records it. Under --skip-bad, rows for which the teacher gave NaN are left out and recorded.
 
-    Under --skip-bad, rows for which the teacher gave NaN are left out and recorded.
-
-    Args:
-        plan: the plan of the build.
-        shard: the shard's number.
-        scored: targets of the rows that are not copied, in order; the targets of later shards are left alone.
-        reused: the caches that the other rows are copied from.
-        advance: told the tokens of each scored row.
-
-    Raises:
-        UserError: `scored` ends too early, targets are such that no teacher can have given them, or all rows are left out.
+    scored: targets of the rows that are not copied from `reused`, in order; targets of later shards are left alone.  advance:
+    told the tokens of each scored row. Raises UserError if `scored` ends too early, for targets that no teacher can have given,
+    and if all rows are left out.
     """
     write_shard(plan, shard, plan.cache_layout, _rows(plan, shard, scored, reused, advance))
 

@@ -1,4 +1,4 @@
-"""What several commands share: options, what engines need, how a cache is printed."""
+"""Several commands share options, the import of engines, and how a cache is printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The values of options: text → value."""
+"""The values of options are read from text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def names(text: str) -> list[str]:
-    """NAME,NAME."""
+    """Reads NAME,NAME."""
     return [name for name in text.split(",") if name]
 
 
 def numbers(text: str) -> list[float]:
-    """NUMBER,NUMBER. Raises ArgumentTypeError, as all of these do, for anything else."""
+    """Reads NUMBER,NUMBER. Raises ArgumentTypeError, as all of these do, for anything else."""
     try:
         return [float(number) for number in text.split(",")]
     except ValueError as error:
@@ -21,7 +21,7 @@ def numbers(text: str) -> list[float]:
 
 
 def mapping(text: str) -> dict[str, str]:
-    """OURS=THEIRS,OURS=THEIRS."""
+    """Reads OURS=THEIRS,OURS=THEIRS."""
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(ours and theirs for ours, _, theirs in pairs):
         raise argparse.ArgumentTypeError(f"{text!r}: write OURS=THEIRS,OURS=THEIRS")
@@ -29,7 +29,7 @@ def mapping(text: str) -> dict[str, str]:
 
 
 def assignments(text: str) -> dict[str, Any]:
-    """NAME=VALUE,NAME=VALUE; a value is JSON, or text without a comma."""
+    """Reads NAME=VALUE,NAME=VALUE; a value is JSON, or text without a comma."""
     assigned: dict[str, Any] = {}
     rest = text
     while rest:
@@ -43,7 +43,7 @@ def assignments(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> tuple[Any, str]:
-    """The value that `text` begins with, and what follows the comma after it."""
+    """Reads the value that `text` begins with, and returns what follows the comma after it."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except ValueError:
@@ -55,7 +55,7 @@ def _value(text: str) -> tuple[Any, str]:
 
 
 def part_of(text: str) -> tuple[int, int]:
-    """I/N: the I-th of N parts."""
+    """Reads I/N: the I-th of N parts."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: write I/N, for example 0/8")

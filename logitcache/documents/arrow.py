@@ -23,7 +23,7 @@ Restore = Callable[[Any], Any]
 
 
 def read_arrow(table: pa.RecordBatch | pa.Table) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """Values of each row, and why they could not be read: a row with text that is not UTF-8 spoils no other one."""
+    """Yields the values of each row, and why they could not be read: a row with text that is not UTF-8 spoils no other one."""
     try:
         rows = table.to_pylist()
     except (ValueError, OverflowError):  # UnicodeDecodeError among them; a date beyond Python's
@@ -41,7 +41,7 @@ def read_arrow(table: pa.RecordBatch | pa.Table) -> Iterator[tuple[dict[str, Any
 
 
 def read_scalar(value: pa.Scalar) -> Any:
-    """A value by the same rule. Raises ValueError or OverflowError for one that cannot be read."""
+    """Reads a value by the same rule. Raises ValueError or OverflowError if it cannot be read."""
     restore = _restore(value.type, depth=0) or _same
     return restore(value.as_py())
 
@@ -60,7 +60,7 @@ def _read_row(table: pa.RecordBatch | pa.Table, index: int) -> dict[str, Any]:
 
 @lru_cache(maxsize=1024)
 def _restore(type_: pa.DataType, depth: int) -> Restore | None:
-    """How values of a type become plain, None for those that are. depth: 0 for a column, 1 for the values of its list."""
+    """Returns what makes values of a type plain, None if they are.  depth: 0 for a column, 1 for the values of its list."""
     if isinstance(type_, getattr(pa, "JsonType", ())):  # since pyarrow 19
         return lambda value: None if value is None else parse_json(value)
     if pa.types.is_dictionary(type_):

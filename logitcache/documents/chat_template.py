@@ -13,7 +13,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def read_chat_template(path: str) -> str:
-    """The Jinja template in the file of `--chat-template`. Raises UserError where it cannot be read."""
+    """Reads the Jinja template in the file of `--chat-template`. Raises UserError if it cannot be read."""
     try:
         with Path(path).expanduser().open("rb") as file:
             content = file.read(MAX_TEMPLATE_BYTES + 1)
@@ -35,11 +35,7 @@ def render(
     add_generation_prompt: bool = False,
     **more: Any,
 ) -> str:
-    """Text of a chat as transformers renders it. more: see `apply_chat_template`.
-
-    Raises:
-        BadDocument: The template fails. It is a program and may raise anything.
-    """
+    """Renders a chat as transformers does. Raises BadDocument if the template fails: it is a program and may raise anything."""
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages), tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **more

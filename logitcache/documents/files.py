@@ -21,9 +21,9 @@ Reader = Callable[[Path], Iterator[Document]]
 
 
 def find_reader(path: Path) -> Reader | None:
-    """How the rows of a file are read, by the end of its name; None for a kind that is not read.
+    """Returns the reader for a file, by the end of its name; None for a kind that is not read.
 
-    A row that cannot be read has an error. The reader raises UserError where the rest of the file cannot be.
+    A row that cannot be read has an error. The reader raises UserError if the rest of the file cannot be read.
     """
     return next((read for suffix, read in READERS.items() if path.name.endswith(suffix)), None)
 

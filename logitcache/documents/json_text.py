@@ -1,4 +1,4 @@
-"""JSON text → values, as strictly everywhere."""
+"""JSON text is read everywhere by the same strict rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError where it is none, or holds half a surrogate pair."""
+    """Parses JSON text. Raises ValueError if it is none, or holds half a surrogate pair."""
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():

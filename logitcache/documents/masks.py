@@ -19,19 +19,12 @@ NOT_TRAINED = -100
 
 
 def read_masks(ids: np.ndarray, columns: Mapping[str, Any]) -> tuple[slice, np.ndarray]:
-    """Which tokens are no padding, and which are trained: all of those, unless a column of LOSS_MASKS says otherwise.
+    """Returns the slice of the tokens that are no padding, and which tokens are trained, bool [T].
 
-    Args:
-        ids: Token ids, int [T].
-        columns: The document's; a column that is null is absent.
-
-    Returns:
-        Where the tokens without padding lie, and a mask bool [T]. Masks need not agree about the first of these tokens,
-        which nothing predicts.
-
-    Raises:
-        BadDocument: A column is no mask of so many tokens, two contradict each other, one trains padding, or labels are
-            neither −100 nor the ids.
+    ids: int [T].  columns: of the document; a column that is null is absent. All tokens but padding are trained unless a column
+    of LOSS_MASKS says otherwise; masks need not agree about the first token, which nothing predicts. Raises BadDocument for a
+    column that is no mask of so many tokens, contradicts another one or trains padding, and for labels that are neither −100
+    nor the ids.
     """
     within = find_padding(ids, columns)
     unpadded = np.zeros(len(ids), dtype=bool)
@@ -52,7 +45,7 @@ def read_masks(ids: np.ndarray, columns: Mapping[str, Any]) -> tuple[slice, np.n
 
 
 def find_padding(ids: np.ndarray, columns: Mapping[str, Any]) -> slice:
-    """Where the tokens lie that `attention_mask` does not call padding. Raises BadDocument for one that is no such mask."""
+    """Returns the slice of the tokens that `attention_mask` does not call padding. Raises BadDocument if that is no such mask."""
     if columns.get(PADDING) is None:
         return slice(0, len(ids))
     real = np.flatnonzero(_ones(PADDING, columns[PADDING], ids))
@@ -65,7 +58,7 @@ def find_padding(ids: np.ndarray, columns: Mapping[str, Any]) -> slice:
 
 
 def unused_masks(columns: Mapping[str, Any], used: Collection[str], num_tokens: int) -> list[str]:
-    """Columns that look like masks, by their name or by their values 0 and 1 for each token, and are not in `used`."""
+    """Lists columns outside `used` that look like masks, by their name or by their values 0 and 1 for each token."""
     lists = {name: value for name, value in columns.items() if isinstance(value, list) and name not in used}
     return [
         name
@@ -79,7 +72,7 @@ def _is_binary(value: list[Any]) -> bool:
 
 
 def _read(name: str, value: Any, ids: np.ndarray) -> np.ndarray:
-    """Mask bool [T]. A column that --columns calls `loss_mask` may hold labels."""
+    """Reads a mask, bool [T]. A column that --columns calls `loss_mask` may hold labels."""
     if name == LABELS or _are_labels(value, ids):
         return _of_labels(name, value, ids)
     return _ones(name, value, ids)
@@ -114,7 +107,7 @@ def _ones(name: str, value: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def _numbers(value: Any, ids: np.ndarray) -> np.ndarray | None:
-    """A list of numbers, one for each token; None for anything else."""
+    """Returns a list of numbers, one for each token, as an array; None for anything else."""
     if not isinstance(value, list) or len(value) != len(ids):
         return None
     if not all(isinstance(one, int | float) for one in value):

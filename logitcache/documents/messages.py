@@ -48,12 +48,9 @@ class Chat:
 def read_chat(document: Mapping[str, Any]) -> Chat:
     """Reads `messages` and the optional `tools` of a document, each a list of objects or its JSON text.
 
-    A message has a `role` and mostly a `content`, or ShareGPT's `from` and `value`; names of roles are understood as
-    ROLES says. `"weight": 0` and `"train": false` make an assistant's turn context. Everything else, null included, reaches
-    the template as it is.
-
-    Raises:
-        BadDocument: The columns hold no chat, or the assistant's turns cannot be told.
+    A message has a `role` and mostly a `content`, or ShareGPT's `from` and `value`; names of roles are understood as ROLES
+    says. `"weight": 0` and `"train": false` make an assistant's turn context. Everything else, null included, reaches the
+    template as it is. Raises BadDocument if the columns hold no chat, or the assistant's turns cannot be told.
     """
     notes: Counter[str] = Counter()
     messages, trained = [], []
@@ -77,7 +74,7 @@ def read_chat(document: Mapping[str, Any]) -> Chat:
 
 
 def _objects(value: Any, column: str) -> list[dict[str, Any]]:
-    """The objects of a column, which holds them or their JSON text; each is a copy."""
+    """Returns copies of the objects of a column, which holds them or their JSON text."""
     wanted = f"`{column}` must be a list of objects" + (" with a `role`" if column == "messages" else "")
     value = _parsed(value, wanted)
     if not isinstance(value, list):
@@ -99,7 +96,7 @@ def _parsed(value: Any, wanted: str) -> Any:
 
 
 def _renamed(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of ShareGPT with the keys of the others."""
+    """Gives a message of ShareGPT the keys of other chats."""
     for ours, theirs in (("role", "from"), ("content", "value")):
         if ours not in message and theirs in message:
             message = {(ours if key == theirs else key): value for key, value in message.items()}

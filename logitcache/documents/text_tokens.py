@@ -23,15 +23,15 @@ class TextTokens:
         self._notes = notes
 
     def of_text(self, text: Any) -> list[int]:
-        """A whole text: the tokens that the tokenizer adds before and after it, and its end-of-text token at the end."""
+        """Tokenises a whole text: with the tokens that the tokenizer adds before and after it, and its end-of-text token."""
         return self._ended(self._begun(self.of_written(text)))
 
     def of_prompt(self, text: Any) -> list[int]:
-        """A text that goes on: the tokens that the tokenizer adds before it."""
+        """Tokenises a text that goes on: with the tokens that the tokenizer adds before it."""
         return self._begun(self.of_written(text))
 
     def of_completion(self, prompt: str, text: Any) -> list[int]:
-        """What follows a prompt, tokenised apart from it: the tokens that end a text are added, none of an empty one."""
+        """Tokenises what follows a prompt, apart from it: the tokens that end a text are added, none of an empty one."""
         ids = self._continued(text) if prompt else self.of_written(text)
         before, _ = self._added
         if self._is_begun(ids) and self._tokenizer.eos_token_id not in before:
@@ -40,7 +40,7 @@ class TextTokens:
         return self._ended(ids) if ids else ids
 
     def of_written(self, text: Any) -> list[int]:
-        """A text with all its special tokens in it already."""
+        """Tokenises a text with all its special tokens in it already."""
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: Any, add_special_tokens: bool) -> list[int]:
@@ -78,7 +78,7 @@ class TextTokens:
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _continued(self, text: Any) -> list[int]:
-        """Tokens of a text that does not begin where the tokenizer's input begins."""
+        """Tokenises a text that does not begin where the tokenizer's input begins."""
         plain = self.of_written(text)
         if not self._puts_space_before or not plain:
             return plain

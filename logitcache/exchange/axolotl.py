@@ -27,7 +27,7 @@ NOTHING_NATS = -100.0
 
 
 def table_v1(rows: DecodedRows, logprobs_field: str) -> pa.Table:
-    """`logprobs_field`: per position a list of {"token": "token_id:<id>", "logprob": …}."""
+    """Returns rows with, per position, a list of {"token": "token_id:<id>", "logprob": …} in `logprobs_field`."""
     ids, logprobs, lists, positions = _lists(rows)
     tokens = pc.binary_join_element_wise("token_id:", pa.array(ids).cast(pa.string()), "")
     entries = pa.StructArray.from_arrays([tokens, pa.array(logprobs, pa.float32())], ["token", "logprob"])
@@ -35,7 +35,7 @@ def table_v1(rows: DecodedRows, logprobs_field: str) -> pa.Table:
 
 
 def table_v2(rows: DecodedRows, logprobs_field: str) -> pa.Table:
-    """`logprobs_field`: per position a list of log-probabilities; `target_token_ids`: their ids."""
+    """Returns rows with, per position, a list of log-probabilities in `logprobs_field` and their ids in `target_token_ids`."""
     ids, logprobs, lists, positions = _lists(rows)
     return pa.table(
         {
@@ -46,9 +46,9 @@ def table_v2(rows: DecodedRows, logprobs_field: str) -> pa.Table:
 
 
 def as_it_was(value: Any) -> Any:
-    """A kept value; a list of objects (messages, tools) that the cache holds as JSON text, as such a list.
+    """Returns a kept value; a list of objects (messages, tools) that the cache holds as JSON text becomes such a list again.
 
-    The text stays where JSON could not be written of the list: of NaN and of half a surrogate pair.
+    The text stays if JSON could not be written of the list: of NaN and of half a surrogate pair.
     """
     if not isinstance(value, str) or not value.startswith("["):
         return value
@@ -61,7 +61,7 @@ def as_it_was(value: Any) -> Any:
 
 
 def _lists(rows: DecodedRows) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
-    """(ids of all lists, their log-probabilities, length of every list, number of lists of every row)."""
+    """Returns the ids of all lists, their log-probabilities, the length of every list, the number of lists of every row."""
     ids, logprobs, lengths, counts = [], [], [], []
     for row in rows:
         row_ids, row_logprobs = _lists_of(row)
@@ -73,7 +73,7 @@ def _lists(rows: DecodedRows) -> tuple[np.ndarray, np.ndarray, list[int], list[i
 
 
 def _lists_of(row: CachedSequence) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 and log-probabilities float32 [R, k] of the row's last R tokens, k ≥ 1 the most entries of any."""
+    """Returns ids int32 and log-probabilities float32 [R, k] of the row's last R tokens, k ≥ 1 the most entries of any."""
     targets = row.targets
     if not len(targets):
         return np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
@@ -91,7 +91,7 @@ def _lists_of(row: CachedSequence) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _filled_up(ids: np.ndarray) -> np.ndarray:
-    """The lists with the lowest ids that they do not hold in place of PAD_ID."""
+    """Returns the lists with the lowest ids that they do not hold in place of PAD_ID."""
     filled = ids.copy()
     for position in np.flatnonzero((ids == PAD_ID).any(axis=1)):
         missing = ids[position] == PAD_ID

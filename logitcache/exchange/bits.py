@@ -9,7 +9,7 @@ FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def read_integers(packed: np.ndarray, num_bits: int, count: int) -> np.ndarray:
-    """The first `count` unsigned integers of each row's bit stream: uint64 [N, count].
+    """Returns the first `count` unsigned integers of each row's bit stream: uint64 [N, count].
 
     packed: uint8 [N, ≥ ceil(count · num_bits / 8)].  num_bits: 1 … 64, the most significant bit of an integer first.
     """
@@ -32,7 +32,7 @@ def read_integers(packed: np.ndarray, num_bits: int, count: int) -> np.ndarray:
 
 
 def read_floats(content: np.ndarray, dtype: str) -> np.ndarray:
-    """Little-endian floats: uint8 [N, n · size] → [N, n], float64 for float64, otherwise float32."""
+    """Reads little-endian floats: uint8 [N, n · size] → [N, n], float64 for float64, otherwise float32."""
     content = np.ascontiguousarray(content)
     if dtype == "bfloat16":
         return (content.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -41,7 +41,7 @@ def read_floats(content: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def rounded_to(values: np.ndarray, dtype: str) -> np.ndarray:
-    """What is left of values stored as `dtype`: float64 for float64, otherwise float32."""
+    """Returns values as they are when stored as `dtype`: float64 for float64, otherwise float32."""
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)

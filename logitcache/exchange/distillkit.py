@@ -29,7 +29,7 @@ POSITIONS_AT_A_TIME = 4096
 def decode(
     packed_ids: np.ndarray, packed_logprobs: np.ndarray, config: CompressionConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(token ids int64 [N, k], log-probabilities float32 [N, k]) in the order in which they are stored.
+    """Returns token ids, int64, and log-probabilities, float32, both [N, k], in the order in which they are stored.
 
     packed_ids: uint8 [N, config.id_bytes].  packed_logprobs: uint8 [N, config.logprob_bytes].
     """
@@ -46,9 +46,9 @@ def decode(
 def read_entries(
     row: SourceRow, positions: np.ndarray, num_tokens: int, config: CompressionConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities of some positions of a row, as of `decode`.
+    """Returns ids and log-probabilities of some positions of a row, as `decode` does.
 
-    Raises BadRow where the row has not a position for every token but the first, or not the bytes that a position needs.
+    Raises BadRow if the row has not a position for every token but the first, or not the bytes that a position needs.
     """
     ids = _bytes(row, IDS, num_tokens, config.id_bytes)
     logprobs = _bytes(row, LOGPROBS, num_tokens, config.logprob_bytes)
@@ -56,7 +56,7 @@ def read_entries(
 
 
 def _bytes(row: SourceRow, name: str, num_tokens: int, width: int) -> np.ndarray:
-    """A column as uint8 [positions, width]."""
+    """Returns a column as uint8 [positions, width]."""
     packed = ragged(row.value(name), name, "iu")
     check_length(packed, name, num_tokens)
     wrong = np.flatnonzero(packed.lengths != width)
@@ -71,7 +71,7 @@ def _bytes(row: SourceRow, name: str, num_tokens: int, width: int) -> np.ndarray
 
 
 def check_length(lists: Ragged, name: str, num_tokens: int) -> None:
-    """Raises BadRow where a row has neither a list for every token but the first nor one for each."""
+    """Raises BadRow if a row has neither a list for every token but the first nor one for each."""
     if len(lists.lengths) not in (num_tokens - 1, num_tokens):
         raise BadRow(
             f"{name} has {len(lists.lengths)} positions for {num_tokens} tokens, {num_tokens - 1} are wanted: "
@@ -80,7 +80,7 @@ def check_length(lists: Ragged, name: str, num_tokens: int) -> None:
 
 
 def _logprobs(content: np.ndarray, config: CompressionConfig) -> np.ndarray:
-    """[N, logprob_bytes] → [N, k], float32 or float64."""
+    """Decodes [N, logprob_bytes] to [N, k], float32 or float64."""
     reader = _Reader(content)
     exact = reader.floats(config.exact_k, config.exact_dtype)
     coefficients = reader.floats(len(config.polynomial_terms), config.term_dtype)
@@ -104,14 +104,14 @@ def _logprobs(content: np.ndarray, config: CompressionConfig) -> np.ndarray:
 
 
 def _signed(stored: np.ndarray, num_bits: int) -> np.ndarray:
-    """What unsigned integers uint64 stand for, float32."""
+    """Returns the signed numbers that unsigned integers, uint64, stand for, float32."""
     if num_bits == 1:
         return stored.astype(np.float32) * np.float32(2) - np.float32(1)
     return (stored - np.uint64(1 << (num_bits - 1))).view(np.int64).astype(np.float32)  # 2^64 wraps around
 
 
 def _curve(coefficients: np.ndarray, count: int, config: CompressionConfig) -> np.ndarray:
-    """Σ coefficient · x^term at `count` places: [N, count], every product and the sum rounded to term_dtype."""
+    """Returns Σ coefficient · x^term at `count` places, [N, count]; every product and the sum is rounded to term_dtype."""
     terms = _terms(count, config)  # [terms, count]
     partial: list[np.ndarray] = []
     # The order in which torch adds up: four running sums, the first of which also takes what is left over, then their sum.
@@ -130,7 +130,7 @@ def _curve(coefficients: np.ndarray, count: int, config: CompressionConfig) -> n
 
 
 def _terms(count: int, config: CompressionConfig) -> list[np.ndarray]:
-    """Every term at every place, rounded to term_dtype: [terms] of [count]."""
+    """Returns every term at every place, rounded to term_dtype: [terms] of [count]."""
     dtype = config.term_dtype
     places = rounded_to(np.arange(count, dtype=np.float64), dtype)
     if config.normalize_t:  # counted from the nearer end, as torch does

@@ -18,7 +18,7 @@ FUNCTIONS = {"sqrt": np.sqrt, "exp": np.exp}
 
 @dataclass(frozen=True)
 class ResidualBin:
-    """num_elements integers of element_bits, 1 … 64, times a scale of scale_dtype."""
+    """A part of the numbers beyond the curve: num_elements integers of element_bits, 1 … 64, times a scale of scale_dtype."""
 
     num_elements: int
     element_bits: int
@@ -69,7 +69,7 @@ class CompressionConfig:
         return exact + curve + sum(part.num_bytes for part in self.residual_bins)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, for the fingerprint."""
+        """Returns the fields as plain JSON types, for the fingerprint."""
         return asdict(self) | {
             "polynomial_terms": list(self.polynomial_terms),
             "residual_bins": [asdict(part) for part in self.residual_bins],
@@ -77,7 +77,7 @@ class CompressionConfig:
 
 
 def parse_config(content: bytes, where: str) -> CompressionConfig:
-    """The settings of a file. What it leaves out has DistillKit's own defaults.
+    """Reads the settings of a file. A field that it leaves out has DistillKit's own default.
 
     Raises UserError naming the file and the field for anything that DistillKit does not write.
     """
@@ -173,7 +173,7 @@ class _Fields:
         return tuple(parts)
 
     def refuse_unknown(self) -> None:
-        """An unknown field may change what the bytes mean."""
+        """Raises UserError for an unknown field, which may change what the bytes mean."""
         if self._left:
             raise UserError(f"{self._where}: {sorted(map(str, self._left))[0]} is no field that is known here")
 

@@ -27,9 +27,10 @@ logger = logging.getLogger("logitcache")
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """table: rows of a cache and the name of the field for log-probabilities → the columns that hold them.
-    restored: kept lists of objects are written as such, not as the JSON text that the cache holds.
-    named: whether the field's name can be chosen.
+    """A format of files.  table: rows of a cache and the name of the field for log-probabilities → the columns that hold them.
+
+    restored: kept lists of objects are written as such, not as the JSON text that the cache holds.  named: whether the field's
+    name can be chosen.
     """
 
     table: Callable[[DecodedRows, str], pa.Table]
@@ -49,7 +50,7 @@ ROW_ID = "row_id"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. num_left_out: rows in which nothing is trained."""
+    """The file that was written.  num_left_out: rows in which nothing is trained."""
 
     path: str
     num_rows: int
@@ -122,7 +123,7 @@ Write = Callable[[pa.Table, dict[str, list[Any]]], None]
 
 
 def _write(cache: LogitCache, target: TargetFormat, field: str, write: Write) -> tuple[int, int]:
-    """(rows, positions) written."""
+    """Writes all rows. Returns how many rows and positions were written."""
     num_rows = num_positions = 0
     approximate = "tail" in cache.manifest.fingerprint.get("capture", {})
     progress = Progress("exporting", cache.num_positions, 0, "positions")
@@ -153,7 +154,7 @@ def _write(cache: LogitCache, target: TargetFormat, field: str, write: Write) ->
 
 
 def _split(out: str) -> tuple[Folder, str]:
-    """Folder and name of the file. Raises UserError for a kind of file that is not written."""
+    """Returns folder and name of the file. Raises UserError for a kind of file that is not written."""
     parent, _, name = out.rpartition("/")
     if not name.endswith((".parquet", ".jsonl")):
         raise UserError(f"--out {out}: a name that ends with .parquet or .jsonl is wanted")
@@ -162,7 +163,7 @@ def _split(out: str) -> tuple[Folder, str]:
 
 @contextmanager
 def _writer(path: Path, cache: LogitCache, target: TargetFormat, name: str) -> Iterator[Write]:
-    """What writes to a file of the kind that `name` says."""
+    """Yields the function that writes to a file of the kind that `name` says."""
     if name.endswith(".jsonl"):
         with path.open("w", encoding="utf-8") as lines:
             yield lambda table, kept: _write_lines(lines, table, kept)
@@ -199,7 +200,7 @@ def _parquet_takes(name: str) -> Iterator[None]:
 
 
 def _column_types(cache: LogitCache, target: TargetFormat) -> Mapping[str, pa.DataType]:
-    """Arrow type of each kept column as it is written; objects have the keys of those of all rows."""
+    """Returns the Arrow type of each kept column as it is written; objects have the keys of those of all rows."""
     types = {name: pa.type_for_alias(alias) for name, alias in cache.manifest.layout.columns.items()}
     texts = [name for name, arrow_type in types.items() if target.restored and pa.types.is_string(arrow_type)]
     seen = pa.schema([(name, pa.null()) for name in texts])

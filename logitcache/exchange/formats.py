@@ -21,9 +21,10 @@ Entries = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """columns: that hold entries.  read: (row, positions int [N], number of tokens) → entries of these.  loss_mask: its usual
-    column.  vocab_size: where the format knows it.  settings: what else decides how bytes are read, plain JSON.
-    most_mass: what entries of a position may add up to by the format's own rounding.
+    """A format of sources.  read: (row, positions int [N], number of tokens) → entries of these, out of the `columns`.
+
+    loss_mask: its usual column.  vocab_size: if the format knows it.  settings: what else decides how bytes are read, plain
+    JSON.  most_mass: what entries of a position may add up to by the format's own rounding.
     """
 
     name: str
@@ -60,7 +61,7 @@ FORMATS: dict[str, Callable[[Sequence[Source], str | None], SourceFormat]] = {"d
 
 
 def _find_config(sources: Sequence[Source], config: str | None) -> CompressionConfig:
-    """The one configuration of all sources. Raises UserError where there is none, or where there are several that differ."""
+    """Reads the one configuration of all sources. Raises UserError if there is none, or if there are several that differ."""
     if config is not None:
         try:
             return parse_config(Path(config).expanduser().read_bytes(), config)

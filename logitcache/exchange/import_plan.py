@@ -30,8 +30,10 @@ from logitcache.storage.folder import Folder
 
 @dataclass
 class Written:
-    """What writing a shard came to: rows left out, by reason, the first bad one, positions whose entries were scaled, whose tail
-    was approximated, and the most entries of any."""
+    """The record of a written shard: rows left out, by reason, the first bad one, the most entries of any position.
+
+    num_scaled, num_approximate: positions whose entries were scaled, and whose tail was approximated.
+    """
 
     skipped: Counter[str] = field(default_factory=Counter)
     first_bad: str | None = None
@@ -64,7 +66,7 @@ class Written:
 def cut(folder: Folder, spec: Mapping[str, Any], files: Sequence[SourceFile], reader: SequenceReader) -> Plan:
     """Reads the tokens of all rows and deals the rows to shards: each takes rows until it has `shard_positions`.
 
-    Raises UserError for a bad row, unless such are skipped, where nothing is trained, and for a kept column that no row has.
+    Raises UserError for a bad row that is not skipped, if nothing is trained, and for a kept column that no row has.
     """
     shards: list[PlannedShard] = []
     types, never_kept = ColumnTypes(), set(reader.keep)

@@ -21,10 +21,10 @@ TOKENS = "input_ids"
 
 @dataclass(frozen=True)
 class SequenceReader:
-    """What of a row becomes a TokenSequence.
+    """The parts of a row that become a TokenSequence.
 
-    mask: the format's usual column, or the user's with mask_needed: then rows without it are refused. Otherwise all masks
-    that a row has are read as `read_masks` does.  num_known: tokens of the tokenizer.  keep: columns that travel along.
+    mask: the format's usual column, or the user's with mask_needed: then rows without it are refused. Otherwise all masks that
+    a row has are read as `read_masks` does.  num_known: tokens of the tokenizer.  keep: columns that travel along.
     """
 
     mask: str | None
@@ -47,7 +47,7 @@ class SequenceReader:
         return [self.mask] if self.mask and self.mask_needed else LOSS_MASKS
 
     def read(self, row: SourceRow) -> TokenSequence:
-        """The row's tokens. Raises BadRow for ids that the tokenizer does not know and a mask of another length."""
+        """Reads a row's tokens. Raises BadRow for ids that the tokenizer does not know and a mask of another length."""
         ids = numbers(row.value(TOKENS), TOKENS, "iu")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_known:
             wrong = next(int(one) for one in ids if not 0 <= one < self.num_known)

@@ -23,7 +23,7 @@ _CHECKSUMS = ("ETag", "etag", "md5Hash", "blob_id", "sha256", "checksum")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to import. path: as its file system has it.  url: for messages.  name: relative to the argument, without a query."""
+    """A file to import.  path: as its file system has it.  name: relative to the argument, without a query."""
 
     filesystem: fsspec.AbstractFileSystem = field(repr=False)
     path: str
@@ -41,14 +41,14 @@ class SourceFile:
 
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """The file to read from. Raises UserError where it cannot be opened; its end closes the file."""
+        """Opens the file. Raises UserError if it cannot be opened; the end of the block closes it."""
         with _answering(self.url):
             file = cast(BinaryIO, self.filesystem.open(self.path, "rb"))
         with file:
             yield file
 
     def identity(self) -> dict[str, Any]:
-        """Name, size and what tells the content from another: SHA-256 of a local file, the store's own word for a remote one."""
+        """Returns name, size and checksum of the content: SHA-256 of a local file, the store's own word for a remote one."""
         with _answering(self.url):
             about = self.filesystem.info(self.path)
             known = next((str(about[name]) for name in _CHECKSUMS if about.get(name)), None)
@@ -69,7 +69,7 @@ class Source:
     is_folder: bool
 
     def identity(self) -> dict[str, Any]:
-        """Where it lies, and what a fingerprint records: name, files, bytes, a SHA-256 over the identities of all files."""
+        """Returns path, name, number of files, bytes, and a SHA-256 over the identities of all files, for a fingerprint."""
         found = [file.identity() for file in self.files]
         digest = hashlib.sha256()
         for file in found:
@@ -85,7 +85,7 @@ class Source:
 
 
 def find_sources(arguments: Sequence[str]) -> list[Source]:
-    """Files, folders and patterns, in the order of the arguments; files of one argument in that of their names.
+    """Finds files, folders and patterns, in the order of the arguments; files of one argument in that of their names.
 
     Raises UserError for what is not there, holds no file of a kind in SUFFIXES, or lies in a store that does not answer.
     """
@@ -95,7 +95,7 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
 
 
 def read_beside(source: Source, name: str) -> Mapping[str, bytes]:
-    """Content, by URL, of every file `name` in the folders that hold files of a source, or else in its root."""
+    """Returns the content, by URL, of every file `name` in the folders that hold files of a source, or else in its root."""
     folders = sorted({_folder_of(file.path) for file in source.files})
     for group in (folders, [source.root]):
         found = {}
@@ -138,7 +138,7 @@ def _find(argument: str) -> Source:
 
 
 def _folder_of(path: str) -> str:
-    """Path of the folder that holds a file, as its file system has it: that of a web server is a URL."""
+    """Returns the folder that holds a file, as its file system has it: that of a web server is a URL."""
     return split_query(path)[0].rpartition("/")[0]
 
 

@@ -25,28 +25,28 @@ BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class SourceRow:
-    """where: file and row, for messages.  error: why there are no values."""
+    """A row of a source.  where: file and row, for messages.  error: why there are no values."""
 
     values: Mapping[str, Any]
     where: str
     error: str | None = None
 
     def value(self, name: str) -> Any:
-        """A value as its file has it, `values` reads it; None where the row has none. Raises BadRow for an unreadable row."""
+        """Returns a value as its file has it; None if the row has none. Raises BadRow for an unreadable row."""
         if self.error:
             raise BadRow(self.error)
         return self.values.get(name)
 
     def has(self, name: str) -> bool:
-        """Whether the row has a value, other than null, of that name."""
+        """Tells whether the row has a value, other than null, of that name."""
         value = self.values.get(name)
         return value.is_valid if isinstance(value, pa.Scalar) else value is not None
 
 
 def read_rows(file: SourceFile, columns: Sequence[str], first: int = 0) -> Iterator[SourceRow]:
-    """Rows of a file from number `first` on. columns: those of them that are read where the file has them.
+    """Yields the rows of a file from number `first` on, with those of the columns that the file has.
 
-    Raises UserError where the file is damaged.
+    Raises UserError if the file is damaged.
     """
     return (_read_parquet if file.name.endswith(".parquet") else _read_json_lines)(file, columns, first)
 

@@ -21,7 +21,7 @@ MOST_MISSING = 0.25
 
 
 class Finished(NamedTuple):
-    """targets, and the number of positions whose entries had to be scaled."""
+    """The targets, and the number of positions whose entries had to be scaled."""
 
     targets: SparseTargets
     num_scaled: int
@@ -38,17 +38,16 @@ def finish_targets(
     precision: str,
     most_mass: float,
 ) -> Finished:
-    """What a cache stores of positions as a source has them.
+    """Returns what a cache stores of positions as a source has them.
 
     ids: int [N, k].  logprobs: float32 [N, k]; −inf is an entry that the position does not have.  tail: float32 [N], log of the
-    mass outside the entries, or None where the source does not say: then the tail is what the entries leave of 1.
-    positions: int [N], how messages call them.
-    top_k: the most probable of them are kept, the others join the tail.  most_mass: what entries may add up to by their own
-    rounding; those that exceed 1 are scaled to leave LEAST_TAIL, and beside a known tail those that miss it by more than the
+    mass outside the entries; if None, the tail is what the entries leave of 1.  positions: int [N], their names in messages.
+    top_k: the most probable entries are kept, the others join the tail.  most_mass: what entries may add up to by their own
+    rounding. Entries that exceed 1 are scaled to leave LEAST_TAIL, and beside a known tail those that miss it by more than the
     precision does.
 
-    Raises BadRow naming a position with an id outside the vocabulary or twice, a log-probability that is no number,
-    no entry at all, or a mass beyond most_mass.
+    Raises BadRow naming a position with an id outside the vocabulary or twice, a log-probability that is no number, no entry at
+    all, or a mass beyond most_mass.
     """
     present = ~np.isneginf(logprobs)
     order = np.argsort(-logprobs, axis=1, kind="stable")

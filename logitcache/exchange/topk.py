@@ -21,7 +21,7 @@ IDS, LOGPROBS, TAIL, MASK = "topk_ids", "topk_logprobs", "tail_logprob", "loss_m
 def read_entries(
     row: SourceRow, positions: np.ndarray, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(ids int64 [N, k], log-probabilities float32 [N, k], tail float32 [N] or None) of some positions of a row.
+    """Returns ids int64 [N, k], log-probabilities float32 [N, k], and tail float32 [N] or None, of some positions of a row.
 
     Raises BadRow for lists that do not belong together and for log-probabilities above 0.
     """
@@ -42,7 +42,7 @@ def read_entries(
 
 
 def _tail(row: SourceRow, positions: np.ndarray, count: int) -> np.ndarray | None:
-    """−inf, no mass at all, is null in a file."""
+    """Returns the tail of the positions, if the row has one; −inf, no mass at all, is null in a file."""
     if not row.has(TAIL):
         return None
     value = row.value(TAIL)
@@ -60,7 +60,7 @@ def _tail(row: SourceRow, positions: np.ndarray, count: int) -> np.ndarray | Non
 
 
 def table(rows: DecodedRows) -> pa.Table:
-    """A row group of a cache as plain top-k rows, with T − 1 lists each."""
+    """Returns a row group of a cache as plain top-k rows, with T − 1 lists each."""
     lengths = np.diff(rows.token_offsets)
     predicted = np.ones(len(rows.input_ids), dtype=bool)
     predicted[rows.token_offsets[:-1][lengths > 0]] = False

@@ -17,23 +17,23 @@ _DTYPES = {"b": np.bool_, "i": np.int64, "f": np.float64}
 
 
 class BadRow(ValueError):
-    """What is wrong with a row; who reads it adds file and number."""
+    """A fault of a row; whoever reads the row adds file and number."""
 
 
 class Ragged(NamedTuple):
-    """Lists of numbers one after the other: values of all, lengths int64 [n] of each."""
+    """Lists of numbers one after the other: the values of all, and the length of each, int64 [n]."""
 
     values: np.ndarray
     lengths: np.ndarray
 
     def take(self, lists: np.ndarray) -> Ragged:
-        """Some of the lists, by ascending numbers int [m]."""
+        """Returns some of the lists, by ascending numbers int [m]."""
         kept = np.zeros(len(self.lengths), dtype=bool)
         kept[lists] = True
         return Ragged(self.values[np.repeat(kept, self.lengths)], self.lengths[lists])
 
     def padded(self, fill: float, dtype: type) -> np.ndarray:
-        """The lists as rows [n, longest], filled up at their ends."""
+        """Returns the lists as rows [n, longest], filled up at their ends."""
         width = int(self.lengths.max(initial=0))
         filled = np.arange(width) < self.lengths[:, None]
         rows: np.ndarray = np.full(filled.shape, fill, dtype)
@@ -43,7 +43,7 @@ class Ragged(NamedTuple):
 
 
 def numbers(value: Any, name: str, kinds: str) -> np.ndarray:
-    """A list of numbers as an array of its own type. kinds: of numpy, such as "iu" for whole numbers.
+    """Returns a list of numbers as an array of its own type.  kinds: of numpy, such as "iu" for whole numbers.
 
     Raises BadRow for anything else, nulls included.
     """
@@ -53,7 +53,7 @@ def numbers(value: Any, name: str, kinds: str) -> np.ndarray:
 
 
 def ragged(value: Any, name: str, kinds: str) -> Ragged:
-    """A list of lists of numbers. Raises BadRow for anything else; an inner list that is null has no numbers."""
+    """Returns a list of lists of numbers; an inner list that is null has none. Raises BadRow for anything else."""
     if isinstance(value, pa.Scalar):
         lists = _list_of(value, name)
         if not _is_list(lists.type):
@@ -66,7 +66,7 @@ def ragged(value: Any, name: str, kinds: str) -> Ragged:
 
 
 def plain(value: Any) -> Any:
-    """Plain Python types of a value of either kind of source. Raises BadRow for text that is not UTF-8, and the like."""
+    """Returns a value of either kind of source in plain Python types. Raises BadRow for text that is not UTF-8, and the like."""
     if not isinstance(value, pa.Scalar):
         return value
     try:

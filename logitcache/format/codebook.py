@@ -1,9 +1,4 @@
-"""Codebook: what a shard's integers are counted from, taken from its first rows and stored in its file metadata.
-
-frequent_ids: ids by how often they are entries. A token's rank is its place in this list, and for all others its id plus the
-length of the list: the ranks of a position's entries, ascending, lie close together whatever the vocabulary's own order.
-group_profile: the typical share of each tail group, from which the positions' own shares differ by little.
-"""
+"""The codebook of a shard is made of its first rows and stored in its file metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +20,13 @@ LEAST_OCCURRENCES = 16
 
 @dataclass(frozen=True)
 class Codebook:
-    """frequent_ids: int32 [F], each once.  group_profile: int32 [G], log share of the tail in steps of the layout's rounding."""
+    """The reference that a shard's integers are counted from.
+
+    frequent_ids: int32 [F], ids by how often they are entries. A token's rank is its place in this list, and for all others its
+    id plus the length of the list: the ranks of a position's entries, ascending, lie close together whatever the vocabulary's
+    own order.  group_profile: int32 [G], the typical log share of each tail group in steps of the layout's rounding; the
+    positions' own shares differ from it by little.
+    """
 
     frequent_ids: np.ndarray
     group_profile: np.ndarray

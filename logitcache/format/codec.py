@@ -1,4 +1,4 @@
-"""SparseTargets ↔ Arrow columns.
+"""SparseTargets are encoded to Arrow columns, and decoded.
 
 One row per sequence. What belongs to positions is flattened over the row's stored positions, so that every column is
 one list of numbers that any Parquet reader opens:
@@ -53,7 +53,7 @@ from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
 def encode(
     sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets], layout: Layout, codebook: Codebook
 ) -> pa.Table:
-    """Rows of a shard. `targets[i]` holds the stored positions of `sequences[i]`, in order."""
+    """Encodes rows of a shard. `targets[i]` holds the stored positions of `sequences[i]`, in order."""
     schema = layout.schema()
     lengths = np.array([len(s.input_ids) for s in sequences])
     positions = np.array([len(t) for t in targets])
@@ -96,7 +96,7 @@ class DecodedRows(Sequence[CachedSequence]):
     """
 
     def __init__(self, table: pa.Table, layout: Layout) -> None:
-        """`table` carries the file's metadata. Raises KeyError and ValueError where that or a number means nothing."""
+        """Decodes a table with the file's metadata. Raises KeyError or ValueError if that or a number makes no sense."""
         check_columns(table, layout.schema(), layout.columns)
         self.row_ids = table["row_id"].to_pylist()
         self._columns = {name: table[name].to_pylist() for name in layout.columns}
@@ -154,7 +154,7 @@ MOST_PADDED, MOST_PADDING = 1 << 26, 4
 def _levelled_entries(
     targets: SparseTargets, quantization: QuantizationSpec, ranks_of_ids: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Entries in ascending order of rank: gaps and levels [Σ num_entries], lowest level [M]."""
+    """Returns entries in ascending order of rank: gaps and levels [Σ num_entries], lowest level [M]."""
     held = targets.token_ids != PAD_ID
     levels = quantization.levels(targets.logprobs)
     lowest = levels.max(axis=1, initial=-1)
@@ -169,7 +169,7 @@ def _levelled_entries(
 def _entries_of_levels(
     values: dict[str, np.ndarray], quantization: QuantizationSpec, ids_of_ranks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities [M, k], most probable first, padded."""
+    """Returns ids and log-probabilities [M, k], most probable first, padded."""
     num_entries, lowest = values["num_entries"], values["lowest_level"]
     _check_range("entries that do not ascend", values["id_gaps"], 0, np.iinfo(np.int32).max)
     gaps = _padded(values["id_gaps"], num_entries, 0)
@@ -203,7 +203,7 @@ def _check_range(what: str, values: np.ndarray, low: int, high: int) -> None:
 
 
 def _sorted_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of pairs of numbers ≥ 0, int32 [M, k], each row in ascending order of the first number, then the second."""
+    """Sorts pairs of numbers ≥ 0, int32 [M, k], in each row: by the first number, then by the second."""
     if not first.size:
         return first, second
     bits = int(second.max()).bit_length()
@@ -227,7 +227,7 @@ def _lists(values: np.ndarray, lengths: np.ndarray, arrow_type: pa.DataType) -> 
 
 
 def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values of a list column and its row offsets [rows + 1]."""
+    """Returns the values of a list column and its row offsets, [rows + 1]."""
     lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
     offsets = lists.offsets.to_numpy().astype(np.int64)
     values = lists.values.to_numpy(zero_copy_only=False)
@@ -235,7 +235,7 @@ def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_columns(table: pa.Table, wanted: Iterable[pa.Field], kept: Container[str]) -> None:
-    """Raises ValueError where a column is missing, is of another type or, but for those of `kept`, lacks a value."""
+    """Raises ValueError if a column is missing, is of another type or, unless it is in `kept`, lacks a value."""
     for field in wanted:
         index = table.schema.get_field_index(field.name)
         if index < 0:
@@ -254,7 +254,7 @@ def _check_offsets(name: str, offsets: np.ndarray, expected: np.ndarray) -> None
 
 
 def _padded(values: np.ndarray, num_entries: np.ndarray, fill: float) -> np.ndarray:
-    """[Σ num_entries] → [M, max num_entries]; a view where all positions have equally many."""
+    """Spreads [Σ num_entries] over [M, max num_entries]; a view if all positions have equally many."""
     k = int(num_entries.max(initial=0))
     if len(num_entries) * k > max(MOST_PADDED, MOST_PADDING * len(values)):
         raise ValueError(f"{len(num_entries):,} positions of up to {k:,} entries hold only {len(values):,}")

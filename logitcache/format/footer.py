@@ -1,4 +1,4 @@
-"""A Parquet file's footer, compared with the manifest before a page is decompressed: its claims bound its reader's memory."""
+"""A Parquet file's footer is compared with the manifest before a page is decompressed: its claims bound a reader's memory."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """What a footer says of a row group."""
+    """The claims of a footer about a row group."""
 
     num_rows: int
     chunks: tuple[Chunk, ...]
 
     @property
     def claimed_bytes(self) -> int:
-        """What its pages, and its values, take uncompressed."""
+        """Bytes that its pages, and its values, take uncompressed."""
         return sum(max(chunk.num_bytes, 4 * chunk.num_values) for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
 class Footer:
-    """metadata: as Arrow has it; none of its row groups' columns are to be asked for, see `thrift`."""
+    """The footer of a file.  metadata: as Arrow has it; none of its row groups' columns are to be asked for, see `thrift`."""
 
     row_groups: tuple[RowGroup, ...]
     metadata: pq.FileMetaData
@@ -65,7 +65,7 @@ class Footer:
 
 
 def read_footer(file: BinaryIO, num_bytes: int) -> Footer:
-    """Reads the footer of a Parquet file of so many bytes. Raises ValueError where it has none, or claims too much memory."""
+    """Reads the footer of a Parquet file of so many bytes. Raises ValueError if it has none, or claims too much memory."""
     content = _content(file, num_bytes)
     try:
         footer = Footer(_row_groups(content), pq.read_metadata(pa.BufferReader(content)))
@@ -86,7 +86,7 @@ def read_footer(file: BinaryIO, num_bytes: int) -> Footer:
 
 
 def _content(file: BinaryIO, num_bytes: int) -> bytes:
-    """The footer, its length and the four letters."""
+    """Reads the footer, its length and the four letters."""
     file.seek(max(num_bytes - TAIL_BYTES, 0))
     tail = file.read(TAIL_BYTES)
     if len(tail) < 12 or tail[-4:] != _MAGIC:
@@ -121,17 +121,17 @@ def _count(value: Any) -> int:
 
 
 def read_metadata(file: BinaryIO, num_bytes: int) -> pq.FileMetaData:
-    """A footer as Arrow has it, of a file that was checked before."""
+    """Reads the footer, as Arrow has it, of a file that was checked before."""
     return pq.read_metadata(pa.BufferReader(_content(file, num_bytes)))
 
 
 def open_parquet(source: Any, metadata: pq.FileMetaData, **options: Any) -> pq.ParquetFile:
-    """A Parquet file whose footer was read."""
+    """Opens a Parquet file whose footer was read."""
     return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, **options)
 
 
 def check_footer(footer: Footer, info: ShardInfo, layout: Layout) -> None:
-    """Raises ValueError where a shard claims other rows, or more values, than the manifest says of it."""
+    """Raises ValueError if a shard claims other rows, or more values, than the manifest says of it."""
     sizes = footer.row_group_sizes
     if sizes != list(info.row_group_sizes):
         raise ValueError(f"it has {len(sizes)} row groups of {sum(sizes):,} rows, not those of the manifest")
@@ -145,7 +145,7 @@ def check_footer(footer: Footer, info: ShardInfo, layout: Layout) -> None:
 
 
 def check_pages(file: BinaryIO, group: RowGroup) -> None:
-    """Raises ValueError where pages claim more values, or more bytes uncompressed, than the footer says of their column."""
+    """Raises ValueError if pages claim more values, or more bytes uncompressed, than the footer says of their column."""
     for chunk in group.chunks:
         try:
             num_values, num_bytes = _claims_of_pages(file, chunk)
@@ -159,7 +159,7 @@ def check_pages(file: BinaryIO, group: RowGroup) -> None:
 
 
 def _claims_of_pages(file: BinaryIO, chunk: Chunk) -> tuple[int, int]:
-    """Values and uncompressed bytes, a dictionary's included, by the headers of a column's pages."""
+    """Returns values and uncompressed bytes, a dictionary's included, by the headers of a column's pages."""
     at, end = chunk.begin, chunk.begin + chunk.compressed_bytes
     num_values = num_bytes = 0
     while at < end:
@@ -177,7 +177,7 @@ def _claims_of_pages(file: BinaryIO, chunk: Chunk) -> tuple[int, int]:
 
 
 def _most_values(info: ShardInfo, layout: Layout) -> dict[str, int]:
-    """Values of each column in a shard with these counts; an empty list counts as one."""
+    """Returns the values of each column in a shard with these counts; an empty list counts as one."""
     lists = {"input_ids": info.num_tokens, "loss_mask": info.num_tokens}
     lists |= dict.fromkeys(layout.values_per_entry(), info.num_entries)
     lists |= {name: info.num_positions * count for name, (_, count) in layout.values_per_position().items()}

@@ -1,4 +1,4 @@
-"""Layout: which columns a cache holds and how their numbers are rounded; JSON in every shard and in the manifest."""
+"""The layout of a cache: its columns and the rounding of their numbers, as JSON in every shard and in the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METADATA_KEY = b"logitcache"
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns a cache holds.
+    """The columns of a cache.
 
     vocab_size: V of the teacher.  tail_parts: what is stored of the tail beside its mass.  columns: Arrow type name of each
     kept source column.  precision: a name in `quantization.PRESETS`.  quantization: what that name meant when the cache was
@@ -42,11 +42,11 @@ class Layout:
 
     @property
     def stored_format(self) -> dict[str, Any]:
-        """What a fingerprint says of the format: its version, and how numbers are rounded."""
+        """The record of the format in a fingerprint: its version, and how numbers are rounded."""
         return {"version": FORMAT_VERSION, "rounding": self.quantization.to_json() if self.quantization else None}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns the layout as plain JSON types."""
         return {
             "format_version": FORMAT_VERSION,
             "vocab_size": self.vocab_size,
@@ -58,7 +58,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
-        """Inverse of `to_json`; what format 1 wrote reads as exact."""
+        """Returns the layout of `to_json`; what format 1 wrote reads as exact."""
         rounding = data.get("rounding")
         return cls(
             vocab_size=data["vocab_size"],
@@ -69,7 +69,7 @@ class Layout:
         )
 
     def values_per_position(self) -> dict[str, tuple[pa.DataType, int]]:
-        """Columns with a fixed number of values per stored position: name → (Arrow type, that number)."""
+        """Returns the columns with a fixed number of values per stored position: name → (Arrow type, that number)."""
         columns = {"num_entries": (pa.int32(), 1), "tail_logprob": (pa.float32(), 1)}
         if self.quantization:
             columns["lowest_level"] = (pa.int32(), 1)
@@ -79,18 +79,18 @@ class Layout:
 
     @cached_property
     def tail_columns(self) -> dict[str, Column]:
-        """Columns of the tail's optional parts by name."""
+        """The columns of the tail's optional parts by name."""
         parts = self.tail_parts.stored()
         return {n: c for part, value in parts for n, c in part.columns(value, self.quantization).items()}
 
     def values_per_entry(self) -> dict[str, pa.DataType]:
-        """Columns with a value per entry: name → Arrow type."""
+        """Returns the columns with a value per entry: name → Arrow type."""
         if self.quantization:
             return {"id_gaps": pa.int32(), "levels_above_lowest": pa.int32()}
         return {"token_ids": pa.int32(), "logprobs": pa.float32()}
 
     def schema(self) -> pa.Schema:
-        """The Arrow schema of every shard, metadata included."""
+        """Returns the Arrow schema of every shard, metadata included."""
         lists = {"input_ids": pa.int32(), "loss_mask": pa.bool_(), **self.values_per_entry()}
         lists |= {name: arrow_type for name, (arrow_type, _) in self.values_per_position().items()}
         fields = [pa.field("row_id", pa.string())]
@@ -99,7 +99,7 @@ class Layout:
         return pa.schema(fields, metadata={METADATA_KEY: json.dumps(self.to_json())})
 
     def parquet_options(self) -> dict[str, Any]:
-        """Keyword arguments of `pyarrow.parquet.ParquetWriter`.
+        """Returns keyword arguments of `pyarrow.parquet.ParquetWriter`.
 
         BYTE_STREAM_SPLIT puts the low bytes of a column together and the high ones, mostly zero, elsewhere, which zstd's
         entropy coder then sees apart. `tools/bench_codec.py` compares it with the other encodings, and zstd's levels.
@@ -130,7 +130,7 @@ RESERVED_COLUMNS = _reserved()
 
 
 def read_layout(metadata: Mapping[bytes, bytes] | None, where: str) -> Layout:
-    """Layout from a shard's schema metadata. Raises UserError for foreign and altered files and for newer formats."""
+    """Reads the layout in a shard's schema metadata. Raises UserError for foreign and altered files and for newer formats."""
     if not metadata or METADATA_KEY not in metadata:
         raise UserError(f"{where} is not a shard of a logitcache (no such schema metadata)")
     try:
@@ -144,7 +144,7 @@ def read_layout(metadata: Mapping[bytes, bytes] | None, where: str) -> Layout:
 
 
 def check_version(found: int, where: str) -> None:
-    """Raises UserError where a file was written in a newer format than this code reads."""
+    """Raises UserError if a file was written in a newer format than this code reads."""
     if found > FORMAT_VERSION:
         raise UserError(
             f"{where} is written in cache format {found}, this logitcache reads up to format {FORMAT_VERSION}: "

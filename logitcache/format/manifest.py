@@ -1,4 +1,4 @@
-"""logitcache.json: what a cache is and what it was made from. Written last: its presence means a complete cache."""
+"""The manifest, logitcache.json, says what a cache is and was made from. It is written last: with it, a cache is complete."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ MAX_VOCAB_SIZE = 1 << 24
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of logitcache.json.
+    """The content of logitcache.json.
 
-    layout: the columns.  fingerprint: teacher, tokenizer, corpus and capture settings, as the build recorded them.
-    skipped: documents left out, by reason.  shards: in row order.  files: SHA-256 of every other file that a reader
-    trusts, by its name in the cache (tokenizer, tail groups).  history: what made this cache of others, oldest first:
-    {"command": "slice", …} with its settings and the `created_by` of the version that ran it.
+    layout: the columns.  fingerprint: teacher, tokenizer, corpus and capture settings, as the build recorded them.  skipped:
+    documents left out, by reason.  shards: in row order.  files: SHA-256 of every other file that a reader trusts, by its name
+    in the cache (tokenizer, tail groups).  history: the steps that made this cache of others, oldest first: {"command":
+    "slice", …} with its settings and the `created_by` of the version that ran it.
     """
 
     layout: Layout
@@ -87,7 +87,7 @@ class Manifest:
         return sum(shard.num_bytes for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; totals are there for people and checked against the shards on reading."""
+        """Returns plain JSON types; totals are there for people and checked against the shards on reading."""
         return {
             "format_version": FORMAT_VERSION,
             "created_by": self.created_by,
@@ -104,7 +104,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
-        """Inverse of `to_json`.
+        """Returns the manifest of `to_json`.
 
         Raises UserError for a newer format, values of another kind than ours, names of files that no cache has or that stand
         there twice, SHA-256 that are none, and totals that are not theirs.
@@ -160,7 +160,7 @@ class Manifest:
         return manifest
 
     def to_bytes(self) -> bytes:
-        """Content of logitcache.json, its own checksum at the end."""
+        """Returns the content of logitcache.json, with its own checksum at the end."""
         data = self.to_json() | {CHECKSUM_NAME: _NO_CHECKSUM}
         content = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
         return content[:_CHECKSUM_AT] + _checksum(content).encode() + content[_CHECKSUM_AT + len(_NO_CHECKSUM) :]
@@ -175,13 +175,13 @@ _CHECKSUM_AT = -len(f'{_NO_CHECKSUM}"\n}}\n')
 
 
 def _checksum(content: bytes) -> str:
-    """SHA-256 of a manifest's content with zeros for the digits of its own checksum."""
+    """Returns the SHA-256 of a manifest's content with zeros for the digits of its own checksum."""
     end = content[_CHECKSUM_AT + len(_NO_CHECKSUM) :]
     return hashlib.sha256(content[:_CHECKSUM_AT] + _NO_CHECKSUM.encode() + end).hexdigest()
 
 
 def is_as_written(content: bytes, parts: Container[str]) -> bool:
-    """Whether a manifest is, byte for byte, what was written; True where it has no checksum of its own to tell by.
+    """Tells whether a manifest is, byte for byte, as it was written; True if it has no checksum of its own to tell by.
 
     parts: the names of its parts. The checksum is known by its place too, should its name be what is damaged.
     """
@@ -230,8 +230,7 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
 
     shape: a type, or a union of types; a set of texts, one of which it is; [the shape of every item]; {name: shape of that
     part}, with other parts beside them, or with `...` for the name of any part. The shape of a part that may be missing stands
-    in a tuple.
-    Numbers are finite and not below 0; where floats are wanted whole numbers will do.
+    in a tuple. Numbers are finite and not below 0; whole numbers pass for floats.
     """
     kind = shape if isinstance(shape, type | UnionType) else str if isinstance(shape, set) else type(shape)
     fits = isinstance(value, (int, float) if kind is float else kind)
@@ -251,7 +250,7 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a file name in a manifest is a path that stays in the cache, as every file system writes and holds it."""
+    """Tells whether a file name in a manifest is a path that stays in the cache, as every file system writes and holds it."""
     path = PurePosixPath(name)
     plain = name.isprintable() and str(path) == name and not {"\\", ":"} & set(name)
     if not plain or path.is_absolute() or ".." in path.parts:
@@ -260,18 +259,18 @@ def is_plain(name: str) -> bool:
 
 
 def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
-    """SHA-256 of a fingerprint as JSON with sorted keys, 64 hexadecimal digits: equal for caches made alike."""
+    """Returns the SHA-256 of a fingerprint as JSON with sorted keys, 64 hexadecimal digits: equal for caches made alike."""
     canonical = json.dumps(fingerprint, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def cache_identity(folder: Folder) -> str:
-    """SHA-256 of logitcache.json, 64 hexadecimal digits: it names every file's SHA-256, so it identifies the cache."""
+    """Returns the SHA-256 of logitcache.json, which names that of every file, 64 hexadecimal digits: it identifies the cache."""
     return hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest()
 
 
 def read_identity(text: str) -> str:
-    """The identity that somebody wrote for `--against`, in lower case. Raises UserError where it is none."""
+    """Reads the identity that somebody wrote for `--against`, in lower case. Raises UserError if it is none."""
     if not re.fullmatch("[0-9a-fA-F]{64}", text):
         raise UserError(
             f"--against {text[:80]}: the 64 hexadecimal digits of a cache's identity are wanted, as `logitcache build` and "
@@ -281,7 +280,7 @@ def read_identity(text: str) -> str:
 
 
 def check_identity(identity: str, against: str | None, where: str) -> None:
-    """Raises UserError where the identity of a cache is not the one that somebody trusts, where they give one."""
+    """Raises UserError if the identity of a cache is not `against`, the one that somebody trusts, unless that is None."""
     if against is not None and identity != read_identity(against):
         raise UserError(f"{where} is not the cache that --against names: its identity is {identity}")
 
@@ -289,14 +288,13 @@ def check_identity(identity: str, against: str | None, where: str) -> None:
 def read_manifest(folder: Folder) -> Manifest:
     """Reads logitcache.json of a finished cache.
 
-    Raises UserError when there is none (saying how to finish an interrupted build), when it does not parse, and for a
-    newer format.
+    Raises UserError if there is none (saying how to finish an interrupted build), if it does not parse, and for a newer format.
     """
     return parse_manifest(manifest_content(folder), folder.where(MANIFEST_NAME))
 
 
 def manifest_content(folder: Folder) -> bytes:
-    """logitcache.json of a finished cache as it is. Raises UserError when there is none."""
+    """Reads logitcache.json of a finished cache as it is. Raises UserError if there is none."""
     if not folder.exists(MANIFEST_NAME):
         if folder.exists(UNFINISHED_NAME):
             raise UserError(
@@ -311,7 +309,7 @@ def manifest_content(folder: Folder) -> bytes:
 
 
 def parse_manifest(content: bytes, path: str) -> Manifest:
-    """A manifest of its JSON; `path` names it in messages. Raises UserError as `read_manifest` does."""
+    """Parses a manifest; `path` names it in messages. Raises UserError as `read_manifest` does."""
     try:
         data = json.loads(content)
     except json.JSONDecodeError as error:
@@ -328,7 +326,7 @@ _PLACES = ("path", "name")
 
 
 def source_of(folder: Folder, identity: str, manifest: Manifest) -> dict[str, Any]:
-    """Plain JSON: where a cache lay, by which hashes it is told from others, how much it held."""
+    """Returns, as plain JSON, where a cache lay, by which hashes it is told from others, how much it held."""
     return {
         "path": folder.location,
         "manifest_sha256": identity,
@@ -340,7 +338,7 @@ def source_of(folder: Folder, identity: str, manifest: Manifest) -> dict[str, An
 
 
 def without_secrets_of_sources(manifest: Manifest) -> Manifest:
-    """A manifest whose records of sources, of an earlier version perhaps, hold no secrets of URLs.
+    """Returns a manifest whose records of sources, of an earlier version perhaps, hold no secrets of URLs.
 
     Raises UserError for records within records without end, which no command writes.
     """

@@ -1,4 +1,4 @@
-"""Levels of log-probability: what `balanced` and `compact` store instead of floats.
+"""Levels of log-probability are what `balanced` and `compact` store instead of floats.
 
 Level c stands for the probability (1 − c/n)², so that equal steps of c are equal steps of √p: the probable tokens, which
 carry the divergences, are known to a thousandth of a nat, improbable ones to D nats and no finer. Where those steps would
@@ -31,7 +31,7 @@ MOST_STEP = 16.0
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """How numbers are rounded that a cache does not keep as captured; recorded in every shard.
+    """The rounding of the numbers that a cache does not store as captured; recorded in every shard.
 
     square_root_steps: n.  uniform_step: D, nats.  tail_step: nats, of tails, tempered tails and the tail's entropy.
     group_step: nats, of the log of a group's share of the tail.  sample_step: nats, of sampled log-probabilities.
@@ -74,12 +74,12 @@ class QuantizationSpec:
         return least
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns the steps as plain JSON types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> QuantizationSpec:
-        """Inverse of `to_json`. Raises TypeError and ValueError for what rounds nothing."""
+        """Returns the rounding of `to_json`. Raises TypeError or ValueError for steps that round nothing."""
         quantization = cls(**data)
         steps = (quantization.uniform_step, quantization.tail_step, quantization.group_step, quantization.sample_step)
         if type(quantization.square_root_steps) is not int or not all(isinstance(step, float | int) for step in steps):
@@ -104,7 +104,7 @@ def check_precision(precision: str) -> None:
 
 
 def mass_tolerance(precision: str) -> float:
-    """How far entries and tail of a position may miss a sum of 1 once their log-probabilities have been rounded.
+    """Returns how far entries and tail of a position may miss a sum of 1 once their log-probabilities have been rounded.
 
     It is the tolerance of stored numbers, the largest that rounding each by itself can need; `scaling` makes up for it.
     """
@@ -113,7 +113,7 @@ def mass_tolerance(precision: str) -> float:
 
 
 def mass_tolerances(logprobs: np.ndarray, precision: str, quantization: QuantizationSpec | None) -> np.ndarray:
-    """`mass_tolerance` of each position [M], more where its entries [M, k] are so improbable that rounding moves them by more."""
+    """Returns `mass_tolerance` of each position [M], more for entries [M, k] so improbable that rounding moves them by more."""
     least = mass_tolerance(precision)
     if quantization is None:
         return np.full(len(logprobs), least)

@@ -1,4 +1,4 @@
-"""Masses that were rounded one by one, brought to add up again."""
+"""Masses that were rounded one by one are brought to add up again."""
 
 from __future__ import annotations
 

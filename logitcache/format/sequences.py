@@ -1,4 +1,4 @@
-"""Token sequences, as a corpus yields them and as a cache holds them."""
+"""Token sequences, as a corpus yields them and as a cache stores them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shard files: written whole or not at all, in row groups small enough to shuffle by."""
+"""Shard files are written whole or not at all, in row groups small enough to shuffle by."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ROW_GROUP_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest records of a shard.
+    """The manifest's record of a shard.
 
     name: relative to the cache, with forward slashes.  num_entries: over all positions.  longest: tokens of the longest
-    sequence.  mean_tail_mass: mean over the positions of the teacher's probability outside the entries.
-    row_group_sizes: rows of each row group, so that a reader shuffles without opening shards.
+    sequence.  mean_tail_mass: mean over the positions of the teacher's probability outside the entries.  row_group_sizes: rows
+    of each row group, so that a reader shuffles without opening shards.
     """
 
     name: str
@@ -46,22 +46,22 @@ class ShardInfo:
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns the record as plain JSON types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`."""
+        """Returns the record of `to_json`."""
         return cls(**{**data, "row_group_sizes": tuple(data["row_group_sizes"])})
 
 
 def shard_name(index: int, count: int) -> str:
-    """Name of shard `index` of `count`, relative to the cache: data/train-00000-of-00128.parquet."""
+    """Returns the name of shard `index` of `count`, relative to the cache: data/train-00000-of-00128.parquet."""
     return f"data/train-{index:05d}-of-{count:05d}.parquet"
 
 
 class ShardWriter:
-    """Context manager that writes one shard; the file appears when the block ends without an exception."""
+    """A context manager that writes one shard; the file appears when the block ends without an exception."""
 
     def __init__(self, folder: Folder, name: str, layout: Layout) -> None:
         self._folder = folder
@@ -90,7 +90,7 @@ class ShardWriter:
 
     @contextmanager
     def _open(self) -> Iterator[pq.ParquetWriter]:
-        """The file is closed on every way out: an open one would go on holding its space on a full disk."""
+        """Closes the file on every way out: an open one would go on taking space on a full disk."""
         with self._folder.writing(self._name) as temporary:
             with (
                 pa.OSFile(str(temporary), "wb") as file,
@@ -135,7 +135,7 @@ class ShardWriter:
 
     @property
     def info(self) -> ShardInfo:
-        """What was written; valid after the block."""
+        """The record of the shard; valid after the block."""
         return ShardInfo(
             name=self._name,
             longest=self._longest,

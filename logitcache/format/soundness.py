@@ -1,7 +1,7 @@
-"""Can a teacher have given these targets, and do the rows agree with themselves?
+"""Decoded rows are refused if no teacher can have given their targets, or if they contradict themselves.
 
-`check_rows` looks at every row group that is decoded, for a few hundredths of the time that decoding takes: ids, lengths, masses,
-tails. `find_wrong` looks closely; the reader asks it where something seems wrong, `logitcache verify` always.
+`check_rows` looks at every row group that is decoded, for a few hundredths of the time that decoding takes: ids, lengths,
+masses, tails. `find_wrong` looks closely; the reader asks it if something seems wrong, `logitcache verify` always.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _row_of(place: int, offsets: np.ndarray) -> int:
 
 
 def _trained(loss_mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Trained tokens of each row: int64 [rows]. Its first, which nothing predicts, is none of them."""
+    """Counts the trained tokens of each row, int64 [rows]. The first token of a row, which nothing predicts, is none of them."""
     running = np.concatenate([[0], np.cumsum(loss_mask)])
     return np.diff(running[offsets])
 
@@ -57,7 +57,7 @@ def _outside(ids: np.ndarray, vocab_size: int, least: int = 0) -> bool:
 
 
 def _is_doubtful(rows: DecodedRows, layout: Layout) -> bool:
-    """Whether something may be wrong. False only where nothing is that training relies on."""
+    """Tells whether something may be wrong: False only if nothing is that training relies on."""
     targets = rows.targets
     ids, others = targets.token_ids, tail_ids(targets)
     # Of a rounded cache the decoder made the ids of ranks that ascend: they are in the vocabulary, none is there twice.
@@ -77,7 +77,7 @@ def _is_doubtful(rows: DecodedRows, layout: Layout) -> bool:
 
 
 def _masses(logprobs: np.ndarray) -> np.ndarray:
-    """Sum of the probabilities of each position, float32 [M], in blocks that stay in the processor's cache."""
+    """Returns the sum of the probabilities of each position, float32 [M], in blocks that stay in the processor's cache."""
     masses = np.empty(len(logprobs), np.float32)
     size = max(BLOCK_ENTRIES // max(logprobs.shape[1], 1), 1)
     probs = np.empty((min(size, len(logprobs)), logprobs.shape[1]), np.float32)
@@ -89,7 +89,7 @@ def _masses(logprobs: np.ndarray) -> np.ndarray:
 
 
 def _repeats(ids: np.ndarray, others: Sequence[np.ndarray]) -> bool:
-    """Whether a position has an entry twice, or an id of the tail that is an entry. ids: [M, k].  others: [M, s] each.
+    """Tells whether a position has an entry twice, or an id of the tail that is an entry.  ids: [M, k].  others: [M, s] each.
 
     Sorting takes longer than all else: of more than `SORTED_ENTRIES` it looks at positions that lie equally far apart.
     """
@@ -108,7 +108,7 @@ def _repeats(ids: np.ndarray, others: Sequence[np.ndarray]) -> bool:
 
 
 def find_wrong(targets: SparseTargets, layout: Layout) -> tuple[int, str] | None:
-    """The first position that no teacher can have given, with what is wrong with it, or None."""
+    """Finds the first position that no teacher can have given, and what is wrong with it; None if there is none."""
     with np.errstate(over="ignore", invalid="ignore"):
         tolerance = mass_tolerances(targets.logprobs, layout.precision, layout.quantization)
         found = find_defect(targets, layout.vocab_size, mass_tolerance=tolerance)
@@ -121,7 +121,7 @@ def find_wrong(targets: SparseTargets, layout: Layout) -> tuple[int, str] | None
 
 
 def _tail_defects(targets: SparseTargets, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    """What may be wrong with the tail, and with which positions it is, bool [M]. A comparison with no number is false."""
+    """Yields what may be wrong with the tail, and with which positions it is, bool [M]. A comparison with no number is false."""
     yield "a tail log-probability above 0", targets.tail_logprob > 1e-4
     for part in parts_of(targets):
         yield from part.defects(targets, layout.quantization)

@@ -1,4 +1,4 @@
-"""The partition of the vocabulary into tail groups, as a cache stores it: tail_groups.parquet, columns id and group."""
+"""The partition of the vocabulary into tail groups is stored as tail_groups.parquet, with the columns id and group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TailPart: what the code asks of an optional number that a cache stores of the tail. `tail_parts` has the table of them."""
+"""TailPart is the interface of an optional number that a cache stores of the tail. `tail_parts` has the table of them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True)
 class Leaving:
-    """Entries that leave their positions' lists and join the tails.
+    """Entries D that leave their positions' lists and join the tails T, of masses t; all is float64.
 
-    targets: before that, M positions.  leaves: which entries do, bool [M, k].  logprobs: their log-probabilities, −inf for
-    the others, float64 [M, k].  mass: log of their sum, float64 [M].  tail: log mass of the new tail, float64 [M].
-    tail_groups: group of each id, int [V]; needed by targets with tail groups.  random: decides tail samples.
+    targets: before that, M positions.  leaves: which entries do, bool [M, k].  logprobs: their log-probabilities, −inf for the
+    others [M, k].  mass: log of their sum [M].  tail: log mass of the new tail [M].  tail_groups: group of each id, int [V];
+    needed by targets with tail groups.  random: decides tail samples.
     """
 
     targets: SparseTargets
@@ -76,39 +76,39 @@ class TailPart(ABC):
         return f"--{self.option.replace('_', '-')}"
 
     def width(self, value: Any) -> int:
-        """How many numbers a field holds of one position. value: of the part in `TailParts`."""
+        """Returns how many numbers a field holds of one position.  value: of the part in `TailParts`."""
         return len(value) if isinstance(value, tuple) else int(value)
 
     def refusals(self, value: Any, vocab_size: int) -> Iterator[str]:
-        """Why a teacher of `vocab_size` tokens cannot give so much: one line each."""
+        """Yields why a teacher of `vocab_size` tokens cannot give so much: one line each."""
         if value < 0:
             yield f"{self.flag} {value}: must not be negative"
 
     def shared(self, values: Sequence[Any]) -> Any:
-        """What all of several caches hold, given the value of each."""
+        """Returns what all of several caches hold, given the value of each."""
         return values[0] if all(value == values[0] for value in values) else self.absent
 
     def describe(self, value: Any) -> str:
-        """What is stored, in a few words."""
+        """Says in a few words what is stored."""
         return f"{value} {self.name}"
 
     def columns(self, value: Any, quantization: QuantizationSpec | None) -> dict[str, Column]:
-        """The columns on disk by name."""
+        """Returns the columns on disk by name."""
         return {f.name: Column(pa.from_numpy_dtype(f.dtype), self.width(value), f.meaning) for f in self.fields}
 
     def is_in(self, targets: SparseTargets) -> bool:
-        """Whether the targets hold this part."""
+        """Tells whether the targets hold this part."""
         values = getattr(targets, self.fields[0].name)
         return bool(values) if isinstance(values, Mapping) else values is not None
 
     def of(self, targets: SparseTargets, value: Any) -> dict[str, Any]:
-        """This part's fields of targets that hold it."""
+        """Returns this part's fields of targets that hold it."""
         return {field.name: getattr(targets, field.name) for field in self.fields}
 
     def encode(
         self, targets: SparseTargets, quantization: QuantizationSpec | None, codebook: Codebook
     ) -> dict[str, np.ndarray]:
-        """The columns of M positions, [M] or [M, width] each."""
+        """Returns the columns of M positions, [M] or [M, width] each."""
         return {f.name: to_step(getattr(targets, f.name), quantization, f.step) for f in self.fields}
 
     def decode(
@@ -119,46 +119,46 @@ class TailPart(ABC):
         quantization: QuantizationSpec | None,
         codebook: Codebook | None,
     ) -> dict[str, Any]:
-        """Inverse of `encode`: the fields. columns: [M, width] each."""
+        """Returns the fields of encoded columns, [M, width] each."""
         return self.unpack(columns, value)
 
     def unpack(self, arrays: Mapping[str, np.ndarray], value: Any) -> dict[str, Any]:
-        """The fields in the form that SparseTargets has, of arrays [M, width] by name of the field."""
+        """Returns the fields in the form that SparseTargets has, of arrays [M, width] by name of the field."""
         return {f.name: arrays[f.name][:, 0] if self.per_position else arrays[f.name] for f in self.fields}
 
     @abstractmethod
     def truncate(self, leaving: Leaving) -> dict[str, Any]:
-        """The fields once entries have joined the tail."""
+        """Returns the fields once entries have joined the tail."""
 
     def rescaled(self, targets: SparseTargets) -> dict[str, Any]:
-        """The fields that a batch holds otherwise: masses that were rounded one by one and add up to the tail again."""
+        """Returns the fields that a batch holds otherwise: masses that were rounded one by one and add up to the tail again."""
         return {}
 
     def defects(
         self, targets: SparseTargets, quantization: QuantizationSpec | None
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """What may be wrong, and at which positions it is, bool [M]: quick enough for whatever is decoded."""
+        """Yields what may be wrong, and at which positions it is, bool [M]: quick enough for whatever is decoded."""
         yield from ()
 
     def close_defects(self, targets: SparseTargets, vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
-        """The same of what takes longer to see."""
+        """Yields the same of what takes longer to see."""
         yield from ()
 
 
 def logsumexp(logprobs: np.ndarray) -> np.ndarray:
-    """Log of the sum of each row of [M, k], −inf for an empty one: [M]."""
+    """Returns the log of the sum of each row of [M, k], −inf for an empty one: [M]."""
     total: np.ndarray = np.logaddexp.reduce(logprobs, axis=1, initial=-np.inf)
     return total
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """exp(part − whole), 0 where both are nothing."""
+    """Returns exp(part − whole), 0 if both are nothing."""
     quotient: np.ndarray = np.exp(part - np.where(np.isneginf(whole), 0.0, whole))
     return quotient
 
 
 def to_step(values: np.ndarray, quantization: QuantizationSpec | None, step: str) -> np.ndarray:
-    """The nearest multiples of that step of the quantization, float32; the values themselves without a step."""
+    """Returns the nearest multiples of that step of the quantization, float32; the values themselves without a step."""
     if not step:
         return values
     return rounded(values, getattr(quantization, step) if quantization else None)

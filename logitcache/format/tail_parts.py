@@ -53,7 +53,7 @@ class _Groups(TailPart):
     def encode(
         self, targets: SparseTargets, quantization: QuantizationSpec | None, codebook: Codebook
     ) -> dict[str, np.ndarray]:
-        """Levels: 0 for a group without mass, otherwise 1 + the zigzag code of its difference from the profile."""
+        """Encodes 0 for a group without mass, otherwise 1 + the zigzag code of its difference from the profile."""
         groups = targets.group_logprobs
         assert groups is not None
         if quantization is None:
@@ -86,7 +86,7 @@ class _Groups(TailPart):
         return {"group_logprobs": logprobs}
 
     def truncate(self, leaving: Leaving) -> dict[str, Any]:
-        """log(t + Σ_D p) of each group."""
+        """Computes log(t + Σ_D p) of each group."""
         targets, logprobs, tail_groups = leaving.targets, leaving.logprobs, leaving.tail_groups
         assert targets.group_logprobs is not None and tail_groups is not None
         scaled = scaled_to_tail(targets.group_logprobs, targets.tail_logprob)
@@ -163,7 +163,7 @@ class _Temperatures(TailPart):
         return {"tempered_tail": dict(zip(value, arrays["tempered_tail"].T, strict=True))}
 
     def truncate(self, leaving: Leaving) -> dict[str, Any]:
-        """log(Σ_T p^(1/τ) + Σ_D p^(1/τ))."""
+        """Computes log(Σ_T p^(1/τ) + Σ_D p^(1/τ))."""
         tempered = {
             t: np.logaddexp(before, logsumexp(leaving.logprobs / t)).astype(np.float32)
             for t, before in leaving.targets.tempered_tail.items()
@@ -189,7 +189,7 @@ class _Entropy(TailPart):
         return "entropy"
 
     def truncate(self, leaving: Leaving) -> dict[str, Any]:
-        """(t·e + Σ_D p log p) / (t + Σ_D p)."""
+        """Computes (t·e + Σ_D p log p) / (t + Σ_D p)."""
         targets, logprobs, tail = leaving.targets, leaving.logprobs, leaving.tail
         finite = np.where(np.isneginf(logprobs), 0.0, logprobs)
         before = ratio(targets.tail_logprob.astype(np.float64), tail) * targets.tail_entropy
@@ -213,7 +213,7 @@ class _Samples(TailPart):
     )
 
     def truncate(self, leaving: Leaving) -> dict[str, Any]:
-        """Each sample stays with probability t / (t + Σ_D p), otherwise it is drawn from D in proportion to p."""
+        """Keeps each sample with probability t / (t + Σ_D p), otherwise draws another from D in proportion to p."""
         targets, logprobs, random = leaving.targets, leaving.logprobs, leaving.random
         assert targets.sample_ids is not None and targets.sample_logprobs is not None and random is not None
         replaced = random.random(targets.sample_ids.shape) < ratio(leaving.mass, leaving.tail)[:, None]
@@ -249,10 +249,10 @@ PARTS: tuple[TailPart, ...] = (_Groups(), _Temperatures(), _Entropy(), _Samples(
 
 @dataclass(frozen=True)
 class TailParts:
-    """Which optional numbers a cache stores of the tail at each position, and how many of each.
+    """The optional numbers that a cache stores of the tail at each position, and how many of each.
 
-    groups: G, the number of tail groups, or 0.  temperatures: each T ≠ 1 at which the tail is stored.  entropy: whether
-    the tail's entropy is.  samples: s, ids drawn from the tail, or 0.
+    groups: G, the number of tail groups, or 0.  temperatures: each T ≠ 1 at which the tail is stored.  entropy: whether the
+    tail's entropy is.  samples: s, ids drawn from the tail, or 0.
     """
 
     groups: int = 0
@@ -261,60 +261,60 @@ class TailParts:
     samples: int = 0
 
     def stored(self) -> Iterator[tuple[TailPart, Any]]:
-        """The parts that there are, each with its value."""
+        """Yields the parts that there are, each with its value."""
         return ((part, value) for part in PARTS if (value := getattr(self, part.name)))
 
     def without(self, options: Container[str]) -> TailParts:
-        """The others than those whose options are named."""
+        """Returns the parts but for those whose options are named."""
         return replace(self, **{part.name: part.absent for part in PARTS if part.option in options})
 
     def of(self, targets: SparseTargets) -> SparseTargets:
-        """The same positions with these parts alone, of targets that hold them all."""
+        """Returns the same positions with these parts alone, of targets that hold them all."""
         kept = [part.of(targets, value) for part, value in self.stored()]
         fields = {name: values for fields in kept for name, values in fields.items()}
         return SparseTargets(targets.token_ids, targets.logprobs, targets.tail_logprob, **fields)
 
     def to_json(self, names: Literal["option", "layout_key"]) -> dict[str, Any]:
-        """Plain JSON types, by the parts' options, as in a fingerprint, or by their keys in a layout."""
+        """Returns plain JSON types, by the parts' options, as in a fingerprint, or by their keys in a layout."""
         values = {getattr(part, names): getattr(self, part.name) for part in PARTS}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], names: Literal["option", "layout_key"]) -> TailParts:
-        """Inverse of `to_json`; other names beside those of the parts do not matter. Raises KeyError for a missing one."""
+        """Returns the parts of `to_json`; other names beside theirs do not matter. Raises KeyError for a missing one."""
         values = {part.name: data[getattr(part, names)] for part in PARTS}
         return cls(**values | {"temperatures": tuple(values["temperatures"])})
 
 
 def shared_parts(caches: Sequence[TailParts]) -> TailParts:
-    """What all of several caches hold. Groups count as the same where there are equally many."""
+    """Returns what all of several caches hold. Groups count as the same if there are equally many."""
     return TailParts(**{part.name: part.shared([getattr(parts, part.name) for parts in caches]) for part in PARTS})
 
 
 def parts_of(targets: SparseTargets) -> list[TailPart]:
-    """The parts that the targets hold."""
+    """Lists the parts that the targets hold."""
     return [part for part in PARTS if part.is_in(targets)]
 
 
 def rescaled(targets: SparseTargets) -> SparseTargets:
-    """The targets with masses that were stored rounded scaled: entries, groups and samples agree with the tail again."""
+    """Scales masses that were stored rounded: entries, groups and samples agree with the tail again."""
     fields = {name: values for part in parts_of(targets) for name, values in part.rescaled(targets).items()}
     return replace(targets, logprobs=scaled_beside_tail(targets.logprobs, targets.tail_logprob), **fields)
 
 
 def tail_ids(targets: SparseTargets) -> list[np.ndarray]:
-    """Fields of the targets that hold ids of the tail, int32 [M, width] each, `PAD_ID` pads."""
+    """Lists the fields of the targets that hold ids of the tail, int32 [M, width] each, `PAD_ID` pads."""
     names = [field.name for part in PARTS for field in part.fields if field.dtype is np.int32]
     return [ids for name in names if (ids := getattr(targets, name)) is not None]
 
 
 def tempered_column(temperature: float) -> str:
-    """Column name of log Σ p^(1/T) over the tail."""
+    """Returns the name of the column of log Σ p^(1/T) over the tail."""
     return f"{TEMPERED_PREFIX}{temperature:g}"
 
 
 def _draw(weights: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """Columns drawn in proportion to weights [M, k], with replacement: int [M, count]; anything where all are 0."""
+    """Draws columns in proportion to weights [M, k], with replacement: int [M, count]; anything if all are 0."""
     cumulated = weights.cumsum(axis=1)
     wanted = random.random((len(weights), count)) * cumulated[:, -1:]
     columns = np.stack([(cumulated <= wanted[:, [i]]).sum(axis=1) for i in range(count)], axis=1)

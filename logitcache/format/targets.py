@@ -1,4 +1,4 @@
-"""SparseTargets: the teacher's distributions at some positions, the one in-memory shape that everything hands on."""
+"""SparseTargets are the teacher's distributions at some positions, in the one in-memory shape that everything hands on."""
 
 from __future__ import annotations
 
@@ -54,13 +54,9 @@ class SparseTargets:
         return replace(self, token_ids=self.token_ids[:, :k], logprobs=self.logprobs[:, :k])
 
     def to_torch(self, device: Any = None) -> dict[str, Any]:
-        """Returns the stored fields as tensors of the same dtypes and shapes, by name. On a CPU nothing is copied.
+        """Returns the fields that are not None as tensors of the same dtypes and shapes, by name; `tempered_tail` as a dict.
 
-        Args:
-            device: a device as `torch.device` takes it; see `tensor`.
-
-        Returns:
-            A tensor for each field that is not None; `tempered_tail` is a dict of tensors by temperature.
+        device: as `torch.device` takes it, see `tensor`; on a CPU nothing is copied.
         """
         held = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         tempered = {temperature: tensor(values, device) for temperature, values in held.pop("tempered_tail").items()}
@@ -89,18 +85,10 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
 def find_defect(
     targets: SparseTargets, vocab_size: int, *, mass_tolerance: float | np.ndarray = 1e-4
 ) -> tuple[int, str] | None:
-    """Finds the first position that no teacher can have produced.
+    """Finds the first position that no teacher can have produced, and the reason; None if there is no such position.
 
-    Ids are checked (range, duplicates, padding at the end only), log-probabilities (finite, ≤ 0, descending), and that
-    entries and tail add up to 1.
-
-    Args:
-        targets: M positions.
-        vocab_size: V of the teacher.
-        mass_tolerance: by how much the sum may miss 1: one number, or one of each position [M].
-
-    Returns:
-        The position and the reason, or None if there is no such position.
+    Ids are checked (range, duplicates, padding at the end only), log-probabilities (finite, ≤ 0, descending), and that entries
+    and tail add up to 1.  mass_tolerance: by how much the sum may miss 1, one number, or one of each position [M].
     """
     ids, logprobs = targets.token_ids, targets.logprobs
     held = ids != PAD_ID
@@ -160,10 +148,8 @@ class _Writable:
 def tensor(array: np.ndarray, device: Any = None) -> torch.Tensor:
     """Returns an array as a tensor of the same dtype and shape.
 
-    Args:
-        array: any numbers.
-        device: a device as `torch.device` takes it, by default the CPU. There the tensor shares the array's memory, which
-            belongs to a whole row group: do not write into it. A copy to CUDA goes through pinned memory, without waiting.
+    On the CPU, the default device, the tensor shares the array's memory, which belongs to a whole row group: do not write into
+    it. A copy to CUDA goes through pinned memory, without waiting.
     """
     import torch
 

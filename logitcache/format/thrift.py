@@ -1,6 +1,6 @@
-"""Thrift's compact protocol, in which Parquet's footers and page headers are written, read into plain values.
+"""Thrift's compact protocol, in which Parquet's footers and page headers are written, is read into plain values.
 
-Arrow's own bindings end the process where a damaged footer contradicts itself; this raises ValueError.
+Arrow's own bindings end the process if a damaged footer contradicts itself; this raises ValueError.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _FALSE, _TRUE, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = 2, 1, 3, (4
 
 
 def parse_struct(content: bytes, at: int = 0) -> tuple[dict[int, Any], int]:
-    """A structure as {field number: value}, and where it ends. Raises ValueError where there is none."""
+    """Returns a structure as {field number: value}, and where it ends. Raises ValueError if there is none."""
     try:
         return _struct(content, at, 0)
     except (IndexError, struct.error) as error:
@@ -72,7 +72,7 @@ def _list(content: bytes, at: int, level: int) -> tuple[list[Any], int]:
 
 
 def _count(content: bytes, at: int) -> tuple[int, int]:
-    """A number of bytes or values, of which no more can follow than there are bytes."""
+    """Reads a number of bytes or values, of which no more can follow than there are bytes."""
     count, at = _varint(content, at)
     if count > len(content) - at:
         raise ValueError(f"{count} values in {len(content) - at} bytes")

@@ -1,4 +1,4 @@
-"""The teacher's tokenizer in a cache: its files, and the hashes that a cache records and a trainer compares."""
+"""The teacher's tokenizer is stored in a cache, with the hashes that a trainer compares."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MAX_TOKENIZER_BYTES = 1 << 27
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
-    """Hashes of any tokenizer that offers `get_vocab()`.
+    """Returns hashes of any tokenizer that offers `get_vocab()`.
 
-    vocab_size: tokens, added ones included.  vocabulary_sha256: of (id, token) in order of the ids.
-    merges_sha256: of what cuts text besides the vocabulary (the merges of BPE, the scores of a unigram model), or None
-    where the tokenizer has no `backend_tokenizer` or its model has neither.
-    special_tokens: role → token.  chat_template_sha256: or None without a template.
+    vocab_size: tokens, added ones included. vocabulary_sha256: of (id, token) in order of the ids. merges_sha256: of what cuts
+    text besides the vocabulary (the merges of BPE, the scores of a unigram model), or None if the tokenizer has no
+    `backend_tokenizer` or its model has neither.  special_tokens: role → token. chat_template_sha256: or None without a
+    template.
     """
     vocabulary = tokenizer.get_vocab()
     template = getattr(tokenizer, "chat_template", None)
@@ -67,14 +67,10 @@ def save_tokenizer(folder: Folder, tokenizer: Any) -> None:
 
 
 def read_tokenizer(folder: Folder, manifest: Manifest) -> dict[str, bytes] | None:
-    """Reads the tokenizer of a cache: the files that its manifest names, and no others.
+    """Reads the files of the tokenizer that a manifest names, by their names in `tokenizer/`; None if it names none.
 
-    Returns:
-        The content of each file by its name in `tokenizer/`. None where the manifest names none.
-
-    Raises:
-        UserError: For a file that is missing or altered, for more bytes than a tokenizer has, and for names that no folder
-            can hold together.
+    Raises UserError for a file that is missing or altered, for more bytes than a tokenizer has, and for names that no folder
+    can hold together.
     """
     names = sorted(name for name in manifest.files if name.startswith(f"{TOKENIZER_DIRECTORY}/"))
     contents: dict[str, bytes] = {}

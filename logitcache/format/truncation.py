@@ -1,15 +1,4 @@
-"""Fewer entries: what leaves a position's entry list joins its tail, and everything known of the tail follows.
-
-With D the entries that leave, T the old tail, T ∪ D the new one:
-
-    log mass      log(t + Σ_D p)                    of the tail, and of each tail group
-    tempered      log(Σ_T p^(1/τ) + Σ_D p^(1/τ))
-    entropy       (t·e + Σ_D p log p) / (t + Σ_D p)
-    samples       each stays with probability t / (t + Σ_D p), otherwise it is drawn from D in proportion to p:
-                  an independent draw from the new tail where it was one from the old tail
-
-All in float64.
-"""
+"""Entries that leave a position's list join its tail, and everything known of the tail follows, see `tail_parts`."""
 
 from __future__ import annotations
 
@@ -26,14 +15,8 @@ from logitcache.format.targets import PAD_ID, SparseTargets
 def in_nucleus(probs: Any, rank: Any, top_p: float, min_k: int) -> Any:
     """Returns which entries are taken, bool [M, k] or [k]: entries until they hold `top_p` of the mass, at least `min_k`.
 
-    A cache that is made smaller and a capture (`logitcache.capture.selection`) both ask this function: numpy and torch
-    compute it alike.
-
-    Args:
-        probs: float64 [M, k], descending in each row.
-        rank: int [k], 0 … k − 1.
-        top_p: probability mass; 1 takes all entries.
-        min_k: number of entries.
+    A cache that is made smaller and a capture (`logitcache.capture.selection`) both ask this function: numpy and torch compute
+    it alike.  probs: float64 [M, k], descending in each row.  rank: int [k], 0 … k − 1.
     """
     return rank >= 0 if top_p >= 1 else (probs.cumsum(1) - probs < top_p) | (rank < min_k)
 
@@ -55,13 +38,10 @@ def truncate(
     tail_groups: np.ndarray | None = None,
     random: np.random.Generator | None = None,
 ) -> SparseTargets:
-    """Moves all but the first entries of each position to its tail.
+    """Moves all but the first `keep`, int [M], entries of each position to its tail.
 
-    Args:
-        targets: M positions.
-        keep: int [M], the number of entries that stay.
-        tail_groups: int [V], the group of each id; needed if the targets hold tail groups.
-        random: decides the tail samples; needed if the targets hold samples, and independent of what drew those.
+    tail_groups: the group of each id, int [V], for targets with tail groups.  random: decides the samples of targets with
+    samples, and is independent of what drew those.
     """
     width = int(keep.max(initial=0))
     rank = np.arange(targets.token_ids.shape[1])

@@ -1,4 +1,4 @@
-"""Files beside the shards that a manifest vouches for: the tokenizer's and the tail groups."""
+"""Files beside the shards that a manifest names, the tokenizer's and the tail groups, are checked against it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,7 @@ from logitcache.storage.folder import MAX_READ_BYTES, Folder
 def read_trusted(folder: Folder, manifest: Manifest, name: str, at_most: int = MAX_READ_BYTES) -> bytes:
     """Reads a file of a cache whole and checks it against the manifest.
 
-    Args:
-        folder: The cache, local or at a URL.
-        manifest: Its manifest, which names the file.
-        name: Name of the file in the cache.
-        at_most: The most bytes that the file may have.
-
-    Raises:
-        UserError: For a file that is missing, cannot be read, has more bytes, or whose SHA-256 is not the manifest's.
+    Raises UserError if the file is missing or cannot be read, has more bytes, or has another SHA-256 than the manifest says.
     """
     where = folder.where(name)
     try:

@@ -1,4 +1,4 @@
-"""A cache on one screen: from its manifest and the footers of some of its shards."""
+"""A cache is described on one screen, from its manifest and the footers of some of its shards."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _last_steps(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _entries(manifest: Manifest, folder: Folder, chosen: Sequence[ShardInfo]) -> str:
-    """How many entries positions have: one line, or bars."""
+    """Says how many entries positions have: in one line, or as bars."""
     most = manifest.fingerprint.get("capture", {}).get("top_k")
     if manifest.num_positions and manifest.num_entries == manifest.num_positions * (most or -1):
         return f"entries  {most} at every position"
@@ -97,7 +97,7 @@ def _entries(manifest: Manifest, folder: Folder, chosen: Sequence[ShardInfo]) ->
 
 
 def _bytes_by_column(manifest: Manifest, folder: Folder, chosen: Sequence[ShardInfo]) -> str:
-    """Where the bytes go, by the compressed sizes in the footers."""
+    """Says which columns take the bytes, by the compressed sizes in the footers."""
     sizes = column_bytes(folder, chosen, manifest.layout)
     total = sum(shard.num_bytes for shard in chosen)
     positions = max(sum(shard.num_positions for shard in chosen), 1)

@@ -1,4 +1,4 @@
-"""logitcache merge: caches of one teacher, made with one set of settings, as one; every row once."""
+"""logitcache merge: several caches of one teacher, made with one set of settings, become one, with every row once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""logitcache recode: the same rows with fewer entries, coarser numbers or fewer columns."""
+"""logitcache recode: a cache is written again with fewer entries, coarser numbers or fewer columns."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def recode(
 
 @dataclass(frozen=True)
 class _Entries:
-    """How many entries a position has, as `logitcache.build` takes the settings."""
+    """The number of entries of a position, in the settings of `logitcache.build`."""
 
     top_k: int
     top_p: float
@@ -98,7 +98,7 @@ class _Entries:
 
 
 def _fewer_entries(stored: _Entries, top_k: int | None, top_p: float | None, min_k: int | None) -> _Entries:
-    """What the cache will hold. Raises UserError where that is more than it holds."""
+    """Returns the settings of the new cache. Raises UserError if they ask for more than the cache holds."""
     ragged = stored.top_p < 1
     k = stored.top_k if top_k is None else top_k
     p = stored.top_p if top_p is None else top_p
@@ -148,9 +148,9 @@ def _with_precision(layout: Layout, precision: str | None) -> Layout:
 
 
 class _Recoder:
-    """A row → what is stored of it.
+    """Makes of a row what is stored of it.
 
-    What replaces tail samples is drawn by the row's id and the source's manifest: a resumed recode draws the same, a recode
+    Samples that replace others are drawn by the row's id and the source's manifest: a resumed recode draws the same, a recode
     of its result draws independently of it.
     """
 

@@ -92,10 +92,8 @@ def rewrite(work: Rewrite, out: str | Path, shard_positions: int, overwrite: boo
     """Does the work, from where an interrupted call with the same arguments left it.
 
     out: a folder, or a URL that fsspec writes.  shard_positions: stored positions of a shard.  overwrite: replace what `out`
-    holds, once the rows are chosen.
-
-    Raises UserError where `out` is, holds or lies in a source, where it holds something else, for a source that is
-    damaged or selects no row, and when the disk is full; whatever is complete by then stays for the next call.
+    holds, once the rows are chosen. Raises UserError if `out` is, holds or lies in a source or holds something else, for a
+    source that is damaged or selects no row, and if the disk is full; shards that are complete by then stay for the next call.
     """
     if shard_positions < 1:
         raise UserError(f"--shard-positions {shard_positions}: at least 1 is needed")
@@ -185,7 +183,7 @@ def _copy_files(source: LogitCache, folder: Folder, layout: Layout) -> None:
 
 
 def _manifest(plan: Plan, work: Rewrite, shards: tuple[ShardInfo, ...]) -> Manifest:
-    """The manifest of the new cache: what follows from its rows joins the fingerprint and the history of its source."""
+    """Returns the manifest of the new cache: what follows from its rows joins the fingerprint and the history of its source."""
     before, after = sum(len(source) for source in work.sources), sum(shard.num_sequences for shard in shards)
     step = history_step(plan.spec, shards, **{work.left_out: before - after})
     fingerprint = {

@@ -43,7 +43,7 @@ class Rows:
 def scan(
     sources: Sequence[LogitCache], columns: Sequence[str] = (), first: int = 0, end: int | None = None
 ) -> Generator[tuple[Rows, pa.Table]]:
-    """Rows first … end − 1, counted through all sources (all by default), by row groups, with loss masks and named columns.
+    """Yields rows first … end − 1, counted through all sources (default: all), by row groups, with loss masks and `columns`.
 
     Of other columns and of row groups without such rows nothing is read.
     """

@@ -1,4 +1,4 @@
-"""logitcache slice: some rows of a cache."""
+"""logitcache slice: some rows of a cache become another cache."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def slice_cache(
 
 @dataclass(frozen=True)
 class _Choice:
-    """The conditions that rows must meet. numbers: of those that may."""
+    """The conditions that rows must meet.  numbers: of the rows that may."""
 
     source: LogitCache
     numbers: range
@@ -143,11 +143,11 @@ class _ListedIds:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a history says of them."""
+        """The record of the ids in a history."""
         return {"count": len(self._ids), "sha256": hashlib.sha256(self._ids.tobytes()).hexdigest()}
 
     def found(self, ids: np.ndarray) -> np.ndarray:
-        """Which ids [n] are listed, bool [n]; remembers them."""
+        """Returns which ids [n] are listed, bool [n], and remembers them."""
         if not len(self._ids):
             return np.zeros(len(ids), dtype=bool)
         at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
@@ -156,7 +156,7 @@ class _ListedIds:
         return listed
 
     def refuse_unknown(self, cache: str) -> None:
-        """Raises UserError where one was not seen."""
+        """Raises UserError if a listed id was not seen."""
         unknown = self._ids[~self._seen]
         if len(unknown):
             first = [unknown[i : i + 1].tobytes().hex() for i in range(min(3, len(unknown)))]
@@ -167,7 +167,7 @@ class _ListedIds:
 
 
 def _sampled(chosen: Iterator[Rows], count: int, seed: int) -> Generator[Rows]:
-    """The rows whose ids, mixed with the seed, are the `count` lowest numbers, in order; of equal ids the first."""
+    """Yields the rows whose ids, mixed with the seed, are the `count` lowest numbers, in order; of equal ids the first."""
     if count < 1:
         raise UserError(f"--sample {count}: at least 1 row is needed")
     seen, num_drawn = 0, 0
@@ -191,7 +191,7 @@ def _lowest(parts: list[Rows], count: int, seed: int) -> Rows:
 
 
 def _mixed(ids: np.ndarray, seed: int) -> np.ndarray:
-    """A number for each id [n], uint64, that differs unpredictably between seeds: SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Returns a number for each id [n], uint64, unlike that of other seeds: SplitMix64 (Steele, Lea and Flood, 2014)."""
     state = ids.view("<u8").reshape(-1, 2)[:, 0] ^ np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -200,10 +200,10 @@ def _mixed(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _expression(where: str, columns: list[str]) -> Callable[[Rows, pa.Table], np.ndarray]:
-    """What tells which of some rows, given with their kept columns, meet the expression.
+    """Returns the function that tells which of some rows, given with their kept columns, meet the expression.
 
-    DuckDB evaluates it in a database that holds these rows and nothing else, with its access to files, to other Python
-    objects and to its own settings turned off.
+    DuckDB evaluates it in a database that holds these rows and nothing else, with its access to files, to other Python objects
+    and to its own settings turned off.
     """
     try:
         import duckdb

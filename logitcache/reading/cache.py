@@ -1,4 +1,4 @@
-"""LogitCache: a finished cache, read by row or as a stream. numpy only."""
+"""LogitCache reads a finished cache by row or as a stream. numpy only."""
 
 from __future__ import annotations
 
@@ -147,14 +147,9 @@ class LogitCache(Sequence[CachedSequence]):
             ) from error
 
     def tokenizer_files(self) -> dict[str, bytes] | None:
-        """Reads the teacher's tokenizer, every file checked against the manifest.
+        """Returns the checked files of the teacher's tokenizer by their names in `tokenizer/`; None without a tokenizer.
 
-        Returns:
-            The content of each file by its name in `tokenizer/`, such as "tokenizer.json". None where the cache has no
-            tokenizer.
-
-        Raises:
-            UserError: As `tokenizer.read_tokenizer` does.
+        Raises UserError as `tokenizer.read_tokenizer` does.
         """
         return read_tokenizer(self._folder, self.manifest)
 
@@ -178,7 +173,7 @@ class LogitCache(Sequence[CachedSequence]):
         return self._read(row_group)[row_in_it]
 
     def row_group_of(self, row: int) -> tuple[int, int]:
-        """Number of the row group that holds row 0 ≤ `row` < len, counted through all shards, and the row's place in it."""
+        """Returns the number of the row group of row 0 ≤ `row` < len, counted through all shards, and the row's place in it."""
         index = int(np.searchsorted(self._row_groups[:, 2], row, side="right")) - 1
         return index, row - int(self._row_groups[index, 2])
 
@@ -209,10 +204,9 @@ class LogitCache(Sequence[CachedSequence]):
     ) -> SequenceStream:
         """Streams the rows once, reading row groups ahead in the background.
 
-        shuffle: row groups in an order drawn from `seed`, rows drawn from 16 row groups at a time.
-        shard: (rank, world); every rank gets len/world rows (±1), no row twice, reading its own row groups only
-        (two ranks share the one at their border).
-        start: rows of this stream to leave out at its beginning; the stream's `position` counts on from it, so that
+        shuffle: row groups in an order drawn from `seed`, rows drawn from 16 row groups at a time.  shard: (rank, world); every
+        rank gets len/world rows (±1), no row twice, reading its own row groups only (two ranks share the row group at their
+        border).  start: rows of this stream to leave out at its beginning; the stream's `position` counts on from it, so that
         `iter_sequences(..., start=stream.position)` continues exactly where `stream` was.
         """
         if start < 0:
@@ -222,7 +216,7 @@ class LogitCache(Sequence[CachedSequence]):
         return SequenceStream(rows, int((part[:, 2] - part[:, 1]).sum()), start)
 
     def stream_order(self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
-        """Numbers of the rows that `iter_sequences` streams, in its order: int64 [n], from the manifest alone."""
+        """Returns the numbers of the rows that `iter_sequences` streams, in its order: int64 [n], from the manifest alone."""
         part = self._part(shuffle, seed, shard)
         rows = [step.rows for step in self._steps(part, shuffle, seed)]
         row_group, row = np.concatenate([np.empty((0, 2), np.int64), *rows]).T
@@ -248,8 +242,8 @@ class LogitCache(Sequence[CachedSequence]):
         """Streams whole row groups, reading ahead: for what needs [M, k] arrays of some thousand positions and no single rows.
 
         Each has `row_ids`, `input_ids`, `loss_mask` and `targets` of all its rows, with offsets, and is a sequence of them.
-        shuffle: in an order drawn from `seed`; the rows of a row group stay in theirs.
-        shard: (rank, world); every rank gets its share of the row groups.
+        shuffle: in an order drawn from `seed`; the rows of a row group stay in theirs.  shard: (rank, world); every rank gets
+        its share of the row groups.
         """
         rank, world = _checked(shard)
         order = self._order(shuffle, seed)[rank::world].tolist()
@@ -267,14 +261,13 @@ class LogitCache(Sequence[CachedSequence]):
         return begun_ahead(copy, items, COPIED_AHEAD, COPYING_THREADS)
 
     def _part(self, shuffle: bool, seed: int, shard: tuple[int, int]) -> np.ndarray:
-        """A rank's share of the rows, as `order.rank_part` returns it."""
         return rank_part(self._row_groups[:, 3], self._order(shuffle, seed), *_checked(shard))
 
     def _steps(self, part: np.ndarray, shuffle: bool, seed: int, start: int = 0) -> Iterator[Step]:
         return steps(part, _window(shuffle), seed if shuffle else None, start)
 
     def _order(self, shuffle: bool, seed: int) -> np.ndarray:
-        """Row groups in the order of a stream."""
+        """Returns the row groups in the order of a stream."""
         count = len(self._row_groups)
         return np.random.default_rng(seed).permutation(count) if shuffle else np.arange(count)
 
@@ -314,7 +307,7 @@ def _rows(cache: LogitCache, order: Iterator[Step], window: int) -> Iterator[Cac
 
 
 def _window(shuffle: bool) -> int:
-    """Row groups that are open at a time."""
+    """Returns how many row groups are open at a time."""
     return SHUFFLE_ROW_GROUPS if shuffle else 1
 
 

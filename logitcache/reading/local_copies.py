@@ -46,10 +46,7 @@ logger = logging.getLogger("logitcache")
 
 
 class LocalCopies:
-    """Copies of one cache's shards. shards: all of the cache's.
-
-    Raises UserError for a LOGITCACHE_LOCAL_GB that is no number.
-    """
+    """Copies of one cache's shards. Raises UserError for a LOGITCACHE_LOCAL_GB that is no number."""
 
     def __init__(self, shards: Sequence[ShardInfo]) -> None:
         self._home = Path(os.environ.get("LOGITCACHE_HOME") or "~/.cache/logitcache").expanduser()
@@ -66,10 +63,10 @@ class LocalCopies:
         return self.__dict__ | {"_claim": None}
 
     def path(self, shard: ShardInfo, fill: Callable[[BinaryIO], None]) -> Path | None:
-        """The copy of a shard, made now where there is none; None where there is no room for it, now or when asked before.
+        """Returns the copy of a shard, made now if there is none; None if there is no room for it, now or when asked before.
 
-        fill: writes the shard's content to a file, whole and checked; what it raises leaves no copy. Processes and threads
-        that want the same shard wait for the one that copies it. Where the folder cannot be written, or its disk is full, one
+        fill: writes the shard's content to a file, whole and checked; if it raises, there is no copy. Processes and threads
+        that want the same shard wait for the one that copies it. If the folder cannot be written, or its disk is full, one
         warning is logged and there are no copies from then on.
         """
         if self._off or shard.sha256 in self._without_room:
@@ -126,7 +123,7 @@ class LocalCopies:
             _close(descriptor)
 
     def _is_usable(self, path: Path, shard: ShardInfo) -> bool:
-        """Whether the copy is there and, looked at once by every process, whole. It counts as used now."""
+        """Tells whether the copy is there and, looked at once by every process, whole. It counts as used now."""
         try:
             os.utime(path)
             if shard.sha256 in self._verified:
@@ -173,10 +170,7 @@ class LocalCopies:
         return True
 
     def _make_room(self, num_bytes: int, own: Path | None) -> int:
-        """Removes leftovers and, if that makes enough room beside `own`, the copies that were not used for longest.
-
-        Returns the bytes that the others take.
-        """
+        """Removes leftovers and, if that makes room, the longest unused copies. Returns the bytes of all copies but `own`."""
         sizes = 0
         unused: list[tuple[float, int, Path]] = []
         in_use = self._in_use()
@@ -206,7 +200,7 @@ class LocalCopies:
         return min(LIMIT_BYTES, SHARE_OF_DISK * (disk.f_bavail * disk.f_frsize + held_bytes))
 
     def _in_use(self) -> set[str]:
-        """SHA-256 of the shards of all caches that are streamed now."""
+        """Returns the SHA-256 of the shards of all caches that are streamed now."""
         digests: set[str] = set()
         for path in (self._home / "users").iterdir():
             with path.open("rb") as file:

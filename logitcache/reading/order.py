@@ -9,17 +9,16 @@ import numpy as np
 
 
 class Step(NamedTuple):
-    """row_group: to read before the rows are handed out, None for none.  rows: int64 [n, 2], (row group, row in it)."""
+    """Rows to hand out, int64 [n, 2], (row group, row in it).  row_group: to read before that, or None."""
 
     row_group: int | None
     rows: np.ndarray
 
 
 def rank_part(sizes: np.ndarray, order: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """A rank's share of all rows: len/world of them (±1), one after the other in `order`.
+    """Returns a rank's share of all rows, one after the other in `order`: int64 [r, 3], row group, first row and end in it.
 
-    sizes: rows of each row group, int64 [R].  order: row groups, a permutation of 0 … R − 1.
-    Returns int64 [r, 3]: row group, first row and end of the rank's rows in it.
+    It is len/world of the rows (±1).  sizes: rows of each row group, int64 [R].  order: row groups, a permutation of 0 … R − 1.
     """
     sizes = sizes[order]
     begins = np.cumsum(sizes) - sizes
@@ -31,12 +30,12 @@ def rank_part(sizes: np.ndarray, order: np.ndarray, rank: int, world: int) -> np
 
 
 def steps(part: np.ndarray, window: int, seed: int | None, start: int) -> Iterator[Step]:
-    """The rows of `part` beginning with number `start`, step by step; in an order drawn from `seed` where there is one.
+    """Yields the rows of `part` beginning with number `start`, step by step; in an order drawn from `seed` if there is one.
 
     The i-th row group is open during steps i … i + window − 1. Its rows are dealt to them evenly, in an order drawn for it, and
-    the rows of one step are handed out in an order drawn for that. So all rows of row groups less than `window` apart mix,
-    the first rows need one row group only, and any `start` is found from the sizes alone. Without a seed, when the window
-    is 1, rows come as they lie. The `window` row groups named last hold all rows of a step.
+    the rows of one step are handed out in an order drawn for that. So all rows of row groups less than `window` apart mix, the
+    first rows need one row group only, and any `start` is found from the sizes alone. Without a seed, when the window is 1,
+    rows come as they lie. The `window` row groups named last hold all rows of a step.
     """
     sizes = part[:, 2] - part[:, 1]
     due = np.zeros(len(part) + window - 1, dtype=np.int64)  # rows of each step

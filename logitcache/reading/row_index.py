@@ -1,4 +1,4 @@
-"""Row id → row number, sorted on disk: memory does not grow with the rows."""
+"""An index finds the row number of a row id. It is sorted on disk: memory does not grow with the rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ def id_bytes(row_ids: Sequence[str]) -> np.ndarray:
 
 
 class RowIndex:
-    """Rows of caches by their ids. directory: an empty one, to keep as long as the index is used.
+    """Rows of caches by their ids.  directory: an empty one, to keep as long as the index is used.
 
-    row_ids: S16 arrays that together hold `count` ids, in row order.
-
-    Ids are hashes, so dealing them by their first bits gives buckets of about equal size; each is sorted in memory.
+    row_ids: S16 arrays that together hold `count` ids, in row order. Ids are hashes, so dealing them by their first bits gives
+    buckets of about equal size; each is sorted in memory.
     """
 
     def __init__(self, directory: Path, row_ids: Iterable[np.ndarray], count: int) -> None:

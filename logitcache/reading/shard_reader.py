@@ -1,4 +1,4 @@
-"""Shard files read: whatever is not what the manifest says is refused."""
+"""A shard is read; whatever is not what the manifest says is refused."""
 
 from __future__ import annotations
 
@@ -63,18 +63,16 @@ class TemporaryCopies:
 
 
 def _remove_own(folder: Path, process: int) -> None:
-    """A forked process leaves the folder to its parent."""
+    """Removes the folder, unless this is a forked process, which leaves it to its parent."""
     if process == os.getpid():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class ShardReader:
-    """One shard; a local file is checked against its SHA-256 when first read, pages are checked against their CRC.
+    """A shard; a local file is checked against its SHA-256 when first read, pages are checked against their CRC.
 
-    What is read of a remote shard by ranges is checked against the CRC alone, which is stored beside it: that finds damage,
-    and not what somebody altered.
-
-    Holds no file open: a cache may have thousands of shards. Threads may read at the same time.
+    A remote shard that is read by ranges is checked against the CRC alone, which is stored beside it: that finds damage, and
+    not what somebody altered. No file stays open: a cache may have thousands of shards. Threads may read at the same time.
     copies: where a remote shard may be copied to, see `copy`.  whole: where it is copied to otherwise; given, nothing is read
     by ranges, only from copies whose SHA-256 was checked.
     """
@@ -110,7 +108,7 @@ class ShardReader:
     def copy(self) -> None:
         """Copies a remote shard to this machine if there is room; from then on it is read there.
 
-        Raises UserError where the content is not what the manifest says, and where it cannot be fetched.
+        Raises UserError if the content is not what the manifest says, and if it cannot be fetched.
         """
         copy = self._copies.path(self._info, self._fill) if self._copies is not None else None
         if copy is None and self._whole is not None:

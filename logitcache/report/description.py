@@ -1,4 +1,4 @@
-"""What a cache is and was made from, as labelled lines: for a terminal, a card, a page."""
+"""Labelled lines say what a cache is and was made from: for a terminal, a card, a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from logitcache.urls import public_url
 
 
 def origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """(label, value) of what made the cache."""
+    """Yields (label, value) of what made the cache."""
     fingerprint, layout = manifest.fingerprint, manifest.layout
     teacher, tokenizer, corpus, capture = (
         fingerprint.get(part, {}) for part in ("teacher", "tokenizer", "corpus", "capture")
@@ -84,7 +84,7 @@ def _assignments(settings: Mapping[str, Any]) -> str:
 
 
 def amounts(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """(label, value) of how much it holds."""
+    """Yields (label, value) of how much it holds."""
     positions, sizes = manifest.num_positions, [shard.num_bytes for shard in manifest.shards]
     tokens = sum(shard.num_tokens for shard in manifest.shards)
     yield "rows", f"{manifest.num_sequences:,}, the longest of {manifest.longest:,} tokens"

@@ -1,4 +1,4 @@
-"""The footers of some of a cache's shards: where its bytes go, without reading them."""
+"""The footers of some of a cache's shards tell where its bytes go, without reading them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READ_SHARDS = 32
 
 
 def column_bytes(folder: Folder, shards: Sequence[ShardInfo], layout: Layout) -> Counter[str]:
-    """Counts the compressed bytes of each column in these shards. Footers are the rest of their sizes."""
+    """Counts the compressed bytes of each column in these shards; footers are the rest of their sizes."""
     sizes: Counter[str] = Counter()
     for shard in shards:
         with _opened(folder, shard, layout) as (_, footer):

@@ -1,4 +1,4 @@
-"""One HTML page that shows what is in a cache: it holds all that it needs, asks no network and runs nothing of the cache."""
+"""An HTML page shows what is in a cache: it holds all that it needs, asks no network and runs nothing of the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some rows of a cache as a page shows them: which ones, how much of each, and their numbers in few bytes."""
+"""Some rows of a cache are made ready for a page: which rows, how much of each, and their numbers in few bytes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ NOTHING = 0xFFFF
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows for a page.
+    """The rows on a page.
 
-    rows: of each its number, id, columns and sizes, plain JSON types.  arrays: all rows' numbers, one row after the other,
-    by their names in `arrays_of`.  ids: token ids that occur, ascending; `tokens` and `entries` count in it.
+    rows: of each its number, id, columns and sizes, plain JSON types.  arrays: all rows' numbers, one row after the other, by
+    their names in `_arrays`.  ids: token ids that occur, ascending; `tokens` and `entries` count in it.
     """
 
     rows: list[dict[str, Any]]
@@ -50,7 +50,7 @@ class Samples:
 
 
 def chosen_rows(cache: LogitCache, rows: Sequence[str], num_sequences: int) -> list[int]:
-    """Numbers of the rows to show, ascending: those that `rows` names by A:B, number or id, otherwise spread evenly.
+    """Returns the numbers of the rows to show, ascending: those named by A:B, number or id, otherwise spread evenly.
 
     Raises UserError for rows that the cache has not, and for more than a page takes.
     """
@@ -130,8 +130,10 @@ def shortened(text: str, most: int = SHOWN_CHARACTERS) -> str:
 
 
 def legible(text: str, most: int = SHOWN_CHARACTERS) -> str:
-    """At most so many characters, and codes for those that have no look of their own, as `tokens.js` has it for tokens:
-    controls, marks of direction, halves of surrogates; not line breaks, tabs and joiners."""
+    """Cuts a text, and writes codes for characters that have no look of their own, as `tokens.js` does for tokens.
+
+    These are controls, marks of direction and halves of surrogates; not line breaks, tabs and joiners.
+    """
     return "".join(
         f"‹U+{ord(c):04X}›" if unicodedata.category(c) in _UNSEEN and c not in "\n\t\u200c\u200d" else c
         for c in shortened(text, most)
@@ -148,11 +150,11 @@ def packed(array: np.ndarray) -> dict[str, str]:
 
 
 def _arrays(sequence: CachedSequence, length: int) -> dict[str, np.ndarray]:
-    """What is shown of a row's first tokens: see `page.js`, which reads it.
+    """Returns the numbers of a row's first tokens that `page.js` shows.
 
-    tokens [T], trained [T]; of each of the M stored positions its entropy, tail, the actual token's log-probability and
-    rank (0: in the tail), the number of entries, entries [M, 16] with logprobs and `rest`, what the others hold, and the
-    heaviest groups [M, 4] with group_logprobs.
+    tokens [T], trained [T]; of each of the M stored positions its entropy, tail, the actual token's log-probability and rank
+    (0: in the tail), the number of entries, entries [M, 16] with logprobs and `rest`, what the others hold, and the heaviest
+    groups [M, 4] with group_logprobs.
     """
     trained = sequence.loss_mask[:length].astype(np.uint8)
     num_positions = int(trained.sum())
@@ -181,7 +183,7 @@ def _arrays(sequence: CachedSequence, length: int) -> dict[str, np.ndarray]:
 
 
 def _heaviest_groups(targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
-    """Groups that hold most of the tail and their log masses, uint16 [M, 4]; [M, 0] where none are stored."""
+    """Returns the groups that hold most of the tail and their log masses, uint16 [M, 4]; [M, 0] if none are stored."""
     if targets.group_logprobs is None:
         nothing = np.zeros((len(targets), 0), np.uint16)
         return nothing, nothing
@@ -193,14 +195,14 @@ def _heaviest_groups(targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _steps(logprobs: np.ndarray) -> np.ndarray:
-    """uint16 multiples of −`NATS_STEP`."""
+    """Returns log-probabilities as uint16 multiples of −`NATS_STEP`."""
     finite = np.isfinite(logprobs)
     steps = np.rint(np.where(finite, logprobs, 0) / -NATS_STEP)
     return np.where(finite, np.clip(steps, 0, NOTHING - 1), NOTHING).astype(np.uint16)
 
 
 def _wide(array: np.ndarray, width: int, fill: int) -> np.ndarray:
-    """[M, k] → [M, width]."""
+    """Cuts or fills up [M, k] to [M, width]."""
     missing = max(width - array.shape[1], 0)
     return np.pad(array[:, :width], ((0, 0), (0, missing)), constant_values=fill)
 

@@ -1,4 +1,4 @@
-"""Statistics of a cache's distributions: mass by k, entropy, tail, entries per position."""
+"""Statistics describe a cache's distributions: mass by k, entropy, tail, entries per position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values between edges: `counts[i]` lie in edges[i]…edges[i + 1]. What lies outside is counted at the end."""
+    """Counts of values between edges: `counts[i]` lie in edges[i]…edges[i + 1]. Values outside are counted at the ends."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -32,17 +32,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a cache's distributions are like.
+    """The statistics of some positions; all are 0 or empty if there is none.
 
-    num_positions: positions that were read.  sampled: these are not all of the cache.
-    ks: 1, 2, 4, … and the most entries of any position.  mass_covered: for each of them the mean probability of so many
-    most probable entries, or of all where a position has fewer.
-    entropy: "mean", "p5", "p25", "p50", "p75" and "p95" over the positions, nats; see `entropies`.  entropy_is_lower_bound:
-    the tail counts as one outcome, as its own entropy was not captured.
-    tail_mass: the same keys, probability outside the entries.
-    entries_per_position: number of entries → positions that have so many.
-    entropy_histogram: in nats.  tail_histogram: edges are tail masses, evenly spaced in their logarithm.
-    All are 0 or empty where the cache has no position.
+    num_positions: positions that were read.  sampled: these are not all of the cache.  ks: 1, 2, 4, … and the most entries of
+    any position.  mass_covered: for each k the mean probability of the k most probable entries, or of all if a position has
+    fewer.  entropy: "mean", "p5", "p25", "p50", "p75" and "p95" over the positions, nats; see `entropies`.
+    entropy_is_lower_bound: the tail counts as one outcome, as its own entropy was not captured.  tail_mass: the same keys,
+    probability outside the entries.  entries_per_position: number of entries → positions that have so many.  entropy_histogram:
+    in nats.  tail_histogram: edges are tail masses, evenly spaced in their logarithm.
     """
 
     num_positions: int
@@ -58,9 +55,9 @@ class Statistics:
 
 
 def statistics(folder: Folder, manifest: Manifest) -> Statistics:
-    """Statistics of at most `READ_ROW_GROUPS` row groups, always the same ones of a cache.
+    """Computes the statistics of at most `READ_ROW_GROUPS` row groups, always the same ones of a cache.
 
-    Raises UserError where a shard is not the one that the manifest names, or holds what is no log-probability.
+    Raises UserError if a shard is not the one that the manifest names, or holds values that are no log-probabilities.
     """
     row_groups = [(info, index) for info in manifest.shards for index in range(len(info.row_group_sizes))]
     chosen = np.unique(np.linspace(0, len(row_groups) - 1, min(len(row_groups), READ_ROW_GROUPS)).astype(int))
@@ -96,7 +93,7 @@ def statistics(folder: Folder, manifest: Manifest) -> Statistics:
 
 
 def entropies(targets: SparseTargets) -> np.ndarray:
-    """Entropy of each position in nats, float64 [M], −Σ p log p over the entries and the tail.
+    """Returns the entropy of each position in nats, float64 [M], −Σ p log p over the entries and the tail.
 
     Without a captured tail entropy the tail is one outcome of its mass P, −P log P: a lower bound.
     """
@@ -111,14 +108,14 @@ def entropies(targets: SparseTargets) -> np.ndarray:
 
 
 def _probabilities(targets: SparseTargets) -> np.ndarray:
-    """float64 [M, k], 0 where a position has no entry."""
+    """Returns probabilities, float64 [M, k], 0 if a position has no entry there."""
     probabilities = np.zeros(targets.logprobs.shape)
     np.exp(targets.logprobs, dtype=np.float64, where=targets.token_ids != PAD_ID, out=probabilities)
     return probabilities
 
 
 def _powers_of_two(most: int) -> tuple[int, ...]:
-    """1, 2, 4, … below `most`, and `most`."""
+    """Returns 1, 2, 4, … below `most`, and `most`."""
     return (*(2**n for n in range(most.bit_length()) if 2**n < most), most) if most else ()
 
 

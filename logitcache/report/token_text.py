@@ -1,4 +1,4 @@
-"""Token ids → text, from the tokenizer.json of a cache. It is parsed, not run: nothing but JSON is needed to show a text."""
+"""Token ids become text by the tokenizer.json of a cache. It is parsed, not run: nothing but JSON is needed to show a text."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Text = str | bytes | None
 
 
 def token_texts(folder: Folder, manifest: Manifest, ids: Sequence[int]) -> tuple[list[Text], str]:
-    """Text of each id, and why ids must be shown in place of texts, or "".
+    """Returns the text of each id, and why ids must be shown in place of texts, or "".
 
-    The texts of a row's tokens, joined, are the row's text. Raises UserError where the file is not the cache's.
+    The texts of a row's tokens, joined, are the row's text. Raises UserError if the file is not the cache's.
     """
     unknown: list[Text] = [None] * len(ids)
     if TOKENIZER_NAME not in manifest.files:
@@ -96,10 +96,7 @@ def _readable(content: bytes) -> str | bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as: printable Latin-1 as itself, the others from U+0100 on.
-
-    As in GPT-2's encoder.py (`bytes_to_unicode`).
-    """
+    """Returns the characters that byte-level BPE writes bytes as, by GPT-2's `bytes_to_unicode`: printable Latin-1 as itself."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

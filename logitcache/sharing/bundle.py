@@ -1,7 +1,7 @@
-"""A cache as one file, .tar.zst: a tar archive (POSIX ustar) in one Zstandard frame, the manifest first.
+"""A bundle is a cache as one file, .tar.zst: a tar archive (POSIX ustar) in one Zstandard frame, the manifest first.
 
-The same files give the same bytes. What is read is not unpacked by a library: of a tar archive's many kinds of members a bundle
-has one, regular files, so a link, a device or an extension header has nothing here that would follow it.
+The same files give the same bytes. A bundle is not unpacked by a library: of a tar archive's many kinds of members it has one,
+regular files, so a link, a device or an extension header has nothing here that would follow it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def place(url: str) -> tuple[Folder, str]:
 def write_bundle(folder: Path, files: Sequence[TravellingFile], path: Path, advance: Callable[[int], None]) -> None:
     """Writes files of a cache in this order, the manifest first, to a bundle.
 
-    advance: told the bytes of every file. Raises UserError for a file that is not the one of the manifest, and for a name that an
-    archive cannot hold.
+    advance: told the bytes of every file. Raises UserError for a file that is not the one of the manifest, and for a name that
+    an archive cannot hold.
     """
     # Threads of zstandard's own, 1 or more, give the same bytes, however many.
     compressor = zstandard.ZstdCompressor(_LEVEL, write_checksum=True, threads=1)
@@ -168,7 +168,7 @@ def _decompressed(url: str) -> Iterator[None]:
 
 
 def _members(read: Callable[[int], bytes], url: str) -> Iterator[Member]:
-    """read: exactly so many bytes."""
+    """Yields the members; `read` returns exactly so many bytes."""
     first = True
     while (block := read(_BLOCK_BYTES)).strip(b"\0"):
         member = _parsed(block, url)

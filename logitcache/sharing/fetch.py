@@ -34,7 +34,7 @@ MAX_TEXT_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Source:
-    """A cache to read. url: to open it.  identity: SHA-256 of its manifest."""
+    """A cache to read.  url: opens it.  identity: SHA-256 of its manifest."""
 
     url: str
     identity: str
@@ -47,7 +47,7 @@ class Source:
 
 
 def fetch(source: Source, chosen: Collection[int], folder: Folder) -> dict[str, bytes]:
-    """Fetches what is not in the folder yet. Returns the files that the manifest does not vouch for, which are small."""
+    """Fetches the files that are not in the folder yet. Returns the files that the manifest does not name, which are small."""
     files = vouched_files(source.manifest, source.where)
     kept = {source.manifest.shards[index].name for index in chosen} | set(source.manifest.files)
     wanted = [file for file in files if file.name in kept]

@@ -1,4 +1,4 @@
-"""A cache → a dataset repository of the Hugging Face Hub: blobs ahead, then one commit that shows them all at once."""
+"""A cache goes to a dataset repository of the Hugging Face Hub: blobs ahead, then one commit that shows them all at once."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ def push_to_hub(
 ) -> str:
     """Uploads files of a local cache and makes them, and the removal of others, visible in one commit. Returns its id.
 
-    names: relative to `cache`.  remove: files of the repository.  url: hf://datasets/ORG/NAME[@BRANCH].
-    private: whether only its organisation reads the repository, if this makes it.
-    The Hub knows blobs by their content: what an interrupted push sent is not sent again.
-    Raises UserError for another form of URL, without a login or a permission, where somebody else pushed meanwhile, and
-    where the connection breaks more often than huggingface_hub tries.
+    names: relative to `cache`.  remove: files of the repository.  url: hf://datasets/ORG/NAME[@BRANCH].  private: whether only
+    its organisation reads the repository, if this makes it. The Hub knows blobs by their content: what an interrupted push sent
+    is not sent again. Raises UserError for another form of URL, without a login or a permission, if somebody else pushed
+    meanwhile, and if the connection breaks more often than huggingface_hub tries.
     """
     repo_id, branch = parse_dataset_url(url)
     try:
@@ -61,7 +60,7 @@ def push_to_hub(
 
 
 def parse_dataset_url(url: str) -> tuple[str, str | None]:
-    """hf://datasets/ORG/NAME[@BRANCH] → "ORG/NAME" and the branch. Raises UserError for any other form."""
+    """Reads "ORG/NAME" and the branch of hf://datasets/ORG/NAME[@BRANCH]. Raises UserError for any other form."""
     match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", url)
     if match is None:
         raise UserError(f"{url}: a cache is pushed to a dataset repository, hf://datasets/ORG/NAME or …/NAME@BRANCH")
@@ -69,7 +68,7 @@ def parse_dataset_url(url: str) -> tuple[str, str | None]:
 
 
 def _head(api: HfApi, repo_id: str, branch: str | None, private: bool) -> str:
-    """Commit that the push goes on top of; makes the repository if there is none, which has no branch but its first."""
+    """Returns the commit that the push goes on top of; makes the repository, unless a branch of it is named."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
@@ -91,7 +90,7 @@ def _head(api: HfApi, repo_id: str, branch: str | None, private: bool) -> str:
 
 
 def _batches(additions: Sequence[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:
-    """Files in order, `UPLOAD_BYTES` and the rest of the last file at a time."""
+    """Yields files in order, `UPLOAD_BYTES` and the rest of the last file at a time."""
     batch: list[CommitOperationAdd] = []
     num_bytes = 0
     for addition in additions:

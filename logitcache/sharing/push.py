@@ -50,8 +50,9 @@ from logitcache.storage.regular_files import regular_file
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did. identity: SHA-256 of the manifest that is there now.  num_sent, num_kept: files.  revision: commit of a
-    repository on the Hub, None elsewhere.
+    """The result of a push.  identity: SHA-256 of the manifest that is there now.  num_sent, num_kept: files.
+
+    revision: commit of a repository on the Hub, None elsewhere.
     """
 
     url: str
@@ -115,7 +116,7 @@ def push(
 
 
 def _refuse_secrets(cache: LogitCache) -> None:
-    """Raises UserError for a manifest of an earlier version that holds what would be published with it."""
+    """Raises UserError for a manifest of an earlier version with secrets, which would be published with it."""
     if without_secrets_of_sources(cache.manifest) != cache.manifest:
         raise UserError(
             f"{cache.path}: its manifest says where rows came from with a user name, a password or a query of the URL. Push "
@@ -134,11 +135,11 @@ class _Outgoing:
 
     @property
     def manifest(self) -> TravellingFile:
-        """As a file."""
+        """The manifest as a file."""
         return TravellingFile(MANIFEST_NAME, self.cache.identity)
 
     def with_card(self) -> list[TravellingFile]:
-        """Brings the card up to date; gives it, and a signature."""
+        """Brings the card up to date. Returns it, and a signature."""
         update_card(Folder(self.folder), self.licenses)
         names = {path.name for path in self.folder.iterdir()}
         return [TravellingFile(name, "") for name in (CARD_NAME, SIGNATURE_NAME) if name in names]
@@ -159,7 +160,6 @@ class _Outgoing:
 
 
 def _push_files(ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pushed:
-    """To a folder, at a URL or here."""
     target, source = Folder(url), Folder(ours.folder)
     if target.lies_in(source) or source.lies_in(target):
         raise UserError(f"{url}: choose a place outside the cache that is pushed, {source}")
@@ -227,7 +227,7 @@ def _send(
 
 
 def _refuse_another_push(target: Folder, ours: _Outgoing) -> None:
-    """Raises UserError if the mark of our push is gone or another's: its files may have taken the place of ours."""
+    """Raises UserError if the mark of our push is gone or another's: that push may have replaced files of ours."""
     try:
         content = persistently(partial(target.read, UNFINISHED_NAME, MAX_MANIFEST_BYTES))
     except FileNotFoundError:
@@ -239,7 +239,7 @@ def _refuse_another_push(target: Folder, ours: _Outgoing) -> None:
 
 
 def _stored(target: Folder, on_hub: bool) -> Mapping[str, Stored]:
-    """What is there; a repository that is not there yet is made by the push, a bucket is not."""
+    """Lists the files that are there; a repository that is not there yet is made by the push, a bucket is not."""
     try:
         return persistently(target.stored)
     except FileNotFoundError as error:
@@ -249,9 +249,9 @@ def _stored(target: Folder, on_hub: bool) -> Mapping[str, Stored]:
 
 
 def _manifest_there(target: Folder, stored: Mapping[str, Stored], on_hub: bool, overwrite: bool) -> Manifest | None:
-    """Of the cache that a place holds, whole or on its way there; under `overwrite` None where it cannot be read.
+    """Reads the manifest of the cache in a place, whole or on its way there; under `overwrite` None if it cannot be read.
 
-    Raises UserError where the place holds something else.
+    Raises UserError if the place holds something else.
     """
     name = MANIFEST_NAME if MANIFEST_NAME in stored else UNFINISHED_NAME
     if name in stored:
@@ -345,7 +345,7 @@ def _push_bundle(ours: _Outgoing, url: str, overwrite: bool) -> Pushed:
 
 @contextmanager
 def _written_for(target: Folder, name: str) -> Iterator[Path]:
-    """A path to write a file to, beside its place in a local folder."""
+    """Yields a path to write a file to, beside its place in a local folder."""
     if target.local is not None:
         with target.writing(name) as path:
             yield path

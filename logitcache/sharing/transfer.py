@@ -1,4 +1,4 @@
-"""Files of a cache on their way from one place to another: which they are, which are the same already, several at a time."""
+"""Files of a cache travel from one place to another: which files, which are the same already, several at a time."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ LEFTOVERS = {
 
 @dataclass(frozen=True)
 class TravellingFile:
-    """A file of a cache. sha256: as the manifest says, empty for the card and a signature, which it does not name.
-    num_bytes: None where the manifest does not say.
+    """A file of a cache.  num_bytes: None if the manifest does not say.
+
+    sha256: as the manifest says, empty for the card and a signature, which it does not name.
     """
 
     name: str
@@ -88,7 +89,7 @@ def left_behind(names: Iterable[str], kept: Collection[str]) -> list[str]:
 
 
 def check(file: TravellingFile, sha256: str, where: str) -> None:
-    """Raises UserError where a file's content, at `where`, is not what the manifest says it is."""
+    """Raises UserError if a file's content, at `where`, is not what the manifest says it is."""
     if file.sha256 and sha256 != file.sha256:
         raise UserError(f"{where} was altered: its SHA-256 is not the manifest's. Fetch, build or push it again")
 

@@ -48,11 +48,10 @@ class Unreachable(UserError):
 
 @dataclass(frozen=True)
 class Stored:
-    """What a store says of a file. num_bytes: None where it does not tell.
+    """A store's record of a file.  num_bytes: None if it does not tell.
 
-    algorithm, digest: a checksum that it took of the content, where it tells one.
-
-    algorithm: "md5", "sha256" or "git" (SHA-1 of `blob <size>\\0` and the content).  digest: hexadecimal.
+    algorithm, digest: a checksum that it took of the content, if it tells one: "md5", "sha256" or "git" (SHA-1 of `blob
+    <size>\\0` and the content), hexadecimal.
     """
 
     num_bytes: int | None
@@ -61,11 +60,10 @@ class Stored:
 
 
 class Folder:
-    """Files by their names relative to one folder. path: as given, to open it again.  local: the same as a Path, None at a URL.
+    """Files by their names relative to one folder.  path: as given.  local: the same as a Path, None at a URL.
 
-    As text it is the path without the secrets of a URL (`public_url`): messages, logs and records have that.
-
-    Raises UserError where no installed file system reads such a URL, and from every method where a store does not answer.
+    As text it is the path without the secrets of a URL (`public_url`), for messages, logs and records. Raises UserError if no
+    installed file system reads such a URL, and from every method if a store does not answer.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -86,7 +84,7 @@ class Folder:
         return hash(self.path)
 
     def where(self, name: str = "") -> str:
-        """Path or URL of a file, for messages."""
+        """Returns the path or URL of a file, for messages."""
         return f"{str(self).rstrip('/')}/{name}" if name else str(self)
 
     @property
@@ -95,7 +93,7 @@ class Folder:
         return str(self.local.resolve()) if self.local else str(self)
 
     def lies_in(self, other: Folder) -> bool:
-        """Whether this folder is the other one or lies in it."""
+        """Tells whether this folder is the other one or lies in it."""
         return self._place.is_relative_to(other._place)
 
     @property
@@ -104,7 +102,7 @@ class Folder:
         return PurePosixPath(str(self._filesystem.protocol), self.local.resolve() if self.local else self._root)
 
     def exists(self, name: str = "") -> bool:
-        """Whether there is such a file or folder, asked anew every time."""
+        """Tells whether there is such a file or folder; the store is asked anew every time."""
         with self.answering():
             self._filesystem.invalidate_cache()
             if self._filesystem.exists(self._full(name)):
@@ -115,7 +113,7 @@ class Folder:
             return False
 
     def absence(self) -> str:
-        """Says that there is no such folder, and why, where the store tells."""
+        """Says that there is no such folder, and why, if the store tells."""
         try:
             with self.answering():
                 self._filesystem.info(self._root)
@@ -125,7 +123,7 @@ class Folder:
         return f"{self} does not exist"
 
     def names(self, name: str = "") -> list[str]:
-        """Names of what a folder holds, sorted; empty where there is no such folder, or a link."""
+        """Lists the names in a folder, sorted; empty if there is no such folder, or a link."""
         if self._on_web or self._is_link(name):
             return []
         try:
@@ -138,7 +136,7 @@ class Folder:
         return sorted(PurePosixPath(path).name for path in found if path.rstrip("/") != self._full(name).rstrip("/"))
 
     def files(self, name: str) -> list[str]:
-        """Names, relative to this folder, of all files below the folder `name`, sorted; a link is one, wherever it leads."""
+        """Lists all files below the folder `name`, relative to this one, sorted; a link is a file, wherever it leads."""
         if self._on_web:
             return []
         if self._is_link(name):
@@ -149,7 +147,7 @@ class Folder:
         return sorted(path.removeprefix(f"{self._root.rstrip('/')}/") for path in found)
 
     def stored(self) -> dict[str, Stored]:
-        """All files below this folder by their names, from one listing; none of a web server.
+        """Returns all files below this folder by their names, from one listing; none of a web server.
 
         Raises FileNotFoundError, for example of a bucket.
         """
@@ -168,7 +166,7 @@ class Folder:
         }
 
     def look_up(self, name: str) -> Stored | None:
-        """What a store says of one file; None where it is missing."""
+        """Returns a store's record of one file; None if it is missing."""
         try:
             with self.answering():
                 self._filesystem.invalidate_cache()
@@ -177,15 +175,15 @@ class Folder:
             return None
 
     def num_bytes(self, name: str) -> int:
-        """Size of a file."""
+        """Returns the size of a file."""
         with self.answering():
             self._check_regular(name)
             return int(self._filesystem.size(self._full(name)))
 
     def open(self, name: str, num_bytes: int | None = None) -> BinaryIO:
-        """A file to read from anywhere in it.
+        """Opens a file to read from anywhere in it.
 
-        num_bytes: its size, where that is known: a store is then asked for what is read, and for no megabytes ahead.
+        num_bytes: its size, if that is known: a store is then asked for what is read, and for no megabytes ahead.
         """
         options = {} if num_bytes is None else {"size": num_bytes, "cache_type": "none"}
         with self.answering():
@@ -193,7 +191,7 @@ class Folder:
             return cast(BinaryIO, self._filesystem.open(self._full(name), "rb", **options))
 
     def read(self, name: str, at_most: int = MAX_READ_BYTES) -> bytes:
-        """A whole file. Raises FileNotFoundError, and UserError for more bytes than `at_most`."""
+        """Reads a whole file. Raises FileNotFoundError, and UserError for more bytes than `at_most`."""
         if self.local is not None:
             with self.answering(), regular_file(self.local, name).open("rb") as file:
                 content = file.read(at_most + 1)
@@ -205,9 +203,9 @@ class Folder:
             return path.read_bytes()
 
     def fetch(self, name: str, path: Path, at_most: int | None = None) -> None:
-        """Copies a file to a local path, which is overwritten. at_most: bytes, of which little more is taken from a store.
+        """Copies a file to a local path, which is overwritten.  at_most: bytes, of which little more is taken from a store.
 
-        Raises FileNotFoundError, UserError for more bytes than `at_most`, and OSError where the disk is full.
+        Raises FileNotFoundError, UserError for more bytes than `at_most`, and OSError if the disk is full.
         """
         self._copy(name, path, NoOpCallback() if at_most is None else _Bound(at_most, self.where(name)))
 
@@ -217,7 +215,7 @@ class Folder:
             self._filesystem.get_file(self._full(name), str(path), callback=told)
 
     def on_disk(self, name: str) -> Path:
-        """The path of a file of a local folder. Raises FileNotFoundError, and UserError for what is no regular file."""
+        """Returns the path of a file of a local folder. Raises FileNotFoundError, and UserError if it is no regular file."""
         assert self.local is not None
         with self.answering():
             return regular_file(self.local, name)
@@ -247,9 +245,8 @@ class Folder:
     def put(self, path: Path, name: str, sha256: str = "") -> None:
         """Copies a local file here; it appears under its name when it is whole.
 
-        sha256: of its content, for `sha256` to give back where a store keeps such notes.
-
-        Raises UserError when the disk is full or the URL does not take the file, Unreachable where another try may help.
+        sha256: of its content, for `sha256` to give back if a store keeps such notes. Raises UserError if the disk is full or
+        the URL does not take the file, Unreachable if another try may help.
         """
         if self.local is not None:
             with self.writing(name) as temporary:
@@ -265,7 +262,7 @@ class Folder:
             raise self._refusal(error, f"{self.where(name)} cannot be written") from _shown_cause(error)
 
     def sha256(self, name: str) -> str | None:
-        """SHA-256 of a file's content as it was noted when it was put there; None where there is no such note."""
+        """Returns the SHA-256 of a file's content that was noted when it was put there; None if there is no such note."""
         if not self._on_s3:
             return None
         with self.answering():
@@ -275,7 +272,7 @@ class Folder:
     def writing(self, name: str) -> Iterator[Path]:
         """Yields a local path to write; on success the file appears as `name`, on any exception nothing does.
 
-        Raises UserError when the disk is full or cannot be written, the URL does not take the file, or its folder is a link to
+        Raises UserError if the disk is full or cannot be written, the URL does not take the file, or its folder is a link to
         another place.
         """
         if self.local is not None:
@@ -298,7 +295,7 @@ class Folder:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     def remove(self, name: str) -> None:
-        """Removes a file, or a folder with all that it holds; nothing where there is none. Raises UserError as `writing` does."""
+        """Removes a file, or a folder with all that it holds, if it is there. Raises UserError as `writing` does."""
         self._refuse_links(name)
         if self.exists(name):
             full = self._full(name)  # a store would take `[1]` in it for a pattern, and remove other folders
@@ -320,16 +317,16 @@ class Folder:
                 )
 
     def remove_leftovers(self, name: str) -> None:
-        """Removes what killed writers left in a folder."""
+        """Removes the files that killed writers left in a folder."""
         for leftover in self.names(name):
             if leftover.endswith(TEMPORARY_SUFFIX):
                 self.remove(f"{name}/{leftover}")
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Raises UserError for what a store or the disk raises in the block, of whatever kind, but for a file that is missing.
+        """Raises UserError for whatever a store or the disk raises in the block, except for a file that is missing.
 
-        What this machine lacks, memory or space on its disk, is raised as it is; Unreachable, where another try may help.
+        Lack of memory, or of space on this machine's disk, is raised as it is; Unreachable, if another try may help.
         """
         try:
             yield
@@ -385,14 +382,13 @@ class Folder:
 
 
 class _Bound(NoOpCallback):  # type: ignore[misc]  # fsspec has no types
-    """Ends a transfer by a UserError as soon as a store announces, or has sent, more than it may."""
+    """The callback that ends a transfer by a UserError as soon as a store announces, or has sent, more than it may."""
 
     def __init__(self, most_bytes: int, where: str) -> None:
         super().__init__()
         self._most_bytes, self._where = most_bytes, where
 
     def call(self, *_: Any, **__: Any) -> None:
-        """Told of every chunk."""
         _check_bound(max(self.size or 0, self.value), self._most_bytes, self._where)
 
 
@@ -402,7 +398,7 @@ def _check_bound(num_bytes: int, most_bytes: int, where: str) -> None:
 
 
 def _shown_cause(error: Exception) -> Exception | None:
-    """What an error is raised from: nothing where a traceback would show the secrets of a URL."""
+    """Returns what an error is raised from: None if a traceback would show the secrets of a URL."""
     return error if without_secrets(str(error)) == str(error) else None
 
 
@@ -412,7 +408,7 @@ def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def _stored(info: Mapping[str, Any], s3: bool) -> Stored:
-    """Of an entry of a listing: S3 has an MD5 as ETag, but for uploads in parts; Google's store an md5Hash; the Hub both."""
+    """Reads an entry of a listing: S3 has an MD5 as ETag, but for uploads in parts; Google's store an md5Hash; the Hub both."""
     num_bytes, etag, lfs = info["size"], str(info.get("ETag", "")).strip('"'), info.get("lfs")
     if s3 and re.fullmatch("[0-9a-f]{32}", etag):
         return Stored(num_bytes, "md5", etag)

@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub refuses, as one line that says what to do."""
+"""A refusal of the Hugging Face Hub becomes one line that says what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PASSING = (408, 429)
 
 
 def hub_refusal(error: BaseException, url: str) -> str | None:
-    """Why the Hub refused a request to `url`, from what huggingface_hub raised; None where the error is of another kind."""
+    """Says why the Hub refused a request to `url`, from what huggingface_hub raised; None if the error is of another kind."""
     if not url.startswith("hf://"):
         return None
     from huggingface_hub import errors
@@ -43,7 +43,7 @@ def hub_refusal(error: BaseException, url: str) -> str | None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from, outermost first."""
+    """Yields the error and what it was raised from, outermost first."""
     while error is not None:
         yield error
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""Work done ahead of its use, by threads in the background."""
+"""Threads in the background do work ahead of its use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AHEAD = 3
 def prefetched(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yields work(item) of every item, in order, while threads are at the next `AHEAD` of them.
 
-    What `work` raises is raised when its item's turn comes. Dropping the iterator, or closing it, drops the work that was
+    An exception of `work` is raised when its item's turn comes. Dropping the iterator, or closing it, drops the work that was
     not begun and ends the threads after what they are at. A forked process starts threads of its own.
     """
     remaining = iter(items)

@@ -1,12 +1,12 @@
-"""The rule that a cache consists of regular files, as it is kept on this machine.
+"""A cache consists of regular files: this is the rule, as it is kept on this machine.
 
 Below its folder, which may itself be reached by a link, a cache has folders and regular files. Who makes a cache may lay a link
-to a file of whoever reads or publishes it, or a pipe that nobody ever writes to: symbolic links, pipes, devices and sockets
-are refused wherever a file of a cache is looked at, before it is opened.
+to a file of whoever reads or publishes it, or a pipe that nobody ever writes to: symbolic links, pipes, devices and sockets are
+refused wherever a file of a cache is looked at, before it is opened.
 
-One kind of link stands for the file that it points to, those that huggingface_hub lays in its own cache:
-snapshots/REVISION/NAME → blobs/DIGEST, beside `snapshots`. Such a link leads to a regular file of that one folder or is refused:
-it reaches nothing but what was fetched from the same repository.
+One kind of link stands for the file that it points to, the links that huggingface_hub lays in its own cache:
+snapshots/REVISION/NAME → blobs/DIGEST, beside `snapshots`. Such a link leads to a regular file of that one folder or is
+refused: it reaches nothing but what was fetched from the same repository.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _KINDS = {
 
 
 def regular_file(root: Path, name: str) -> Path:
-    """The path of a file of the cache at `root`, which nothing but folders leads to.
+    """Returns the path of a file of the cache at `root`, which nothing but folders leads to.
 
-    Raises UserError where it, or a folder on the way to it, is anything else, and OSError where it is missing.
+    Raises UserError if it, or a folder on the way to it, is anything else, and OSError if it is missing.
     """
     path = root
     parts = PurePosixPath(name).parts
@@ -50,7 +50,7 @@ def regular_file(root: Path, name: str) -> Path:
 
 
 def _is_hub_blob(root: Path, link: Path) -> bool:
-    """Whether huggingface_hub lays such links: from a snapshot to a regular file among the blobs of its repository."""
+    """Tells whether huggingface_hub lays such links: from a snapshot to a regular file among the blobs of its repository."""
     folder = root.resolve()
     target = Path(os.path.normpath(folder / link.relative_to(root).parent / link.readlink()))
     for snapshots in (parent for parent in folder.parents if parent.name == "snapshots"):

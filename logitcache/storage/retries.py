@@ -1,4 +1,4 @@
-"""Remote files read through a connection that may break."""
+"""Remote files are read through a connection that may break."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger("logitcache")
 
 
 class RetriedFile(io.RawIOBase):
-    """A remote file to read from anywhere in it; what is read is asked for by itself, and again where a connection breaks.
+    """A remote file to read from anywhere in it; each read is one request, and is asked for again if a connection breaks.
 
-    num_bytes: its size. `read` raises FileNotFoundError where there is no such file, and UserError for a connection that is
-    cut for good.
+    num_bytes: its size. `read` raises FileNotFoundError if there is no such file, and UserError for a connection that is cut
+    for good.
     """
 
     def __init__(self, folder: Folder, name: str, num_bytes: int) -> None:
@@ -29,7 +29,7 @@ class RetriedFile(io.RawIOBase):
         self._source = folder.open(name, num_bytes)
 
     def read(self, size: int | None = -1) -> bytes:
-        """The next `size` bytes, all that are left for −1."""
+        """Reads the next `size` bytes, all that are left for −1."""
         left = max(self._num_bytes - self._position, 0)
         wanted = left if size is None or size < 0 else min(size, left)
         content = self._read(wanted) if wanted else b""
@@ -57,20 +57,20 @@ class RetriedFile(io.RawIOBase):
         return content
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of any file."""
+        """Moves as in any file."""
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
         return self._position
 
     def tell(self) -> int:
-        """As of any file."""
+        """Returns the position."""
         return self._position
 
     def readable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def close(self) -> None:

@@ -27,11 +27,9 @@ def tokenize_messages(document: Mapping[str, Any], by: Tokenization) -> list[Tok
     """Returns the tokens of `messages` and the optional `tools`: one sequence, or as many as the chat has answers.
 
     `by.turns` chooses the answers. "all": the chat is one sequence, with all its answers trained. "last": the chat up to its
-    last answer, which is trained. "each": for every answer, the chat up to it, with this answer trained; each is rendered as
-    at inference, so that any template will do.
-
-    Raises:
-        BadDocument: The columns contain no chat, the template fails, or it does not show where an answer lies.
+    last answer, which is trained. "each": for every answer, the chat up to it, with this answer trained; each is rendered as at
+    inference, so that any template will do. Raises BadDocument if the columns contain no chat, the template fails, or it does
+    not show where an answer lies.
     """
     chat = read_chat(document)
     by.notes.update(chat.notes)

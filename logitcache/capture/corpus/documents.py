@@ -27,15 +27,9 @@ class Source:
 
 
 def find_sources(data: str | Sequence[str], split: str = "train", config_name: str | None = None) -> list[Source]:
-    """Returns the sources that `--data` names, in a stable order.
+    """Returns the sources that `--data` names, in a stable order: files, folders and globs of files, and names of datasets.
 
-    Args:
-        data: files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders or globs of such, or names of datasets.
-        split: of a dataset.
-        config_name: configuration of a dataset.
-
-    Raises:
-        UserError: A path does not exist, or a folder or glob has no such files.
+    Raises UserError if a path does not exist, or a folder or glob has no file that is read.
     """
     sources: list[Source] = []
     for item in map(str, one_or_more(data)):

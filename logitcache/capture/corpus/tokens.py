@@ -34,13 +34,10 @@ class Offsets:
             self._tokenizer.backend_tokenizer.post_processor = None
 
     def __call__(self, text: str, edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids [T], the first character of each token, and the character after its last one.
+        """Returns token ids, the first character of each token, and the character after its last one: int64 [T] each.
 
-        edges: characters at which answers begin or end. A tokenizer without offsets is given the pieces between them, which
-        must have the tokens of the whole.
-
-        Raises:
-            BadDocument: The tokenizer gives no offsets, and a token reaches across an edge.
+        edges: characters at which answers begin or end. A tokenizer without offsets is given the pieces between them; raises
+        BadDocument if these have other tokens than the whole.
         """
         if not self._exact:
             return self._by_pieces(text, edges)

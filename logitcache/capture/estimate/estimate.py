@@ -192,15 +192,9 @@ def estimate(
     sees_logits: bool,
     skip_bad: bool = False,
 ) -> Estimate:
-    """Scores some thousand positions of a sample, a few times over.
+    """Scores some thousand positions of a sample, a few times over. Tail groups that the teacher has are replaced.
 
-    Args:
-        teacher: the loaded teacher. Tail groups that it has are replaced.
-        sample: the sample of the corpus.
-        layout: of the build's shards, with kept columns.
-        settings: of the build.
-        sees_logits: whether the teacher is a `LogitTeacher`.
-        skip_bad: whether rows for which the teacher gives NaN are left out, otherwise refused.
+    layout, settings: of the build.  skip_bad: rows for which the teacher gives NaN are left out, otherwise refused.
     """
     sequences = random.Random(0).sample(sample.sequences, len(sample.sequences))
     priced = _first(sequences, [len(sequence.positions) for sequence in sequences], PRICED_POSITIONS)

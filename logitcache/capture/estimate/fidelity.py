@@ -77,13 +77,7 @@ class Outcomes:
 
     @classmethod
     def of_logprobs(cls, logprobs: np.ndarray, mean_probs: np.ndarray, tail_groups: np.ndarray) -> Outcomes:
-        """Returns the outcomes of full distributions, each token one.
-
-        Args:
-            logprobs: float [N, V].
-            mean_probs: the mean probability of each id, float64 [V].
-            tail_groups: the group of each id, int [V].
-        """
+        """Returns the outcomes of full distributions, float [N, V], each token one.  mean_probs, tail_groups: of each id, [V]."""
         ids = np.argsort(-logprobs, axis=1, kind="stable")
         ordered = np.take_along_axis(logprobs, ids, axis=1).astype(np.float64)
         return cls(ordered, mean_probs[ids], tail_groups[ids], ids, np.ones_like(ids))
@@ -131,17 +125,11 @@ def gradient_errors(
     grouped: bool,
     group_step_nats: float = 0.0,
 ) -> list[dict[str, float]]:
-    """Returns ‖Σ g_stored − Σ g_full‖ / ‖Σ g_full‖ by loss, for each choice of entries.
+    """Returns ‖Σ g_stored − Σ g_full‖ / ‖Σ g_full‖ by loss, for each choice of entries; sums over positions, norms over logits.
 
-    Sums run over the positions, norms over the logits.
-
-    Args:
-        outcomes: the teacher's distributions.
-        student_logprobs: float64 [N, E].
-        entries: for each choice k, or bool [N, E]: the outcomes that are stored by themselves.
-        grouped: whether the tail's mass is known by group, otherwise as one number.
-        group_step_nats: the logs of the groups' shares of the tail are rounded to multiples of it (0: not at all), and the
-            groups then scaled to the tail, as the loss does.
+    student_logprobs: float64 [N, E].  entries: for each choice k, or the outcomes that are stored by themselves, bool [N, E].
+    grouped: whether the tail's mass is known by group.  group_step_nats: the logs of the groups' shares of the tail are rounded
+    to multiples of it (0: not at all), and the groups then scaled to the tail, as the loss does.
     """
     num_rows, width = outcomes.logprobs.shape
     sums = np.zeros((1 + len(entries), len(SLOPES), int(outcomes.ids.max()) + 1))

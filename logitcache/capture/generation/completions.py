@@ -84,15 +84,9 @@ class CompletedPrompts:
 
 
 def complete_prompts(folder: Folder, spec: Mapping[str, Any], inputs: Inputs) -> CompletedPrompts:
-    """Lets the teacher answer every prompt that has no completions yet.
+    """Lets the teacher answer every prompt that has no completions yet; completions in `folder` were made with this spec.
 
-    Args:
-        folder: the cache that is built; completions that it has were made with this spec.
-        spec: everything that decides what the cache will hold.
-        inputs: the inputs of the build.
-
-    Raises:
-        UserError: A document is bad, the corpus has no prompts, or vLLM does not start.
+    Raises UserError for a bad document, for a corpus without prompts, and if vLLM does not start.
     """
     assert inputs.generation is not None
     if not folder.exists(PROMPTS_NAME):

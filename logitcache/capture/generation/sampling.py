@@ -52,14 +52,10 @@ class GenerationSettings:
 
     @classmethod
     def check(cls, params: Mapping[str, Any], max_length: int) -> GenerationSettings:
-        """Returns the settings that a user asks for.
+        """Returns the settings that a user asks for, with values as numbers or as text.
 
-        Args:
-            params: the user's values, as numbers or as text.
-            max_length: tokens of the longest prompt and its completion together.
-
-        Raises:
-            UserError: vLLM does not know a field or refuses its value, or the field makes no sense here.
+        max_length: tokens of the longest prompt and its completion together. Raises UserError for a field that vLLM does not
+        know or that makes no sense here, and for a value that vLLM refuses.
         """
         for name in params:
             _check_name(name)

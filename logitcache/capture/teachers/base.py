@@ -67,16 +67,9 @@ class TeacherModel:
 
     @classmethod
     def load(cls, name: str, revision: str | None, dtype: str, trust_remote_code: bool) -> TeacherModel:
-        """Reads configuration and tokenizer, no weights.
+        """Reads configuration and tokenizer, no weights.  name: a folder, or a name on the Hugging Face Hub.
 
-        Args:
-            name: a folder, or a name on the Hugging Face Hub.
-            revision: branch, tag or commit.
-            dtype: one of DTYPES; "auto" becomes the checkpoint's own.
-            trust_remote_code: whether code that comes with the model may run.
-
-        Raises:
-            UserError: The configuration or the tokenizer is missing or does not load.
+        Raises UserError if the configuration or the tokenizer is missing or does not load.
         """
         from transformers import AutoConfig, AutoTokenizer
 

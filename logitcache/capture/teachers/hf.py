@@ -33,12 +33,8 @@ POSITIONS_PER_SELECTION = 1024
 class TransformersTeacher:
     """A language model of transformers. Batches are of similar lengths, at most `LOGITS_PER_BATCH` logits each.
 
-    Args:
-        model: the teacher.
-        attention: transformers' `attn_implementation`; None for its own choice.
-
-    Raises:
-        UserError: The weights do not load, or some are missing: transformers would draw those at random.
+    attention: transformers' `attn_implementation`; None for its own choice. Raises UserError if the weights do not load, or if
+    some are missing, which transformers would draw at random.
     """
 
     def __init__(self, model: TeacherModel, attention: str | None = None) -> None:

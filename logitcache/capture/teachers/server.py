@@ -41,22 +41,12 @@ MINUS_INFINITY = -9999.0
 
 
 class ServerTeacher:
-    """A model behind an OpenAI-compatible endpoint of vLLM.
+    """A model behind an OpenAI-compatible endpoint of vLLM. The key, if the server wants one, is read from OPENAI_API_KEY.
 
-    The key, if the server wants one, is read from OPENAI_API_KEY.
-
-    Args:
-        base_url: with its /v1.
-        model_name: as served, see `describe_server`.
-        vocab_size: tokens of the tokenizer; ids beyond are padding.
-        most_entries: the largest top_k that will be asked for.
-        concurrency: requests under way at once.
-        timeout_s: of one request. All requests under way wait for each other, so it must do for all of them.
-        attempts: tries of one request before the build stops.
-        backoff_s: the first delay between them; it doubles up to half a minute.
-
-    Raises:
-        UserError: The server refuses a two-token request with that many entries.
+    model_name: as served, see `describe_server`.  vocab_size: ids beyond are padding.  most_entries: the largest top_k that
+    will be asked for.  concurrency: requests under way at once, which wait for each other, so timeout_s must do for all of
+    them.  attempts: tries of one request before the build stops.  backoff_s: the first delay between them; it doubles up to
+    half a minute. Raises UserError if the server refuses a two-token request with that many entries.
     """
 
     def __init__(
@@ -189,18 +179,11 @@ class ServerTeacher:
 
 
 def describe_server(base_url: str, model_name: str | None) -> dict[str, Any]:
-    """Returns what a server says about a model and about itself, for the fingerprint.
+    """Returns what a server says about a model and about itself, for the fingerprint; model_name None stands for the only one.
 
-    Args:
-        base_url: with its /v1.
-        model_name: as served; None stands for the only one.
-
-    Returns:
-        `name`, `root` (the checkpoint as the server was given it), `max_model_len`, `version` of vLLM and
-        `system_fingerprint`, vLLM's hash of its settings; None for what the server does not say.
-
-    Raises:
-        UserError: The server does not answer, or serves no such model.
+    These are `name`, `root` (the checkpoint as the server was given it), `max_model_len`, `version` of vLLM and
+    `system_fingerprint`, vLLM's hash of its settings; None for what the server does not say. Raises UserError if the server
+    does not answer, or serves no such model.
     """
     url = _checked(base_url)
     with httpx2.Client(headers=_headers(), timeout=60.0) as client:

@@ -1,4 +1,4 @@
-"""What is wrong with a cache, where, and what to do about it."""
+"""A finding says what is wrong with a cache, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """A fault of a cache.
 
-    kind: a key of `KINDS`.  file: its name in the cache.  row_group, row: counted from 0 in the file.  position: the row of
-    the logits, as in `CachedSequence.positions`.
+    kind: a key of `KINDS`.  file: its name in the cache.  row_group, row: counted from 0 in the file.  position: the row of the
+    logits, as in `CachedSequence.positions`.
     """
 
     kind: str
@@ -69,10 +69,10 @@ class Finding:
 
 
 class Report:
-    """What a verification found. It keeps the first `SHOWN_PER_KIND` findings of each kind: a cache may have one per position.
+    """The result of a verification, with the first `SHOWN_PER_KIND` findings of each kind: a cache may have one per position.
 
-    rescored: the teacher's new scores beside the cache's, as text; empty if no row was scored again.
-    summary: what was checked, as one line.
+    rescored: the teacher's new scores beside the cache's, as text; empty if no row was scored again.  summary: what was
+    checked, as one line.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,6 @@ class Report:
             self._shown[finding.kind].append(finding)
 
     def __len__(self) -> int:
-        """The number of findings."""
         return sum(self._counts.values())
 
     @property
@@ -96,7 +95,7 @@ class Report:
         return [finding for findings in self._shown.values() for finding in findings]
 
     def text(self) -> str:
-        """A paragraph per kind: what it is, what to do, then file, place and what is wrong, in columns."""
+        """Returns a paragraph per kind: what it is, what to do, then file, place and what is wrong, in columns."""
         paragraphs = []
         for kind, findings in sorted(self._shown.items(), key=lambda item: list(KINDS).index(item[0])):
             heading, advice = KINDS[kind]
@@ -115,5 +114,5 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Names of files and rows may hold anything once they are altered."""
+    """Replaces control characters: names of files and rows may hold anything once they are altered."""
     return "".join(character if character.isprintable() else "?" for character in text)

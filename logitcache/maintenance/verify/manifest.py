@@ -1,4 +1,4 @@
-"""logitcache.json looked at part by part: all that is wrong with it, and what can still be checked against it."""
+"""The manifest is looked at part by part: all that is wrong with it, and what can still be checked against it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from logitcache.maintenance.verify.findings import Finding
 
 @dataclass
 class Claims:
-    """What a manifest says, as far as it can be read.
+    """The claims of a manifest, as far as it can be read.
 
     shards: those whose entries are sound.  named: every file that it names, sound or not.  files: SHA-256 by name.
     sequences_sha256: of the row ids in order.
@@ -34,7 +34,7 @@ class Claims:
 
 
 def check_manifest(content: bytes, claims: Claims) -> Iterator[Finding]:
-    """Findings about a manifest; fills `claims`."""
+    """Yields findings about a manifest; fills `claims`."""
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:

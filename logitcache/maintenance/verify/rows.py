@@ -1,4 +1,4 @@
-"""Rows of a row group: do they agree with themselves, and can a teacher have given these targets?"""
+"""The rows of a row group are checked: do they agree with themselves, and can a teacher have given their targets?"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Counts:
 
 
 def empty_lists(table: pa.Table, layout: Layout) -> list[str]:
-    """Columns of the layout in which a row or a number is null."""
+    """Lists the columns of the layout in which a row or a number is null."""
     return [
         name
         for name in layout.schema().names
@@ -44,7 +44,7 @@ def empty_lists(table: pa.Table, layout: Layout) -> list[str]:
 def check_rows(
     table: pa.Table, layout: Layout, file: str, row_group: int, first: int, counts: Counts, seen: SeenRows
 ) -> Iterator[Finding]:
-    """Findings about the rows of a row group without nulls, of which `first` is the first one's number in the file."""
+    """Yields findings about the rows of a row group without nulls; `first` is the number of its first row in the file."""
     lists = _Lists(table, layout)
     counts.num_tokens += len(lists.values["input_ids"])
     counts.num_positions += len(lists.values["num_entries"])
@@ -90,11 +90,10 @@ class _Lists:
         self.lengths = {name: np.diff(offsets) for name, (_, offsets) in columns.items()}
 
     def row(self, name: str, row: int) -> np.ndarray:
-        """A row's list."""
         return self.values[name][self._offsets[name][row] : self._offsets[name][row + 1]]
 
     def contradictions(self) -> Iterator[tuple[np.ndarray, Callable[[int], str]]]:
-        """Which rows [rows] have lists of lengths that cannot be, and what to say of one."""
+        """Yields which rows [rows] have lists of lengths that cannot be, and what to say of one."""
         tokens, mask = self.lengths["input_ids"], self.lengths["loss_mask"]
         yield mask != tokens, lambda row: f"{tokens[row]} input ids, a loss mask of {mask[row]}"
         trained = self._sums(self.values["loss_mask"], "loss_mask")
@@ -117,18 +116,18 @@ class _Lists:
             yield self.lengths[name] != lengths, what
 
     def tokens_outside(self, vocab_size: int) -> np.ndarray:
-        """Which rows [rows] have an input id that is none."""
+        """Returns which rows [rows] have an input id outside the vocabulary."""
         tokens = self.values["input_ids"]
         return self._sums((tokens < 0) | (tokens >= vocab_size), "input_ids") > 0
 
     def _sums(self, values: np.ndarray, name: str) -> np.ndarray:
-        """Sum over each row's list, int64 [rows]."""
+        """Sums each row's list, int64 [rows]."""
         running = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
         return np.diff(running[self._offsets[name]])
 
 
 def _decoded(table: pa.Table, rows: np.ndarray, layout: Layout) -> Iterator[tuple[int, CachedSequence | Exception]]:
-    """Row and content of the rows whose targets have something wrong with them, or what went wrong with decoding them."""
+    """Yields row and content of the rows with something wrong in their targets, or the error with which they are decoded."""
     if not len(rows):
         return
     if len(rows) < len(table):
@@ -153,7 +152,7 @@ def _decode(table: pa.Table, layout: Layout) -> DecodedRows | Exception:
 
 
 def _defects(sequence: CachedSequence, layout: Layout) -> Iterator[tuple[int, str]]:
-    """Every position of a row with something wrong: (row of its targets, what)."""
+    """Yields (row of its targets, what is wrong) for every position of a row with something wrong."""
     targets = sequence.targets
     if find_wrong(targets, layout):
         for position in range(len(targets)):

@@ -1,4 +1,4 @@
-"""One shard read through, row group by row group: damage in one does not hide what is in the others."""
+"""A shard is read through, row group by row group: damage in one does not hide what is in the others."""
 
 from __future__ import annotations
 
@@ -35,19 +35,17 @@ TAIL_MASS_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Claimed:
-    """What a manifest says of all shards. by_sha256: the shard of each content."""
+    """The claims of a manifest about all shards. by_sha256: the shard of each content."""
 
     layout: Layout | None
     by_sha256: Mapping[str, ShardInfo]
 
 
 def shard_files(folder: Folder, names: Iterable[str], stored: Mapping[str, Stored]) -> Generator[Path | Exception]:
-    """The shards on this machine, or why they cannot be fetched.
+    """Yields the shards on this machine, or why they cannot be fetched.
 
-    Those at a URL are fetched ahead, two at a time, to temporary files; each is removed when the next is asked for. stored: what
-    the store's listing says of its files.
-
-    Raises UserError for a store that stops answering, and for a full disk.
+    Shards at a URL are fetched ahead, two at a time, to temporary files; each is removed when the next is asked for.  stored:
+    what the store's listing says of its files. Raises UserError for a store that stops answering, and for a full disk.
     """
     if folder.local is not None:
         for name in names:
@@ -69,7 +67,7 @@ def shard_files(folder: Folder, names: Iterable[str], stored: Mapping[str, Store
 
 
 def _fetched(folder: Folder, name: str, stored: Stored | None, ended: Event) -> IO[bytes] | Exception:
-    """A temporary file with the shard's content, of which the rest is not fetched any more when it has ended."""
+    """Fetches a shard to a temporary file; once the verification has ended, the rest of it is not fetched any more."""
     try:
         stored = stored or folder.look_up(name)
         if stored is None:
@@ -92,7 +90,7 @@ def _fetched(folder: Folder, name: str, stored: Stored | None, ended: Event) -> 
 def check_shard(
     path: Path | Exception, name: str, info: ShardInfo | None, claimed: Claimed, seen: SeenRows
 ) -> Iterator[Finding]:
-    """Findings about one of `shard_files` and its content; `info` is what the manifest says of it, if anything."""
+    """Yields findings about a file of `shard_files` and its content; `info` is what the manifest says of it, if anything."""
     if isinstance(path, UserError):
         yield Finding("damaged", name, str(path))
         return
@@ -231,7 +229,7 @@ def _check_row_group(
 
 
 def _damaged_columns(file: pq.ParquetFile, index: int) -> list[str]:
-    """Columns of a row group that cannot be read each for itself."""
+    """Lists the columns of a row group that cannot be read each for itself."""
     damaged = []
     for column in file.schema_arrow.names:
         try:
@@ -264,7 +262,7 @@ def _words(error: BaseException) -> str:
 
 
 def fetched_sha256(folder: Folder, name: str) -> str:
-    """SHA-256 of a file at a path or a URL, read as a stream."""
+    """Returns the SHA-256 of a file at a path or a URL, read as a stream."""
     digest = hashlib.sha256()
     with RetriedFile(folder, name, folder.num_bytes(name)) as source:
         while chunk := source.read(CHUNK_BYTES):

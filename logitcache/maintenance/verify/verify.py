@@ -33,9 +33,8 @@ WAITING_ROWS = 1 << 16
 class Verification(Iterator[Finding]):
     """One pass over the cache at a path or a URL: an iterator of everything that is wrong with it.
 
-    against: the identity that the cache must have. If it has another, that is the only finding, and nothing else is read.
-    is_another: whether it has another.
-    num_rows, num_positions, num_bytes, num_shards: checked so far.
+    against: the identity that the cache must have. If it has another (is_another), that is the only finding, and nothing else
+    is read.  num_rows, num_positions, num_bytes, num_shards: checked so far.
 
     Raises UserError if there is no cache at all, for an identity that is none, and for a store that stops answering. What is
     damaged does not keep the rest from being checked. Memory and disk are bounded: one row group is in memory at a time, of a
@@ -65,7 +64,7 @@ class Verification(Iterator[Finding]):
             raise
 
     def summary(self) -> str:
-        """What was checked, as one line."""
+        """Says in one line what was checked."""
         seconds = (self._ended or time.monotonic()) - self._began
         return (
             f"{self.num_rows:,} rows, {self.num_positions:,} positions and {self.num_bytes:,} bytes in "
@@ -79,7 +78,7 @@ class Verification(Iterator[Finding]):
             return error
 
     def _stored(self) -> dict[str, Stored]:
-        """What one listing of a URL says of its files; nothing, where the store lists none."""
+        """Lists the files of a URL; nothing, if the store lists none."""
         if self._folder.local is not None:
             return {}
         try:
@@ -141,7 +140,7 @@ class Verification(Iterator[Finding]):
 
 
 class _RowIds:
-    """The ids of all rows: their SHA-256 in order, and which come twice."""
+    """The ids of all rows: their SHA-256 in order, and those that come twice."""
 
     def __init__(self, directory: Path) -> None:
         self._buckets = HashBuckets(directory, [("id", "S16"), ("shard", "<i4"), ("row", "<i8")])
@@ -151,11 +150,11 @@ class _RowIds:
 
     @property
     def sha256(self) -> str:
-        """Of the ids so far, as hexadecimal digits one after the other."""
+        """The SHA-256 of the ids so far, as hexadecimal digits one after the other."""
         return self._digest.hexdigest()
 
     def add(self, row_ids: np.ndarray, shard: int, first: int) -> None:
-        """Ids, S16 [n], of consecutive rows of a shard."""
+        """Takes in the ids, S16 [n], of consecutive rows of a shard."""
         self._digest.update(row_ids.tobytes().hex().encode())
         self._waiting.append((row_ids, shard, first))
         self._num_waiting += len(row_ids)
@@ -172,7 +171,7 @@ class _RowIds:
         self._waiting, self._num_waiting = [], 0
 
     def repeated(self, names: list[str]) -> Iterator[Finding]:
-        """A finding for each row that was there before; `names` are the shards' in the order of their numbers."""
+        """Yields a finding for each row that was there before; `names` are the shards' in the order of their numbers."""
         self._deal()
         for bucket in range(NUM_BUCKETS):
             records = self._buckets.read(bucket)
@@ -186,7 +185,7 @@ class _RowIds:
 
 
 def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
-    """Findings about the tokenizer and the tail groups."""
+    """Yields findings about the tokenizer and the tail groups."""
     for name, expected in claims.files.items():
         try:
             if not folder.exists(name):
@@ -225,7 +224,7 @@ def _check_tail_groups(folder: Folder, claims: Claims) -> Iterator[Finding]:
 
 
 def _check_unnamed(folder: Folder, present: list[str], claims: Claims) -> Iterator[Finding]:
-    """Findings about files beside the shards."""
+    """Yields findings about files beside the shards."""
     for name in present:
         if name in claims.named:
             continue
@@ -243,7 +242,7 @@ def _check_unnamed(folder: Folder, present: list[str], claims: Claims) -> Iterat
 
 
 class HashBuckets:
-    """Records of a structured type, dealt to numbered files of a directory, so that those of one file fit in memory."""
+    """Records of a structured type, dealt to numbered files of a directory, so that the records of one file fit in memory."""
 
     def __init__(self, directory: Path, fields: list[tuple[str, str]]) -> None:
         directory.mkdir()
@@ -257,6 +256,6 @@ class HashBuckets:
         deal(self._directory, records, buckets)
 
     def read(self, bucket: int) -> np.ndarray:
-        """All records of a bucket, in the order in which they came."""
+        """Returns all records of a bucket, in the order in which they came."""
         path = self._directory / str(bucket)
         return np.fromfile(path, self._type) if path.exists() else np.empty(0, self._type)

@@ -31,13 +31,9 @@ REAPED_S = 1.0
 def engine_arguments(
     model: TeacherModel, longest: int, route_options: Mapping[str, Any], engine_options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns fields of vLLM's EngineArgs. Prefix caching stays off: positions that it serves have no logits.
+    """Returns fields of vLLM's EngineArgs: our own, those of the route, and the caller's, which win.
 
-    Args:
-        model: the teacher.
-        longest: tokens of the longest sequence.
-        route_options: those that the route needs.
-        engine_options: the caller's, which win over `route_options`.
+    Prefix caching stays off: positions that it serves have no logits.
     """
     from vllm.platforms import current_platform
 

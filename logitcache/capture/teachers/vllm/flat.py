@@ -27,14 +27,7 @@ SCHEDULED_LOGITS = 1 << 28
 
 
 class VllmFlatTeacher:
-    """A vLLM engine in a process of its own.
-
-    Args:
-        model: the teacher.
-        longest: tokens of the longest sequence.
-        most_entries: the largest top_k that will be asked for.
-        engine_options: fields of vLLM's EngineArgs under their own names.
-    """
+    """A vLLM engine in a process of its own, for sequences of up to `longest` tokens and a top_k of up to `most_entries`."""
 
     def __init__(self, model: TeacherModel, longest: int, most_entries: int, engine_options: Mapping[str, Any]) -> None:
         set_environment()
@@ -67,10 +60,7 @@ class VllmFlatTeacher:
                 yield self._targets(sequence, output.prompt_logprobs, settings)
 
     def _targets(self, sequence: TokenSequence, flat: Any, settings: CaptureSettings) -> SparseTargets:
-        """Returns the targets of a sequence from vLLM's flat log-probabilities.
-
-        The line of position i has the actual token i + 1 first, then the top-k, descending.
-        """
+        """Returns targets from vLLM's log-probabilities: a line has the actual next token first, then the top-k, descending."""
         width = settings.top_k + 1
         token_ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, width)
         logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, width)

@@ -31,13 +31,7 @@ class Completion:
 
 
 class VllmGenerator:
-    """A vLLM engine in a process of its own.
-
-    Args:
-        model: the teacher.
-        longest: tokens of the longest prompt and its completion together.
-        engine_options: fields of vLLM's EngineArgs under their own names.
-    """
+    """A vLLM engine in a process of its own, for prompts and completions of up to `longest` tokens together."""
 
     def __init__(self, model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> None:
         set_environment()
@@ -54,10 +48,7 @@ class VllmGenerator:
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Yields (number of a prompt, its completions) as soon as all of them are there, in whatever order that is.
 
-        Prompts are read ahead as far as keeps the engine busy.
-
-        Raises:
-            UserError: vLLM gave up a completion.
+        Prompts are read ahead as far as keeps the engine busy. Raises UserError if vLLM gave up a completion.
         """
         template = _template(settings)
         arriving: dict[int, list[Completion | None]] = {}

@@ -56,9 +56,7 @@ class Piece:
 class PositionPooler(Pooler):  # type: ignore[misc]
     """The pooler that gives for each finished sequence its packed positions, int32 [M, W], or its sum of distributions.
 
-    Args:
-        compute_logits: hidden states [n, D] → logits [n, num_logits], or None on all ranks but the first.
-        num_logits: columns of the logits, with padding.
+    compute_logits: hidden states [n, D] → logits [n, num_logits], with padding; None on all ranks but the first.
     """
 
     def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], num_logits: int) -> None:
@@ -139,10 +137,7 @@ class PositionPooler(Pooler):  # type: ignore[misc]
             piece.results[:] = [total + piece.results[0] if piece.results else total]
 
     def _logits(self, hidden_states: torch.Tensor, rows: np.ndarray, vocab_size: int) -> Iterator[torch.Tensor]:
-        """Yields the logits of hidden states, [≤ POSITIONS_PER_CHUNK, vocab_size], chunk by chunk.
-
-        Every rank computes, the first alone gets any. rows: indices of the hidden states.
-        """
+        """Yields logits [≤ POSITIONS_PER_CHUNK, vocab_size] of hidden states; every rank computes, the first alone gets any."""
         index = torch.from_numpy(rows).to(hidden_states.device)
         for start in range(0, len(rows), POSITIONS_PER_CHUNK):
             logits = self._compute_logits(hidden_states[index[start : start + POSITIONS_PER_CHUNK]])
@@ -160,10 +155,7 @@ class PositionPooler(Pooler):  # type: ignore[misc]
         return result
 
     def _warm_up(self, hidden_states: torch.Tensor, scheduled: list[int]) -> list[torch.Tensor | None]:
-        """Does all that can be asked for on every hidden state, in vLLM's own trial step.
-
-        By that step vLLM learns how much memory to leave.
-        """
+        """Does all that can be asked for on every hidden state: by this trial step vLLM learns how much memory to leave."""
         settings = CaptureSettings(
             top_k=min(256, self._num_logits),
             tail_parts=TailParts(groups=min(32, self._num_logits), temperatures=(2.0,), entropy=True, samples=8),

@@ -31,13 +31,7 @@ TOKENS_IN_FLIGHT = 1 << 16
 
 
 class VllmPoolingTeacher:
-    """A vLLM engine in a process of its own.
-
-    Args:
-        model: the teacher.
-        longest: tokens of the longest sequence.
-        engine_options: fields of vLLM's EngineArgs under their own names.
-    """
+    """A vLLM engine in a process of its own, for sequences of up to `longest` tokens."""
 
     def __init__(self, model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> None:
         set_environment()
@@ -155,10 +149,7 @@ def why_not_pooling(model: TeacherModel, engine_options: Mapping[str, Any]) -> s
 
 
 def _missing_entry_point() -> str | None:
-    """Returns why vLLM will not run our plugin, or None.
-
-    The engine's processes find our models through an entry point of the installed package only.
-    """
+    """Returns why vLLM will not run our plugin, which it finds as an entry point of the installed package only; or None."""
     wanted = f"{prepare_engine.__module__}:{prepare_engine.__name__}"
     installed = {point.name for point in entry_points(group="vllm.general_plugins") if point.value == wanted}
     if not installed:
