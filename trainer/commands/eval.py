@@ -18,27 +18,14 @@ from trainer.terminal import say
 if TYPE_CHECKING:
     from trainer.evaluation.generation_settings import GenerationSettings
 
-GENERATING = (
-    *(
-        "data",
-        "columns",
-        "prompt_template",
-        "chat_template",
-        "seeds",
-        "temperature",
-        "max_new_tokens",
-        "max_prompt_length",
-        "backend",
-    ),
-    "answers",
-)
-"""Options that mean nothing without --generate."""
+ALWAYS_ACCEPTED = ("model", "cache", "batch_size", "out", "generate")
+"""Arguments that do not need --generate."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Measures a model; returns the exit status."""
     args = make_parser().parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if name in GENERATING}
+    given = {name: value for name, value in vars(args).items() if name not in ALWAYS_ACCEPTED}
     if given and not args.generate:
         raise UserError(f"--{next(iter(given))} needs --generate")
     if args.cache is None and not args.generate:
@@ -125,7 +112,10 @@ def make_parser() -> Parser:
 
 
 def _evaluate(args: Namespace) -> None:
-    out = _evaluation_path(args)
+    if args.out is None and not Path(args.model).is_dir():
+        raise UserError(f"{args.model} is no folder here: name the JSON file to write with --out")
+    out = args.out or Path(args.model) / EVALUATION_NAME
+    check_writable(out)
     from trainer.evaluation.evaluate import check_overwrites_same_cache, evaluate, write_evaluation
 
     cache = logitcache.open(args.cache)
@@ -137,16 +127,8 @@ def _evaluate(args: Namespace) -> None:
     say(f"written to {out}")
 
 
-def _evaluation_path(args: Namespace) -> Path:
-    if args.out is None and not Path(args.model).is_dir():
-        raise UserError(f"{args.model} is no folder here: name the JSON file to write with --out")
-    out = args.out or Path(args.model) / EVALUATION_NAME
-    check_writable(out)
-    return out
-
-
 def _answers(args: Namespace, given: Mapping[str, Any]) -> tuple[Path, GenerationSettings]:
-    """Where the answers go, and how they are made. given: options of --generate."""
+    """Returns the folder of the answers and the settings of their making. given: options of --generate."""
     from trainer.evaluation.generation_settings import GenerationSettings
 
     options = {"data": (), **given}

@@ -35,7 +35,7 @@ def _fit(config: DistillConfig, argv: Sequence[str]) -> int:
 
     def tell(choices: Mapping[str, str]) -> None:
         if config.process_index == 0:
-            say(_lines(choices, width))
+            say("\n".join(f"{name.ljust(width)}  {value}" for name, value in choices.items()))
 
     tell(prepared.choices)
     if config.process_index == 0:
@@ -67,7 +67,3 @@ def _begun_anew(argv: Sequence[str]) -> list[str]:
         if "__resume_from_checkpoint" not in options:
             kept.append(argument)
     return kept
-
-
-def _lines(pairs: Mapping[str, str], width: int) -> str:
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs.items())

@@ -16,7 +16,7 @@ KD_ONLY = {
     *("loss", "loss_args", "loss_schedule", "temperature", "temperature_schedule", "approximate_temperature"),
     *("tail", "ablation", "t_squared", "kd_weight_schedule"),
 }
-"""Without effect where kd_weight is 0 throughout."""
+"""Settings without effect if kd_weight is 0 throughout."""
 
 
 def matters(name: str) -> bool:

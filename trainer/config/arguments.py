@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> DistillConfig:
     except ValueError as error:
         raise UserError(one_line(error)) from error
     if unknown:
-        close = suggestion(_option_name(unknown[0]), _NAMES)
+        close = suggestion(unknown[0].lstrip("-").partition("=")[0].replace("-", "_"), _NAMES)
         raise UserError(f"unknown option {unknown[0]}{close}; `trainer fit --help` lists all")
     return config
 
@@ -101,7 +101,7 @@ def _arguments_of(path: Path) -> list[str]:
 
 
 def as_arguments(name: str, value: Any) -> list[str]:
-    """A setting of a YAML file as it would be typed."""
+    """Writes a setting of a YAML file as arguments of the command line."""
     if value is None:
         return []
     if name == "fsdp" and isinstance(value, bool):  # transformers takes it bare, or an old list of options
@@ -118,10 +118,6 @@ def as_arguments(name: str, value: Any) -> list[str]:
     if value is False and name.endswith("_strategy"):  # YAML 1.1 reads `no` as false
         return [f"--{name}=no"]
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
-
-
-def _option_name(option: str) -> str:
-    return option.lstrip("-").partition("=")[0].replace("-", "_")
 
 
 _NAMES = [field.name for field in dataclasses.fields(DistillConfig) if field.init]

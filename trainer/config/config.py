@@ -22,11 +22,11 @@ from trainer.config.evaluation import EvaluationSettings
 from trainer.config.fields import NEVER_PREFIXES, OF_TRANSFORMERS, DecidesRun, redefault, setting
 
 UNBOUNDED = ("max_grad_norm",)
-"""Settings that may be infinite: gradients of any norm are left as they are."""
+"""Settings that may be infinite: gradients of any norm are then left as they are."""
 
 
 def public_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The caches among the settings of a run, as records and reports have them: URLs without their secrets."""
+    """Returns the settings that name caches, URLs without their secrets, for records and reports."""
 
     def public(value: Any) -> Any:
         if isinstance(value, list):
@@ -81,7 +81,7 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
             )
 
     def _refused(self) -> dict[str, Any]:
-        """The setting without which transformers takes the others, where there is one."""
+        """Returns the setting, if it is only one, because of which transformers refuses them all."""
         fields = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
         given = {name: getattr(self, name) for name, default in fields.items() if getattr(self, name) != default}
         for name, value in given.items():
@@ -91,17 +91,17 @@ class DistillConfig(AdapterSettings, DistillationSettings, BatchingSettings, Eva
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as run.json records and trackers report them: URLs of caches without their secrets."""
+        """Returns the settings for run.json and trackers: URLs of caches without their secrets."""
         settings: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         return settings | public_places(self.__dict__)
 
     def recorded(self) -> dict[str, Any]:
-        """The settings as run.json holds them."""
+        """Returns the settings as run.json holds them."""
         settings: dict[str, Any] = json.loads(self.to_json_string())  # type: ignore[no-untyped-call]
         return settings
 
     def __getstate__(self) -> dict[str, Any]:
-        """The same of what a checkpoint holds as training_args.bin."""
+        """Keeps secrets of URLs out of a checkpoint's training_args.bin too."""
         return self.__dict__ | public_places(self.__dict__)
 
     def _check(self) -> None:

@@ -58,12 +58,12 @@ class DistillationSettings(ScheduleSettings):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Every divergence of the run, in order."""
+        """The divergences of the run, in order."""
         return tuple(loss for _, loss in self.points("loss")) or (self.loss,)
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Every temperature of the run, in order, each once."""
+        """The temperatures of the run, in order, each once."""
         return tuple(dict.fromkeys(T for _, T in self.points("temperature"))) or (self.temperature,)
 
     @property
@@ -126,7 +126,7 @@ class DistillationSettings(ScheduleSettings):
             )
 
     def _check_loss_args(self) -> None:
-        """Options may be of any of a schedule's losses; each takes those that it knows."""
+        """Checks the options of each of a schedule's losses. An option may be of any of them."""
         self.loss_args = parse_loss_args(self.losses, self.loss_args)
         known = {name for loss in self.losses for name in options_of(loss)}
         for loss in self.losses:

@@ -38,10 +38,7 @@ class EvaluationSettings(TrainingArguments):
     )
 
     def check_evaluation(self) -> None:
-        """Settles when to evaluate, which metric is meant, which way it is better, and that every evaluation has its checkpoint.
-
-        Raises UserError for settings that contradict each other.
-        """
+        """Sets evaluation, metric and checkpoints to suit each other. Raises UserError for contradictions."""
         if self.eval_steps is not None and not self.eval_steps > 0:
             raise UserError(
                 f"--eval_steps {self.eval_steps:g}: steps, or a share of the run between 0 and 1, are expected"

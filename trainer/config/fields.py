@@ -29,14 +29,7 @@ class _Help(str):
 def setting(
     default: Any, help: str, choices: Sequence[str] | None = None, *, decides_run: DecidesRun = DecidesRun.ALWAYS
 ) -> Any:
-    """A setting of our own.
-
-    Args:
-        default: its value where nobody gives one.
-        help: what it is, for `trainer fit --help`.
-        choices: the accepted values; None for any.
-        decides_run: whether another value makes another run.
-    """
+    """Makes a field of our own. choices: the accepted values; None for any."""
     text = _Help(help)
     text.decides_run = decides_run
     chosen = {"choices": list(choices)} if choices else {}
@@ -44,28 +37,18 @@ def setting(
 
 
 def redefault(name: str, default: Any) -> Any:
-    """A field of TrainingArguments with its help and another default."""
+    """Makes a field of TrainingArguments again, with its help and another default."""
     return dataclasses.field(default=default, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
 
 
-OF_TRANSFORMERS = {
-    **dict.fromkeys(
-        (
-            *("train_sampling_strategy", "dataloader_drop_last", "per_device_train_batch_size"),
-            *("gradient_accumulation_steps", "seed", "data_seed"),
-        ),
-        DecidesRun.ALWAYS,
-    ),
-    **dict.fromkeys(("num_train_epochs", "max_steps"), DecidesRun.IF_PLANNED),
-    **dict.fromkeys(("metric_for_best_model", "eval_steps"), DecidesRun.IF_JUDGED),
-    **dict.fromkeys(
-        (
-            *("output_dir", "run_name", "project", "resume_from_checkpoint", "report_to", "debug", "disable_tqdm"),
-            *("push_to_hub", "skip_memory_metrics", "local_rank", "ddp_timeout", "use_cpu"),
-            *("do_train", "do_eval", "do_predict"),
-        ),
-        DecidesRun.NEVER,
-    ),
+_NAMES = {
+    DecidesRun.ALWAYS: "train_sampling_strategy dataloader_drop_last per_device_train_batch_size "
+    "gradient_accumulation_steps seed data_seed",
+    DecidesRun.IF_PLANNED: "num_train_epochs max_steps",
+    DecidesRun.IF_JUDGED: "metric_for_best_model eval_steps",
+    DecidesRun.NEVER: "output_dir run_name project resume_from_checkpoint report_to debug disable_tqdm push_to_hub "
+    "skip_memory_metrics local_rank ddp_timeout use_cpu do_train do_eval do_predict",
 }
+OF_TRANSFORMERS = {name: decided for decided, names in _NAMES.items() for name in names.split()}
 """Fields of TrainingArguments. The others are COMPARED, but for those with one of NEVER_PREFIXES."""
 NEVER_PREFIXES = ("hub_", "log_", "logging_", "save_", "trackio_", "dataloader_")

@@ -13,17 +13,10 @@ TRUTHS = {"true": True, "false": False}
 
 
 def parse_loss_args(losses: Sequence[str], given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Reads the options of a run's divergences.
+    """Reads the options of a run's divergences from a mapping, a JSON object, or key=value,key=value.
 
-    Args:
-        losses: the divergences of the run.
-        given: a mapping, a JSON object, or key=value,key=value.
-
-    Returns:
-        The options that differ from their defaults by name, each of the default's type.
-
-    Raises:
-        UserError: the text is none of these, or a value is not of the type.
+    Returns the options that differ from their defaults, each of the default's type. Raises UserError for any other text
+    and for a value of another type.
     """
     pairs = _pairs(given) if isinstance(given, str) else dict(given or {})
     by_loss = [options_of(loss) for loss in losses]

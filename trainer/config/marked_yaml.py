@@ -60,8 +60,7 @@ class MarkedYaml:
 def read_yaml(path: Path) -> MarkedYaml:
     """Reads a file of settings.
 
-    Raises UserError for a file that is missing, is not YAML or exceeds the bounds above, for a value of another kind, and for
-    a key that stands twice in one mapping.
+    Raises UserError if it is missing, is not YAML, exceeds the bounds, holds a value of another kind, or a key twice.
     """
     try:
         with path.open("rb") as file:
@@ -94,7 +93,7 @@ def suggestion(name: str, accepted: list[str]) -> str:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Refuses what exceeds the bounds as it is read, before anything is made of it, and values of other kinds."""
+    """Refuses a file that exceeds the bounds, before any value is made of it, and values of other kinds."""
 
     def __init__(self, text: str, path: Path) -> None:
         super().__init__(text)
@@ -103,7 +102,7 @@ class _BoundedLoader(yaml.SafeLoader):
         self._measures: dict[yaml.Node, tuple[int, int]] = {}  # of each whole node: its values, its levels
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """A node, measured: an alias has the size of the node that it stands for."""
+        """Composes and measures a node: an alias has the size of the node that it stands for."""
         event, before = self.peek_event(), self._count  # type: ignore[no-untyped-call]
         self._depth += 1
         self._count += 1
@@ -122,14 +121,14 @@ class _BoundedLoader(yaml.SafeLoader):
         return node
 
     def _check(self, event: yaml.Event, levels: int) -> None:
-        """Raises UserError where a node of so many levels below this one exceeds the bounds."""
+        """Raises UserError if a node with so many levels below it exceeds the bounds."""
         if self._count > MAX_VALUES:
             raise self._error(event, f"more than {MAX_VALUES:,} values, where each alias counts as a copy")
         if self._depth + levels > MAX_LEVELS:
             raise self._error(event, f"more than {MAX_LEVELS} levels of lists and mappings")
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A node's value. Raises UserError for one that is not of its own or of any expected kind."""
+        """Makes a node's value. Raises UserError if its kind is not expected, or its text is not of that kind."""
         if node.tag not in _KINDS:
             raise self._error(node, f"{node.tag.replace(_PREFIX, '!!')}: {EXPECTED} are expected")
         try:

@@ -11,13 +11,7 @@ ROUGE_L = "rouge_l:"
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of a metric.
-
-    Attributes:
-        heading: of a column.
-        description: what it is, with its unit.
-        better: LOWER, HIGHER or NEITHER.
-    """
+    """A metric: the heading of its column, its name with the unit, and the better direction."""
 
     heading: str
     description: str
@@ -40,15 +34,15 @@ METRICS = {
 }
 PACE = ("tokens_per_second", "data_wait", "minutes")
 HELD_OUT = tuple(name for name in METRICS if name not in PACE)
-"""Those that are measured on a held-out cache."""
+"""Metrics that are measured on a held-out cache."""
 JUDGED = tuple(name for name, metric in METRICS.items() if metric.better)
-"""Those by which a student is the better one."""
+"""Metrics by which one student is better than another."""
 CURVES = (*JUDGED, "student_tail")
-"""Those that a comparison shows as a run goes on."""
+"""Metrics that a comparison draws over the steps of a run."""
 
 
 def metric_of(name: str) -> Metric:
-    """Return what is known of a metric, also of ROUGE-L to the prompts of a data file."""
+    """Return a metric by its name, also ROUGE-L to the prompts of a data file."""
     if name.startswith(ROUGE_L):
         data = name.removeprefix(ROUGE_L)
         return Metric(f"ROUGE-L {data}", f"ROUGE-L of answers to {data} (×100)", HIGHER)

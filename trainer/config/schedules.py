@@ -30,7 +30,7 @@ class ScheduleSettings:
     )
 
     def check_schedules(self) -> None:
-        """Sets loss, kd_weight and temperature to where their schedules end. Raises UserError where they contradict."""
+        """Sets loss, kd_weight and temperature to the ends of their schedules. Raises UserError for contradictions."""
         for name in SCHEDULED:
             points = self.points(name)
             if not points:
@@ -44,14 +44,12 @@ class ScheduleSettings:
             setattr(self, name, last)
 
     def points(self, name: str) -> list[tuple[float, Any]]:
-        """(fraction, value) of loss, kd_weight or temperature, by fraction; empty where it does not change."""
+        """Reads the (fraction, value) of loss, kd_weight or temperature; none if it has no schedule."""
         text = getattr(self, f"{name}_schedule")
+        if text is None:
+            return []
         kind: Callable[[str], Any] = str if name == "loss" else float
-        return (
-            []
-            if text is None
-            else parse_points(text, f"--{name}_schedule {text}", kind, from_start=name != "kd_weight")
-        )
+        return parse_points(text, f"--{name}_schedule {text}", kind, from_start=name != "kd_weight")
 
     def value_at(self, name: str, progress: float) -> Any:
         """Look up loss, kd_weight or temperature at `progress`, the share of the run's steps that are done.
@@ -66,16 +64,13 @@ class ScheduleSettings:
 
 
 def parse_points(text: str, what: str, kind: Callable[[str], T], *, from_start: bool) -> list[tuple[float, T]]:
-    """Reads the points of a schedule.
+    """Reads the points of a schedule, value@fraction separated by commas, as (fraction, value).
 
     Args:
-        text: value@fraction, separated by commas.
+        text: the schedule.
         what: the beginning of an error.
         kind: makes a value of its text.
         from_start: the first fraction must be 0.
-
-    Returns:
-        (fraction, value) of each point.
 
     Raises:
         UserError: the text is anything else, or fractions do not ascend within 0 … 1.

@@ -47,7 +47,7 @@ def _mean(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTargets:
     first = (np.diff(ids, axis=1, prepend=PAD_ID) != 0) & is_id  # of the entries of an id
     union = first.sum(axis=1)  # [M]
     estimates, tails = zip(*(_taken_from_tail(teacher, union, vocab_size) for teacher in teachers), strict=True)
-    # Of every id all estimates, and beyond them what those know that store it.
+    # Every teacher gives its estimate for every id; a teacher that stores the id gives the rest of its probability.
     known = [
         np.exp(teacher.logprobs, dtype=np.float64) - estimate[:, None]
         for teacher, estimate in zip(teachers, estimates, strict=True)
@@ -66,7 +66,7 @@ def _mean(teachers: Sequence[SparseTargets], vocab_size: int) -> SparseTargets:
 
 
 def _taken_from_tail(teacher: SparseTargets, union: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What stands for each id that the teacher lacks, and what that leaves of its tail; float64 [M]."""
+    """Estimate the probability of each id that the teacher lacks, and the tail that is left of it; float64 [M]."""
     stored = teacher.token_ids != PAD_ID
     missing = union - stored.sum(axis=1)
     tail = np.exp(teacher.tail_logprob, dtype=np.float64)
@@ -78,14 +78,14 @@ def _taken_from_tail(teacher: SparseTargets, union: np.ndarray, vocab_size: int)
 
 
 def _by_id(token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of each position ascending, padding last and as a large number, and the columns they came from; [M, K]."""
+    """Sort the ids of each position, padding last and as a large number; and the columns they came from; [M, K]."""
     keys = token_ids.view(np.uint32).astype(np.uint64) << np.uint64(32) | np.arange(token_ids.shape[1], dtype=np.uint64)
     keys.sort(axis=1)
     return (keys >> np.uint64(32)).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _descending(token_ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries with the most probable first; one that no teacher gives any probability is padding."""
+    """Sort entries, the most probable first; an entry without probability becomes padding."""
     surprise = np.maximum(-logprobs, np.float32(0)) + np.float32(0)  # ≥ +0: its bits ascend as it does
     keys = surprise.view(np.uint32).astype(np.uint64) << np.uint64(32) | token_ids.view(np.uint32)
     keys.sort(axis=1)
@@ -139,11 +139,7 @@ def _rows_per_group(cache: LogitCache) -> float:
 
 
 def row_ids(cache: LogitCache) -> Iterator[np.ndarray]:
-    """Yield the row ids of a cache as bytes, S16 arrays in row order; no other column is read.
-
-    Raises:
-        UserError: a row id is malformed.
-    """
+    """Yield the row ids of a cache, S16 arrays in row order. Raises UserError for a malformed one."""
     for table in cache.iter_columns(["row_id"]):
         try:
             yield id_bytes(table["row_id"].to_pylist())

@@ -1,4 +1,4 @@
-"""Sequences → one batch of tensors: each padded, or several packed into a row."""
+"""Sequences → one batch of tensors: each padded, or several packed into a bin."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trainer.losses.targets import TeacherTargets
 class Batch:
     """A batch of sequences as tensors, padded on the right, and what the cache stores of the teacher.
 
-    B is the number of sequences or, with packing, of packed rows; T the tokens of the longest; C the number of columns
-    in which any of them has a stored position; N the number of stored positions.
+    B is the number of sequences or, with packing, of bins that they are packed into; T the tokens of the longest; C the
+    number of columns in which any of them has a stored position; N the number of stored positions.
 
     BatchLoader pins a batch by its method `pin_memory`, and DistillTrainer moves it by `to`.
     """
@@ -43,22 +43,18 @@ class Batch:
     attention_mask: Tensor | None = None
     """int64 [B, T], without packing."""
     position_ids: Tensor | None = None
-    """int64 [B, T], with packing: from 0 in every sequence, and in the padding after the last one of a packed row. By
-    them, and by the missing attention mask, transformers tells sequences apart."""
+    """int64 [B, T], with packing: from 0 in every sequence, and in the padding at the end of a bin. By them, and by the
+    missing attention mask, transformers tells sequences apart."""
     packed_mask: Tensor | None = None
     """int64 [B, T], with packing: 1 for tokens, 0 for padding."""
 
     @property
     def num_positions(self) -> int:
-        """N, the number of stored positions."""
+        """The number of stored positions, N."""
         return len(self.labels)
 
     def model_inputs(self, *, keep_logits: bool = False) -> dict[str, Tensor]:
-        """Return the keyword arguments of the model's forward.
-
-        Args:
-            keep_logits: whether the model takes `logits_to_keep`, and so computes the logits of those columns only.
-        """
+        """Return the arguments of the model's forward. keep_logits: with `logits_to_keep`, if the model takes it."""
         inputs = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -81,7 +77,7 @@ class Batch:
         """Return the targets with the teacher's tail at a temperature.
 
         Args:
-            temperature: of the loss; a temperature that the batch does not hold gives targets without `tempered_tail`.
+            temperature: of the loss; if the batch does not hold it, the targets have no `tempered_tail`.
             tail_groups: int64 [V], the group of each token id.
         """
         return replace(self.targets, tempered_tail=self.tempered_tail.get(temperature), tail_groups=tail_groups)
@@ -108,25 +104,23 @@ class Collator:
     tail_parts: TailParts = field(default_factory=TailParts)
     """The parts of the teacher's tail that a batch has; the sequences hold them all."""
     flat: bool = False
-    """Packed rows one after the other in a single row, unpadded: all that transformers' flash attention tells apart."""
+    """With packing, one bin for all sequences of a batch, as transformers' flash attention needs it to tell them apart."""
 
-    def __call__(self, sequences: Sequence[CachedSequence], packed_rows: np.ndarray | None = None) -> Batch:
-        """Collate sequences.
-
-        Args:
-            sequences: at least one.
-            packed_rows: int [n], the packed row that each sequence goes into, ascending from 0; None without packing.
-        """
-        if self.flat and packed_rows is not None:
-            packed_rows = np.zeros_like(packed_rows)
+    def __call__(self, sequences: Sequence[CachedSequence], bins: np.ndarray | None = None) -> Batch:
+        """Collate sequences, at least one. bins: int [n], the bin of each, ascending from 0; None without packing."""
+        packed = bins is not None
+        if bins is None:
+            bins = np.arange(len(sequences))
+        elif self.flat:
+            bins = np.zeros_like(bins)
         lengths = np.array([len(s.input_ids) for s in sequences])
-        rows = np.arange(len(sequences)) if packed_rows is None else packed_rows
-        begins = _begins(lengths, rows)
-        input_ids = np.zeros((rows[-1] + 1, (begins + lengths).max()), dtype=np.int64)
-        for row, begin, sequence in zip(rows, begins, sequences, strict=True):
-            input_ids[row, begin : begin + len(sequence.input_ids)] = sequence.input_ids
+        begins = _begins(lengths, bins)
+        ends = begins + lengths
+        input_ids = np.zeros((bins[-1] + 1, ends.max()), dtype=np.int64)
+        for into, begin, end, sequence in zip(bins, begins, ends, sequences, strict=True):
+            input_ids[into, begin:end] = sequence.input_ids
         num_stored = [len(s.positions) for s in sequences]
-        row_of = np.repeat(rows, num_stored)  # [N]
+        bin_of = np.repeat(bins, num_stored)  # [N]
         columns = np.concatenate([s.positions for s in sequences]) + np.repeat(begins, num_stored)  # [N]
         is_kept = np.zeros(input_ids.shape[1], dtype=bool)
         is_kept[columns] = True
@@ -134,18 +128,18 @@ class Collator:
         targets = rescaled(concatenate([self.tail_parts.of(s.targets) for s in sequences]))
         teacher = {name: part for name, part in vars(targets).items() if part is not None}
         tempered_tail = teacher.pop("tempered_tail")
-        shape, ends, packed = input_ids.shape, begins + lengths, packed_rows is not None
+        mask = _tensor(_mask(input_ids.shape, bins, ends))
         return Batch(
             input_ids=_tensor(input_ids),
             logits_to_keep=_tensor(np.flatnonzero(is_kept)),
-            logit_indices=_tensor(row_of * is_kept.sum() + kept_before[columns]),
-            labels=_tensor(input_ids[row_of, columns + 1]),
+            logit_indices=_tensor(bin_of * is_kept.sum() + kept_before[columns]),
+            labels=_tensor(input_ids[bin_of, columns + 1]),
             targets=TeacherTargets(**{name: _tensor(array) for name, array in teacher.items()}),
             tempered_tail={T: _tensor(tail) for T, tail in tempered_tail.items()},
             num_tokens=int(lengths.sum()),
-            attention_mask=None if packed else _tensor(_attention_mask(shape, lengths)),
-            position_ids=_tensor(_position_ids(shape, rows, ends)) if packed else None,
-            packed_mask=_tensor(_packed_mask(shape, rows, ends)) if packed else None,
+            attention_mask=None if packed else mask,
+            position_ids=_tensor(_position_ids(input_ids.shape, bins, ends)) if packed else None,
+            packed_mask=mask if packed else None,
         )
 
 
@@ -154,28 +148,25 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def _begins(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The column where each sequence begins, int64 [n]: after those before it in its row."""
+def _begins(lengths: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """Find the column in which each sequence begins, int64 [n]: after the sequences before it in its bin."""
     before = np.cumsum(lengths) - lengths
-    first_of_row = np.flatnonzero(np.diff(rows, prepend=-1))
-    begins: np.ndarray = before - before[first_of_row][rows]
+    first_of_bin = np.flatnonzero(np.diff(bins, prepend=-1))
+    begins: np.ndarray = before - before[first_of_bin][bins]
     return begins
 
 
-def _attention_mask(shape: tuple[int, int], lengths: np.ndarray) -> np.ndarray:
-    return (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+def _mask(shape: tuple[int, int], bins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Mark the tokens of each bin, up to the end of its last sequence, int64 [B, T]."""
+    last_of_bin = np.flatnonzero(np.diff(bins, append=bins[-1] + 1))
+    return (np.arange(shape[1]) < ends[last_of_bin, None]).astype(np.int64)
 
 
-def _packed_mask(shape: tuple[int, int], rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """1 up to the end of the last sequence of each row."""
-    return _attention_mask(shape, ends[np.flatnonzero(np.diff(rows, append=rows[-1] + 1))])
-
-
-def _position_ids(shape: tuple[int, int], rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """0, 1, … from the start of each row and from the end of each sequence, so also in the padding after the last."""
+def _position_ids(shape: tuple[int, int], bins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Count from 0 at the begin of each bin and after each sequence, also in the padding after the last."""
     columns = np.arange(shape[1])
     begins = np.zeros(shape, dtype=np.int64)
     inside = ends < shape[1]
-    begins[rows[inside], ends[inside]] = ends[inside]
+    begins[bins[inside], ends[inside]] = ends[inside]
     positions: np.ndarray = columns - np.maximum.accumulate(begins, axis=1)
     return positions

@@ -55,16 +55,14 @@ class BatchLoader(DataLoader[Batch]):
 
         Args:
             data: a cache, or the caches of a run.
-            batching: what a batch holds; a number is a batch size.
+            batching: the content of a batch; a number is a batch size.
             collator: makes a batch of sequences.
-            shuffle: whether rows come in another order in every epoch.
-            seed: the order is drawn from it.
+            shuffle: whether every epoch has another order of rows, drawn from `seed`.
+            seed: of all orders.
             shard: (rank, world).
             drop_last: leave incomplete batches out.
             num_epochs: of the run; every epoch has as many batches as the epoch that needs most.
-            num_workers: of torch's DataLoader, as are pin_memory and options.
-            pin_memory: put batches into page-locked memory.
-            **options: further arguments of torch's DataLoader.
+            num_workers: as pin_memory and options, of torch's DataLoader.
 
         Raises:
             UserError: a sequence fits into no batch.
@@ -104,10 +102,10 @@ def only(batches: list[Batch]) -> Batch:
     return batch
 
 
-def rows_of_batches(
+def sequences_of_batches(
     plan: Plan, stream: Iterator[CachedSequence], first: int, every: int
 ) -> Iterator[list[CachedSequence]]:
-    """Yield the rows of batches first, first + every, …; rows that a later batch of them needs wait in memory.
+    """Yield the sequences of batches first, first + every, …; sequences of the later ones wait in memory.
 
     The stream begins with row plan.first_row(first) and is read forward.
     """
@@ -188,17 +186,17 @@ class BatchDataset(Dataset[Batch]):
         start = plan.first_row(key.batch)
         epoch = self._batches.order(key.epoch)
         stream = self._data.stream(epoch, shuffle=self._shuffle, seed=self._seed, shard=self._shard, start=start)
-        for number, rows in enumerate(rows_of_batches(plan, stream, key.batch, every)):
-            packed_rows = plan.packed_rows(key.batch + number * every)
-            if not rows:
-                rows = [self._empty]
-                packed_rows = None if packed_rows is None else np.zeros(1, dtype=np.int64)
-            batch = self._collator(rows, packed_rows)
+        for number, sequences in enumerate(sequences_of_batches(plan, stream, key.batch, every)):
+            bins = plan.bins(key.batch + number * every)
+            if not sequences:
+                sequences = [self._empty]
+                bins = None if bins is None else np.zeros(1, dtype=np.int64)
+            batch = self._collator(sequences, bins)
             yield batch.pin_memory() if self._pin_memory else batch
 
     @cached_property
     def _empty(self) -> CachedSequence:
-        """Two tokens of a row, without stored positions: a rank whose rows ran out still computes with the others."""
+        """Two tokens without stored positions, with which a rank whose rows ran out computes beside the others."""
         row = next(iter(self._data.stream(0, shuffle=False, seed=0)))
         return replace(
             row,
@@ -209,7 +207,7 @@ class BatchDataset(Dataset[Batch]):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes that are not forked."""
+        """Leave the background thread to this process, for worker processes that are not forked."""
         return self.__dict__ | {"_forward": None, "_awaited": None}
 
 

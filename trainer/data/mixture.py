@@ -27,11 +27,11 @@ def apportioned(shares: np.ndarray, rows: int) -> np.ndarray:
 
 
 class SmoothOrder:
-    """An order of the rows of C caches in which every stretch holds each cache's share, to within a row or two.
+    """An order of the rows of C caches, counts int64 [C], in which every stretch holds each cache's share nearly.
 
-    counts: rows of each, int64 [C].  Row j of cache c stands at (j + φ)/counts[c] of the way, with φ = (c + 1/2)/C, so
-    that caches do not come in bunches. Two caches' rows among any first s differ from their share by 3/4 at most; of
-    more caches, with share λ, by (1 − λ) + λ(C − 1).
+    Row j of cache c stands at (j + φ)/counts[c] of the way, with φ = (c + 1/2)/C, so that caches do not come in bunches.
+    Two caches' rows among any first s differ from their share by 3/4 at most; of more caches, with share λ, by
+    (1 − λ) + λ(C − 1).
     """
 
     def __init__(self, counts: np.ndarray) -> None:
@@ -54,13 +54,13 @@ class SmoothOrder:
             skipped = 0
 
     def _place(self, start: int) -> tuple[int, int]:
-        """The block of a row, and how many of the block's come before it."""
+        """Find the block of a row, and the number of rows before it in the block."""
         begins = range(self._num_blocks + 1)
         block = bisect_right(begins, start, key=lambda number: int(self._begins(number).sum())) - 1
         return block, start - int(self._begins(block).sum())
 
     def _begins(self, block: int) -> np.ndarray:
-        """Rows of each cache that stand before a block, which is that part of the way; in whole numbers."""
+        """Count the rows of each cache before a block, which is that part of the way; in whole numbers."""
         caches = len(self._counts)
         twice_phase = 2 * np.arange(caches) + 1
         ahead = 2 * caches * self._counts * block - twice_phase * self._num_blocks
@@ -73,25 +73,18 @@ class SmoothOrder:
         begins, ends = self._begins(block), self._begins(block + 1)
         caches = np.repeat(np.arange(len(self._counts)), ends - begins)
         numbers = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
-        places = (2 * len(self._counts) * numbers + 2 * caches + 1) / self._counts[
-            caches
-        ]  # whole numbers: ties are equal
+        # A quotient of whole numbers, so that ties are equal.
+        places = (2 * len(self._counts) * numbers + 2 * caches + 1) / self._counts[caches]
         return caches[np.argsort(places, kind="stable")]
 
 
 @dataclass(frozen=True)
 class RepeatedCache:
-    """The rows that a rank reads of a cache, pass after pass, every pass in an order of its own.
+    """The rows that a rank reads of a cache, pass after pass, with `shuffle` every pass in an order of its own.
 
-    Row g of this endless sequence is row g mod n of pass g div n, with n rows to a pass.
-
-    Attributes:
-        cache: the cache.
-        number: the number of the cache in the mixture; cache 0 comes in the order that it has without a mixture.
-        shuffle: whether the order is drawn.
-        seed: the orders are drawn from it.
-        shard: (rank, world).
-        weighted: whether an epoch may have many passes; a small cache is then decoded once and permuted as a whole.
+    Row g of this endless sequence is row g mod n of pass g div n, with n rows to a pass. Cache `number` 0 of a mixture
+    comes in the order that it has without a mixture. If the mixture is `weighted`, an epoch may have many passes; a small
+    cache is then decoded once and permuted as a whole.
     """
 
     cache: LogitCache
@@ -126,7 +119,7 @@ class RepeatedCache:
         return numbers
 
     def _order(self, number: int) -> np.ndarray:
-        """Rows of the cache that a pass consists of, int64 [_size]."""
+        """List the rows of a pass, int64 [_size]."""
         if not self._kept_decoded:
             return self.cache.stream_order(self.shuffle, self._seed_of(number), self.shard)
         count, (rank, world) = len(self.cache), self.shard
@@ -135,10 +128,8 @@ class RepeatedCache:
 
     @cached_property
     def _kept_decoded(self) -> bool:
-        return (
-            self.weighted
-            and sum(len(info.row_group_sizes) for info in self.cache.manifest.shards) <= DECODED_ROW_GROUPS
-        )
+        row_groups = sum(len(info.row_group_sizes) for info in self.cache.manifest.shards)
+        return self.weighted and row_groups <= DECODED_ROW_GROUPS
 
     @cached_property
     def _size(self) -> int:

@@ -17,9 +17,9 @@ import numpy as np
 
 WINDOW_TOKENS = 2**18
 GROUPED_BATCHES = 32
-"""At least so many batches of similar length to a window: with 16 a batch's padding is twice as much."""
-PACKED_ROWS = 128
-"""At least so many packed rows to a window, so that less than one in a hundred tokens is padding."""
+"""At least so many batches of similar length to a window: with 16 their padding is twice as much."""
+PACKED_BINS = 128
+"""At least so many bins to a window, so that less than one in a hundred tokens is padding."""
 
 Shuffle = tuple[int, int] | None
 """Seed and epoch, or None for an order that follows from the lengths alone."""
@@ -28,20 +28,19 @@ Shuffle = tuple[int, int] | None
 class Plan(Protocol):
     """Batches of rows of a stream, numbered from 0."""
 
-    def __len__(self) -> int:
-        """Number of batches."""
+    def __len__(self) -> int: ...
 
     def rows(self, batch: int) -> np.ndarray:
-        """Numbers of its rows in the stream, int [n]; none for a batch that keeps a rank without rows in step."""
+        """List the rows of a batch, int [n]; none for a batch that keeps a rank without rows in step."""
 
-    def packed_rows(self, batch: int) -> np.ndarray | None:
-        """Of each of its rows, the packed row that it goes into, int [n], ascending from 0. None without packing."""
+    def bins(self, batch: int) -> np.ndarray | None:
+        """List the bins that the rows of a batch are packed into, int [n], ascending from 0. None without packing."""
 
     def batch_of(self, row: int) -> int:
-        """The batch of a row, −1 for a row that is left out."""
+        """Find the batch of a row, −1 for a row that is left out."""
 
     def first_row(self, batch: int) -> int:
-        """The first row of the stream that this batch and those after it need."""
+        """Find the first row of the stream that this batch and the batches after it need."""
 
 
 class FixedPlan:
@@ -58,7 +57,7 @@ class FixedPlan:
         first = batch * self._batch_size
         return np.arange(first, max(first, min(first + self._batch_size, self._num_rows)))
 
-    def packed_rows(self, batch: int) -> None:
+    def bins(self, batch: int) -> None:
         """See Plan."""
         return None
 
@@ -75,10 +74,10 @@ class ListedPlan:
     """Rows listed batch by batch."""
 
     def __init__(self, lengths: np.ndarray, rows: np.ndarray, begins: np.ndarray, bins: np.ndarray | None) -> None:
-        """lengths: tokens of each row of the stream, int [R].  rows: int [R], a permutation.
+        """Take the rows of the stream in the order of the batches.
 
-        begins: int [batches + 1] into `rows`, of each batch and the end.  bins: of each of `rows` its packed row,
-        ascending.
+        lengths: tokens of each row of the stream, int [R].  rows: int [≤ R].  begins: int [batches + 1] into `rows`, of
+        each batch and the end.  bins: the bin of each of `rows`, ascending.
         """
         self._lengths = lengths
         self._rows = rows.astype(np.int32)
@@ -99,7 +98,7 @@ class ListedPlan:
         """See Plan."""
         return self._rows[self._begins[batch] : self._begins[batch + 1]]
 
-    def packed_rows(self, batch: int) -> np.ndarray | None:
+    def bins(self, batch: int) -> np.ndarray | None:
         """See Plan."""
         if self._bins is None:
             return None
@@ -115,10 +114,7 @@ class ListedPlan:
         return int(self._first_rows[batch])
 
     def of_length(self, num_batches: int) -> ListedPlan:
-        """The same rows in so many batches: those of most tokens are halved, or batches without rows added.
-
-        Of a longer plan the batches at the end are left out.
-        """
+        """Plan so many batches: batches of most tokens are halved, or empty ones added, or the last ones left out."""
         missing = num_batches - len(self)
         if missing == 0:
             return self
@@ -132,7 +128,7 @@ class ListedPlan:
         return ListedPlan(self._lengths, self._rows, np.array(begins), self._bins)
 
     def _cuts(self, number: int) -> list[int]:
-        """Where to cut batches in two, each time the one with most tokens that has two rows; fewer than `number` if none has."""
+        """Choose places to cut batches in two, each time the batch of most tokens; only while one has two rows."""
         tokens = np.concatenate([[0], np.cumsum(self._lengths[self._rows], dtype=np.int64)])
 
         def entry(begin: int, end: int) -> tuple[int, int, int]:
@@ -152,7 +148,7 @@ class ListedPlan:
         return cuts
 
     def _middle(self, begin: int, end: int) -> int:
-        """The middle of a batch, between packed rows where it has two."""
+        """Find the middle of a batch, between two bins if it has two."""
         middle = (begin + end) // 2
         if self._bins is None:
             return middle
@@ -161,7 +157,7 @@ class ListedPlan:
 
 
 def consecutive_plan(lengths: np.ndarray, tokens_per_batch: int) -> ListedPlan:
-    """Consecutive rows, as many to a batch as rows × longest ≤ `tokens_per_batch` allows."""
+    """Plan batches of consecutive rows, as many as number × longest ≤ `tokens_per_batch` allows."""
     begins = [0]
     while begins[-1] < len(lengths):
         first = begins[-1]
@@ -172,10 +168,10 @@ def consecutive_plan(lengths: np.ndarray, tokens_per_batch: int) -> ListedPlan:
 
 
 def grouped_plan(lengths: np.ndarray, batch_size: int, tokens_per_batch: int | None, shuffle: Shuffle) -> ListedPlan:
-    """Rows of similar length: those of a window, sorted, as many to a batch as the tokens allow, or else `batch_size`.
+    """Plan batches of similar length from sorted windows, as many rows as the tokens allow, or else `batch_size`.
 
-    The batches of a window come in an order drawn for it, the same on ranks that have equally many; an incomplete one
-    waits for the next window, and at the end comes last.
+    The batches of a window come in an order drawn for it, the same on ranks that have equally many. The rows of an
+    incomplete batch wait for the next window; at the end they come last.
     """
     batches: list[np.ndarray] = []
     waiting = np.empty(0, dtype=np.int64)
@@ -196,12 +192,12 @@ def grouped_plan(lengths: np.ndarray, batch_size: int, tokens_per_batch: int | N
 
 
 def packed_plan(lengths: np.ndarray, packed_length: int, batch_size: int, shuffle: Shuffle) -> ListedPlan:
-    """Rows packed whole into rows of `packed_length` tokens, window by window; `batch_size` packed rows to a batch.
+    """Plan batches of `batch_size` bins of `packed_length` tokens, into which whole rows are packed window by window.
 
-    The packed rows of a window come in an order drawn for it.
+    The bins of a window come in an order drawn for it.
     """
     packed: list[np.ndarray] = []
-    for number, window in enumerate(_windows(lengths, PACKED_ROWS * packed_length)):
+    for number, window in enumerate(_windows(lengths, PACKED_BINS * packed_length)):
         bin_of = best_fit_decreasing(lengths[window], packed_length)
         by_bin = np.split(window[np.argsort(bin_of, kind="stable")], np.cumsum(np.bincount(bin_of))[:-1])
         packed += [by_bin[i] for i in _drawn(len(by_bin), shuffle, number)]
@@ -211,7 +207,7 @@ def packed_plan(lengths: np.ndarray, packed_length: int, batch_size: int, shuffl
 
 
 def _windows(lengths: np.ndarray, least_tokens: int) -> Iterator[np.ndarray]:
-    """Consecutive rows of at least so many tokens and `WINDOW_TOKENS`; the last ones are what is left."""
+    """Yield consecutive rows, as a rule of at least so many tokens and `WINDOW_TOKENS`."""
     number = np.cumsum(lengths, dtype=np.int64) // max(WINDOW_TOKENS, least_tokens)
     begins = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(lengths)]
     for begin, end in pairwise(begins):
@@ -230,11 +226,10 @@ def _listed(lengths: np.ndarray, batches: list[np.ndarray], bins: np.ndarray | N
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each item, int64 [n], bins numbered from 0.
+    """Choose a bin for each item, int64 [n], numbered from 0. lengths: int [n], none above `capacity`.
 
-    lengths: int [n], none above `capacity`. The longest item first, each into the bin with the least room that still
-    takes it: at most 11/9 of the fewest bins possible, and one (Johnson et al., Worst-case performance bounds for simple
-    one-dimensional packing algorithms, 1974).
+    The longest item first, each into the bin with the least room that still takes it: at most 11/9 of the fewest bins
+    possible, and one (Johnson et al., Worst-case performance bounds for simple one-dimensional packing algorithms, 1974).
     """
     bin_of = np.empty(len(lengths), dtype=np.int64)
     num_bins = 0

@@ -20,14 +20,14 @@ PLANNED_ROWS = 2**26
 PLANNED_ORDERS = 512
 """Epochs of which batches are counted, over all ranks, however few rows they have: about a second."""
 PACKED_LENGTH = 2048
-"""Tokens of a packed row, unless a sequence is longer."""
+"""Tokens of a bin, unless a sequence is longer."""
 
 
 @dataclass(frozen=True)
 class Batching:
-    """What a batch of a rank holds: `batch_size` sequences or, with `packed_length`, packed rows of so many tokens.
+    """The content of a rank's batch: `batch_size` sequences or, with `packed_length`, bins of so many tokens.
 
-    tokens_per_batch: in place of a batch size, rows × longest.  group_by_length: sequences of similar length.
+    tokens_per_batch: in place of a batch size, sequences × longest.  group_by_length: sequences of similar length.
     """
 
     batch_size: int = 8
@@ -61,12 +61,10 @@ class Key(NamedTuple):
 class EpochBatches(Sampler[list[Key]]):
     """A rank's batches. Every rank and every epoch has equally many.
 
-    As many as the rank and epoch that need most; others halve their batches of most tokens and, without rows left,
-    have batches without. With `drop_last` as many full batches as the rank and epoch that have fewest; others leave
-    out those at their end. Where epochs exceed `PLANNED_ORDERS`, or rows × epochs `PLANNED_ROWS`, later epochs repeat the
-    batches of the first. Counts are kept with the data, for every EpochBatches of them.
-
-    num_epochs: of the run.
+    Their number is that of the rank and epoch that need most; others halve their batches of most tokens and, without
+    rows left, have batches without. With `drop_last` it is that of the rank and epoch that have fewest full batches;
+    others leave out the batches at their end. If epochs exceed `PLANNED_ORDERS`, or rows × epochs `PLANNED_ROWS`, later
+    epochs repeat the batches of the first. Counts are kept with the data, for every EpochBatches of them.
     """
 
     def __init__(
@@ -105,7 +103,7 @@ class EpochBatches(Sampler[list[Key]]):
         return epoch % self._orders if self._batching.needs_lengths else epoch
 
     def plan(self, epoch: int) -> Plan:
-        """The rank's batches of an epoch, numbered in the order of `data.stream(order(epoch), …)`; the last plan is kept."""
+        """Plan the rank's batches of an epoch, of rows of `data.stream(order(epoch), …)`; the last plan is kept."""
         order = self.order(epoch)
         latest = self._latest  # read once: a thread plans the next epoch while this one is read
         if latest is None or latest[0] != order:
@@ -140,7 +138,7 @@ class EpochBatches(Sampler[list[Key]]):
         return min(counts) if self._drop_last else max(counts)
 
     def _count(self, order: int, shard: tuple[int, int]) -> int:
-        """Batches of a rank in an epoch, with `drop_last` full ones."""
+        """Count the batches of a rank in an epoch, with `drop_last` the full ones."""
         counted = self._data.counted_batches
         key = (self._batching, self._shuffle, self._seed, order, shard)
         if key not in counted:
@@ -149,16 +147,16 @@ class EpochBatches(Sampler[list[Key]]):
         return full if self._drop_last else every
 
     def _num_planned(self, plan: ListedPlan) -> tuple[int, int]:
-        """Batches of a plan, and those of them that are full."""
+        """Count the batches of a plan, and the full ones among them."""
         if self._batching.tokens_per_batch or not len(plan):
             return len(plan), len(plan)
-        rows, packed = plan.rows(len(plan) - 1), plan.packed_rows(len(plan) - 1)
-        last = len(rows) if packed is None else int(packed[-1]) + 1
+        rows, bins = plan.rows(len(plan) - 1), plan.bins(len(plan) - 1)
+        last = len(rows) if bins is None else int(bins[-1]) + 1
         return len(plan), len(plan) - (last < self._batching.batch_size)
 
 
 def batching_of(config: DistillConfig, data: TrainingData) -> Batching:
-    """Return what a batch of a device holds."""
+    """Return the settings' content of a batch of a device."""
     return Batching(
         config.per_device_train_batch_size,
         config.tokens_per_batch,
@@ -193,11 +191,7 @@ def num_epochs(config: DistillConfig, data: TrainingData) -> int:
 
 
 def num_batches(config: DistillConfig, data: TrainingData) -> int:
-    """Count the batches of a rank in an epoch, the same on every rank and in every epoch.
-
-    Raises:
-        UserError: a sequence fits into no batch.
-    """
+    """Count the batches of each rank in each epoch. Raises UserError if a sequence fits into no batch."""
     return _planned(config, data, num_epochs(config, data))
 
 

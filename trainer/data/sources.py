@@ -17,7 +17,7 @@ from logitcache.format.tail_parts import TailParts, shared_parts
 _WEIGHTED = re.compile(
     r"(?P<path>.+):(?P<weight>[+-]?(nan|inf|infinity|(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?[,;%]?))", re.IGNORECASE
 )
-"""With what looks like a number and is none, so that it is refused rather than taken as part of the path."""
+"""A weight may look like a number and be none: it is then refused rather than taken as part of the path."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,13 @@ class Source:
 
 
 def open_sources(texts: Sequence[str]) -> tuple[Source, ...]:
-    """Open the caches that a command line names.
+    """Open caches by PATH or PATH:WEIGHT; if a folder has the whole text as its name, it is a PATH.
 
-    Args:
-        texts: PATH or PATH:WEIGHT, each path a folder or a URL; if a folder has the whole text as its name, it is a PATH.
-
-    Raises:
-        UserError: some caches have a weight and others have none, a weight is not above 0, or a cache does not open.
+    Raises UserError if only some caches have a weight, if a weight is not above 0, or if a cache does not open.
     """
     parsed = [_parsed(text) for text in texts]
     with_weight = [text for text, (_, weight) in zip(texts, parsed, strict=True) if weight is not None]
-    without = [text for text, (_, weight) in zip(texts, parsed, strict=True) if weight is None]
+    without = [text for text in texts if text not in with_weight]
     if with_weight and without:
         raise UserError(
             f"--cache {with_weight[0]} has a weight and --cache {without[0]} has none: give every cache a weight "
@@ -78,19 +74,15 @@ def _parsed(text: str) -> tuple[str, float | None]:
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    """PATH, and WEIGHT as it is written."""
+    """Divide PATH:WEIGHT; the weight is as it is written, None without one."""
     match = _WEIGHTED.fullmatch(text)
     return (text, None) if match is None or Path(text).exists() else (match["path"], match["weight"])
 
 
 def check_belong_together(caches: Sequence[LogitCache]) -> None:
-    """Check that token ids mean the same in all caches, and that no cache counts twice.
+    """Raises UserError if a cache is empty, is listed twice, or differs from the first in vocabulary or tokenizer.
 
     A cache that does not say which tokenizer made its ids is compared by the size of its vocabulary alone.
-
-    Raises:
-        UserError: a cache is empty, the same cache is listed twice, or a cache's vocabulary or tokenizer differs from that
-            of the first cache.
     """
     known: dict[str, str] = {}
     for cache in caches:

@@ -1,4 +1,4 @@
-"""Which tail treatment a run takes, and whether its cache holds what that and the temperature need."""
+"""Which tail treatment a run takes, and whether its cache holds the parts that it and the temperature need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.data.training_data import TrainingData
 
 
 def resolve_tail(config: DistillConfig, data: TrainingData) -> str:
-    """The tail treatment of a run. Raises UserError where the cache does not hold what --tail and --temperature need."""
+    """Choose the tail treatment of a run. Raises UserError if the cache lacks parts for --tail or --temperature."""
     parts = data.tail_parts
     for temperature in config.temperatures:
         if approximates_tail(config, data, temperature) and not (config.approximate_temperature and parts.entropy):
@@ -24,7 +24,7 @@ def resolve_tail(config: DistillConfig, data: TrainingData) -> str:
 
 
 def approximates_tail(config: DistillConfig, data: TrainingData, temperature: float) -> bool:
-    """Whether the cache does not hold the tail at a temperature, though the run needs it."""
+    """Tell whether the run needs the tail at a temperature at which the cache does not hold it."""
     return temperature not in (1, *data.tail_parts.temperatures) and config.tail != "renormalise"
 
 

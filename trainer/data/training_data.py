@@ -51,7 +51,6 @@ class TrainingData:
     """
 
     def __init__(self, sources: Sequence[Source], averaged_with: Sequence[LogitCache] = ()) -> None:
-        """Without the checks of `open_training_data`."""
         self._sources = tuple(sources)
         self.caches = tuple(source.cache for source in sources)
         self.averaged_with = tuple(averaged_with)
@@ -92,12 +91,12 @@ class TrainingData:
 
     @property
     def vocab_size(self) -> int:
-        """V of the teachers."""
+        """The size of the teachers' vocabulary, V."""
         return self.caches[0].vocab_size
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """The number of tokens of the longest sequence."""
         return max(cache.manifest.longest for cache in self.caches)
 
     @cached_property
@@ -107,7 +106,7 @@ class TrainingData:
 
     @property
     def tail_groups(self) -> np.ndarray | None:
-        """Tail group of each token id, int32 [V], if `tail_parts` has groups."""
+        """The tail group of each token id, int32 [V], if `tail_parts` has groups."""
         return self.caches[0].tail_groups if self.tail_parts.groups else None
 
     def check_rows(self) -> None:
@@ -128,16 +127,10 @@ class TrainingData:
     def stream(
         self, epoch: int, *, shuffle: bool, seed: int, shard: tuple[int, int] = (0, 1), start: int = 0
     ) -> SequenceStream:
-        """Read a rank's rows of an epoch.
+        """Read the rows of an epoch that belong to `shard`, (rank, world).
 
-        The order of a single cache is that of its `iter_sequences`, with a seed drawn from `seed` and `epoch`.
-
-        Args:
-            epoch: number of the epoch.
-            shuffle: whether the order is drawn.
-            seed: the orders of all epochs are drawn from it.
-            shard: (rank, world).
-            start: how many rows to leave out at the beginning; they are not read, but the stream's `position` counts them.
+        With `shuffle` their order is drawn from `seed` and `epoch`; that of a single cache is that of its `iter_sequences`.
+        The first `start` rows are left out and not read, but the stream's `position` counts them.
         """
         rows = self._rows(epoch, shuffle, seed, shard, start)
         if self._others:
@@ -151,7 +144,7 @@ class TrainingData:
         lengths = np.empty(len(cache_of), np.int32)
         for number, repeated in enumerate(self._repeated_caches(shuffle, seed, shard)):
             rows = repeated.row_numbers(epoch * int(counts[number]), int(counts[number]))
-            lengths[cache_of == number] = self._token_lengths[number][rows]
+            lengths[cache_of == number] = self._lengths_by_cache[number][rows]
         return lengths
 
     def _rows(
@@ -175,7 +168,7 @@ class TrainingData:
         ]
 
     def _rows_by_cache(self, shard: tuple[int, int]) -> np.ndarray:
-        """Rows that a rank takes of each cache in an epoch, int64 [C]."""
+        """Count the rows that a rank takes of each cache in an epoch, int64 [C]."""
         rows = np.array([len(cache.iter_sequences(shard=shard)) for cache in self.caches])
         if self._shares is None:
             return rows
@@ -184,7 +177,7 @@ class TrainingData:
 
     @cached_property
     def _shares(self) -> np.ndarray | None:
-        """Of each cache's rows in an epoch, float64 [C], where there are weights."""
+        """The share of each cache in the rows of an epoch, float64 [C]; None without weights."""
         return None if self.weights is None else np.array(self.weights) / sum(self.weights)
 
     @cached_property
@@ -192,9 +185,8 @@ class TrainingData:
         return [TeacherTargetsById(cache, self.caches) for cache in self.averaged_with]
 
     @cached_property
-    def _token_lengths(self) -> list[np.ndarray]:
-        """int32 [rows] of each cache."""
-        return [token_lengths(cache) for cache in self.caches]
+    def _lengths_by_cache(self) -> list[np.ndarray]:
+        return [_token_lengths(cache) for cache in self.caches]
 
 
 def _reopened(paths: list[str], weights: list[float | None], averaged_with: list[str]) -> TrainingData:
@@ -202,9 +194,7 @@ def _reopened(paths: list[str], weights: list[float | None], averaged_with: list
     return TrainingData(sources, [logitcache.open(path) for path in averaged_with])
 
 
-def token_lengths(cache: LogitCache) -> np.ndarray:
+def _token_lengths(cache: LogitCache) -> np.ndarray:
     """Count the tokens of each row of a cache, int32 [rows]; only the loss masks are read, a bit a token."""
-    lengths = [np.empty(0, np.int32)]
-    for table in cache.iter_columns(["loss_mask"]):
-        lengths += [pc.list_value_length(mask).to_numpy() for mask in table["loss_mask"].chunks]
-    return np.concatenate(lengths)
+    lengths = [pc.list_value_length(table["loss_mask"]).to_numpy() for table in cache.iter_columns(["loss_mask"])]
+    return np.concatenate([np.empty(0, np.int32), *lengths])

@@ -21,7 +21,7 @@ from trainer.model.student import lengths_of_one_rotation, takes_logits_to_keep
 logger = logging.getLogger(__name__)
 
 PROBE = (np.array([5, 3, 4]), np.array([0, 0, 1]))
-"""Lengths of the short probe's sequences and their packed rows: two neighbours, and one beside padding."""
+"""Lengths of the short probe's sequences and their bins: two neighbours, and one beside padding."""
 FIRST_LENGTH = 3
 """Of the long probe's first sequence, which moves the others away from the columns that they have alone."""
 COMPARED_LOGITS = 2**26
@@ -117,16 +117,16 @@ def _precision(model: PreTrainedModel, flat: bool) -> AbstractContextManager[Any
 
 def _defect(model: PreTrainedModel, flat: bool) -> str:
     """What is wrong with the logits of packed sequences; nothing if they are those of each alone."""
-    lengths, packed_rows = PROBE
+    lengths, bins = PROBE
     ids = np.linspace(0, model.config.get_text_config().vocab_size - 1, lengths.sum()).astype(np.int32)
     sequences = [_without_targets(part) for part in np.split(ids, np.cumsum(lengths)[:-1])]
     collator = Collator(flat=flat)
     try:
-        if _mixes(model, collator, sequences, packed_rows):
+        if _mixes(model, collator, sequences, bins):
             return "does not keep packed sequences apart: a sequence's logits depend on the tokens packed before it"
         with torch.no_grad():
             alone = torch.cat([_logits(model, Collator(), [sequence]) for sequence in sequences])
-            packed = _logits(model, collator, sequences, packed_rows)[: len(alone)]
+            packed = _logits(model, collator, sequences, bins)[: len(alone)]
     except Exception as error:  # whatever an architecture does
         return f"fails on packed sequences ({one_line(error)})"
     differs = _difference(packed, alone)
@@ -169,9 +169,7 @@ def _difference(packed: Tensor, alone: Tensor) -> str:
     )
 
 
-def _mixes(
-    model: PreTrainedModel, collator: Collator, sequences: list[CachedSequence], packed_rows: np.ndarray
-) -> bool:
+def _mixes(model: PreTrainedModel, collator: Collator, sequences: list[CachedSequence], bins: np.ndarray) -> bool:
     """Whether the logits of later sequences have a gradient in the first one's embeddings.
 
     Where sequences are kept apart it is 0 to the bit in any precision, since a masked position has probability 0. Their
@@ -188,7 +186,7 @@ def _mixes(
     hook = model.get_input_embeddings().register_forward_hook(watch)
     try:
         with torch.enable_grad():
-            logits = _logits(model, collator, sequences, packed_rows)
+            logits = _logits(model, collator, sequences, bins)
             later = logits[first : sum(len(sequence.input_ids) for sequence in sequences)]
             (gradient,) = torch.autograd.grad(later.float().square().sum(), embedded[:1])
     finally:
@@ -200,11 +198,11 @@ def _logits(
     model: PreTrainedModel,
     collator: Collator,
     sequences: list[CachedSequence],
-    packed_rows: np.ndarray | None = None,
+    bins: np.ndarray | None = None,
     columns: np.ndarray | None = None,
 ) -> Tensor:
     """Logits of all tokens and padding, row after row, [B·T, V], or of some columns of one row."""
-    batch = collator(sequences, packed_rows).to(model.device)
+    batch = collator(sequences, bins).to(model.device)
     keeps = columns is not None and takes_logits_to_keep(model)
     if columns is not None:
         batch = replace(batch, logits_to_keep=torch.from_numpy(columns).to(model.device))

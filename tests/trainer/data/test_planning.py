@@ -106,7 +106,7 @@ class Run:
             return list(loader)
 
     def windows(self) -> Any:
-        return patch.multiple(plans, WINDOW_TOKENS=self.window_tokens, GROUPED_BATCHES=1, PACKED_ROWS=1)
+        return patch.multiple(plans, WINDOW_TOKENS=self.window_tokens, GROUPED_BATCHES=1, PACKED_BINS=1)
 
 
 BATCHINGS = st.one_of(
@@ -355,13 +355,13 @@ def test_a_sequence_that_fits_into_no_batch_is_named(batching: Batching) -> None
 @pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(RUNS, st.integers(1, 20))
-def test_a_plan_made_longer_keeps_packed_rows_whole_where_it_can(run: Run, more: int) -> None:
+def test_a_plan_made_longer_keeps_bins_whole_where_it_can(run: Run, more: int) -> None:
     assume(run.batching.packed_length)
     assert run.batching.packed_length
     plan = packed_plan(np.array(run.lengths, dtype=np.int32), run.batching.packed_length, run.batching.batch_size, None)
-    packed_rows = sum(int(packed[-1]) + 1 for packed in map(plan.packed_rows, range(len(plan))) if packed is not None)
+    num_bins = sum(int(bins[-1]) + 1 for bins in map(plan.bins, range(len(plan))) if bins is not None)
     longer = plan.of_length(len(plan) + more)
-    of_longer = [packed for packed in map(longer.packed_rows, range(len(longer))) if packed is not None]
+    of_longer = [bins for bins in map(longer.bins, range(len(longer))) if bins is not None]
     assert len(longer) == len(plan) + more
-    if len(longer) <= packed_rows:
-        assert sum(int(packed[-1]) + 1 for packed in of_longer) == packed_rows
+    if len(longer) <= num_bins:
+        assert sum(int(bins[-1]) + 1 for bins in of_longer) == num_bins
