@@ -16,6 +16,8 @@ from logitcache.format.tail_part import Column
 from logitcache.format.tail_parts import PARTS, TailParts
 
 FORMAT_VERSION = 2
+NEWEST_FORMAT = max([FORMAT_VERSION, *(part.since for part in PARTS)])
+"""What is read. A cache says `FORMAT_VERSION`, or that of the newest part it stores: others stay readable for older readers."""
 METADATA_KEY = b"logitcache"
 
 
@@ -41,14 +43,19 @@ class Layout:
             object.__setattr__(self, "quantization", PRESETS[self.precision])
 
     @property
+    def format_version(self) -> int:
+        """The oldest format that has all that is stored."""
+        return max([FORMAT_VERSION, *(part.since for part, _ in self.tail_parts.stored())])
+
+    @property
     def stored_format(self) -> dict[str, Any]:
         """The record of the format in a fingerprint: its version, and how numbers are rounded."""
-        return {"version": FORMAT_VERSION, "rounding": self.quantization.to_json() if self.quantization else None}
+        return {"version": self.format_version, "rounding": self.quantization.to_json() if self.quantization else None}
 
     def to_json(self) -> dict[str, Any]:
         """Returns the layout as plain JSON types."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "vocab_size": self.vocab_size,
             **self.tail_parts.to_json("layout_key"),
             "columns": dict(self.columns),
@@ -145,8 +152,8 @@ def read_layout(metadata: Mapping[bytes, bytes] | None, where: str) -> Layout:
 
 def check_version(found: int, where: str) -> None:
     """Raises UserError if a file was written in a newer format than this code reads."""
-    if found > FORMAT_VERSION:
+    if found > NEWEST_FORMAT:
         raise UserError(
-            f"{where} is written in cache format {found}, this logitcache reads up to format {FORMAT_VERSION}: "
+            f"{where} is written in cache format {found}, this logitcache reads up to format {NEWEST_FORMAT}: "
             f"install a logitcache that reads format {found}"
         )

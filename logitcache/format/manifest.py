@@ -89,7 +89,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON types; totals are there for people and checked against the shards on reading."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.layout.format_version,
             "created_by": self.created_by,
             "num_sequences": self.num_sequences,
             "num_positions": self.num_positions,
@@ -215,7 +215,7 @@ _SHAPE: dict[str, Any] = {
     },
     "layout": {
         "vocab_size": int,
-        **{part.layout_key: part.shape for part in PARTS},
+        **{part.layout_key: part.shape if part.since == 1 else (part.shape,) for part in PARTS},
         "columns": {...: str},
         "precision": (set(PRESETS),),
     },

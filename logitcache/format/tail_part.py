@@ -55,6 +55,7 @@ class TailPart(ABC):
 
     name: in `TailParts`.  option: of `build` and of `--drop`, in fingerprints too.  layout_key, shape: in the JSON of a layout.
     absent: value of the part in a cache without it.  fields: what it fills.  per_position: a field is [M], not [M, width].
+    since: the cache format that the part came with. JSON names a part of a later one only where it is stored.
     """
 
     name: str
@@ -64,6 +65,7 @@ class TailPart(ABC):
     absent: Any = 0
     fields: tuple[Field, ...]
     per_position = False
+    since = 1
 
     @property
     def dtypes(self) -> dict[str, type[np.generic]]:

@@ -275,13 +275,18 @@ class TailParts:
         return SparseTargets(targets.token_ids, targets.logprobs, targets.tail_logprob, **fields)
 
     def to_json(self, names: Literal["option", "layout_key"]) -> dict[str, Any]:
-        """Returns plain JSON types, by the parts' options, as in a fingerprint, or by their keys in a layout."""
-        values = {getattr(part, names): getattr(self, part.name) for part in PARTS}
+        """Returns plain JSON types, by the parts' options, as in a fingerprint, or by their keys in a layout.
+
+        Later parts that are not stored are left out: caches and fingerprints from before them stay as they are.
+        """
+        written = [part for part in PARTS if part.since == 1 or getattr(self, part.name)]
+        values = {getattr(part, names): getattr(self, part.name) for part in written}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], names: Literal["option", "layout_key"]) -> TailParts:
         """Returns the parts of `to_json`; other names beside theirs do not matter. Raises KeyError for a missing one."""
+        data = {getattr(part, names): part.absent for part in PARTS if part.since > 1} | dict(data)
         values = {part.name: data[getattr(part, names)] for part in PARTS}
         return cls(**values | {"temperatures": tuple(values["temperatures"])})
 

@@ -16,7 +16,7 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.quantization import PRESETS, check_precision
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.tail_parts import TailParts
+from logitcache.format.tail_parts import PARTS, TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.format.truncation import nucleus, truncate
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
@@ -68,14 +68,16 @@ def recode(
     entries = _fewer_entries(_Entries.of(capture), top_k, top_p, min_k)
     dropped = _checked(one_or_more(drop), source.manifest.layout)
     layout = _with_precision(_without(source.manifest.layout, dropped), precision)
-    absent = {name: value for name, value in TailParts().to_json("option").items() if name in dropped}
     stored = {"top_k": entries.top_k, "top_p": entries.top_p, "min_k": entries.min_k, "precision": layout.precision}
+    absent = {name: value for name, value in TailParts().to_json("option").items() if name in dropped}
+    unnamed = {part.option for part in PARTS if part.option in dropped} - absent.keys()
+    kept = {name: value for name, value in capture.items() if name not in unnamed}
     work = Rewrite(
         command="recode",
         settings={**stored, "drop": dropped},
         sources=[source],
         layout=layout,
-        fingerprint={**source.manifest.fingerprint, "capture": {**capture, **stored, **absent}},
+        fingerprint={**source.manifest.fingerprint, "capture": {**kept, **stored, **absent}},
         skipped=source.manifest.skipped,
         select=lambda folder: (rows for rows, _ in scan([source])),
         transform=_Recoder(entries, layout, source),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from logitcache.errors import UserError, one_line
-from logitcache.format.layout import FORMAT_VERSION, Layout
+from logitcache.format.layout import NEWEST_FORMAT, Layout
 from logitcache.format.manifest import MANIFEST_NAME, Manifest, is_as_written, is_plain
 from logitcache.format.shards import ShardInfo
 from logitcache.format.tail_parts import PARTS
@@ -45,8 +45,8 @@ def check_manifest(content: bytes, claims: Claims) -> Iterator[Finding]:
         return
     found = list(_check_parts(data, claims))
     version = data.get("format_version", 0)
-    if _is_count(version) and version > FORMAT_VERSION:
-        what = f"cache format {version}, this logitcache reads up to format {FORMAT_VERSION}"
+    if _is_count(version) and version > NEWEST_FORMAT:
+        what = f"cache format {version}, this logitcache reads up to format {NEWEST_FORMAT}"
         yield Finding("newer", MANIFEST_NAME, what)  # whose parts may be others
         return
     if not is_as_written(content, data):

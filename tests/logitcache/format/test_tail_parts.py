@@ -44,6 +44,7 @@ def test_the_table_has_every_part_and_every_optional_field_of_the_targets() -> N
     optional = [field.name for field in fields(SparseTargets)][3:]
     assert [name for part in PARTS for name in part.dtypes] == optional
     assert TailParts() == TailParts(**{part.name: part.absent for part in PARTS})
+    assert [part.name for part in PARTS if part.since == 1] == ["groups", "temperatures", "entropy", "samples"]
 
 
 @each_part
@@ -59,6 +60,19 @@ def test_a_part_is_in_the_json_of_settings_and_layout(part: TailPart) -> None:
     assert layout.to_json()[part.layout_key] == settings.to_json()[part.option]
     with pytest.raises(KeyError):
         TailParts.from_json({}, "option")
+
+
+@each_part
+def test_a_part_of_a_later_format_is_named_only_where_it_is_stored(
+    part: TailPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, "since", 3)
+    without, alone = Layout(VOCAB), Layout(VOCAB, ALONE[part.name])
+    assert part.layout_key not in without.to_json() and part.option not in CaptureSettings(8).to_json()
+    assert Layout.from_json(without.to_json()) == without and Layout.from_json(alone.to_json()) == alone
+    assert CaptureSettings.from_json(CaptureSettings(8).to_json()) == CaptureSettings(8)
+    for layout, version in ((without, 2), (alone, 3)):
+        assert layout.to_json()["format_version"] == layout.stored_format["version"] == version
 
 
 @each_choice
