@@ -32,8 +32,7 @@ class TailBackend(Protocol):
     """The tail of a block of logits: its log masses, and then its gradient in the block's own memory.
 
     Attributes:
-        log_masses: of each temperature [n, G], the logsumexp of z/T over each part of the tail, −inf for a part without
-            a token, NaN or inf where a z is.
+        log_masses: of each temperature [n, G], the logsumexp of z/T over each part of the tail; −inf without a token.
         largest: [n], the largest z of the tail, −inf without a token.
 
     Both are float32, or float64 for float64 blocks.
@@ -47,10 +46,7 @@ class TailBackend(Protocol):
     ) -> None:
         """Overwrite the block with Σ_T w_T·exp(z/T − a_T) − label weight at the label, times ∂z/∂raw; once only.
 
-        Args:
-            weights: of each temperature, [n, G] or None for 0.
-            labels: [n] int64, −1 where a row has no label in the tail.
-            label_weights: [n] floating.
+        weights: of each temperature, [n, G] or None for 0.  labels: [n] int64, −1 for a label that is not in the tail.
         """
 
 
@@ -84,14 +80,10 @@ class LogitBlock:
     """Rows of raw logits, which are overwritten.
 
     Attributes:
-        log_masses: of each temperature [n, K + G], up to the row's normaliser; −inf where nothing is.
+        log_masses: of each temperature [n, K + G], up to the row's normaliser; −inf without a token.
         largest: [n], the largest logit.
         label_logits: [n], or None without labels.
     """
-
-    log_masses: list[Tensor]
-    largest: Tensor
-    label_logits: Tensor | None
 
     def __init__(
         self,
@@ -103,22 +95,15 @@ class LogitBlock:
         tail_groups: Tensor | None,
         num_groups: int,
     ) -> None:
-        """Take the log masses.
+        """Take the log masses of raw logits [n, V]. token_ids: [n, K] int64, −1 pads.  labels: [n] int64, or None.
 
-        Args:
-            raw: [n, V] floating.
-            token_ids: [n, K] int64, −1 pads.
-            labels: [n] int64, or None.
-            transform: from raw logits to those of the softmax.
-            temperatures: (1.0,) or (1.0, T).
-            tail_groups: [V] int64, the part of the tail that each token belongs to; None for one part.
-            num_groups: the number of parts, G.
+        The other arguments are those of a TailFactory.
         """
         dtype = torch.promote_types(raw.dtype, torch.float32)
         self._raw, self._token_ids, self._labels, self._transform = raw, token_ids, labels, transform
         self._stored, self._columns = token_ids >= 0, token_ids.clamp_min(0)
         self._entries = transform.apply(raw.gather(1, self._columns).to(dtype)).masked_fill_(~self._stored, -inf)
-        self.label_logits = None
+        self.label_logits: Tensor | None = None
         if labels is not None:
             self.label_logits = transform.apply(raw.gather(1, labels[:, None])[:, 0].to(dtype))
         mask_tokens_(raw, token_ids)
@@ -130,11 +115,9 @@ class LogitBlock:
         self.largest = torch.cat([self._entries, self._tail.largest[:, None]], dim=1).amax(1)
 
     def write_gradient_(self, outcome_grads: list[Tensor | None], label_weights: Tensor | None) -> None:
-        """Overwrite the raw logits with Σ D·∂(log masses) − label_weights at the labels; once only.
+        """Overwrite the raw logits with Σ D·∂(log masses) − label_weights [n] at the labels; once only.
 
-        Args:
-            outcome_grads: D of each temperature's log masses [n, K + G] times 1/T, or None for 0.
-            label_weights: [n] floating, or None for 0.
+        outcome_grads: D of each temperature's log masses [n, K + G] times 1/T. None stands for 0.
         """
         num_tokens = self._token_ids.shape[1]
         given = [grad for grad in outcome_grads if grad is not None]

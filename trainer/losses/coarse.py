@@ -23,14 +23,14 @@ class Coarse:
 
     @cached_property
     def p(self) -> Tensor:
-        """Teacher mass of each counted outcome, [N, C]; the estimate of it where there is one."""
+        """The teacher's mass of each counted outcome, [N, C], or its estimate if there is one."""
         if self.estimated_p is not None:
             return self.estimated_p.masked_fill(~self.counted, 0.0)
         return self.log_p.masked_fill(~self.counted, -inf).exp()
 
     @cached_property
     def q(self) -> Tensor:
-        """Student mass of each counted outcome, [N, C]."""
+        """The student's mass of each counted outcome, [N, C]."""
         return self.log_q.masked_fill(~self.counted, -inf).exp()
 
     @cached_property

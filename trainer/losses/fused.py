@@ -6,7 +6,7 @@ in any training step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.losses.settings import LossSettings
 from trainer.losses.targets import TeacherTargets
 from trainer.losses.terms import DistillationBlock, DistillationTerms, TermBuffers
 from trainer.losses.transform import LogitTransform
-from trainer.losses.validation import check_settings, check_targets
+from trainer.losses.validation import check_settings, check_targets, check_temperature
 
 # A chunk of logits has as many elements as the hidden states, but at least these: smaller ones would read and write ∂W
 # too often (on a CPU, 128 MB in float32), or leave an accelerator waiting for launches (256 MB in bfloat16).
@@ -110,25 +110,24 @@ def fused_linear_divergence(
         kd_weight = 1.0 if labels is None else 0.5
     if not 0 <= kd_weight <= 1:
         raise ValueError(f"kd_weight is {kd_weight:g}; it must lie between 0 and 1")
+    check_temperature(temperature)
     if not 0 < logit_scale < inf:
         raise ValueError(f"logit_scale is {logit_scale:g}; it must be a positive number")
     if not isinstance(num_items, Tensor | None) and not num_items > 0:
         raise ValueError(f"num_items is {num_items}; it must be the positive number of positions of the global batch")
     if logit_softcap is not None and not 0 < logit_softcap < inf:
         raise ValueError(f"logit_softcap is {logit_softcap:g}; it must be a positive number, or None")
-    settings = LossSettings(loss, tail, temperature, approximate_temperature, loss_args)
-    counted = None if labels is None else labels != IGNORED_LABEL
-    projection = Projection([(hidden, weight)], bias, LogitTransform(logit_scale, logit_softcap))
-    vocabulary = _check(
-        projection, targets, labels, settings, vocab_size=vocab_size, validate=validate, counted=counted
+    total, terms = fused_distillation_terms(
+        Projection([(hidden, weight)], bias, LogitTransform(logit_scale, logit_softcap)),
+        targets,
+        labels,
+        mixture=Mixture(kd_weight * (temperature**2 if t_squared else 1.0), 1 - kd_weight),
+        settings=LossSettings(loss, tail, temperature, approximate_temperature, loss_args),
+        vocab_size=vocab_size,
+        validate=validate,
+        counted=None if labels is None else labels != IGNORED_LABEL,
     )
-    if labels is not None and counted is not None and not bool(counted.all()):
-        rows = counted.nonzero()[:, 0]
-        hidden, labels, targets = hidden[rows], labels[rows], targets[rows]
-        projection = replace(projection, maps=[(hidden, weight)])
-    factor = kd_weight * (temperature**2 if t_squared else 1.0)
-    total, _ = _checked_terms(projection, targets, labels, Mixture(factor, 1 - kd_weight), settings, vocabulary)
-    return total / (max(len(hidden), 1) if num_items is None else num_items)
+    return total / (max(len(terms.kd), 1) if num_items is None else num_items)
 
 
 def fused_distillation_terms(
@@ -140,61 +139,39 @@ def fused_distillation_terms(
     settings: LossSettings,
     vocab_size: int | None = None,
     validate: bool = True,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, DistillationTerms]:
     """Compute the objective summed over the positions, differentiable once, and the terms of each position, which are not.
 
     Args:
         projection: hidden states [N, D_i] and output projection.
         targets: the teacher at the N positions.
-        labels: [N] integer, the next token of each position; every position counts.
+        labels: [N] integer, the next token of each position.
         mixture: the weights of divergence and cross-entropy.
         settings: the loss.
-        vocab_size: as for `sparse_divergence`.
-        validate: likewise.
+        vocab_size: as for `sparse_divergence`, likewise validate and the errors.
+        counted: [N] bool, the positions that count; None for all, without a look that waits for an accelerator.
 
     Returns:
-        scalar, and the terms of each position, [N] each.
-
-    Raises:
-        ValueError: as for `fused_linear_divergence`.
+        scalar, and the terms of each position that counts.
     """
     if labels is None and mixture.ce_factor:
         raise ValueError("the mixture has cross-entropy, which needs labels")
-    vocabulary = _check(projection, targets, labels, settings, vocab_size=vocab_size, validate=validate)
-    return _checked_terms(projection, targets, labels, mixture, settings, vocabulary)
-
-
-def _checked_terms(
-    projection: Projection,
-    targets: TeacherTargets,
-    labels: Tensor | None,
-    mixture: Mixture,
-    settings: LossSettings,
-    vocabulary: int,
-) -> tuple[Tensor, DistillationTerms]:
-    tensors = [tensor for pair in projection.maps for tensor in pair]
-    call = _Call(projection.transform, targets, labels, mixture, settings, vocabulary, torch.is_grad_enabled())
-    total, *terms = _FusedTerms.apply(call, projection.bias, *tensors)  # type: ignore[no-untyped-call]
-    return total, DistillationTerms(*terms)
-
-
-def _check(
-    projection: Projection,
-    targets: TeacherTargets,
-    labels: Tensor | None,
-    settings: LossSettings,
-    *,
-    vocab_size: int | None,
-    validate: bool,
-    counted: Tensor | None = None,
-) -> int:
-    """Raise ValueError for what cannot be meant; return the teacher's vocabulary. See `check_targets`."""
     check_settings(settings)
     _check_projection(projection)
     hidden, weight = projection.maps[0]
-    return check_targets(
+    vocabulary = check_targets(
         targets, labels, settings, hidden, len(weight), vocab_size=vocab_size, validate=validate, counted=counted
     )
+    maps = projection.maps
+    if counted is not None and not bool(counted.all()):
+        rows = counted.nonzero()[:, 0]
+        targets, labels = targets[rows], None if labels is None else labels[rows]
+        maps = [(hidden[rows], weight) for hidden, weight in maps]
+    call = _Call(projection.transform, targets, labels, mixture, settings, vocabulary, torch.is_grad_enabled())
+    tensors = [tensor for pair in maps for tensor in pair]
+    total, *terms = _FusedTerms.apply(call, projection.bias, *tensors)  # type: ignore[no-untyped-call]
+    return total, DistillationTerms(*terms)
 
 
 def rows_per_chunk(hidden: Tensor, vocabulary: int) -> int:
@@ -278,12 +255,12 @@ class _FusedTerms(torch.autograd.Function):
 
 
 class _Gradients:
-    """Sums of ∂L/∂(bias, hidden, weight, …), each only where it is needed."""
+    """Sums of ∂L/∂(bias, hidden, weight, …), each only if it is needed."""
 
     def __init__(
         self, tensors: Sequence[Tensor], bias: Tensor | None, needed: Sequence[bool], sums: torch.dtype, vocabulary: int
     ) -> None:
-        """needed: of the bias and then of each tensor.  sums: dtype of the sums over all positions."""
+        """Allocate the sums. needed: of the bias and then of each tensor.  sums: their dtype over all positions."""
         self._like = [bias, *tensors]
         self._vocabulary = vocabulary
         # Rows of a weight beyond the vocabulary have gradient 0. Rows of a hidden state are written once.
@@ -294,7 +271,7 @@ class _Gradients:
         ]
 
     def add(self, logits_grad: Tensor, rows: slice, hiddens: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        """Add what a chunk's gradient [C, V] brings."""
+        """Add the gradients of a chunk, from that of its logits [C, V]."""
         bias_grad, *others = self._grads
         if bias_grad is not None:
             bias_grad[: self._vocabulary] += logits_grad.sum(0, dtype=bias_grad.dtype)
@@ -305,7 +282,7 @@ class _Gradients:
                 accumulate_product(weight_grad[: self._vocabulary], logits_grad, hidden[rows])
 
     def scaled(self, factor: Tensor, in_place: bool) -> list[Tensor | None]:
-        """The gradients times a scalar, in the dtypes of what they belong to; in place they are used up."""
+        """Return the gradients times a scalar, in the dtypes of their tensors; in place they are used up."""
         return [
             None if grad is None or like is None else (grad.mul_(factor) if in_place else grad * factor).to(like.dtype)
             for grad, like in zip(self._grads, self._like, strict=True)
@@ -313,7 +290,7 @@ class _Gradients:
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward runs with retain_graph=True; taken to be so where torch does not tell."""
+    """Tell whether this backward runs with retain_graph=True; taken to be so if torch does not say."""
     tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return tell is None or tell()
 
@@ -333,7 +310,7 @@ def accumulate_product(total: Tensor, logits_grad: Tensor, hidden: Tensor) -> No
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the matrix products run in: autocast's dtype, otherwise what holds the first map's two without loss."""
+    """Choose the dtype of the matrix products: autocast's, or else one that holds both tensors without loss."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -341,7 +318,7 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _check_projection(projection: Projection) -> None:
-    """Raise ValueError where hidden states, weights and bias do not fit together; reads no data."""
+    """Raise ValueError if hidden states, weights and bias do not fit together; no data is read."""
     first_hidden, first_weight = projection.maps[0]
     for hidden, weight in projection.maps:
         for name, tensor in (("hidden", hidden), ("weight", weight)):

@@ -17,7 +17,7 @@ from trainer.losses.targets import TeacherTargets
 UserDivergence = Callable[..., Tensor | tuple[Tensor, Tensor]]
 F = TypeVar("F", bound=UserDivergence)
 
-# What the losses' own arguments are called, by which no option could be given. They take no argument `loss_args`.
+# The names of the losses' own arguments, by which no option could be given. They take no argument `loss_args`.
 RESERVED = {field.name for arguments in (TeacherTargets, LossSettings) for field in fields(arguments)} - {
     "loss_args"
 } | {
@@ -69,12 +69,12 @@ def register_divergence(name: str) -> Callable[[F], F]:
 
 
 def divergence_names() -> list[str]:
-    """Names of all divergences: the built-in ones, then the registered."""
+    """List the names of all divergences, the built-in ones first."""
     return [*DIVERGENCES, *_registered]
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """Options of divergence `name` with their defaults."""
+    """Return the options of divergence `name` with their defaults."""
     return _options(_function(name))
 
 
@@ -101,10 +101,9 @@ def check_divergence(name: str, options: Mapping[str, Any]) -> None:
 
 
 def evaluate_divergence(name: str, coarse: Coarse, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Value [N] and slope [N, C] of divergence `name`, without a graph; the slope is exactly 0 where not counted.
+    """Compute value [N] and slope [N, C] of divergence `name`, without a graph; the slope is exactly 0 if not counted.
 
-    Works whether or not gradients are enabled, and in inference mode. Raises ValueError for an unknown name, or a
-    function that returns anything else than value [N] or (value [N], slope [N, C]).
+    Raises ValueError for an unknown name, or a function that returns anything else than value or (value, slope).
     """
     function = _function(name)
     if name in DIVERGENCES:
@@ -138,7 +137,7 @@ def _function(name: str) -> UserDivergence:
 
 
 def _options(function: UserDivergence) -> dict[str, Any]:
-    """Every parameter after the first, with its default or inspect.Parameter.empty."""
+    """List the parameters after the first, each with its default or inspect.Parameter.empty."""
     parameters = list(inspect.signature(function).parameters.values())
     return {parameter.name: parameter.default for parameter in parameters[1:]}
 

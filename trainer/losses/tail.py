@@ -32,18 +32,18 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class StudentRows:
-    """The student at the same positions, for treatments that look at it."""
+    """The student at the same positions."""
 
     raw: Tensor  # [N, V] before the transform
     transform: LogitTransform
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens."""
+        """The number of tokens."""
         return self.raw.shape[1]
 
     def tail_log_q(self, targets: TeacherTargets, temperature: float) -> Tensor:
-        """Log of the student's share of the tail at T, [N, V] in the targets' dtype, −inf at the entries."""
+        """Compute the log of each token's share of the student's tail at T, [N, V], −inf at the entries."""
         logits = self.transform.apply(self.raw.to(targets.logprobs.dtype)) / temperature
         mask_tokens_(logits, targets.token_ids)
         log_mass = logits.logsumexp(1, keepdim=True)
@@ -168,10 +168,7 @@ DENSE_TAILS = ("cap", "uniform")  # they make several tensors as large as the lo
 
 
 def check_tail(targets: TeacherTargets, tail: str, temperature: float, approximate: bool) -> None:
-    """Raise ValueError where the targets do not hold what a treatment needs.
-
-    approximate: what is missing at a temperature will be estimated.
-    """
+    """Raise ValueError if the targets lack what a treatment needs. approximate: the tail at a T may be estimated."""
     if tail == "groups":
         if targets.group_logprobs is None or targets.tail_groups is None:
             raise ValueError("tail='groups' needs tail_groups [V] and group_logprobs [N, G]; without them use 'bucket'")
@@ -197,7 +194,7 @@ def _outcomes(
     tail_groups: Tensor | None = None,
     estimated_p: Tensor | None = None,
 ) -> Outcomes:
-    """Outcomes of tokens [N, K] whose log p at the temperature are given, and of the tail, [N] or [N, G]."""
+    """Put tokens [N, K] and the tail, [N] or [N, G], together as outcomes, by their log p at the temperature."""
     tail = tail.reshape(len(token_ids), -1)
     tail = tail.clamp_min(LOG_TAIL_FLOOR - log(max(1, tail.shape[1])))  # so that all parts together keep the floor
     log_p = torch.cat([tokens, tail], dim=1)
@@ -206,10 +203,10 @@ def _outcomes(
 
 
 def _water_level(log_q: Tensor, log_cap: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the student's largest tail tokens the cap binds, [N], and whether those given are enough, [N] bool.
+    """Count the student's largest tail tokens that the cap binds, [N], and say whether M tokens are enough, [N] bool.
 
-    log_q: [N, M], shares of the tail, descending. m tokens are at the cap where the next one, scaled like the
-    rest, stays below it: (t − m·cap) / (1 − Σ_m q) · q_{m+1} ≤ cap.
+    log_q: [N, M], shares of the tail, descending. m tokens are at the cap if the next one, scaled like the rest, stays
+    below it: (t − m·cap) / (1 − Σ_m q) · q_{m+1} ≤ cap.
     """
     q, cap, t = log_q.double().exp(), log_cap.double().exp()[:, None], log_t.double().exp()[:, None]
     m = torch.arange(q.shape[1], device=q.device)

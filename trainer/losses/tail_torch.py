@@ -47,7 +47,7 @@ class TorchTail:
                 self._grouped(tempered, scratch, tail_groups, num_groups)
 
     def _single(self, logits: Tensor, scratch: Tensor) -> None:
-        """One logsumexp per row: torch's fused softmax, and the maximum before and after it."""
+        """Take one logsumexp per row: torch's fused softmax, and the maximum before and after it."""
         largest = logits.amax(1, keepdim=True)
         torch.softmax(logits, 1, out=scratch)
         log_mass = largest - scratch.amax(1, keepdim=True).log()
@@ -58,7 +58,7 @@ class TorchTail:
         self._keep(log_mass, scratch, log_mass)
 
     def _grouped(self, logits: Tensor, scratch: Tensor, tail_groups: Tensor, num_groups: int) -> None:
-        """A segmented sum over the softmax; a block with a group far below its row is shifted group by group."""
+        """Sum the softmax group by group; a block with a group far below its row is shifted group by group."""
         largest = logits.amax(1, keepdim=True)
         torch.softmax(logits, 1, out=scratch)
         log_tail = largest - scratch.amax(1, keepdim=True).log()
@@ -74,7 +74,7 @@ class TorchTail:
         self._keep(sums.log() + shift, scratch, shift)
 
     def _keep(self, log_masses: Tensor, exponentials: Tensor, shift: Tensor) -> None:
-        """exponentials [n, V] = exp(z − shift), shift [n, 1] or [n, G]."""
+        """Keep the results of a temperature; exponentials [n, V] = exp(z − shift), shift [n, 1] or [n, G]."""
         self.log_masses.append(log_masses)
         self._exponentials.append(exponentials)
         self._shifts.append(shift)
@@ -106,7 +106,7 @@ class TorchTail:
 
 
 def _are_empty(groups: Tensor, logits: Tensor, tail_groups: Tensor) -> bool:
-    """Whether none of some groups [n, G] bool, each row's own, has a token left. As a rule few tokens are in them."""
+    """Tell whether no group of `groups` [n, G] bool, each row's own, has a token left. As a rule few tokens are in them."""
     columns = groups.any(0)[tail_groups].nonzero()[:, 0]
     others = ~groups[:, tail_groups[columns]]
     return bool(((logits[:, columns] == -inf) | others).all())

@@ -10,12 +10,7 @@ from torch import Tensor
 
 
 def mask_tokens_(logits: Tensor, token_ids: Tensor) -> None:
-    """Set the logits of some tokens to −inf.
-
-    Args:
-        logits: [n, V] floating.
-        token_ids: [n, K] int64, −1 pads.
-    """
+    """Set the logits [n, V] of some tokens to −inf. token_ids: [n, K] int64, −1 pads."""
     # Padding adds 0 to token 0, which may itself be one of them.
     minus_inf = torch.zeros_like(token_ids, dtype=logits.dtype).masked_fill_(token_ids >= 0, -inf)
     logits.scatter_add_(1, token_ids.clamp_min(0), minus_inf)
@@ -49,14 +44,9 @@ class TeacherTargets:
 
     @classmethod
     def of_call(cls, targets: "TeacherTargets | None", arguments: Mapping[str, Any]) -> "TeacherTargets":
-        """`targets`, or the targets that a call of a loss gave as arguments of their own.
+        """Return `targets`, or those that a call of a loss gave as single arguments; None stands for none.
 
-        Args:
-            targets: what the call gave as a whole.
-            arguments: all arguments of the call; those named like a field are read, None where nothing was given.
-
-        Raises:
-            TypeError: the call gave both, or too little for either.
+        Raises TypeError if the call gave both, or too little for either.
         """
         given = {field.name: arguments[field.name] for field in fields(cls) if arguments[field.name] is not None}
         if targets is not None:
@@ -72,7 +62,7 @@ class TeacherTargets:
 
     @property
     def stored(self) -> Tensor:
-        """Which entries hold a token, [N, k] bool; a token of probability 0 is left to the tail."""
+        """The entries that hold a token, [N, k] bool; a token of probability 0 is left to the tail."""
         return (self.token_ids >= 0) & (self.logprobs != -inf)
 
     def __getitem__(self, rows: slice | Tensor) -> "TeacherTargets":

@@ -9,7 +9,7 @@ from trainer.losses.targets import TeacherTargets
 
 
 def tempered(targets: TeacherTargets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log p at T of the entries [N, k] and of the whole tail [N], and the log of what they were divided by, A_T [N].
+    """Compute log p at T of the entries [N, k] and of the whole tail [N], and the log of their divisor, A_T [N].
 
     A_T = logaddexp(LSE(log p / T), s(1/T)). The tail at T is NOT t^(1/T): it needs `tempered_tail`.
     """
@@ -22,7 +22,7 @@ def tempered(targets: TeacherTargets, temperature: float) -> tuple[Tensor, Tenso
 
 
 def approximate_tempered_tail(targets: TeacherTargets, temperature: float, vocabulary: int) -> Tensor:
-    """s(1/T) = log Σ p^(1/T) over the tail for a temperature that was not captured, [N].
+    """Estimate s(1/T) = log Σ p^(1/T) over the tail for a temperature that was not captured, [N].
 
     The quadratic in x = 1/T through s(0) = log of the tail's number of tokens, s(1) = log t and s′(1) = the tail's
     entropy term: at T > 1 off by some hundredths of a nat where t^(1/T) is off by more than half of one. Below T = 1

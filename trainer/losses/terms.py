@@ -88,10 +88,6 @@ class DistillationBlock:
         label_logits: [n], or None without labels.
     """
 
-    kd: Tensor
-    largest: Tensor
-    label_logits: Tensor | None
-
     def __init__(
         self,
         raw: Tensor,

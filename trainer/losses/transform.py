@@ -18,12 +18,12 @@ class LogitTransform:
     softcap: float | None = None
 
     def apply(self, raw: Tensor) -> Tensor:
-        """Logits of the softmax, like `raw`; the same tensor where nothing changes."""
+        """Compute the logits of the softmax, like `raw`; the same tensor if nothing changes."""
         logits = raw if self.scale == 1.0 else raw * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """Return ∂z/∂raw where the transform gave `logits`."""
+        """Return ∂z/∂raw, given the transformed logits."""
         if self.softcap is None:
             return self.scale
         return (1 - (logits / self.softcap) ** 2) * self.scale

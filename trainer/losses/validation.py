@@ -25,7 +25,11 @@ def check_settings(settings: LossSettings) -> None:
     check_divergence(settings.loss, settings.loss_args)
     if settings.tail not in TAILS:
         raise ValueError(f"tail is {settings.tail!r}; accepted are {', '.join(TAILS)}")
-    temperature = settings.temperature
+    check_temperature(settings.temperature)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError if a temperature is no positive number."""
     number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not (number and isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature!r}; it must be a positive number")
@@ -42,23 +46,11 @@ def check_targets(
     validate: bool,
     counted: Tensor | None = None,
 ) -> int:
-    """Refuse targets that do not fit the student or the settings, and values that no teacher gives.
+    """Return the size of the teacher's vocabulary. Raise ValueError for targets that do not fit student or settings.
 
-    Args:
-        targets: the teacher at N positions.
-        labels: [N] integer, or None.
-        settings: the loss.
-        student: [N, …], logits or hidden states of the positions.
-        columns: logits of a position.
-        vocab_size: the teacher's vocabulary; None for `columns`.
-        validate: look at values too; that waits for an accelerator.
-        counted: [N] bool, the positions whose values are looked at; None for all.
-
-    Returns:
-        The size of the teacher's vocabulary.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape or kind of numbers, or holds what no teacher gives.
+    student: [N, …], logits or hidden states.  columns: logits of a position; the teacher's vocabulary is the first
+    `vocab_size` of them, or all.  validate: look at values too, which waits for an accelerator.  counted: [N] bool, the
+    positions whose values are looked at; None for all.
     """
     if vocab_size is not None and not 0 < vocab_size <= columns:
         raise ValueError(

@@ -7,9 +7,10 @@ that the model's own forward adds to its loss are added to (1) where that is ask
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from trainer.model.student import takes_logits_to_keep
 logger = logging.getLogger(__name__)
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """Calls a model, as it is or wrapped, on a batch.
 
     Attributes:
@@ -38,7 +39,10 @@ class Objective(Protocol):
     """
 
     description: str
-    added_loss: Tensor | None
+
+    def __init__(self, keeps_logits: bool, added: AddedLoss | None) -> None:
+        self._keeps_logits, self._added = keeps_logits, added
+        self.added_loss: Tensor | None = None
 
     def __call__(
         self,
@@ -63,7 +67,18 @@ class Objective(Protocol):
         Raises:
             UserError: the targets are none that a teacher can give.
         """
+        added = self._added if with_added_loss else None
+        inputs = batch.model_inputs(keep_logits=self._keeps_logits) | ({} if added is None else added.inputs(batch))
+        with nullcontext() if added is None else added.alone(batch):
+            return self._compute(model, inputs, batch, added is not None, mixture, {"targets": targets, **options})
 
+    @abstractmethod
+    def _compute(
+        self, model: nn.Module, inputs: Any, batch: Batch, is_added: bool, mixture: Mixture, options: dict[str, Any]
+    ) -> tuple[Tensor, DistillationTerms]:
+        """Call the model. is_added: its output has the added loss.  options: the losses' targets and further arguments."""
+
+    @abstractmethod
     def what_is_not_finite(self) -> str:
         """Say where the NaN or infinity of the last call came from; it waits for the device."""
 
@@ -101,7 +116,7 @@ def objective_of(
     return LogitsObjective(model, added)
 
 
-class FusedObjective:
+class FusedObjective(Objective):
     """Has the head compute the loss in place of logits for the time of a call, and the model return it.
 
     So the loss uses the parameters as the head has them in its forward (unsharded, in autocast's dtype), and its
@@ -112,8 +127,8 @@ class FusedObjective:
     description = "fused with the output projection; the logits of a batch never exist"
 
     def __init__(self, model: PreTrainedModel, head: Head, added: AddedLoss | None = None) -> None:
-        self._model, self._head, self._added = model, head, added
-        self.added_loss: Tensor | None = None
+        super().__init__(head.keeps, added)
+        self._model, self._head = model, head
         self._loss: Callable[[Tensor], tuple[Tensor, DistillationTerms]] | None = None
         self._original_forward: Callable[..., Any] = model.forward
         self._total: Tensor | None = None
@@ -122,35 +137,23 @@ class FusedObjective:
         self._hidden_sum = self._confidence_sum = torch.zeros(())
         self._forwards = self._model_forward, self._head_forward  # the same objects in every call, for torch.compile
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        targets: TeacherTargets,
-        *,
-        mixture: Mixture,
-        with_added_loss: bool = False,
-        **options: Any,
+    def _compute(
+        self, model: nn.Module, inputs: Any, batch: Batch, is_added: bool, mixture: Mixture, options: dict[str, Any]
     ) -> tuple[Tensor, DistillationTerms]:
-        """See Objective."""
-
         def loss(hidden: Tensor) -> tuple[Tensor, DistillationTerms]:
             stored = batch.at_stored_positions(hidden, kept_logits=self._head.keeps)
             self._hidden_sum = stored.detach().sum(dtype=torch.float32)
             projection = project(self._head.module, stored, self._head.transform)
             try:
-                return fused_distillation_terms(projection, targets, batch.labels, mixture=mixture, **options)
+                return fused_distillation_terms(projection, labels=batch.labels, mixture=mixture, **options)
             except ValueError as error:
                 raise _unlearnable(error) from error
 
         model_forward, head_forward = self._forwards
-        added = self._added if with_added_loss else None
         self._loss, self._original_forward = loss, self._model.forward
-        self._added_weight = None if added is None else batch.num_positions
-        inputs = batch.model_inputs(keep_logits=self._head.keeps) | ({} if added is None else added.inputs(batch))
+        self._added_weight = batch.num_positions if is_added else None
         try:
             with (
-                nullcontext() if added is None else added.alone(batch),
                 replaced_attribute(self._model, "forward", model_forward),
                 replaced_attribute(self._head.module, "forward", head_forward),
             ):
@@ -163,7 +166,7 @@ class FusedObjective:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _head_forward(self, hidden: Tensor) -> Tensor:
-        """In place of logits a zero with the total's gradient, which no scale and no cap changes but by its slope."""
+        """Return, in place of logits, a zero with the total's gradient: scale and cap change it by their slope only."""
         assert self._loss is not None
         total, self._terms = self._loss(hidden)
         self._total = total.detach()
@@ -194,42 +197,30 @@ class FusedObjective:
         return "the divergence, though the logits are finite: a stored token has probability 0 for the student"
 
 
-class LogitsObjective:
+class LogitsObjective(Objective):
     """Computes the loss from the logits [N, V'] of the stored positions, which the model computes as ever."""
 
     description = "from the logits, which exist for a whole batch"
 
     def __init__(self, model: PreTrainedModel, added: AddedLoss | None = None) -> None:
-        self._keeps = takes_logits_to_keep(model) and not (added is not None and added.of_logits)
-        self._head, self._added = model.get_output_embeddings(), added
-        self.added_loss: Tensor | None = None
+        super().__init__(takes_logits_to_keep(model) and not (added is not None and added.of_logits), added)
+        self._head = model.get_output_embeddings()
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        targets: TeacherTargets,
-        *,
-        mixture: Mixture,
-        with_added_loss: bool = False,
-        **options: Any,
+    def _compute(
+        self, model: nn.Module, inputs: Any, batch: Batch, is_added: bool, mixture: Mixture, options: dict[str, Any]
     ) -> tuple[Tensor, DistillationTerms]:
-        """See Objective."""
-        added = self._added if with_added_loss else None
-        inputs = batch.model_inputs(keep_logits=self._keeps) | ({} if added is None else added.inputs(batch))
-        with nullcontext() if added is None else added.alone(batch):
-            output = model(**inputs)
-        logits = batch.at_stored_positions(output.logits, kept_logits=self._keeps)  # [N, V']
+        output = model(**inputs)
+        logits = batch.at_stored_positions(output.logits, kept_logits=self._keeps_logits)  # [N, V']
         try:
-            terms = distillation_terms(logits, targets, batch.labels, **options)
+            terms = distillation_terms(logits, labels=batch.labels, **options)
         except ValueError as error:
             raise _unlearnable(error) from error
         assert terms.cross_entropy is not None
         weighted = ((mixture.ce_factor, terms.cross_entropy), (mixture.kd_factor, terms.kd))
         # A term of weight 0 costs no backward pass.
         total = torch.stack([factor * term.sum() for factor, term in weighted if factor > 0]).sum()
-        self.added_loss = None if added is None else output.loss.detach()
-        return (total if added is None else total + batch.num_positions * output.loss.to(total)), terms
+        self.added_loss = output.loss.detach() if is_added else None
+        return (total + batch.num_positions * output.loss.to(total) if is_added else total), terms
 
     def what_is_not_finite(self) -> str:
         """See Objective."""
@@ -243,6 +234,6 @@ def _unlearnable(error: ValueError) -> UserError:
 
 
 def _all_finite(module: nn.Module) -> bool:
-    """Tell whether the parameters of a module, as far as this rank has them, are all finite."""
+    """Tell whether this rank's parameters of a module are all finite."""
     local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in module.parameters()]
     return all(bool(tensor.isfinite().all()) for tensor in local)
