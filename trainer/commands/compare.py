@@ -6,16 +6,12 @@ import shlex
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from logitcache import UserError
 from logitcache.errors import Parser
 from trainer.commands.shared import INTERRUPTED, check_writable, positive
 from trainer.config.metrics import CURVES
 from trainer.terminal import say
-
-if TYPE_CHECKING:
-    from trainer.comparison.execute import Failure
 
 PICTURES = (".png", ".pdf", ".svg")
 FAILED = 1
@@ -46,7 +42,8 @@ def run(argv: Sequence[str]) -> int:
         compared.write_page(page)
         say(f"\ncurves: {out}\npage: {page}")
     for failure in compared.failures:
-        say(_report(failure), error=True)
+        lines = "\n".join(f"  {line}" for line in failure.lines)
+        say(f"trainer: error: {failure.folder} failed; the end of its log.txt:\n{lines}", error=True)
     return FAILED if compared.failures else 0
 
 
@@ -88,7 +85,7 @@ def _parser() -> Parser:
 
 
 def _check_outputs(args: Namespace, out: Path, page: Path, output_dir: Path | None) -> None:
-    """Raises UserError if picture or page cannot be written. A recipe's output_dir may be missing: its runs make it."""
+    """Raises UserError if picture or page cannot be written. A recipe's output_dir may be missing, as its runs make it."""
     made = [] if output_dir is None else [output_dir, *output_dir.parents]
     if out.parent.exists() or out.parent.resolve() not in made:
         check_writable(out)
@@ -96,11 +93,6 @@ def _check_outputs(args: Namespace, out: Path, page: Path, output_dir: Path | No
         raise UserError(f"--page {page}: name a file in an existing folder")
     if page.resolve() == out.resolve():
         raise UserError(f"--page {page}: that is the picture; name another file")
-
-
-def _report(failure: Failure) -> str:
-    lines = "\n".join(f"  {line}" for line in failure.lines)
-    return f"trainer: error: {failure.folder} failed; the end of its log.txt:\n{lines}"
 
 
 def _picture(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""Whatever would stop a recipe's runs, found before the first of them starts."""
+"""Finds all that would stop a recipe's runs before the first of them starts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,10 @@ from trainer.run.prepare import PreparedRun, prepare
 
 
 def check(recipe: Recipe, *, overwrite: bool) -> dict[Path, FolderState]:
-    """Looks at the folder of each run, and for anything that would stop a run later.
+    """Returns the state of each run's folder. overwrite: a folder may hold another run.
 
-    Args:
-        recipe: the runs.
-        overwrite: a folder may hold another run.
-
-    Returns:
-        What each run's folder holds.
-
-    Raises:
-        UserError: a folder holds another run; or `trainer fit` or `trainer eval` would refuse a run, when others have
-            taken hours: caches, tokenizers, students or prompts do not fit.
+    Raises UserError if a folder holds another run, or if `trainer fit` or `trainer eval` would refuse a run after hours:
+    its cache, tokenizer, student or prompts do not fit.
     """
     states: dict[Path, FolderState] = {}
     prepared: set[str] = set()
@@ -64,7 +56,7 @@ def _check_held_out(run: PlannedRun, first: PlannedRun) -> None:
 
 
 def _check_prompts(ready: PreparedRun, settings: GenerationSettings) -> None:
-    """Raises UserError for prompts that the student could not answer."""
+    """Raises UserError if the student could not answer the prompts."""
     student = str(ready.config.student)
     choose_backend(settings.backend, student)
     if ready.tokenizer is None:

@@ -18,11 +18,11 @@ import psutil
 LAST_BYTES = 65536
 STEP = re.compile(rb"step (\d+)/(\d+)")
 LAUNCHERS_REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
-"""Where torchrun begins to tell that a rank failed, after what the rank itself told."""
+"""The beginning of torchrun's report on a rank that failed, which follows the rank's own lines."""
 
 
 def locked_log(path: Path) -> BinaryIO | None:
-    """Opens a log to append to; None while a process that was given it is alive, even if the starting process is not."""
+    """Opens a log to append to; None while a process that was given the log is alive."""
     log = path.open("ab")
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,13 +38,9 @@ class Child:
     def __init__(
         self, command: Sequence[str], log: BinaryIO, environment: Mapping[str, str], *, launcher: bool = False
     ) -> None:
-        """Starts a command.
+        """Starts a command with a log of `locked_log`, whose lock the child holds too.
 
-        Args:
-            command: program and arguments.
-            log: of `locked_log`; the child holds its lock too.
-            environment: variables beside those of this process.
-            launcher: the command starts ranks and waits for them.
+        environment: variables beside those of this process.  launcher: the command starts ranks and waits for them.
         """
         self._launcher = launcher
         self._log_began = Path(log.name).stat().st_size

@@ -24,7 +24,7 @@ SHOWN_CURVES = ("fkl", "ce")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side. rows: the seeds of one run are one row.  failures: runs of the recipe that ended with an error."""
+    """Runs side by side. rows: each has the seeds of one run.  failures: runs of the recipe that ended with an error."""
 
     title: str
     rows: Sequence[Row]
@@ -32,24 +32,24 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What the runs left out of their metrics, each note once."""
+        """Notes on numbers that are left out, each once."""
         return list(dict.fromkeys(note for row in self.rows for run in row.runs for note in run.notes))
 
     def table(self) -> str:
-        """The metrics of the rows, their differences and their pace, as aligned text."""
-        return table(self._shown())
+        """Shows the metrics of the rows, their differences and their pace as aligned text."""
+        return table(self._known_rows())
 
     def draw(self, picture: str | Path, curves: Sequence[str] = SHOWN_CURVES) -> None:
         """Draws the curves of these metrics to a file, whose suffix is its format."""
-        draw(self._shown(), curves, Path(picture))
+        draw(self._known_rows(), curves, Path(picture))
 
     def write_page(self, page: str | Path) -> None:
         """Writes the comparison as one HTML page."""
         from trainer.comparison.page import write_page
 
-        write_page(self._shown(), Path(page), self.title)
+        write_page(self._known_rows(), Path(page), self.title)
 
-    def _shown(self) -> Sequence[Row]:
+    def _known_rows(self) -> Sequence[Row]:
         if not self.rows:
             failed = [str(failure.folder) for failure in self.failures]
             raise UserError(f"nothing to compare: {'failed are ' + ', '.join(failed) if failed else 'no run is named'}")
@@ -76,13 +76,13 @@ def compare(
         UserError: A recipe or a run cannot be read, or `trainer fit` would refuse a run of the recipe.
     """
     if isinstance(runs, Recipe):
-        return _done(runs, jobs, overwrite)
+        return _compare_recipe(runs, jobs, overwrite)
     paths = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     recipes = [path for path in paths if path.suffix in RECIPE_SUFFIXES]
     if recipes and len(paths) > 1:
         raise UserError(f"{recipes[0]} is a recipe: name it alone, or finished runs only")
     if recipes:
-        return _done(read_recipe(recipes[0]), jobs, overwrite)
+        return _compare_recipe(read_recipe(recipes[0]), jobs, overwrite)
     if paths and (jobs or overwrite):
         raise UserError(
             f"--{'jobs' if jobs else 'overwrite'} belongs to a recipe: {paths[0]} is taken for a finished run"
@@ -90,7 +90,7 @@ def compare(
     return Comparison("Runs side by side", rows_of(read_runs(paths)))
 
 
-def _done(recipe: Recipe, jobs: int | None, overwrite: bool) -> Comparison:
+def _compare_recipe(recipe: Recipe, jobs: int | None, overwrite: bool) -> Comparison:
     from trainer.comparison.check import check
     from trainer.comparison.execute import default_jobs, execute
 

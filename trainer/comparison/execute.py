@@ -33,7 +33,7 @@ from trainer.run.ranks import RANKS_VARIABLE
 
 TRAINER = ("-m", "trainer")
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-"""With it `-m` does not take a `trainer.py` of the working folder for this package, in ranks neither."""
+"""With it `-m` takes no `trainer.py` of the working folder for this package, also in ranks."""
 LOG_NAME = "log.txt"
 POLL_S = 0.2
 SHOWN_LOG_LINES = 6
@@ -41,20 +41,15 @@ SHOWN_LOG_LINES = 6
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended with an error.
-
-    Attributes:
-        folder: of the run.
-        lines: how it ended, and the last lines of its log.
-    """
+    """A run that ended with an error, and the lines that tell why: its exit status and the end of its log."""
 
     folder: Path
     lines: list[str]
 
 
 @dataclass
-class _Active:
-    """A run that is being done. log: None while another process does it.  slot: which of the `jobs` it is."""
+class _ActiveRun:
+    """A run under way. log: None while another process trains it.  slot: its number among the `jobs`."""
 
     run: PlannedRun
     slot: int
@@ -74,10 +69,10 @@ def default_jobs() -> int:
 
 
 def execute(recipe: Recipe, *, jobs: int) -> list[Failure]:
-    """Does what is missing, `jobs` runs at a time; one that fails stops no other.
+    """Does the missing runs, `jobs` at a time; a run that fails stops no other.
 
-    Each is a process of its own, its output in the folder's log.txt. A folder that holds another run is overwritten, so
-    call `check.check` first. On Ctrl-C or SIGTERM the runs write checkpoints, and KeyboardInterrupt is raised when they
+    Each run is a process of its own, its output in the folder's log.txt. A folder that holds another run is overwritten,
+    so call `check.check` first. On Ctrl-C or SIGTERM the runs write checkpoints, and KeyboardInterrupt is raised when they
     have ended. Should this process be killed, its runs go on, and the next call waits for them.
     """
     pool = _Pool(recipe, jobs)
@@ -97,7 +92,7 @@ class _Pool:
         self.failures: list[Failure] = []
         self._generate, self._launch = recipe.generate, recipe.launch
         self._waiting = deque(recipe.runs)
-        self._active: list[_Active] = []
+        self._active: list[_ActiveRun] = []
         self._jobs = jobs
         self._status = StatusLine(len(recipe.runs))
 
@@ -106,15 +101,16 @@ class _Pool:
             while self._waiting and len(self._active) < self._jobs:
                 taken = {active.slot for active in self._active}
                 slot = next(slot for slot in range(self._jobs) if slot not in taken)
-                self._active.append(_Active(self._waiting.popleft(), slot))
+                self._active.append(_ActiveRun(self._waiting.popleft(), slot))
             for active in list(self._active):
                 try:
-                    self._tend(active)
+                    self._advance(active)
                 except UserError as error:
                     self._fail(active, str(error))
                 except Exception as error:  # whatever is wrong with one folder, the other runs go on
                     self._fail(active, f"{type(error).__name__}: {one_line(error)}")
-            self._status.show({active.run.folder.name: self._where(active) for active in self._active})
+            running = {active.run.folder.name: active.doing or last_step(active.log_path) for active in self._active}
+            self._status.show(running)
             if self._active:
                 time.sleep(POLL_S)
 
@@ -134,7 +130,7 @@ class _Pool:
                 continue
 
     def close(self) -> None:
-        """Kills what an error of this process left behind, and closes the logs."""
+        """Kills the runs that an error of this process left behind, and closes the logs."""
         self._status.close()
         for active in self._active:
             if active.child is not None and active.child.status() is None:
@@ -142,7 +138,7 @@ class _Pool:
             if active.log is not None:
                 active.log.close()
 
-    def _tend(self, active: _Active) -> None:
+    def _advance(self, active: _ActiveRun) -> None:
         """Takes a run one step further: waits for another process, starts the next command, or ends."""
         if active.log is None:
             active.run.folder.mkdir(parents=True, exist_ok=True)
@@ -167,14 +163,14 @@ class _Pool:
             launched = self._launch is not None and active.doing != "generating"
             active.child = Child(command, active.log, SAFE_PATH | self._environment(active), launcher=launched)
 
-    def _ranks_go_on(self, active: _Active) -> bool:
-        """Whether a launcher that was killed left ranks behind; the log's lock is given up to see whether they have it."""
+    def _ranks_go_on(self, active: _ActiveRun) -> bool:
+        """Tells whether a launcher that was killed left ranks behind: they have the log's lock when it is given up."""
         assert active.log is not None
         active.log.close()
         active.log = locked_log(active.log_path)
         return active.log is None
 
-    def _next_command(self, active: _Active) -> list[str] | None:
+    def _next_command(self, active: _ActiveRun) -> list[str] | None:
         assert active.log is not None
         run, state = active.run, folder_state(active.run)
         if not state.done:
@@ -184,7 +180,7 @@ class _Pool:
                 )
             if state.checkpoint is None:
                 with folder_held(run.folder, "output_dir"):
-                    _clear(run.folder)
+                    _remove_former_run(run.folder)
                 active.log.truncate(0)
             active.doing = ""
             return fit_command(run, state.checkpoint, self._launch)
@@ -202,20 +198,17 @@ class _Pool:
         active.doing = "generating"
         return generate_command(run.folder, wanted)
 
-    def _fail(self, active: _Active, *lines: str) -> None:
+    def _fail(self, active: _ActiveRun, *lines: str) -> None:
         self._end(active)
         self.failures.append(Failure(active.run.folder, list(lines)))
         self._status.failed(active.run)
 
-    def _end(self, active: _Active) -> None:
+    def _end(self, active: _ActiveRun) -> None:
         if active.log is not None:
             active.log.close()
         self._active.remove(active)
 
-    def _where(self, active: _Active) -> str:
-        return active.doing or last_step(active.log_path)
-
-    def _environment(self, active: _Active) -> dict[str, str]:
+    def _environment(self, active: _ActiveRun) -> dict[str, str]:
         if self._launch:
             return {} if active.run.ranks is None else {RANKS_VARIABLE: str(active.run.ranks)}
         gpus = torch.cuda.device_count()
@@ -227,8 +220,8 @@ class _Pool:
         return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self._jobs))}
 
 
-def _clear(folder: Path) -> None:
-    """Removes what a run left, so that nothing of a former one is taken for the new one's."""
+def _remove_former_run(folder: Path) -> None:
+    """Removes the files of a former run, so that none is taken for the new run's."""
     for name in (EVALUATION_NAME, STATE_NAME):
         (folder / name).unlink(missing_ok=True)
     for path in (*folder.glob("checkpoint-*"), *model_files(folder)):
@@ -262,7 +255,7 @@ def generate_command(folder: Path, settings: GenerationSettings) -> list[str]:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, also where whoever started this process ignores them."""
+    """Lets SIGINT and SIGTERM raise KeyboardInterrupt, even if they were ignored when this process started."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

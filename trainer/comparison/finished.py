@@ -14,7 +14,7 @@ from typing import Any
 import logitcache
 from logitcache import UserError
 from logitcache.urls import public_url
-from trainer.comparison.generation import Answers, answers_of
+from trainer.comparison.generation import Answers, read_answers
 from trainer.comparison.settings import filled_in
 from trainer.config.metrics import CURVES, ROUGE_L
 from trainer.config.schedules import parse_points
@@ -34,15 +34,15 @@ ENTRY_SHAPE = {
     **{f"eval_{name}": (NUMBER,) for name in CURVES},
     **dict.fromkeys(["tokens_per_second", "data_wait", "train_runtime"], (NUMBER,)),
 }
-"""What is read of run.json and of the log in trainer_state.json."""
+"""The parts of run.json and of the log in trainer_state.json that are read."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, as its files tell.
+    """A finished run, read from its files.
 
     Attributes:
-        metrics: the known ones of the held-out cache, of the answers and of the pace, by names of `config.metrics`.
+        metrics: the known metrics of the held-out cache, of the answers and of the pace, by names of `config.metrics`.
         curves: metric → {step: value}.
         answers: by data file.
         notes: on anything that is left out.
@@ -60,13 +60,13 @@ class FinishedRun:
 
     @property
     def seeds(self) -> tuple[int, int]:
-        """Returns the seed of the weights and the seed of the order of the rows."""
+        """The seed of the weights, and the seed of the order of the rows."""
         seed, of_data = self.settings["seed"], self.settings.get("data_seed")
         return int(seed), int(seed if of_data is None else of_data)
 
     @property
-    def hard(self) -> bool:
-        """Says whether the run learnt from the hard labels only."""
+    def learnt_from_labels_only(self) -> bool:
+        """Whether the weight of the teacher was 0 throughout."""
         schedule = self.settings.get("kd_weight_schedule")
         if not schedule:
             return bool(self.settings["kd_weight"] == 0)
@@ -83,7 +83,7 @@ def read_run(path: Path) -> FinishedRun:
         name: {int(entry["step"]): float(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry}
         for name in CURVES
     }
-    answers, notes = answers_of(path)
+    answers, notes = read_answers(path)
     rouge = {ROUGE_L + stem: of.rouge_l for stem, of in answers.items()}
     return FinishedRun(
         path,
@@ -101,8 +101,7 @@ def read_run(path: Path) -> FinishedRun:
 def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     """Reads runs that stand side by side; answers that were made differently from the first run's are left out.
 
-    Raises:
-        UserError: a folder is named twice, or two runs were evaluated on different data.
+    Raises UserError if a folder is named twice, or if two runs were evaluated on different data.
     """
     known: dict[Path, Path] = {}
     for path in paths:
@@ -118,11 +117,11 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     first: dict[str, FinishedRun] = {}
     for run in runs:
         first |= {stem: run for stem in run.answers if stem not in first}
-    return [_comparable(run, first) for run in runs]
+    return [_with_comparable_answers(run, first) for run in runs]
 
 
 def _same_cache(a: FinishedRun, b: FinishedRun) -> bool:
-    """Says whether two runs were evaluated on one cache, which a former version may have named otherwise in one of them."""
+    """Says whether two runs were evaluated on one cache, of which a former version may have recorded another hash."""
     if a.eval_cache_sha256 == b.eval_cache_sha256:
         return True
     for path in (a.eval_cache, b.eval_cache):
@@ -132,11 +131,11 @@ def _same_cache(a: FinishedRun, b: FinishedRun) -> bool:
     return False
 
 
-def _comparable(run: FinishedRun, first: Mapping[str, FinishedRun]) -> FinishedRun:
+def _with_comparable_answers(run: FinishedRun, first: Mapping[str, FinishedRun]) -> FinishedRun:
     metrics, notes = dict(run.metrics), list(run.notes)
     for stem, answers in run.answers.items():
-        wanted = first[stem].answers[stem].made
-        differ = [name for name in {**wanted, **answers.made} if wanted.get(name) != answers.made.get(name)]
+        wanted, settings = first[stem].answers[stem].settings, answers.settings
+        differ = [name for name in {**wanted, **settings} if wanted.get(name) != settings.get(name)]
         if differ:
             del metrics[ROUGE_L + stem]
             notes.append(
@@ -147,7 +146,7 @@ def _comparable(run: FinishedRun, first: Mapping[str, FinishedRun]) -> FinishedR
 
 
 def _pace(settings: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The medians of what was logged; minutes of a run that was never interrupted, since each part counts its own only."""
+    """Computes medians of the logged pace, and the minutes of a run that was never interrupted: each part counts its own."""
     logged = {
         name: [float(entry[name]) for entry in history if name in entry and math.isfinite(entry[name])]
         for name in ("tokens_per_second", "data_wait")

@@ -22,7 +22,7 @@ class FolderState:
     """The state of a run's folder.
 
     Attributes:
-        differs: why the run in the folder, which would be lost, is another one.
+        differs: reasons why the folder holds another run, which would be lost.
         done: the run is finished, on these caches.
         checkpoint: the checkpoint that the run continues from, or None.
     """
@@ -43,7 +43,9 @@ def folder_state(run: PlannedRun) -> FolderState:
     if record is None:
         left = [path.name for path in (*checkpoints, *model_files(run.folder))]
         return FolderState([f"it holds {left[-1]} and no {RUN_NAME}"] if left else [], False, None)
-    differs = _differences(record["settings"], run.config.recorded())
+    was, now = filled_in(record["settings"]), run.config.recorded()
+    names = [name for name in now if matters(name) and was.get(name) != now[name]]
+    differs = [f"{name} was {was.get(name)}, is {now[name]}" for name in names]
     ranks = record.get("world_size", run.ranks)
     if run.ranks is not None and ranks != run.ranks:
         differs.append(f"the number of ranks was {ranks}, is {run.ranks}")
@@ -68,15 +70,8 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Lists a folder's checkpoints by step."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    former = filled_in(was)
-    names = [name for name in now if matters(name) and former.get(name) != now[name]]
-    return [f"{name} was {former.get(name)}, is {now[name]}" for name in names]
 
 
 def _same_caches(record: Mapping[str, Any], now: list[dict[str, Any]]) -> bool:

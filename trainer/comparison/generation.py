@@ -1,4 +1,4 @@
-"""Answers that a student wrote: of which model, made how, and whether they can be compared."""
+"""Answers that a student wrote: of which model, with which settings, and whether they can be compared."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Answers:
 
     Attributes:
         rouge_l: their score, ×100.
-        made: all that they depend on beside the model.
+        settings: all that they depend on beside the model.
     """
 
     rouge_l: float
-    made: Mapping[str, Any]
+    settings: Mapping[str, Any]
 
 
-def answers_of(folder: Path) -> tuple[dict[str, Answers], list[str]]:
-    """Reads the answers of the model that lies in the folder now, by stem of the data file; and notes on others, left out."""
+def read_answers(folder: Path) -> tuple[dict[str, Answers], list[str]]:
+    """Reads the answers of the folder's present model, by stem of the data file, and notes on answers that are left out."""
     found, notes = {}, []
     for path in sorted((folder / ANSWERS_NAME).glob("*.json")):
         try:
@@ -50,10 +50,7 @@ def answers_of(folder: Path) -> tuple[dict[str, Answers], list[str]]:
 
 
 def remove_other_answers(folder: Path, settings: GenerationSettings) -> list[str]:
-    """Removes answers to the same data with other settings, which `trainer eval --generate` refuses to replace.
-
-    Returns the names of the settings that differ.
-    """
+    """Removes answers with other settings, which `trainer eval` refuses to replace; returns names of those settings."""
     decisive = settings.decisive(choose_backend(settings.backend, str(folder)))
     names: list[str] = []
     for data in settings.data:
@@ -69,7 +66,7 @@ def remove_other_answers(folder: Path, settings: GenerationSettings) -> list[str
 
 
 def check_answers_folder(folder: Path, settings: GenerationSettings) -> None:
-    """Raises UserError where scores would replace what is none."""
+    """Raises UserError if scores would replace a file of another kind."""
     for data in settings.data:
         path = _scores_path(folder, data)
         try:

@@ -16,23 +16,14 @@ ONE_HOST = ("1", "1:1")
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher.
-
-    Attributes:
-        command: the words before `-m trainer fit …`.
-        ranks: of a run; None if the line does not say.
-    """
+    """A launcher: the words before `-m trainer fit …`, and the ranks of a run, None if the words do not say."""
 
     command: list[str]
     ranks: int | None
 
 
 def launcher(line: object) -> Launcher:
-    """Reads the line of a recipe that names the launcher; its ranks run in this interpreter.
-
-    Raises:
-        UserError: the line is not the beginning of a launcher's command.
-    """
+    """Reads the line of a recipe that names the launcher; its ranks run in this interpreter. Raises UserError."""
     try:
         words = shlex.split(line) if isinstance(line, str) else []
         if words[:1] == ["torchrun"]:

@@ -119,7 +119,7 @@ def _verdict(of: Estimate | None, better: int) -> str:
 
 
 def _settings(rows: Sequence[Row]) -> str:
-    """What tells the rows apart as a table, and what they share to be unfolded."""
+    """Shows the settings that tell the rows apart as a table, and the shared settings to be unfolded."""
     settings = [row_settings(row.runs[0]) for row in rows]
     differ = differing(settings)
     lines = [
@@ -150,7 +150,6 @@ def _runs(rows: Sequence[Row]) -> str:
 
 
 def _data(rows: Sequence[Row]) -> dict[str, Any]:
-    """What the charts show."""
     curves = []
     for name in CURVES:
         series = []
@@ -166,7 +165,7 @@ def _data(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _table(headings: Sequence[tuple[str, str]], lines: Sequence[Sequence[str]]) -> str:
-    """headings: text and, of numbers, what they are.  lines: cells in HTML."""
+    """Makes a table. headings: text and, for numbers, their meaning.  lines: cells in HTML."""
     titled = [(text, f' title="{escape(title)}"' if title else ' class="text"') for text, title in headings]
     head = "".join(f'<th scope="col"{attribute}>{escape(text)}</th>' for text, attribute in titled)
     body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
@@ -195,7 +194,7 @@ def _value(value: float | None) -> str:
 
 
 def _number(value: float, html: str, kind: str = "") -> str:
-    """What is not finite sorts as if it were not known."""
+    """Makes a cell; a number that is not finite sorts like an unknown one."""
     sorted_by = f' data-value="{value!r}"' * math.isfinite(value)
     return f'<td class="{kind}"{sorted_by}>{html}</td>'
 

@@ -24,15 +24,9 @@ STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 
 def draw(rows: Sequence[Row], curves: Sequence[str], picture: Path) -> None:
-    """Draws a panel for each of these metrics: means over seeds, and bands from the lowest to the highest.
+    """Draws a panel for each metric of `curves`: means over seeds, and bands from the lowest to the highest.
 
-    Args:
-        rows: of the comparison.
-        curves: names of metrics.
-        picture: the file; its suffix is its format.
-
-    Raises:
-        UserError: the picture cannot be written.
+    The suffix of the file is its format. Raises UserError if it cannot be written.
     """
     import matplotlib
 
@@ -74,7 +68,7 @@ def look(number: int) -> tuple[str, Any]:
 
 
 def _legend(figure: Figure, names: Sequence[str], lines: Sequence[Line2D]) -> None:
-    """Below the panels, in as many columns as there is room for; the picture grows by its lines."""
+    """Puts a legend below the panels, in as many columns as there is room for; the picture grows by its lines."""
     if not lines:
         return
     width, height = figure.get_size_inches()

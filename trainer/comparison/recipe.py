@@ -44,10 +44,7 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One `trainer fit`.
-
-    row: name of its row.  where: line of the recipe.  arguments: of the command line.  ranks: as of Launcher.
-    """
+    """One `trainer fit`. row: name of its row.  where: line of the recipe.  ranks: as of Launcher."""
 
     row: str
     where: str
@@ -57,7 +54,7 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """What the run leaves."""
+        """The output folder of the run."""
         return Path(str(self.config.output_dir))
 
 
@@ -76,7 +73,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Every run of a recipe with its settings checked, none of them started.
+    """Reads a recipe and checks the settings of every run.
 
     Raises UserError that names file and line: for names that do not exist, values and combinations that `trainer fit`
     refuses, and runs that would share a folder or a row.
@@ -94,13 +91,13 @@ def read_recipe(path: Path) -> Recipe:
     for row, folder, settings, keys in _rows(file, content):
         for seed in _seeds(file, content.get("seeds")):
             named = settings | {"seed": seed, "output_dir": str(Path(output_dir) / f"{folder}-{seed}")}
-            runs.append(_checked(file, keys, row, named, launch))
+            runs.append(_planned_run(file, keys, row, named, launch))
     _check_distinct(file, runs)
     return Recipe(path, Path(output_dir), runs, _generate(file, content.get("generate")), launch)
 
 
 def _rows(file: MarkedYaml, content: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], tuple[str, ...]]]:
-    """Name, beginning of the folder's name, settings and place of each row."""
+    """Yields the name, the beginning of the folder's name, the settings and the place of each row."""
     common = _settings(file, content.get("common") or {}, "common")
     losses = content.get("losses")
     if losses is not None and not _different_names(losses):
@@ -161,7 +158,7 @@ def _seeds(file: MarkedYaml, seeds: Any) -> list[int]:
     return list(seeds)
 
 
-def _checked(
+def _planned_run(
     file: MarkedYaml, keys: tuple[str, ...], row: str, settings: Mapping[str, Any], launch: Launcher | None
 ) -> PlannedRun:
     arguments = [argument for name, value in settings.items() for argument in as_arguments(name, value)]
@@ -180,7 +177,7 @@ def _checked(
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """TrainingArguments writes variables for its own process, which those of other runs must not see."""
+    """Takes back the variables that TrainingArguments writes for its own process: no other run must see them."""
     before = dict(os.environ)
     try:
         yield

@@ -45,8 +45,7 @@ def displayed(loss: str) -> str:
 def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
     """Makes one row of runs that differ only in their seed, named after the loss and the settings that differ.
 
-    Raises:
-        UserError: two runs differ in nothing at all; they would count as two seeds.
+    Raises UserError if two runs differ in nothing at all: they would count as two seeds.
     """
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
@@ -60,20 +59,23 @@ def rows_of(runs: Sequence[FinishedRun]) -> list[Row]:
                     "name one of them"
                 )
     first = [members[0] for members in groups.values()]
-    names = [_name(run, [other for other in first if other.hard == run.hard]) for run in first]
+    names = [
+        _name(run, [other for other in first if other.learnt_from_labels_only == run.learnt_from_labels_only])
+        for run in first
+    ]
     return [Row(name, members) for name, members in zip(names, groups.values(), strict=True)]
 
 
 def row_settings(run: FinishedRun) -> dict[str, Any]:
-    """Returns the settings that make a run what it is, whatever its seed."""
-    ignored = SEEDS | KD_ONLY if run.hard else SEEDS
+    """Returns the settings that decide a run, but for its seed."""
+    ignored = SEEDS | KD_ONLY if run.learnt_from_labels_only else SEEDS
     settings = dict(run.settings) | {"tail": run.tail}
     return {name: value for name, value in settings.items() if name not in ignored and matters(name)}
 
 
 def reference_of(rows: Sequence[Row]) -> Row:
-    """Returns the row that others are measured against: the first that learnt from hard labels only, else the first."""
-    return next((row for row in rows if row.runs[0].hard), rows[0])
+    """Returns the row that others are measured against: the first row of hard labels only, else the first."""
+    return next((row for row in rows if row.runs[0].learnt_from_labels_only), rows[0])
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
@@ -87,5 +89,5 @@ def _name(run: FinishedRun, others: Sequence[FinishedRun]) -> str:
     """Names a row after the loss and every setting in which `others` differ."""
     settings = row_settings(run)
     names = [name for name in differing([row_settings(other) for other in others]) if name != "loss"]
-    base = "hard labels" if run.hard else displayed(run.settings["loss"])
+    base = "hard labels" if run.learnt_from_labels_only else displayed(run.settings["loss"])
     return " ".join([base, *(f"{name}={settings.get(name)}" for name in names)])

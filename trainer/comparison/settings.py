@@ -1,4 +1,4 @@
-"""Which settings make a run what it is, and which say only where and how it was done."""
+"""Which settings decide a run, and which say only where and how it was done."""
 
 from __future__ import annotations
 

@@ -23,16 +23,16 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean and its confidence interval by Student's t: mean ± t(0.975, n−1)·s/√n."""
+    """Computes the mean and its confidence interval by Student's t: mean ± t(0.975, n−1)·s/√n."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return Estimate(fmean(values), None, len(values))
     return Estimate(fmean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)), len(values))
 
 
 def paired_difference(values: Mapping[Seed, float], reference: Mapping[Seed, float]) -> Estimate | None:
-    """The mean of value − reference over the seeds that both have; None where they share none or one diverged.
+    """Estimates the mean of value − reference over the shared seeds; None if there is none or a value is not finite.
 
-    What a seed does to both, such as the order of the rows, cancels.
+    The effect of a seed on both, such as that of the order of the rows, cancels.
     """
     differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
     return estimate(differences) if differences and all(map(math.isfinite, differences)) else None
@@ -40,7 +40,7 @@ def paired_difference(values: Mapping[Seed, float], reference: Mapping[Seed, flo
 
 @cache
 def t_quantile(degrees: int) -> float:
-    """t with P(|T| ≤ t) = 0.95 for Student's distribution of so many degrees of freedom."""
+    """Finds t with P(|T| ≤ t) = 0.95 for Student's distribution of so many degrees of freedom."""
     low, high = 0.0, 20.0  # 12.7 at one degree is the largest
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
@@ -49,7 +49,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def _within(t: float, degrees: int) -> float:
-    """P(|T| ≤ t): the finite sums of Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4."""
+    """Computes P(|T| ≤ t) by the sums 26.7.3 and 26.7.4 of Abramowitz and Stegun, Handbook of Mathematical Functions."""
     angle = math.atan(t / math.sqrt(degrees))
     odd = degrees % 2
     term = total = math.cos(angle) if odd else 1.0

@@ -1,4 +1,4 @@
-"""What a comparison under way prints: a line for each run that ends, and on a terminal one line of what is running."""
+"""The lines of a comparison under way: one for each run that ends, and on a terminal one of all that are running."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = ("ce", "fkl", "rkl", "agreement")
 
 
 class StatusLine:
-    """Counts runs. Without a terminal what is running is told once a minute."""
+    """Counts runs. Without a terminal the running ones are told once a minute."""
 
     def __init__(self, total: int) -> None:
         self._total, self._ended, self._shown = total, 0, ""
@@ -26,17 +26,17 @@ class StatusLine:
         self._last_line = time.monotonic()
 
     def finished(self, run: PlannedRun, took: str, *, fresh: bool) -> None:
-        """A run is there. fresh: it was done just now."""
+        """Tells the metrics of a finished run. fresh: it was done just now."""
         metrics = read_run(run.folder).metrics
         numbers = "  ".join(f"{metric_of(name).heading} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
         self._ended_line(run, f"{numbers}  {f'({took})' if fresh else '(already there)'}")
 
     def failed(self, run: PlannedRun) -> None:
-        """A run ended with an error."""
+        """Tells that a run ended with an error."""
         self._ended_line(run, "failed")
 
     def show(self, running: Mapping[str, str]) -> None:
-        """Folder → how far it is."""
+        """Shows how far each folder's run is."""
         line = f"{self._ended} of {self._total} done; " + ", ".join(
             f"{name} {where}" for name, where in running.items()
         )
@@ -48,13 +48,13 @@ class StatusLine:
             self.say(line)
 
     def say(self, line: str) -> None:
-        """Prints a line above the line of what is running."""
+        """Prints a line above the line of the running ones."""
         self.close()
         say(line)
         self._last_line = time.monotonic()
 
     def close(self) -> None:
-        """Removes the line of what is running."""
+        """Removes the line of the running ones."""
         if self._shown:
             print("\r\x1b[K", end="", flush=True)
             self._shown = ""
