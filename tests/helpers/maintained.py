@@ -14,12 +14,13 @@ import numpy as np
 from logitcache import CachedSequence, LogitCache, SparseTargets
 from logitcache.format.layout import Layout
 from logitcache.storage.folder import Folder
-from tests.helpers.smallcaches import FINGERPRINT, Row, write_cache
+from tests.helpers.smallcaches import FINGERPRINT, Row, made_once, write_cache
 
 CAPTURE = {"top_k": 8, "top_p": 1.0, "min_k": 8, "shard_positions": 1000}
 TOKENIZER = {"vocab_size": 50, "vocabulary_sha256": "1" * 64}
 
 
+@made_once
 def make_cache(
     root: Path,
     rows: Sequence[Row],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 from unittest.mock import patch
 
 import numpy as np
@@ -31,6 +33,7 @@ FINGERPRINT = {
     "capture": {"top_k": 8},
 }
 Row = tuple[TokenSequence, SparseTargets]
+P = ParamSpec("P")
 
 small = settings(max_examples=50, deadline=None, database=None)
 
@@ -116,6 +119,30 @@ def random_rows(count: int, layout: Layout, seed: int = 0, longest: int = 12, ma
     return rows
 
 
+def made_once(
+    make: Callable[Concatenate[Path, P], LogitCache],
+) -> Callable[Concatenate[Path, P], LogitCache]:
+    """Makes a cache of the same arguments by copying the files of the first."""
+    made: dict[bytes, dict[str, bytes]] = {}
+
+    @functools.wraps(make)
+    def copied(root: Path, /, *args: P.args, **kwargs: P.kwargs) -> LogitCache:
+        key = pickle.dumps((args, kwargs))
+        if key not in made:
+            fresh = not root.exists() or not any(root.iterdir())
+            cache = make(root, *args, **kwargs)
+            if fresh:
+                made[key] = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+            return cache
+        for name, content in made[key].items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+        return LogitCache(str(root))
+
+    return copied
+
+
+@made_once
 def write_cache(
     root: Path, rows: Sequence[Row], layout: Layout, rows_per_shard: int = 1000, row_group_bytes: int = 4 << 20
 ) -> LogitCache:

@@ -34,8 +34,9 @@ from tests.helpers.smallcaches import EVERYTHING, VOCAB, random_rows
 from tests.helpers.underway import num_finished_shards
 
 LAYOUT = Layout(VOCAB)
+ROWS = random_rows(110, EVERYTHING)
 SHARD_POSITIONS = 40
-KILLS = 10
+KILLS = 4
 
 Command = Callable[[Path, Path], LogitCache]
 
@@ -51,9 +52,8 @@ def merge(root: Path, out: Path, **settings: Any) -> LogitCache:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two caches, of 60 and of 80 rows, 30 of them in both."""
-    rows = random_rows(110, EVERYTHING)
-    make_cache(tmp_path / "a", rows[:60], EVERYTHING)
-    make_cache(tmp_path / "b", rows[30:], EVERYTHING)
+    make_cache(tmp_path / "a", ROWS[:60], EVERYTHING)
+    make_cache(tmp_path / "b", ROWS[30:], EVERYTHING)
     return tmp_path
 
 
@@ -289,7 +289,7 @@ class TestDamagedSources:
 
     def test_rows_whose_id_is_not_theirs_are_refused(self, tmp_path: Path) -> None:
         with patch.object(TokenSequence, "row_id", "0" * 32):
-            make_cache(tmp_path / "a", random_rows(1, LAYOUT), LAYOUT)
+            make_cache(tmp_path / "a", random_rows(1, LAYOUT), LAYOUT, corpus={"sources": [{"name": "unsound"}]})
         with pytest.raises(UserError, match=f"row {'0' * 32} was altered: the hash of its tokens is "):
             logitcache.slice(tmp_path / "a", tmp_path / "out", rows="0:1")
 

@@ -41,36 +41,44 @@ from tests.helpers.smallcaches import EVERYTHING, random_rows
 
 ROWS = random_rows(60, EVERYTHING)
 SHARD = "data/train-00004-of-00009.parquet"
-KILLS = 4
+KILLS = 3
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache of 9 shards, as a build leaves it, and what a push makes of it."""
+    root = tmp_path_factory.mktemp("made")
+    make_cache(root / "cache", ROWS, EVERYTHING)
+    manifest = read_manifest(Folder(root / "cache"))
+    ids = "".join(row.row_id for row in logitcache.open(root / "cache"))
+    corpus = {"sources": [{"name": "random"}], "sequences_sha256": sha256(ids.encode())}
+    replace(manifest, fingerprint={**manifest.fingerprint, "corpus": corpus}).write(Folder(root / "cache"))
+    push(root / "cache", root / "there", license="apache-2.0")
+    return root
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    """A cache of 9 shards, as a build leaves it."""
-    make_cache(tmp_path / "cache", ROWS, EVERYTHING)
-    manifest = read_manifest(Folder(tmp_path / "cache"))
-    ids = "".join(row.row_id for row in logitcache.open(tmp_path / "cache"))
-    corpus = {"sources": [{"name": "random"}], "sequences_sha256": sha256(ids.encode())}
-    replace(manifest, fingerprint={**manifest.fingerprint, "corpus": corpus}).write(Folder(tmp_path / "cache"))
-    return tmp_path / "cache"
+def cache(made: Path, tmp_path: Path) -> Path:
+    """The cache that was built and pushed."""
+    return Path(shutil.copytree(made / "cache", tmp_path / "cache"))
 
 
 @pytest.fixture(params=["disk", "memory", "s3"])
-def url(request: pytest.FixtureRequest, cache: Path, tmp_path: Path) -> str:
+def url(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> str:
     """Where the cache was pushed to."""
     if request.param == "s3":
         url = f"{request.getfixturevalue('bucket')}/team/cache"
     else:
         url = str(tmp_path / "there") if request.param == "disk" else f"memory://{tmp_path}/there"
-    push(cache, url, license="apache-2.0")
+    for name, content in contents(made / "there").items():
+        Folder(url).write(name, content)
     return url
 
 
 @pytest.fixture
-def there(cache: Path, tmp_path: Path) -> str:
+def there(made: Path, tmp_path: Path) -> str:
     """The same in a folder."""
-    push(cache, tmp_path / "there", license="apache-2.0")
-    return str(tmp_path / "there")
+    return str(shutil.copytree(made / "there", tmp_path / "there"))
 
 
 def sha256(content: bytes) -> str:

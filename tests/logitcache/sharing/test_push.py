@@ -36,13 +36,13 @@ from tests.helpers.smallcaches import EVERYTHING, VOCAB, random_rows
 ROWS = random_rows(60, EVERYTHING)
 NUM_FILES = 13
 """9 shards, tokenizer, tail groups, card, manifest."""
-KILLS = 4
+KILLS = 3
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache of 9 shards."""
-    make_cache(tmp_path / "cache", ROWS, EVERYTHING)
+    """A cache of 9 shards, of one row group each."""
+    make_cache(tmp_path / "cache", ROWS, EVERYTHING, row_group_bytes=1 << 20)
     return tmp_path / "cache"
 
 
@@ -180,7 +180,7 @@ def test_kills_at_any_moment_and_then_the_rest_is_sent(cache: Path, bucket: str,
 
 class TestConnections:
     @pytest.mark.slow
-    @pytest.mark.parametrize("after_bytes", [200, 30_000, 90_000, 150_000])
+    @pytest.mark.parametrize("after_bytes", [200, 30_000, 60_000, 100_000])
     def test_one_that_is_cut_is_made_again(
         self, cache: Path, bucket: str, proxy: CuttingProxy, after_bytes: int
     ) -> None:
@@ -244,7 +244,7 @@ class TestOverAnother:
     @pytest.mark.slow
     def test_while_a_named_file_changes_no_manifest_is_there(self, cache: Path, tmp_path: Path, url: str) -> None:
         push(cache, url)
-        make_cache(tmp_path / "rebuilt", ROWS[:59], EVERYTHING)
+        make_cache(tmp_path / "rebuilt", ROWS[:59], EVERYTHING, row_group_bytes=1 << 20)
         original, present = Folder.put, {}
 
         def put(self: Folder, path: Path, name: str, sha256: str = "") -> None:
