@@ -119,9 +119,7 @@ def random_rows(count: int, layout: Layout, seed: int = 0, longest: int = 12, ma
     return rows
 
 
-def made_once(
-    make: Callable[Concatenate[Path, P], LogitCache],
-) -> Callable[Concatenate[Path, P], LogitCache]:
+def made_once(make: Callable[Concatenate[Path, P], LogitCache]) -> Callable[Concatenate[Path, P], LogitCache]:
     """Makes a cache of the same arguments by copying the files of the first."""
     made: dict[bytes, dict[str, bytes]] = {}
 
@@ -132,7 +130,9 @@ def made_once(
             fresh = not root.exists() or not any(root.iterdir())
             cache = make(root, *args, **kwargs)
             if fresh:
-                made[key] = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+                made[key] = {
+                    str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
+                }
             return cache
         for name, content in made[key].items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)

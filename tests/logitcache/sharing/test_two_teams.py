@@ -14,6 +14,7 @@ import pytest
 import logitcache
 from tests.helpers.exchanging import write_tokenizer
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
+from tests.helpers.processes import run_command
 
 pytestmark = pytest.mark.programs
 
@@ -23,9 +24,12 @@ DISTILLKIT = Path(__file__).parents[2] / "data/exchange" / "residual_bins"
 def run(team: Path, *command: str, status: int = 0) -> str:
     """What a command of ours prints to a team, which has a home of its own and works in its own folder."""
     environment = {**os.environ, "HOME": str(team), "LOGITCACHE_HOME": str(team / "copies"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=team, env=environment, capture_output=True, text=True, timeout=300
-    )
+    if command[:2] == ("logitcache", "push"):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=team, env=environment, capture_output=True, text=True, timeout=300
+        )
+    else:
+        done = run_command(*command, cwd=team, env=environment)
     assert done.returncode == status, done.stderr
     return done.stdout
 

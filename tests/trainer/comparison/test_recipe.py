@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import PreTrainedConfig
 from logitcache import LogitCache, UserError
 from logitcache.storage.atomic import file_sha256
 from tests.helpers.cachemaking import random_sequences, write_cache
+from tests.helpers.processes import FORKED
 from trainer.cli import main
 from trainer.commands import eval as trainer_eval
 from trainer.comparison import execute, folder_state
@@ -720,28 +720,36 @@ def test_options_of_a_recipe_are_refused_for_finished_runs(tmp_path: Path, capsy
     assert "a.yaml is a recipe: name it alone" in capsys.readouterr().err
 
 
-@pytest.fixture
-def compare(tmp_path: Path, recipe: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """`trainer compare` with real runs of many steps and checkpoints, killed with no chance to tell anybody."""
-    recipe |= {"runs": {"hard": {"kd_weight": 0}, "KD": {}}, "losses": ["fkl"], "seeds": [1]}
-    recipe["common"] |= {"max_steps": 120, "save_steps": 20, "logging_steps": 5, "eval_steps": 60}
-    (tmp_path / "trainer.py").write_text("raise SystemExit('a file of that name in the working folder ran')")
-    command = [sys.executable, "-P", "-m", "trainer", "compare", str(written(tmp_path, recipe)), "--jobs", "2"]
-    with subprocess.Popen(command, cwd=tmp_path) as process:
-        yield process
-        process.kill()
+def compared(folder: Path, path: Path, *options: str) -> None:
+    """Does what `trainer compare` does in a working folder, where its output goes."""
+    os.chdir(folder)
+    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT)
+    for descriptor in (1, 2):
+        os.dup2(said, descriptor)
+    sys.exit(main(["compare", str(path), *options]))
+
+
+def begun(folder: Path, recipe: dict[str, Any], *options: str) -> Any:
+    """`trainer compare` in a process of its own, in a folder with a file that a child might run in place of ours."""
+    (folder / "trainer.py").write_text("raise SystemExit('a file of that name in the working folder ran')")
+    process = FORKED.Process(target=compared, args=(folder, written(folder, recipe), *options))
+    process.start()
+    return process
 
 
 @pytest.mark.programs
-def test_a_comparison_that_was_killed_continues(tmp_path: Path, compare: subprocess.Popen[bytes]) -> None:
+def test_a_comparison_that_was_killed_continues(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe |= {"runs": {"hard": {"kd_weight": 0}, "KD": {}}, "losses": ["fkl"], "seeds": [1]}
+    recipe["common"] |= {"max_steps": 120, "save_steps": 20, "logging_steps": 5, "eval_steps": 60}
+    compare = begun(tmp_path, recipe, "--jobs", "2")
     folders = [tmp_path / "runs" / name for name in ("hard-1", "KD-fkl-1")]
     deadline = time.monotonic() + 120
     while not (whole := [folder for folder in folders if (folder / "checkpoint-20" / "trainer_state.json").exists()]):
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline and compare.is_alive()
         time.sleep(0.05)
     children = psutil.Process(compare.pid).children()
-    compare.kill()
-    compare.wait()
+    compare.kill()  # with no chance to tell anybody
+    compare.join()
     for child in children:  # one run is continued from its checkpoint, the other one is waited for
         if f"--output_dir={whole[0]}" in child.cmdline():
             child.kill()
@@ -756,7 +764,7 @@ def test_a_comparison_that_was_killed_continues(tmp_path: Path, compare: subproc
 
 @pytest.mark.programs
 def test_ranks_stop_after_the_same_step_and_the_same_command_continues(
-    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe |= {
         "runs": {"KD": {}},
@@ -765,25 +773,23 @@ def test_ranks_stop_after_the_same_step_and_the_same_command_continues(
         "launch": "torchrun --standalone --nproc-per-node 2",
     }
     recipe["common"] |= {"use_cpu": True, "max_steps": 150, "logging_steps": 1, "save_strategy": "no"}
-    path, folder = written(tmp_path, recipe), tmp_path / "runs" / "KD-fkl-1"
-    (tmp_path / "trainer.py").write_text("raise SystemExit('a file of that name in the working folder ran')")
-    command = [sys.executable, "-P", "-m", "trainer", "compare", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 120
-        while not last_step(folder / "log.txt").endswith("/150"):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out = process.communicate(timeout=120)[0]
-    assert process.returncode == 130
-    assert "The same command continues" in out
+    compare, folder = begun(tmp_path, recipe), tmp_path / "runs" / "KD-fkl-1"
+    deadline = time.monotonic() + 120
+    while not last_step(folder / "log.txt").endswith("/150"):
+        assert time.monotonic() < deadline and compare.is_alive()
+        time.sleep(0.05)
+    os.kill(compare.pid, signal.SIGINT)
+    compare.join(120)
+    assert compare.exitcode == 130
+    assert "The same command continues" in (tmp_path / "said.txt").read_text()
     [checkpoint] = folder.glob("checkpoint-*")
     log = (folder / "log.txt").read_text()
     stopped_at = int(checkpoint.name.removeprefix("checkpoint-"))
     assert stopped_at < 150
     assert f"stopped after step {stopped_at}. This continues, on 2 ranks as before" in log
 
-    subprocess.run(command, check=True, timeout=240)
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(tmp_path / "recipe.yaml")]) == 0
     state = json.loads((folder / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 151))
     assert json.loads((folder / "run.json").read_text())["world_size"] == 2
