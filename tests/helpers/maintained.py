@@ -23,6 +23,7 @@ TOKENIZER = {"vocab_size": 50, "vocabulary_sha256": "1" * 64}
 @made_once
 def make_cache(
     root: Path,
+    /,
     rows: Sequence[Row],
     layout: Layout,
     *,
