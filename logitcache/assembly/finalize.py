@@ -16,7 +16,7 @@ from logitcache.format.manifest import (
     without_secrets_of_sources,
 )
 from logitcache.format.shards import ShardInfo
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.storage.atomic import TEMPORARY_SUFFIX
 from logitcache.storage.folder import Folder
@@ -24,8 +24,8 @@ from logitcache.version import CREATED_BY
 
 
 def trusted_files(folder: Folder) -> dict[str, str]:
-    """Computes `Manifest.files`: the SHA-256 of the tokenizer's files and of the tail groups, by name."""
-    names = [*folder.files(TOKENIZER_DIRECTORY), TAIL_GROUPS_NAME]
+    """Computes `Manifest.files`: the SHA-256 of the tokenizer's files and of the tail's, by name."""
+    names = [*folder.files(TOKENIZER_DIRECTORY), *TAIL_FILES]
     return {name: hashlib.sha256(folder.read(name)).hexdigest() for name in names if folder.exists(name)}
 
 

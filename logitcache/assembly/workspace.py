@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY, CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, TOKENIZER_DIRECTORY
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.storage.atomic import TEMPORARY_SUFFIX
 from logitcache.storage.folder import Folder
 from logitcache.storage.lock import lock, locked
@@ -84,5 +84,5 @@ def abandon(folder: Folder, keep: str | None = None) -> None:
 
 def remove_former(folder: Folder) -> None:
     """Removes a cache except its build directory. The manifest goes first: without it the rest is no cache."""
-    for name in (MANIFEST_NAME, SIGNATURE_NAME, CARD_NAME, TAIL_GROUPS_NAME, TOKENIZER_DIRECTORY, "data"):
+    for name in (MANIFEST_NAME, SIGNATURE_NAME, CARD_NAME, *TAIL_FILES, TOKENIZER_DIRECTORY, "data"):
         folder.remove(name)

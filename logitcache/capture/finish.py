@@ -11,11 +11,11 @@ from logitcache.assembly.finalize import finalize_cache, trusted_files
 from logitcache.assembly.plan import PLAN_NAME
 from logitcache.assembly.resume import recorded_spec
 from logitcache.assembly.workspace import workspace
-from logitcache.capture.plan import PARTITION_NAME, BuildPlan
+from logitcache.capture.plan import BuildPlan
 from logitcache.capture.reuse import copied_history
 from logitcache.errors import UserError
-from logitcache.format.manifest import MANIFEST_NAME, Manifest
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, Manifest
+from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.storage.folder import Folder
 from logitcache.version import CREATED_BY
@@ -60,9 +60,10 @@ def finish_plan(plan: BuildPlan) -> LogitCache:
             f"{folder}: {len(missing)} of {len(shards)} shards are not complete ({some}): run `logitcache build` with the "
             "shard range that holds them again"
         )
-    folder.remove(TAIL_GROUPS_NAME)  # of a cache that was overwritten
-    if plan.cache_layout.tail_parts.groups:
-        folder.write(TAIL_GROUPS_NAME, folder.read(PARTITION_NAME))
+    for name in TAIL_FILES:
+        folder.remove(name)  # of a cache that was overwritten
+    for name in plan.cache_layout.tail_parts.files:
+        folder.write(name, folder.read(f"{BUILD_DIRECTORY}/{name}"))
     left_out = plan.left_out()
     fingerprint = {**plan.spec, "corpus": plan.spec["corpus"] | {"sequences_sha256": _sha256(plan, left_out)}}
     skipped = dict(plan.skipped)

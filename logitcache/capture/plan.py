@@ -33,7 +33,7 @@ from logitcache.format.codec import flat
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import ColumnTypes, TokenSequence, columns_text, stored_columns
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.progress import Progress
 from logitcache.storage.folder import Folder
 

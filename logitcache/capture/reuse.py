@@ -26,7 +26,8 @@ from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY, source_of
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
+from logitcache.format.tail_groups import read_tail_groups
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.reading.row_index import RowIndex, id_bytes
 from logitcache.storage.folder import Folder

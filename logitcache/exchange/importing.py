@@ -28,7 +28,7 @@ from logitcache.format.manifest import MAX_VOCAB_SIZE, Manifest
 from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
 from logitcache.format.sequences import stored_columns
 from logitcache.format.shards import ShardInfo
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
 from logitcache.ranges import one_or_more
 from logitcache.reading.cache import LogitCache
@@ -139,7 +139,8 @@ def import_logits(
         plan = begun_plan(Plan, folder, spec, overwrite)
         if plan is None:
             plan = new_plan(folder, lambda: cut(folder, spec, job.files, reader))
-        folder.remove(TAIL_GROUPS_NAME)
+        for name in TAIL_FILES:
+            folder.remove(name)
         save_tokenizer(folder, loaded)
         layout = Layout(vocabulary, columns=plan.column_types, precision=precision)
         shards = write_missing(plan, layout, _Rows(job, plan).of, "importing")

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from logitcache.errors import one_line
 from logitcache.format.footer import check_pages, open_parquet, read_footer
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.storage.folder import Folder
 
-TAIL_GROUPS_NAME = "tail_groups.parquet"
 MAX_TAIL_GROUPS_BYTES = 1 << 27
 """Of the file: two numbers for each id of the largest vocabulary."""
 

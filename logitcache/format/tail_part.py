@@ -55,6 +55,7 @@ class TailPart(ABC):
 
     name: in `TailParts`.  option: of `build` and of `--drop`, in fingerprints too.  layout_key, shape: in the JSON of a layout.
     absent: value of the part in a cache without it.  fields: what it fills.  per_position: a field is [M], not [M, width].
+    file: beside the shards, what holds for all positions of the cache; empty if there is nothing.
     since: the cache format that the part came with. JSON names a part of a later one only where it is stored.
     """
 
@@ -65,6 +66,7 @@ class TailPart(ABC):
     absent: Any = 0
     fields: tuple[Field, ...]
     per_position = False
+    file = ""
     since = 1
 
     @property

@@ -22,6 +22,7 @@ from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled
 from logitcache.format.tail_part import Column, Field, Leaving, TailPart, logsumexp, ratio, to_step
 from logitcache.format.targets import PAD_ID, SparseTargets
 
+TAIL_GROUPS_NAME = "tail_groups.parquet"
 TEMPERED_PREFIX = "tail_log_norm_T"
 GROUP_STEP_OF_FORMAT_1 = 2.0**-5
 GROUP_TOLERANCE_NATS = 0.01
@@ -32,6 +33,7 @@ class _Groups(TailPart):
     """Mass of each group of a partition of the vocabulary."""
 
     name, option, layout_key = "groups", "tail_groups", "num_tail_groups"
+    file = TAIL_GROUPS_NAME
     fields = (
         Field(
             "group_logprobs",
@@ -245,6 +247,7 @@ class _Samples(TailPart):
 
 PARTS: tuple[TailPart, ...] = (_Groups(), _Temperatures(), _Entropy(), _Samples())
 """In the order of the columns."""
+TAIL_FILES = tuple(part.file for part in PARTS if part.file)
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,11 @@ class TailParts:
     def stored(self) -> Iterator[tuple[TailPart, Any]]:
         """Yields the parts that there are, each with its value."""
         return ((part, value) for part in PARTS if (value := getattr(self, part.name)))
+
+    @property
+    def files(self) -> list[str]:
+        """The files beside the shards."""
+        return [part.file for part, _ in self.stored() if part.file]
 
     def without(self, options: Container[str]) -> TailParts:
         """Returns the parts but for those whose options are named."""

@@ -13,7 +13,6 @@ from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.assembly.resume import compared, first_of
 from logitcache.errors import UserError
 from logitcache.format.manifest import BUILD_DIRECTORY
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
 from logitcache.format.tail_parts import PARTS
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.row_scan import Rows, scan
@@ -72,7 +71,8 @@ def _refuse_different(one: LogitCache, other: LogitCache) -> None:
         return
     parts = {name.split(".")[0] for name, _, _ in found}
     what = first_of([f"{name} is {a} in {one.path}, {b} in {other.path}" for name, a, b in found])
-    if parts & {"teacher", "tokenizer", "vocab_size"} or ("tail_groups" in parts and "num_tail_groups" not in parts):
+    other_files = {part.option for part in PARTS if part.file and part.layout_key not in parts}
+    if parts & {"teacher", "tokenizer", "vocab_size", *other_files}:
         hint = "Only caches of one teacher, tokenizer and set of tail groups can be merged"
     else:
         hint = "`logitcache recode` can bring both to what the smaller one holds"
@@ -82,7 +82,8 @@ def _refuse_different(one: LogitCache, other: LogitCache) -> None:
 def _comparable(cache: LogitCache) -> dict[str, Any]:
     """Returns what must be the same in two caches, in the order in which differences are named."""
     manifest, fingerprint = cache.manifest, cache.manifest.fingerprint
-    layout = {name: value for name, value in manifest.layout.to_json().items() if name != "format_version"}
+    layout = {part.layout_key: part.absent for part in PARTS} | manifest.layout.to_json()
+    del layout["format_version"]
     # The layout says it too, or it is no matter of content.
     elsewhere = {"precision", *(part.option for part in PARTS), "shard_positions"}
     return {
@@ -92,7 +93,7 @@ def _comparable(cache: LogitCache) -> dict[str, Any]:
         "precision": layout.pop("precision"),
         "capture": {name: value for name, value in fingerprint["capture"].items() if name not in elsewhere},
         **layout,
-        "tail_groups": manifest.files.get(TAIL_GROUPS_NAME),
+        **{part.option: manifest.files.get(part.file) for part in PARTS if part.file},
     }
 
 

@@ -35,7 +35,7 @@ from logitcache.format.manifest import (
 )
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shards import ShardInfo
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.format.targets import SparseTargets
 from logitcache.format.trusted import read_trusted
 from logitcache.maintenance.row_scan import Rows
@@ -174,11 +174,11 @@ def _sequences(sources: Sequence[LogitCache], numbers: np.ndarray) -> Iterator[C
 
 
 def _copy_files(source: LogitCache, folder: Folder, layout: Layout) -> None:
-    """Copies tokenizer and tail groups, checked against the source's manifest, in place of any others."""
-    folder.remove(TOKENIZER_DIRECTORY)
-    folder.remove(TAIL_GROUPS_NAME)
+    """Copies the tokenizer's and the tail's files, checked against the source's manifest, in place of any others."""
+    for name in (TOKENIZER_DIRECTORY, *TAIL_FILES):
+        folder.remove(name)
     for name in source.manifest.files:
-        if name != TAIL_GROUPS_NAME or layout.tail_parts.groups:
+        if name not in TAIL_FILES or name in layout.tail_parts.files:
             folder.write(name, read_trusted(source.folder, source.manifest, name))
 
 

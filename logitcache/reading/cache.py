@@ -24,7 +24,8 @@ from logitcache.format.manifest import (
     parse_manifest,
 )
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES, TAIL_GROUPS_NAME, read_tail_groups
+from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES, read_tail_groups
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.format.tokenizer import read_tokenizer
 from logitcache.format.trusted import read_trusted
 from logitcache.reading.local_copies import LocalCopies

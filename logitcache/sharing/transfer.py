@@ -21,7 +21,8 @@ from logitcache.format.manifest import (
     Manifest,
     is_plain,
 )
-from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES, TAIL_GROUPS_NAME
+from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES
+from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.format.tokenizer import MAX_TOKENIZER_BYTES
 from logitcache.progress import Progress
 from logitcache.storage.atomic import TEMPORARY_SUFFIX
@@ -42,8 +43,7 @@ MAX_FILE_BYTES = max(MAX_TOKENIZER_BYTES, MAX_TAIL_GROUPS_BYTES)
 READ_BYTES = 1 << 22
 
 LEFTOVERS = {
-    f"{name}{TEMPORARY_SUFFIX}"
-    for name in (CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, TAIL_GROUPS_NAME, UNFINISHED_NAME)
+    f"{name}{TEMPORARY_SUFFIX}" for name in (CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME, *TAIL_FILES, UNFINISHED_NAME)
 }
 """Beside the folders of a cache, of writers that were killed."""
 
@@ -79,7 +79,7 @@ def vouched_files(manifest: Manifest, where: str) -> list[TravellingFile]:
 
 def _is_ours(name: str) -> bool:
     """Tells whether a file of this name may be in a cache."""
-    return is_plain(name) and (name.startswith(("data/", f"{TOKENIZER_DIRECTORY}/")) or name == TAIL_GROUPS_NAME)
+    return is_plain(name) and (name.startswith(("data/", f"{TOKENIZER_DIRECTORY}/")) or name in TAIL_FILES)
 
 
 def left_behind(names: Iterable[str], kept: Collection[str]) -> list[str]:

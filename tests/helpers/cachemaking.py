@@ -14,8 +14,8 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
-from logitcache.format.tail_parts import TailParts
+from logitcache.format.tail_groups import write_tail_groups
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME, TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
 from logitcache.storage.atomic import file_sha256

@@ -19,8 +19,8 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.quantization import PRESETS, QuantizationSpec
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
-from logitcache.format.tail_parts import TailParts
+from logitcache.format.tail_groups import write_tail_groups
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME, TailParts
 from logitcache.storage.atomic import file_sha256
 from logitcache.storage.folder import Folder
 

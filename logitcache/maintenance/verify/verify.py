@@ -15,7 +15,8 @@ import numpy as np
 from logitcache.errors import one_line
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY, read_identity, read_manifest
 from logitcache.format.shards import ShardInfo
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME, read_tail_groups
+from logitcache.format.tail_groups import read_tail_groups
+from logitcache.format.tail_parts import TAIL_FILES, TAIL_GROUPS_NAME
 from logitcache.maintenance.verify.findings import Finding
 from logitcache.maintenance.verify.manifest import Claims, check_manifest
 from logitcache.maintenance.verify.shard import Claimed, check_shard, fetched_sha256, shard_files
@@ -194,14 +195,13 @@ def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
                 yield Finding("altered", name, f"its SHA-256 is {digest[:12]}…, the manifest says {expected[:12]}…")
         except Exception as error:
             yield Finding("damaged", name, f"cannot be read ({one_line(error)})")
-    groups_stored = folder.exists(TAIL_GROUPS_NAME)
+    stored = [name for name in TAIL_FILES if folder.exists(name)]
     if claims.files:
-        present = folder.files(TOKENIZER_DIRECTORY) + [TAIL_GROUPS_NAME] * groups_stored
-        for name in present:
+        for name in [*folder.files(TOKENIZER_DIRECTORY), *stored]:
             if name not in claims.named:
                 yield Finding("foreign", name, "a reader would trust it")
     if claims.layout is not None and claims.layout.tail_parts.groups:
-        if groups_stored:
+        if TAIL_GROUPS_NAME in stored:
             yield from _check_tail_groups(folder, claims)
         elif TAIL_GROUPS_NAME not in claims.files:
             yield Finding("missing", TAIL_GROUPS_NAME, "the layout has tail groups, their file is not there")

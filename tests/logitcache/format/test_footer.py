@@ -29,7 +29,7 @@ from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.quantization import PRESETS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import shard_name
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.format.thrift import parse_struct
 from logitcache.maintenance.info import info
 from logitcache.maintenance.row_scan import scan

@@ -27,6 +27,7 @@ FORMAT_1 = ROOT / "tests/data/format1/cache"
 MARKS = """
 class _Marks(TailPart):
     name, option, layout_key, since = "marks", "tail_marks", "num_tail_marks", 3
+    file = "tail_marks.txt"
     fields = (Field("tail_marks", "tail_step", "marks of the tail"),)
 
     def truncate(self, leaving: Leaving) -> dict[str, Any]:
@@ -54,17 +55,22 @@ import numpy as np
 from logitcache.capture.settings import CaptureSettings
 from logitcache.format.layout import Layout
 from logitcache.format.tail_parts import TailParts
+from logitcache.storage.atomic import file_sha256
+from logitcache.storage.folder import Folder
 from tests.helpers.maintained import make_cache
 from tests.helpers.smallcaches import VOCAB, random_rows
 
-parts = TailParts(entropy=True, marks=2)
+root, parts = Path(sys.argv[1]), TailParts(entropy=True, marks=2)
 for name, places in (("a", slice(0, 12)), ("b", slice(8, 20))):
     rows = [
         (sequence, replace(targets, tail_marks=np.float32(np.arange(2 * len(targets))).reshape(-1, 2)))
         for sequence, targets in random_rows(20, Layout(VOCAB, parts))[places]
     ]
     capture = CaptureSettings(8, tail_parts=parts).to_json() | {"shard_positions": 1000}
-    make_cache(Path(sys.argv[1]) / name, rows, Layout(VOCAB, parts), capture=capture)
+    cache = make_cache(root / name, rows, Layout(VOCAB, parts), capture=capture)
+    (root / name / "tail_marks.txt").write_text("of all positions")
+    files = cache.manifest.files | {"tail_marks.txt": file_sha256(root / name / "tail_marks.txt")}
+    replace(cache.manifest, files=files).write(Folder(root / name))
 """
 RUN = """
 import json, sys
@@ -208,18 +214,20 @@ def test_a_cache_with_the_number_is_refused_by_its_format_in_one_line(
 def test_the_later_version_keeps_the_number_and_what_drops_it_is_an_old_cache(
     later: Later, marked: Path, tmp_path: Path
 ) -> None:
-    merged, fewer, dropped = tmp_path / "merged", tmp_path / "fewer", tmp_path / "dropped"
-    _, _, verified, described, _, refused = later(
+    merged, fewer, pulled, dropped = (tmp_path / name for name in ("merged", "fewer", "pulled", "dropped"))
+    _, _, _, verified, described, _, refused = later(
         ["merge", marked / "a", marked / "b", "--out", merged],
         ["recode", merged, "--top-k", "4", "--out", fewer],
-        ["verify", fewer],
-        ["info", fewer],
-        ["recode", fewer, "--drop", "tail_marks", "--out", dropped],
+        ["pull", fewer, "--out", pulled],
+        ["verify", pulled],
+        ["info", pulled],
+        ["recode", pulled, "--drop", "tail_marks", "--out", dropped],
         ["merge", dropped, marked / "b", "--out", tmp_path / "both"],
         status=2,
     )
     assert "0 findings" in verified and "2 marks" in described
-    assert "num_tail_marks is None in" in refused and len(refused.splitlines()) == 1
+    assert (pulled / "tail_marks.txt").read_text() == "of all positions" and not (dropped / "tail_marks.txt").exists()
+    assert "num_tail_marks is 0 in" in refused and len(refused.splitlines()) == 1
     cache = logitcache.open(dropped)
     assert len(cache) == len([*cache]) == 20
     assert cache.manifest.fingerprint["format"]["version"] == 2

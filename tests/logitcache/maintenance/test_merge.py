@@ -18,7 +18,8 @@ from logitcache import LogitCache, UserError
 from logitcache.assembly.finalize import trusted_files
 from logitcache.cli import main
 from logitcache.format.layout import Layout
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
+from logitcache.format.tail_groups import write_tail_groups
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.storage.folder import Folder
 from tests.helpers.maintained import CAPTURE, TOKENIZER, assert_same_row, contents, history, make_cache
 from tests.helpers.smallcaches import COLUMNS, EVERYTHING, FINGERPRINT, VOCAB, Row, random_rows, small

@@ -27,8 +27,7 @@ from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.quantization import PRESETS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import shard_name
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME
-from logitcache.format.tail_parts import TailParts
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME, TailParts
 from logitcache.maintenance.verify import verify as verify_module
 from logitcache.maintenance.verify.findings import KINDS, SHOWN_PER_KIND, Finding, Report
 from logitcache.maintenance.verify.verify import Verification

@@ -26,7 +26,8 @@ import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
 from logitcache.format.codec import DecodedRows
 from logitcache.format.layout import Layout
-from logitcache.format.tail_groups import TAIL_GROUPS_NAME, write_tail_groups
+from logitcache.format.tail_groups import write_tail_groups
+from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.reading.cache import SHUFFLE_ROW_GROUPS
 from logitcache.reading.shard_reader import ShardReader
 from logitcache.storage.folder import Folder
