@@ -1,1 +1,1 @@
-"""What is measured of a student."""
+"""Measurements of a student: against a held-out cache, and by its answers."""

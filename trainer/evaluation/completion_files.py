@@ -1,4 +1,4 @@
-"""What is written of generated answers, and which of it counts when the same is asked again.
+"""The files of generated answers, and which of them count when the same is asked again.
 
     FOLDER/dolly.json            settings, scores of every seed, their mean and spread
     FOLDER/dolly-seed10.jsonl    the answers of one seed, for reading
@@ -26,7 +26,7 @@ Scores = dict[str, Any]
 
 
 def run_name(run: str) -> str:
-    """Names a run, given by its seed or "greedy", in words."""
+    """Names a run in words, given by its seed or "greedy"."""
     return run if run == "greedy" else f"seed {run}"
 
 
@@ -36,10 +36,10 @@ def answers_name(stem: str, run: str) -> str:
 
 
 def runs_there(folder: Path, stem: str, blank: Scores, say: Callable[[str], None]) -> dict[str, Any]:
-    """The runs that need not be made again.
+    """Returns the runs that need not be made again. blank: the content of the .json beside scores.
 
-    blank: what the .json will say beside scores.  Raises UserError where it holds answers of other settings or of another
-    model; a changed one of the same name, or one whose folder `folder` lies in, is no other.
+    Raises UserError if it holds answers of other settings or of another model; a changed model of the same name, or in
+    the same folder above `folder`, is no other.
     """
     path = folder / f"{stem}.json"
     former = read_scores(path)
@@ -94,7 +94,6 @@ def write_scores(folder: Path, stem: str, scores: Scores) -> None:
 
 
 def _same_model(former: Scores, model: str, folder: Path) -> bool:
-    """Says whether a former state of `model` gave the answers."""
     if not Path(model).is_dir():
         return bool(former["model"] == model)
     here = Path(model).resolve()

@@ -1,4 +1,4 @@
-"""How close is a model to the teacher of a held-out cache?"""
+"""Measures how close a model is to the teacher of a held-out cache."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def evaluate(
 
 
 def _load(name: str, cache: LogitCache) -> PreTrainedModel:
-    """Loads a model folder or name. Raises UserError if the cache is empty, or is not for this model and tokenizer."""
+    """Loads a model. Raises UserError if the cache is empty, or does not suit the model or its tokenizer."""
     if not len(cache):
         raise UserError(f"{cache.path} is an empty cache")
     config = student_config(name)
@@ -86,7 +86,7 @@ def _load(name: str, cache: LogitCache) -> PreTrainedModel:
 
 
 def check_overwrites_same_cache(path: Path, cache: LogitCache) -> None:
-    """Raises UserError where `path` holds an evaluation, but not on this cache."""
+    """Raises UserError if `path` holds an evaluation on another cache."""
     if not path.exists():
         return
     try:
@@ -101,5 +101,5 @@ def check_overwrites_same_cache(path: Path, cache: LogitCache) -> None:
 
 
 def write_evaluation(path: Path, model: str, cache: LogitCache, metrics: dict[str, float]) -> None:
-    """Writes metrics as JSON, with what they are of."""
+    """Writes metrics as JSON, with model and cache."""
     write_json(path, {"model": model, "cache": cache.path, "cache_sha256": cache.identity, "metrics": metrics})

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """num_tokens: without the end-of-text token.  ended: whether the model wrote one within the limit."""
+    """An answer. num_tokens: without the end-of-text token.  ended: whether the model wrote it within the limit."""
 
     text: str
     num_tokens: int
@@ -41,7 +41,7 @@ class Answer:
 
 
 def end_ids(name: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: those of the model's generation settings, of its configuration and of its tokenizer."""
+    """Lists the ids that end an answer, by the model's generation settings, its configuration and its tokenizer."""
     try:
         named = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:
@@ -52,7 +52,7 @@ def end_ids(name: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def answer_of(token_ids: Sequence[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """An answer from its tokens up to the first that ends it, whatever follows."""
+    """Makes an answer of its tokens up to the first that ends it."""
     length = next((index for index, id in enumerate(token_ids) if id in ends), len(token_ids))
     text = tokenizer.decode(list(token_ids[:length]), skip_special_tokens=True)
     return Answer(str(text), length, length < len(token_ids))
@@ -80,7 +80,7 @@ class TransformersGenerator:
         self._temperature, self._max_new_tokens, self._batch_size = temperature, max_new_tokens, batch_size
         self.dtype = str(model.dtype).removeprefix("torch.")
         pad, rows = tokenizer.pad_token_id, model.config.get_text_config().vocab_size
-        self._pad = pad if isinstance(pad, int) and pad < rows else 0  # any that the model knows: it is masked
+        self._pad = pad if isinstance(pad, int) and pad < rows else 0  # any token that the model knows: it is masked
         # In place of the model's own: a published model's top_k or repetition penalty would change the protocol.
         model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=self._pad
@@ -93,9 +93,9 @@ class TransformersGenerator:
             self._batch_size = 1
 
     def answers(self, prompts: Sequence[Prompt], seed: int, label: str = "generating") -> list[Answer]:
-        """An answer to each prompt. label: of the progress bar. Raises UserError for logits that are not finite."""
+        """Answers each prompt. label: of the progress bar. Raises UserError for logits that are not finite."""
         found: dict[int, Answer] = {}
-        # The longest first: what does not fit into memory fails at once.
+        # The longest first, so that a batch too large for the memory fails at once.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].token_ids))
         with tqdm(total=len(prompts), desc=label, unit="answer", disable=None) as bar:
             for start in range(0, len(order), self._batch_size):
@@ -108,7 +108,7 @@ class TransformersGenerator:
 
     @torch.no_grad()
     def _generate(self, prompts: Sequence[Prompt], seed: int) -> Tensor:
-        """Token ids [B, ≤ max_new_tokens]; what follows the first end is padding."""
+        """Generates token ids [B, ≤ max_new_tokens], with padding after the first end."""
         longest = max(len(prompt.token_ids) for prompt in prompts)
         input_ids = torch.full((len(prompts), longest), self._pad)
         mask = torch.zeros_like(input_ids)
@@ -127,9 +127,9 @@ class TransformersGenerator:
 
 @torch.no_grad()
 def keeps_prompts_apart(model: PreTrainedModel, pad: int) -> bool:
-    """Whether a prompt has the logits of its first two tokens beside a longer one, behind padding, that it has alone.
+    """Tells whether a prompt has the same logits alone and beside a longer one, behind padding, for two new tokens.
 
-    The recurrent layers of some models see padding, and the states of others the wrong row.
+    The recurrent layers of some models see padding, and the states of others the wrong prompt.
     """
     short, long = torch.arange(1, 5, device=model.device), torch.arange(2, 10, device=model.device)
     padding = torch.full_like(short, pad)
@@ -155,7 +155,7 @@ def keeps_prompts_apart(model: PreTrainedModel, pad: int) -> bool:
 
 
 class Draws(LogitsProcessor):
-    """Leaves one token of each row: the one that the row's own random numbers draw from softmax(logits / temperature).
+    """Draws one token for each prompt from softmax(logits / temperature), with random numbers of the prompt's own.
 
     The i-th token of an answer is the first whose cumulative probability exceeds the i-th number of the generator that is
     seeded with (seed, row of the prompt).  longest: length of the padded prompts.
@@ -170,7 +170,7 @@ class Draws(LogitsProcessor):
         self._finite: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V]: 0 for the drawn token, −inf for the others."""
+        """Returns scores [B, V]: 0 for the drawn token, −inf for the others."""
         self._uniform = self._uniform.to(scores.device)
         uniform = self._uniform[:, input_ids.shape[1] - self._longest, None]
         cumulative = (scores.double() / self._temperature).softmax(-1).cumsum(-1)
@@ -181,7 +181,7 @@ class Draws(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
     def check(self) -> None:
-        """Raises UserError where logits were not finite."""
+        """Raises UserError if logits were not finite."""
         if self._finite is not None and not self._finite:
             raise UserError(
                 "the model's logits are not finite: nothing can be sampled from them. Did its training diverge?"

@@ -21,15 +21,15 @@ PUBLISHED_SEEDS = (10, 20, 30, 40, 50)
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """The papers' protocol where nothing else is said: sampled at temperature 1, five times.
+    """The settings of generated answers; by default the papers' protocol, five samples at temperature 1.
 
     data: files of prompts and references, see `prompts.read_prompts`.  columns: ours → theirs.  prompt_template: texts with
     {column} fields, in which a backslash and an n become a new line.  chat_template: a file with the Jinja template for
-    `messages`, in place of the tokenizer's own.  temperature: 0 takes the most probable token, once,
-    whatever the seeds.  max_new_tokens, max_prompt_length: in tokens; longer prompts are left out and counted, and without a
-    limit one that does not fit the model is refused.  batch_size: answers at a time, of transformers.
+    `messages`, in place of the tokenizer's own.  temperature: 0 takes the most probable token, once, whatever the seeds.
+    max_prompt_length: in tokens; longer prompts are left out and counted, and without it a prompt that does not fit the
+    model is refused.  batch_size: answers at a time, of transformers.
 
-    Raises UserError for what cannot work, and where rouge-score is not installed.
+    Raises UserError for settings that cannot work, and if rouge-score is not installed.
     """
 
     data: Sequence[str]
@@ -66,7 +66,7 @@ class GenerationSettings:
 
     @property
     def runs(self) -> dict[str, int]:
-        """Returns the name of each run over the data, and its seed."""
+        """The seed of each run over the data, by the run's name."""
         return {"greedy": 0} if self.temperature == 0 else {str(seed): seed for seed in self.seeds}
 
     def read_template(self) -> str | None:
@@ -74,11 +74,7 @@ class GenerationSettings:
         return None if self.chat_template is None else read_chat_template(self.chat_template)
 
     def decisive(self, backend: str) -> dict[str, Any]:
-        """Returns the settings that answers depend on, as plain JSON types.
-
-        Args:
-            backend: the chosen one.
-        """
+        """Returns the settings that answers depend on, as plain JSON types. backend: the chosen one."""
         template = self.read_template()
         return {
             "temperature": float(self.temperature),

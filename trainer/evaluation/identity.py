@@ -1,4 +1,4 @@
-"""Which model and which cache is it, whatever its folder is called and whenever it was written."""
+"""Identities of models and caches, whatever their folders are called and whenever they were written."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def identities(cache: LogitCache) -> tuple[str, str]:
 
 
 def model_identity(name: str, config: PreTrainedConfig) -> str:
-    """What changes when a model's answers may: SHA-256 of a folder's weights, settings and tokenizer, or name@commit.
+    """Hashes all of a model that its answers depend on: a folder's weights, settings and tokenizer, or name@commit.
 
-    Of an adapter: of both its own files and the model it is of.  config: of `student_config`; what a folder holds needs none.
-    Raises UserError for an adapter of no model.
+    For an adapter, its own files and those of its base model.  config: of `student_config`.  Raises UserError for an
+    adapter without a base model.
     """
     own, base = _own_identity(name, config), base_model(name)
     if base is None:

@@ -33,11 +33,7 @@ class Sums:
             self._fold()
 
     def totals(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, np.ndarray]:
-        """Returns the sums in float64.
-
-        Args:
-            reduce: adds up a float64 tensor over the ranks.
-        """
+        """Returns the sums in float64. reduce: adds up a float64 tensor over the ranks."""
         self._fold()
         total = torch.as_tensor(self._folded, dtype=torch.float64)
         array = (total if reduce is None else reduce(total)).cpu().numpy()
@@ -51,7 +47,7 @@ class Sums:
 
 
 def position_sums(terms: DistillationTerms, targets: TeacherTargets) -> dict[str, Tensor]:
-    """Sums over a batch of what is logged in training, whatever the loss."""
+    """Sums the logged quantities of a batch, whatever the loss."""
     assert terms.cross_entropy is not None
     tail_logprob = targets.tail_logprob
     return {
@@ -66,7 +62,7 @@ def position_sums(terms: DistillationTerms, targets: TeacherTargets) -> dict[str
 
 
 def position_means(totals: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over positions, in nats where they are divergences or cross-entropy.
+    """Computes means over positions, of divergences and cross-entropy in nats.
 
     ce: of the next token.  fkl, rkl: with the bucket at T = 1.  teacher_tail, student_tail: mass outside the entries.
     half_mass_missing: share of positions whose entries hold less than half of the teacher's mass; only there is AKL's
@@ -79,7 +75,7 @@ def position_means(totals: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def evaluation_sums(terms: DistillationTerms, targets: TeacherTargets) -> dict[str, Tensor]:
-    """`position_sums`, agreement and calibration of a batch."""
+    """Computes `position_sums`, agreement and calibration of a batch."""
     assert terms.top1_correct is not None
     confidence, correct = terms.confidence.float(), terms.top1_correct.float()
     calibration_bin = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
@@ -96,7 +92,7 @@ def evaluation_sums(terms: DistillationTerms, targets: TeacherTargets) -> dict[s
 
 
 def evaluation_metrics(totals: dict[str, np.ndarray]) -> dict[str, float]:
-    """`position_means` and what follows from them.
+    """Computes `position_means` and further metrics of a cache.
 
     perplexity: exp(ce).  agreement: share of positions where no token is more probable to the student than the
     teacher's first.  ece: expected calibration error of the student's most probable token against the token that

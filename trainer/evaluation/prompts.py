@@ -1,4 +1,4 @@
-"""Files of prompts and reference answers → what a model is asked, and what its answers are compared with."""
+"""Files of prompts and reference answers → prompts for a model, and references for its answers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ COLUMNS = ("prompt", "completion", "messages", "tools")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked.
+    """A prompt and its references.
 
     row: its number in the file (of a line, from 1; of a Parquet row, from 0).  where: file and row, for messages.
-    text, token_ids: what the model gets.
+    text, token_ids: the input of the model.
     """
 
     row: int
@@ -48,7 +48,7 @@ def data_stem(path: str) -> str:
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Raises UserError for columns to rename that are not read."""
+    """Raises UserError if a column to rename is none that is read."""
     for ours in columns:
         if ours not in COLUMNS:
             raise UserError(
@@ -74,14 +74,13 @@ def read_prompts(
     chat_template: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Prompt]:
-    """The prompts of a file, in its order.
+    """Reads the prompts of a file, in its order.
 
     A row has `prompt` and `completion` (a text, or a list of texts: several references), or `messages`, which goes through
     the tokenizer's chat template and ends with the assistant's turn that is the reference.  columns: ours → the file's,
-    which every row must have.
-    templates: texts with {column} fields of the file that make the prompt; a row takes the first whose columns all have
-    text in it, or else the last.  chat_template: Jinja, in place of the tokenizer's own.
-    say: gets a line for each fact of the file that is to be known.
+    which every row must have.  templates: texts with {column} fields of the file that make the prompt; a row takes the
+    first template whose columns all have text in it, or else the last.  chat_template: Jinja, in place of the tokenizer's
+    own.  say: gets a line for each fact of the file that is to be known.
 
     Raises UserError for the first row that cannot be used, naming it, and for a file without rows.
     """
@@ -127,7 +126,7 @@ def _texts(
     chat_template: str | None,
     notes: Counter[str],
 ) -> tuple[str, list[str], bool]:
-    """Returns prompt, references, and whether the chat template wrote the prompt."""
+    """Returns the prompt, its references, and whether the chat template wrote it."""
     if templates:
         return _filled(templates, values), _references(row), False
     if "prompt" in row and "completion" in row:
@@ -206,14 +205,9 @@ def _of_chat(
 
 
 def _kind(value: Any) -> str:
-    names = {
-        type(None): "nothing",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-        int: "a number",
-        float: "a number",
-    }
     if value == []:
         return "an empty list"
+    if value is None:
+        return "nothing"
+    names = {str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number"}
     return names.get(type(value), type(value).__name__)

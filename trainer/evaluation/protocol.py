@@ -40,7 +40,7 @@ from trainer.model.tokenizers import student_tokenizer
 def generate_scores(
     model: str, folder: Path, settings: GenerationSettings, say: Callable[[str], None] = print
 ) -> dict[str, Scores]:
-    """Generates what `folder` does not hold yet, scores it and writes both there.
+    """Generates the answers that `folder` does not hold yet, scores them and writes both there.
 
     model: a folder or a name.  say: gets a line for each seed that is made, and warnings.
 
@@ -49,8 +49,8 @@ def generate_scores(
     all runs that the folder holds, `spread` (standard deviation of `rouge_l` over runs, n − 1; None for one), `rows`,
     `too_long`, and what they are of: `model`, `data`, `settings` (with the backend), and SHA-256 of both.
 
-    Raises UserError for a model that cannot answer, for bad rows, and where `folder` holds answers of other settings or
-    of another model.
+    Raises UserError for a model that cannot answer, for bad rows, and if `folder` holds answers of other settings or of
+    another model.
     """
     config = student_config(model)
     tokenizer = student_tokenizer(model)
@@ -104,13 +104,11 @@ def generate_scores(
 
 
 def scores_are_current(model: str, folder: Path, settings: GenerationSettings) -> bool:
-    """Whether `generate_scores` would find everything in `folder`; nothing is generated and no weights are loaded.
+    """Tells whether `generate_scores` would find everything in `folder`, by content, whatever the times of files.
 
-    By content, whatever the times of files: what answers depend on of the settings (with backend "auto", answers of either
-    backend), a score and a file of answers for every run, and the SHA-256 of each data file and of the model's files, so
-    it reads all weights once. False too for a .json that holds no scores.
-
-    Raises UserError where `model` is none.
+    It compares the settings that answers depend on (with backend "auto", answers of either backend count), a score and a
+    file of answers for every run, and the SHA-256 of each data file and of the model's files, so it reads all weights
+    once. Raises UserError if `model` is none.
     """
     try:
         found = {path: read_scores(folder / f"{data_stem(path)}.json") for path in settings.data}
@@ -146,7 +144,7 @@ def scores_table(scores: Mapping[str, Scores]) -> str:
 
 
 def choose_backend(backend: str, model: str) -> str:
-    """Resolves "auto": vLLM where it imports, CUDA is there and the model is no adapter. Raises UserError."""
+    """Resolves "auto": vLLM if it imports, CUDA is there and the model is no adapter. Raises UserError."""
     is_adapter = base_model(model) is not None
     if backend == "vllm":
         if reason := why_not_vllm():
@@ -190,7 +188,7 @@ def _check_rows(
     settings: GenerationSettings,
     say: Callable[[str], None],
 ) -> None:
-    """Says what is left out and what cannot score. Raises UserError where nothing is left."""
+    """Says which prompts are left out and which cannot score. Raises UserError if none is left."""
     if not kept:
         raise UserError(f"--max_prompt_length {settings.max_prompt_length}: no prompt of {stem} is as short as that")
     if len(kept) < len(prompts):
@@ -217,7 +215,7 @@ def _generator(
     longest: int,
     settings: GenerationSettings,
 ) -> Iterator[TransformersGenerator | VllmGenerator]:
-    """In float32 on a CPU, where half precision wins no time and answers would depend on their batches."""
+    """Loads the model, on a CPU in float32: half precision wins no time there, and answers would depend on batches."""
     ends = end_ids(base_model(model) or model, config, tokenizer)
     sampling: dict[str, Any] = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
     if backend == "vllm":

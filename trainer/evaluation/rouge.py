@@ -11,10 +11,10 @@ from logitcache import UserError
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """F of the longest common subsequence of stemmed words, ×100: the most over the references (Lin 2004).
+    """Computes F of the longest common subsequence of stemmed words, ×100: the most over the references (Lin 2004).
 
-    Words are runs of a–z and 0–9 in lower case, those of more than three letters stemmed, as the rouge-score package has
-    it. 0 where either has no word.
+    Words are runs of a–z and 0–9 in lower case, stemmed if they have more than three letters, as in the rouge-score
+    package. The score is 0 if either text has no word.
     """
     return 100 * max(float(_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
 

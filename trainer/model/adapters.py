@@ -103,14 +103,13 @@ def add_adapters(model: PreTrainedModel, config: DistillConfig) -> PreTrainedMod
 
 
 def _option(config: DistillConfig) -> str:
-    """The option that chose the layers, as it was given."""
     if config.lora_target_modules is None:
         return f"--lora_r {config.lora_r}"
     return f"--lora_target_modules {' '.join(config.lora_target_modules)}"
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of a model's linear layers but the output projection."""
+    """Lists the names of a model's linear layers but the output projection."""
     head = model.get_output_embeddings()
     return [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
@@ -118,7 +117,7 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def _useless_adapters(model: PreTrainedModel) -> dict[str, str]:
-    """Linear layers to which an adapter would add nothing, or something that does not fit, each with the reason."""
+    """Finds linear layers to which an adapter adds nothing, or something that does not fit, each with the reason."""
     found = {}
     for name in _linear_layers(model):
         module = model.get_submodule(name)
@@ -131,7 +130,7 @@ def _useless_adapters(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _reads_weight(parent: nn.Module, child: str) -> bool:
-    """Whether a module computes with the weight of a child itself, as Mamba's mixers do, rather than call the child."""
+    """Tells whether a module computes with a child's weight, as Mamba's mixers do, rather than call the child."""
     try:
         source = inspect.getsource(type(parent))
     except (OSError, TypeError):
@@ -142,7 +141,7 @@ def _reads_weight(parent: nn.Module, child: str) -> bool:
 
 @torch.no_grad()
 def _gives_rows(module: Any) -> bool:
-    """Whether a linear layer of another class gives a tensor of one row per input; a router gives choices as well."""
+    """Tells whether a linear layer of another class gives a tensor of one row per input; a router also gives choices."""
     dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
     rows = torch.zeros(1, 2, module.in_features, dtype=dtype, device=module.weight.device)
     try:

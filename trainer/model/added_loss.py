@@ -30,13 +30,13 @@ class AddedLoss:
         self._without_mask = self._forward_without_mask  # one object in every call, for torch.compile
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model gets besides the inputs of every model: labels, and of a packed batch which tokens count."""
+        """Returns the model's further inputs: labels and, for a packed batch, the mask of its tokens."""
         inputs = {"labels": batch.input_ids}
         return inputs if batch.packed_mask is None else inputs | {"attention_mask": batch.packed_mask}
 
     @contextmanager
     def alone(self, batch: Batch) -> Iterator[None]:
-        """For a while the loss of the model's output is the added terms.
+        """Makes the added terms the loss of the model's output while the block runs.
 
         The mask of a packed batch reaches the terms only: the attention would no longer tell sequences apart.
         """
@@ -52,7 +52,7 @@ class AddedLoss:
 
 
 def find_added_loss(model: PreTrainedModel) -> AddedLoss | None:
-    """The terms that a model adds to its loss, found by two forward passes over three tokens; None without any.
+    """Finds the terms that a model adds to its loss, by two forward passes over three tokens; None without any.
 
     model: before anything wraps it. Its modes, gradients and random numbers are as before.
     """
@@ -70,7 +70,7 @@ def find_added_loss(model: PreTrainedModel) -> AddedLoss | None:
 
 
 def _probe(model: PreTrainedModel, doubled: nn.Module | None = None) -> float:
-    """What a model adds to its loss on three tokens. doubled: a module whose output is doubled meanwhile."""
+    """Measures the terms that a model adds to its loss on three tokens. doubled: a module whose output is doubled."""
     tokens = torch.arange(3, device=model.device)[None]
     asked = []
 

@@ -16,7 +16,7 @@ from trainer.losses.fused import Projection
 from trainer.losses.transform import LogitTransform
 from trainer.model.student import takes_logits_to_keep
 
-# What the probe hands on in place of logits: so small that a tanh is straight, between, and so large that it is flat.
+# The probe's values in place of logits: so small that a tanh is straight, between, and so large that it is flat.
 RAMP = (2.0**-10, 1.0, 8.0, 64.0, 2.0**15)
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2  # relative to the largest logit
 
@@ -35,13 +35,10 @@ class Head:
 
 
 def find_head(model: PreTrainedModel) -> Head:
-    """Find the output projection of a model, and verify it by two forward passes over three tokens.
+    """Find the output projection of a model that nothing wraps, and verify it by two forward passes over three tokens.
 
-    Args:
-        model: before anything wraps it. Its modes, gradients and random numbers are as before.
-
-    Raises:
-        NoProjectionError: the logits are not known to be those of a linear projection.
+    Modes, gradients and random numbers are as before. Raises NoProjectionError if the logits may be other than those of a
+    linear projection.
     """
     if is_deepspeed_zero3_enabled():
         raise NoProjectionError("DeepSpeed ZeRO-3 shards its output projection")
@@ -61,15 +58,10 @@ def find_head(model: PreTrainedModel) -> Head:
 
 
 def project(module: nn.Module, hidden: Tensor, transform: LogitTransform) -> Projection:
-    """Return a head's logits of hidden states as a Projection, with the parameters as they are now.
+    """Return a head's logits of hidden states [N, D] as a Projection, with the parameters as they are now.
 
-    Args:
-        module: an nn.Linear, alone, in PEFT's ModulesToSaveWrapper or in a LoRA layer, which adds the map (scaled A·h, B).
-        hidden: [N, D].
-        transform: of the logits.
-
-    Raises:
-        NoProjectionError: the module is none of these.
+    module: an nn.Linear, alone, in PEFT's ModulesToSaveWrapper or in a LoRA layer, which adds the map (scaled A·h, B).
+    Raises NoProjectionError if it is anything else.
     """
     linear, adapted = _parts(module, hidden)
     known = type(linear).forward is nn.Linear.forward and linear.weight.is_floating_point()
@@ -80,7 +72,7 @@ def project(module: nn.Module, hidden: Tensor, transform: LogitTransform) -> Pro
 
 
 def _parts(module: Any, hidden: Tensor) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-    """The linear layer behind PEFT's wrappers, and the maps that active LoRA adapters add to it."""
+    """Find the linear layer behind PEFT's wrappers, and the maps that active LoRA adapters add to it."""
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         active = [] if module.disable_adapters else module.active_adapters
         return (module.modules_to_save[active[0]] if active else module.original_module), []
@@ -100,7 +92,7 @@ def _parts(module: Any, hidden: Tensor) -> tuple[Any, list[tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def _look(model: PreTrainedModel, module: nn.Module, keeps: bool) -> tuple[Tensor, Tensor]:
-    """What the head's projection makes of the hidden states that reach it, [C, V], and the model's logits [1, C, V]."""
+    """Compute the projection [C, V] of the hidden states that reach the head, and the model's logits [1, C, V]."""
     original = module.forward
     raw_logits: list[Tensor] = []
 
@@ -117,7 +109,7 @@ def _look(model: PreTrainedModel, module: nn.Module, keeps: bool) -> tuple[Tenso
 
 
 def _measure(model: PreTrainedModel, module: nn.Module, keeps: bool) -> LogitTransform:
-    """What the model makes of a ramp that its head returns."""
+    """Measure the model's transform of its logits by a ramp that the head returns."""
     ramp = torch.tensor(RAMP, device=next(module.parameters()).device)
     with torch.enable_grad(), replaced_attribute(module, "forward", lambda hidden: ramp.reshape(1, 1, -1)):
         found = _probe(model, keeps)
@@ -135,7 +127,7 @@ def _measure(model: PreTrainedModel, module: nn.Module, keeps: bool) -> LogitTra
 
 
 def _probe(model: PreTrainedModel, keeps: bool) -> Tensor:
-    """Logits of three tokens, or of the first and the last of them where the model keeps columns."""
+    """Compute the logits of three tokens, or of the first and the last of them if the model keeps columns."""
     tokens = torch.arange(3, device=model.device)
     inputs = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None]}
     try:

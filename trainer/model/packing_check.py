@@ -1,4 +1,4 @@
-"""Does a model keep packed sequences apart?"""
+"""Checks whether a model keeps packed sequences apart."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from logitcache import CachedSequence, SparseTargets, UserError
 from logitcache.errors import one_line
 from trainer.data.collator import Collator
+from trainer.model.head import as_in_evaluation
 from trainer.model.student import lengths_of_one_rotation, takes_logits_to_keep
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-2, 0.1
 """Of the largest logit: what kernels and layers in half precision add up to. Wrong positions differ by more."""
 KEEP_APART = ("eager", "sdpa", "flex_attention")
 """Attention implementations for which transformers masks packed sequences from position ids alone."""
+SAVE_PADDING = "--train_sampling_strategy group_by_length saves padding for any student"
 
 
 def check_packing(
@@ -37,19 +39,18 @@ def check_packing(
 ) -> None:
     """Pack sequences and compare: no logit may depend on another sequence's tokens, and all must be as for each alone.
 
-    First three short sequences, then a row as long as those of the run. What a model does by the column of a token, and
-    only far from the first, its configuration tells as well, since half precision could hide it from a comparison.
+    First three short sequences, then a row as long as those of the run. The effect of a token's column far from the first
+    is looked up in the configuration as well, since half precision could hide it from a comparison.
 
     Args:
         model: before anything wraps it; its modes are as before.
         flat: as in Collator.
         row_length: tokens of the longest packed row.
         longest: tokens of the longest sequence.
-        device: where the model is trained; a model that does not lie there yet is spared the long row.
+        device: of the training; if the model does not lie there yet, the long row is left out.
 
     Raises:
-        UserError: where it mixes sequences or counts their positions otherwise, in evaluation mode and without a cache
-            of keys and values, as in training.
+        UserError: the model mixes sequences or counts their positions otherwise, without a cache of keys and values.
     """
     if is_deepspeed_zero3_enabled():
         raise UserError(
@@ -57,12 +58,10 @@ def check_packing(
             "packed sequences apart. Take ZeRO-2 or FSDP, or leave --packing out"
         )
     _check_lengths(model, row_length, longest)
-    training = [module for module in model.modules() if module.training]
     use_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False
-    model.eval()
     try:
-        with _precision(model, flat):
+        with as_in_evaluation(model), _precision(model, flat):
             seen = _defect(model, flat)
             if not seen and device is not None and device.type != model.device.type:
                 logger.warning("--packing: only short rows were checked, as the student does not lie on its GPU yet")
@@ -70,14 +69,16 @@ def check_packing(
                 seen = _long_defect(model, flat, row_length, longest)
     finally:
         model.config.use_cache = use_cache
-        for module in training:
-            module.training = True
     if seen:
-        raise UserError(f"--packing: {type(model).__name__} with {_attention(model)} {seen}. {_advice(model)}")
+        attention = getattr(model.config, "_attn_implementation", None)
+        which = f"the attention implementation {attention}" if attention else "no attention implementation"
+        other = "Take --attn_implementation sdpa, or flash_attention_2 (`pip install flash-attn`), or leave"
+        leave = "Leave" if attention in KEEP_APART else other
+        raise UserError(f"--packing: {type(model).__name__} with {which} {seen}. {leave} --packing out: {SAVE_PADDING}")
 
 
 def _check_lengths(model: PreTrainedModel, row_length: int, longest: int) -> None:
-    """Raises UserError where a configuration tells that tokens far into a row are not treated as they are alone."""
+    """Raises UserError if the configuration treats tokens far into a row otherwise than those of a sequence alone."""
     rotated = lengths_of_one_rotation(model.config)
     if rotated is not None and longest > rotated:
         raise UserError(
@@ -90,13 +91,12 @@ def _check_lengths(model: PreTrainedModel, row_length: int, longest: int) -> Non
             take = f"Take --packed_length {limit}, or leave" if longest <= limit else "Leave"
             raise UserError(
                 f"--packing: {type(model).__name__} {what}, counted from the begin of a packed row and not of a sequence, "
-                f"and a row has up to {row_length} tokens. {take} --packing out: --train_sampling_strategy "
-                "group_by_length saves padding for any student"
+                f"and a row has up to {row_length} tokens. {take} --packing out: {SAVE_PADDING}"
             )
 
 
 def _column_limits(config: PretrainedConfig) -> list[tuple[int, str]]:
-    """Lengths of rows within which the column of a token makes no difference, and what it changes beyond."""
+    """Lists the lengths of rows from which on the column of a token makes a difference, and that difference."""
     text: Any = config.get_text_config()
     limits = []
     chunk = getattr(text, "attention_chunk_size", None)
@@ -109,14 +109,14 @@ def _column_limits(config: PretrainedConfig) -> list[tuple[int, str]]:
 
 
 def _precision(model: PreTrainedModel, flat: bool) -> AbstractContextManager[Any]:
-    """Single precision where the weights have it, for a close comparison. Flash attention knows half precision only."""
+    """Turns autocast off for weights in single precision, for a close comparison, but not under flash attention."""
     if flat or any(weight.dtype != torch.float32 for weight in model.parameters() if weight.is_floating_point()):
         return nullcontext()
     return torch.autocast(model.device.type, enabled=False)
 
 
 def _defect(model: PreTrainedModel, flat: bool) -> str:
-    """What is wrong with the logits of packed sequences; nothing if they are those of each alone."""
+    """Says how the logits of packed sequences differ from those of each alone; "" if they do not."""
     lengths, bins = PROBE
     ids = np.linspace(0, model.config.get_text_config().vocab_size - 1, lengths.sum()).astype(np.int32)
     sequences = [_without_targets(part) for part in np.split(ids, np.cumsum(lengths)[:-1])]
@@ -135,9 +135,9 @@ def _defect(model: PreTrainedModel, flat: bool) -> str:
 
 @torch.no_grad()
 def _long_defect(model: PreTrainedModel, flat: bool, row_length: int, longest: int) -> str:
-    """What is wrong with the logits of a whole row of sequences of the greatest length; nothing if nothing is.
+    """Says how the logits of a whole row of longest sequences differ from those of each alone; "" if they do not.
 
-    Compared are some tokens of the first sequences, of one amid the row and of the last ones, in bounded memory.
+    It compares some tokens of the first sequences, of one amid the row and of the last ones, in bounded memory.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ends = np.unique([*range(FIRST_LENGTH, row_length, longest), row_length])
@@ -159,7 +159,7 @@ def _long_defect(model: PreTrainedModel, flat: bool, row_length: int, longest: i
 
 
 def _difference(packed: Tensor, alone: Tensor) -> str:
-    """By how much logits differ from those of sequences alone, in words; nothing where rounding explains it."""
+    """Says by how much logits differ from those of sequences alone; "" if rounding explains it."""
     half = alone.dtype in (torch.float16, torch.bfloat16)
     difference, largest = (float(values.abs().max()) for values in (packed.float() - alone.float(), alone))
     if difference <= (HALF_TOLERANCE if half else TOLERANCE) * largest:
@@ -170,10 +170,10 @@ def _difference(packed: Tensor, alone: Tensor) -> str:
 
 
 def _mixes(model: PreTrainedModel, collator: Collator, sequences: list[CachedSequence], bins: np.ndarray) -> bool:
-    """Whether the logits of later sequences have a gradient in the first one's embeddings.
+    """Tells whether the logits of later sequences have a gradient in the first one's embeddings.
 
-    Where sequences are kept apart it is 0 to the bit in any precision, since a masked position has probability 0. Their
-    values would tell less: with other tokens before them, those of a mixture of experts change by rounding, as each
+    It is 0 to the bit in any precision if sequences are kept apart, since a masked position has probability 0. Values of
+    logits would tell less: with other tokens before them, those of a mixture of experts change by rounding, as each
     expert gets other numbers of tokens, and those of a freshly initialised convolution hardly change by more.
     """
     embedded: list[Tensor] = []
@@ -201,7 +201,7 @@ def _logits(
     bins: np.ndarray | None = None,
     columns: np.ndarray | None = None,
 ) -> Tensor:
-    """Logits of all tokens and padding, row after row, [B·T, V], or of some columns of one row."""
+    """Computes the logits of all tokens and padding, [B·T, V], or of some columns of one bin."""
     batch = collator(sequences, bins).to(model.device)
     keeps = columns is not None and takes_logits_to_keep(model)
     if columns is not None:
@@ -214,17 +214,3 @@ def _without_targets(input_ids: np.ndarray) -> CachedSequence:
     none = np.empty(0, dtype=np.float32)
     targets = SparseTargets(np.empty((0, 1), dtype=np.int32), none[:, None], none)
     return CachedSequence("", input_ids, np.zeros(len(input_ids), dtype=bool), none.astype(np.int32), targets)
-
-
-def _attention(model: PreTrainedModel) -> str:
-    implementation = getattr(model.config, "_attn_implementation", None)
-    return f"the attention implementation {implementation}" if implementation else "no attention implementation"
-
-
-def _advice(model: PreTrainedModel) -> str:
-    if getattr(model.config, "_attn_implementation", None) in KEEP_APART:
-        return "Leave --packing out: --train_sampling_strategy group_by_length saves padding for any student"
-    return (
-        "Take --attn_implementation sdpa, or flash_attention_2 (`pip install flash-attn`), or leave --packing out: "
-        "--train_sampling_strategy group_by_length saves padding for any student"
-    )

@@ -1,4 +1,4 @@
-"""Is the student's tokenizer the one whose ids the cache holds?"""
+"""Compares the student's tokenizer with the one whose ids the cache holds."""
 
 from __future__ import annotations
 
@@ -29,13 +29,10 @@ def student_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
 
 
 def cache_tokenizer(cache: LogitCache) -> PreTrainedTokenizerBase | None:
-    """Loads the teacher's tokenizer from the files that the cache's manifest vouches for.
-
-    Returns:
-        The tokenizer, or None where the cache has none.
+    """Loads the teacher's tokenizer from the files that the cache's manifest vouches for; None if it has none.
 
     Raises:
-        UserError: For files that are not what the manifest says, and for a tokenizer that cannot be loaded or saved again.
+        UserError: a file is not as the manifest says, or the tokenizer cannot be loaded and saved again.
     """
     files = cache.tokenizer_files()
     if files is None:
@@ -49,7 +46,7 @@ def cache_tokenizer(cache: LogitCache) -> PreTrainedTokenizerBase | None:
 
 
 def _loaded(folder: str, what: str, saved_to: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer without code of its own, which it does not hand on either. saved_to: proves that it can be saved."""
+    """Loads a tokenizer without code of its own, which it does not hand on either. saved_to: to prove that it saves."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
         tokenizer.init_kwargs.pop("auto_map", None)
@@ -64,9 +61,9 @@ def _loaded(folder: str, what: str, saved_to: str | None = None) -> PreTrainedTo
 def check_tokenizer(student: PreTrainedTokenizerBase, cache: LogitCache, name: str) -> list[str]:
     """Compare the student's tokenizer with the teacher's, as the manifest records it, and return warnings.
 
-    Raises UserError where an id of the teacher's stands for another token, and where merges differ. Ids that only the
-    student has are no difference. Special tokens and chat template change what is made of text, not what the stored
-    ids mean: they give warnings. name: of the student, for messages.
+    Raises UserError if an id of the teacher's stands for another token, or if merges differ. Ids that only the student
+    has are no difference. Special tokens and chat template change the ids of a text, not the meaning of the stored ids:
+    they give warnings. name: of the student, for messages.
     """
     expected = cache.manifest.fingerprint.get("tokenizer")
     if not expected:
@@ -91,7 +88,7 @@ def check_tokenizer(student: PreTrainedTokenizerBase, cache: LogitCache, name: s
 def _check_vocabulary(
     student: PreTrainedTokenizerBase, expected: Mapping[str, Any], name: str, cache: LogitCache
 ) -> None:
-    """Names the ids that differ, where the cache holds the tokenizer whose fingerprint it records."""
+    """Raises UserError for another vocabulary, with the ids that differ if the cache holds the teacher's tokenizer."""
     why_not = ""
     try:
         teacher = cache_tokenizer(cache)

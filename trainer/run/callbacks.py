@@ -34,17 +34,12 @@ def log_line(logs: Mapping[str, float], step: int, steps: int, seconds_left: flo
         return None
     prefix, names = ("", TRAINING) if "loss" in logs else ("eval_", JUDGED)
     numbers = [f"{name} {logs[prefix + name]:.4g}" for name in names if prefix + name in logs]
-    pace = [] if prefix or "tokens_per_second" not in logs else _pace(logs)
+    pace = []
+    if not prefix and "tokens_per_second" in logs:
+        pace = [f"{logs['tokens_per_second']:,.0f} tokens/s", f"padding {logs['padding']:.1%}"]
+        pace.append(f"waiting for data {logs['data_wait']:.1%}")
     left = [] if seconds_left is None or prefix else [f"{seconds_left:.0f} s left"]
     return "  ".join([f"step {step}/{steps}{'  held out:' if prefix else ''}", *numbers, *pace, *left])
-
-
-def _pace(logs: Mapping[str, float]) -> list[str]:
-    rate = f"{logs['tokens_per_second']:,.0f} tokens/s"
-    return [
-        rate,
-        *(f"{name} {logs[key]:.1%}" for key, name in (("padding", "padding"), ("data_wait", "waiting for data"))),
-    ]
 
 
 class _Lines(TrainerCallback):
@@ -69,11 +64,8 @@ class _Bar(ProgressCallback):
 class GracefulStop(TrainerCallback):
     """Stops a run on Ctrl-C after its current step, with a checkpoint. A second Ctrl-C stops at once.
 
-    All ranks stop after the same step, whichever rank received the signal.
-
-    Attributes:
-        requested: whether Ctrl-C was pressed.
-        stopped: whether Ctrl-C ended the run before its last step.
+    All ranks stop after the same step, whichever rank received the signal. `stopped` tells whether Ctrl-C ended the run
+    before its last step.
     """
 
     def __init__(self) -> None:

@@ -134,7 +134,7 @@ class DistillTrainer(Trainer):
         )
 
     def _needed_tail_parts(self) -> TailParts:
-        """The parts of the tail that the loss asks for, at all temperatures of the run."""
+        """Return the parts of the tail that the loss asks for, at all temperatures of the run."""
         held = self._data.tail_parts
         names = {self.tail, "entropy" if self._approximated else ""}
         needed = {part.name: value for part, value in held.stored() if part.name in names}
@@ -200,7 +200,7 @@ class DistillTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> torch.Tensor:
-        """Trainer's step. Raises UserError before the optimizer sees a loss that is no number."""
+        """Do Trainer's step. Raises UserError before the optimizer sees a loss that is no number."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise UserError(
@@ -213,10 +213,7 @@ class DistillTrainer(Trainer):
     def _distil(
         self, model: nn.Module, batch: Batch, settings: LossSettings, mixture: Mixture, *, with_added_loss: bool = False
     ) -> tuple[Tensor, DistillationTerms]:
-        """Compute (1−λ)·CE + λ·T²·KD, summed over the positions of a batch, and its terms.
-
-        with_added_loss: add, once for every position, what the model's own forward adds to its loss.
-        """
+        """Compute the objective, summed over the positions of a batch, and its terms."""
         return self.objective(
             model,
             batch,
@@ -229,9 +226,9 @@ class DistillTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the means over the positions since the last one.
+        """Log as Trainer does, with the means over the positions since the last log.
 
-        aux_loss: what the student's own forward adds to its loss, as it is contained in `loss`.
+        aux_loss: the terms that the student's own forward adds to its loss, as they are contained in `loss`.
         """
         if "loss" in logs:
             logs |= position_means(self._window.totals(self._over_ranks)) | self._throughput_logs()
@@ -239,7 +236,7 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def _throughput_logs(self) -> dict[str, float]:
-        """Since the last log, over the ranks: tokens_per_second, padding (share of the tokens), data_wait (of the time)."""
+        """Compute since the last log, over the ranks: tokens_per_second, and the shares of padding and of data_wait."""
         meter = self._throughput
         counts = torch.tensor([meter.tokens, meter.padded_tokens, meter.seconds, meter.waited_s], dtype=torch.float64)
         tokens, padded_tokens, seconds, waited_s = self._over_ranks(counts).tolist()
@@ -258,7 +255,7 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """`metrics.evaluation_metrics` of a cache, each with the prefix.
+        """Compute `metrics.evaluation_metrics` of a cache, each with the prefix.
 
         And `loss`: the mixture that the run ends with, with the bucket at T = 1, so that runs with other tails and
         temperatures compare.
@@ -292,7 +289,6 @@ class DistillTrainer(Trainer):
         return bool(self._over_ranks(torch.tensor(int(holds))) == self.args.world_size)
 
     def _over_ranks(self, values: Tensor) -> Tensor:
-        """Sum over the ranks."""
         if self.args.world_size == 1:
             return values
         reduced: Tensor = self.accelerator.reduce(values.to(self.args.device), "sum")

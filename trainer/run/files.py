@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: names, and its JSON files read with care, since a folder may hold anything."""
+"""The files of a run's output folder: names, and its JSON files read with care, since a folder may hold anything."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from logitcache.format.manifest import check_shape
 RUN_NAME = "run.json"  # settings, cache, student
 EVALUATION_NAME = "eval.json"  # metrics on the held-out cache
 STATE_NAME = "trainer_state.json"  # transformers' log history
-ANSWERS_NAME = "generate"  # folder of what `trainer eval --generate` scored
+ANSWERS_NAME = "generate"  # folder of the answers that `trainer eval --generate` scored
 MODEL_FILES = ("model*.safetensors*", "pytorch_model*", "adapter_config.json", "adapter_model.*")  # the model itself
 
 
 class NotARecord(UserError):
-    """A file of that name which `trainer` did not write."""
+    """A file was not written by `trainer`, though it has such a name."""
 
 
 def read_record(path: Path, **shapes: Any) -> dict[str, Any] | None:
-    """The content of a file, None where it does not exist. shapes: of the values that it must have, see `check_shape`.
+    """Reads a JSON file of a run; None if it does not exist. shapes: of the values that it must have, see `check_shape`.
 
-    Raises NotARecord for other content, UserError for what cannot be read.
+    Raises NotARecord for other content, UserError if it cannot be read.
     """
     try:
         record = parse_json(path.read_text(encoding="utf-8"))

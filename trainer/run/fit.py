@@ -69,7 +69,7 @@ def settings_taken() -> Iterator[None]:
 class _Trainer(DistillTrainer):
     """Continues from files that may hold anything, and leaves no checkpoint that a full disk cut off.
 
-    It makes no step where a checkpoint was the last of its run; transformers looks after a step only.
+    It makes no step after the last checkpoint of a run; transformers would make one before it looks.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -89,7 +89,7 @@ class _Trainer(DistillTrainer):
             return super()._init_training_state(*numbers, resume_from_checkpoint, trial)
 
     def get_train_dataloader(self) -> BatchLoader:
-        """This rank's batches."""
+        """Return this rank's batches."""
         with settings_taken():
             return super().get_train_dataloader()
 

@@ -22,7 +22,7 @@ from trainer.config.config import DistillConfig
 def output_held(config: DistillConfig) -> Iterator[None]:
     """Holds a run's folder against other commands while the block runs: of several ranks, the first holds it.
 
-    Raises UserError on every rank where another command holds the folder and where nothing can be written in it.
+    Raises UserError on every rank if another command holds the folder or nothing can be written in it.
     """
     with ExitStack() as stack:
         refusal: list[str | None] = [None]
@@ -42,7 +42,7 @@ def output_held(config: DistillConfig) -> Iterator[None]:
 def folder_held(folder: Path, option: str) -> Iterator[None]:
     """Holds a folder against other commands while the block runs; makes it, and leaves no empty one behind.
 
-    Raises UserError, beginning with the option that names the folder, where that cannot be.
+    Raises UserError, beginning with the option that names the folder, if that cannot be.
     """
     with ExitStack() as stack:
         try:
@@ -58,16 +58,10 @@ def folder_held(folder: Path, option: str) -> Iterator[None]:
 def whole_or_removed(
     folder: Path, names: Sequence[str], otherwise: str, whole: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Removes files and folders that could not be written to their end in the block.
+    """Removes the files and folders of these names, or patterns, if the block did not write them to their end.
 
-    Args:
-        folder: Where they lie.
-        names: Patterns of their names.
-        otherwise: What to do then, for the message.
-        whole: Whether they are there to their end, and something else failed after them.
-
-    Raises:
-        UserError: For whatever kept them from being written.
+    Raises UserError for the cause, with advice as in `otherwise`. whole: tells that they are written to their end, and
+    that something else failed after them.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where a run continues from, and whether that is the same run."""
+"""Finds the checkpoint that a run continues from, and checks that it is of the same run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.config.fields import DecidesRun
 from trainer.data.training_data import TrainingData
 from trainer.run.files import RUN_NAME, STATE_NAME, read_record
 
-PLANNED = ("packing", "tokens_per_batch")  # and grouping by length: how many batches an epoch has depends on all epochs
+PLANNED = ("packing", "tokens_per_batch")  # and grouping by length: the number of batches depends on all epochs
 NUMBER = int | float | None
 STATE_SHAPE = {
     "global_step": int,
@@ -51,11 +51,11 @@ class RunMark(TrainerCallback, ExportableState):
         self._run_id = run_id
 
     def state(self) -> dict[str, Any]:
-        """What a state holds of it."""
+        """Returns the id as the state of a checkpoint holds it."""
         return {"args": {"run_id": self._run_id}, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes a place for it in the state of a checkpoint of an earlier version."""
+        """Makes a place for the id in the state of a checkpoint of an earlier version."""
         state.stateful_callbacks[type(self).__name__] = self.state()
 
 
@@ -80,7 +80,7 @@ def step_of(checkpoint: str | None) -> int:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Find the latest whole checkpoint of the run that the folder's run.json describes; a former run may have left others."""
+    """Find the latest whole checkpoint of the run that the folder's run.json describes, not one of a former run."""
     steps = {path.name.rpartition("-")[2]: str(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True):
         if checkpoint_state(steps[step]) is not None and not _of_former_run(steps[step]):
@@ -179,7 +179,7 @@ def check_same_run(checkpoint: str, config: DistillConfig, data: TrainingData, t
 
 
 def _differing_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The same cache may lie elsewhere, and may have been recoded. Earlier versions had one, or told no weights."""
+    """Compares caches, which may have moved or been recoded. Earlier versions recorded one cache, or no weights."""
 
     def of_all(record: dict[str, Any], name: str) -> list[Any]:
         return [cache.get(name) for cache in record.get("caches", [record])]
@@ -200,7 +200,7 @@ def _averaged(record: dict[str, Any]) -> list[str]:
 
 
 def _of_former_run(checkpoint: str) -> bool:
-    """Whether both tell their run, and differ. Earlier versions told none."""
+    """Tells whether checkpoint and run.json name different runs. Earlier versions named none."""
     mark, current = _mark(checkpoint), _former(checkpoint).get("run_id")
     return None not in (mark, current) and mark != current
 
@@ -213,5 +213,4 @@ def _mark(checkpoint: str) -> str | None:
 
 
 def _former(checkpoint: str) -> dict[str, Any]:
-    """The run.json beside a checkpoint, empty where there is none."""
     return read_record(Path(checkpoint).parent / RUN_NAME) or {}
