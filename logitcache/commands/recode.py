@@ -8,6 +8,7 @@ from typing import Any
 from logitcache.commands.shared import output_options, print_rewritten
 from logitcache.commands.values import names
 from logitcache.format.quantization import PRESETS
+from logitcache.format.tail_parts import PARTS
 
 HELP = "fewer entries, coarser numbers or fewer columns of a cache, without the teacher"
 DESCRIPTION = (
@@ -28,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--drop",
         type=names,
         metavar="NAME,NAME",
-        help="leave out: tail_groups, temperatures, tail_entropy, tail_samples, or kept columns",
+        help=f"leave out: {', '.join(part.option for part in PARTS)}, or kept columns",
     )
     output_options(parser)
 
