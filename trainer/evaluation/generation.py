@@ -137,17 +137,9 @@ def keeps_prompts_apart(model: PreTrainedModel, pad: int) -> bool:
     mask = torch.ones_like(together)
     mask[0, : len(padding)] = 0
     generate: Any = model.generate
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
     alone, batched = (
-        torch.stack(
-            generate(
-                input_ids=ids,
-                attention_mask=seen,
-                max_new_tokens=2,
-                min_new_tokens=2,
-                return_dict_in_generate=True,
-                output_logits=True,
-            ).logits
-        )[:, 0]
+        torch.stack(generate(input_ids=ids, attention_mask=seen, **options).logits)[:, 0]
         for ids, seen in ((short[None], torch.ones_like(short)[None]), (together, mask))
     )
     tolerance = 0.1 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4

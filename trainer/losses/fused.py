@@ -206,6 +206,8 @@ class _FusedTerms(torch.autograd.Function):
         targets = call.targets.for_arithmetic(sums)
         labels = None if call.labels is None else call.labels.long()
         buffers = TermBuffers(targets, labels is not None)
+        factors = (call.mixture.kd_factor, call.mixture.ce_factor)
+        weights_of_terms = [hiddens[0].new_full((), factor, dtype=sums) if factor else None for factor in factors]
         chunk_rows = rows_per_chunk(hiddens[0], call.vocabulary)
         memory = hiddens[0].new_empty(min(chunk_rows, num_positions), call.vocabulary)
         for start in range(0, num_positions, chunk_rows):
@@ -227,11 +229,11 @@ class _FusedTerms(torch.autograd.Function):
                 )
                 buffers.write(positions, block)
                 if any(needs_grad):
-                    block.write_gradient_(call.mixture.kd_factor, call.mixture.ce_factor)
+                    block.write_gradient_(*(None if w is None else w.expand(len(raw)) for w in weights_of_terms))
             grads.add(logits, rows, hiddens, weights)
 
         ctx.grads, terms = grads, buffers.terms()
-        weighted = ((call.mixture.kd_factor, terms.kd), (call.mixture.ce_factor, terms.cross_entropy))
+        weighted = zip(factors, (terms.kd, terms.cross_entropy), strict=True)
         total = sum(
             (factor * term.sum() for factor, term in weighted if factor and term is not None),
             hiddens[0].new_zeros((), dtype=sums),

@@ -129,9 +129,7 @@ class _SparseTerms(torch.autograd.Function):
         grad[:, ctx.vocabulary :] = 0
         for rows in row_blocks(logits, ctx.settings.tail):
             raw, block = _block(ctx, logits, rows)
-            block.write_gradient_(
-                0.0 if kd_weights is None else kd_weights[rows], 0.0 if ce_weights is None else ce_weights[rows]
-            )
+            block.write_gradient_(*(None if w is None else w[rows] for w in (kd_weights, ce_weights)))
             grad[rows, : ctx.vocabulary] = raw
         return grad, None, None, None, None
 

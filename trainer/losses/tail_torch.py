@@ -68,7 +68,8 @@ class TorchTail:
         if bool((largest > -inf).all()) and _are_empty(doubtful, logits, tail_groups):
             self._keep(shares.log() + log_tail, scratch, log_tail)
             return
-        shift = _finite(logits.new_full(shares.shape, -inf).scatter_reduce_(1, index, logits, "amax"))
+        shift = logits.new_full(shares.shape, -inf).scatter_reduce_(1, index, logits, "amax")
+        shift = shift.masked_fill(shift == -inf, 0.0)  # so that −inf − (−inf) never arises in an empty group
         torch.sub(logits, shift.index_select(1, tail_groups), out=scratch).exp_()
         sums = torch.zeros_like(shift).scatter_add_(1, index, scratch)
         self._keep(sums.log() + shift, scratch, shift)
@@ -110,8 +111,3 @@ def _are_empty(groups: Tensor, logits: Tensor, tail_groups: Tensor) -> bool:
     columns = groups.any(0)[tail_groups].nonzero()[:, 0]
     others = ~groups[:, tail_groups[columns]]
     return bool(((logits[:, columns] == -inf) | others).all())
-
-
-def _finite(log_mass: Tensor) -> Tensor:
-    """Replace the −inf of an empty group, whose tokens all are −inf too, so that −inf − (−inf) never arises."""
-    return log_mass.masked_fill(log_mass == -inf, 0.0)

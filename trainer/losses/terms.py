@@ -135,30 +135,16 @@ class DistillationBlock:
         tail = log_masses[:, num_entries:].logsumexp(1, keepdim=True)
         return torch.cat([log_masses[:, :num_entries], tail], dim=1)
 
-    def write_gradient_(self, kd_weights: Tensor | float, ce_weights: Tensor | float) -> None:
+    def write_gradient_(self, kd_weights: Tensor | None, ce_weights: Tensor | None) -> None:
         """Overwrite the raw logits with the gradient of Σ kd_weights·kd + ce_weights·cross_entropy; once only.
 
-        Weights are [n] floating, or one number; the number 0 costs nothing.
+        Weights are [n] floating, or None for 0.
         """
-        at_one, at_temperature, label_weights = None, None, None
-        if not _is_zero(kd_weights):
-            at_temperature = self._kd_grad * _per_row(kd_weights)
-        if not _is_zero(ce_weights):
-            at_one = self._log_q.exp() * _per_row(ce_weights)
-            label_weights = (
-                ce_weights if isinstance(ce_weights, Tensor) else at_one.new_full((len(at_one),), ce_weights)
-            )
+        at_temperature = None if kd_weights is None else self._kd_grad * kd_weights[:, None]
+        at_one = None if ce_weights is None else self._log_q.exp() * ce_weights[:, None]
         if self._temperature == 1.0:
             given = [grad for grad in (at_one, at_temperature) if grad is not None]
             grads: list[Tensor | None] = [given[0] + given[1] if len(given) == 2 else given[0] if given else None]
         else:
             grads = [at_one, at_temperature]
-        self._block.write_gradient_(grads, label_weights)
-
-
-def _is_zero(weights: Tensor | float) -> bool:
-    return not isinstance(weights, Tensor) and weights == 0
-
-
-def _per_row(weights: Tensor | float) -> Tensor | float:
-    return weights[:, None] if isinstance(weights, Tensor) else weights
+        self._block.write_gradient_(grads, ce_weights)

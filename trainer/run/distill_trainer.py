@@ -116,13 +116,11 @@ class DistillTrainer(Trainer):
     def get_train_dataloader(self) -> BatchLoader:
         """Return this rank's batches. accelerate must not shard them again, so they do not pass through it."""
         args = self.args
-        collator = Collator(self._needed_tail_parts(), self._flat)
+        batching = batching_of(args, self._data)
         return self._loader(
             self._data,
-            replace(
-                batching_of(args, self._data), batch_size=self._train_batch_size
-            ),  # --auto_find_batch_size lowers it
-            collator,
+            replace(batching, batch_size=self._train_batch_size),  # --auto_find_batch_size lowers it
+            Collator(self._needed_tail_parts(), self._flat),
             shuffle=is_shuffled(args),
             seed=data_seed(args),
             drop_last=args.dataloader_drop_last,
