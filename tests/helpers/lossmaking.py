@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import trainer
+from tests.helpers.matrix import matrix_unless
 from trainer.losses import blocks
 from trainer.losses.fused import Mixture, Projection, fused_distillation_terms
 from trainer.losses.settings import LossSettings
@@ -29,23 +31,28 @@ TREATMENTS = [  # (tail, temperature)
     ("groups", 1.0),
     *((tail, T) for tail in ("bucket", "cap", "samples", "ignore", "renormalise", "uniform") for T in (1.0, 2.0)),
 ]
+TAILS = list(dict(TREATMENTS))
 CUDA = torch.cuda.is_available()
 PATHS = ["kernel"] if INTERPRETED else ["unfused", "fused", *(["kernel"] if CUDA else [])]
 
 
-def every_loss_with_every_tail(*paths: str) -> pytest.MarkDecorator:
+def every_loss_with_every_tail(*paths: str, tails: Sequence[str] = TAILS) -> pytest.MarkDecorator:
     """Parametrises a test by loss, tail and temperature, and by `path` where several are given.
 
     The normal run has each loss × tail once, each tail by every path at every temperature: losses see no tail, and tails no
-    loss. `-m matrix` has the rest of the product.
+    loss. Kernels see neither: in the interpreter each tail comes once a temperature, with the losses in turn. `-m matrix`
+    has the rest of the product.
     """
     ways, names, cases = paths or ("",), ["loss", "tail", "temperature", *(["path"] if paths else [])], []
-    tails = list(dict(TREATMENTS))
     for loss, (tail, temperature), way in itertools.product(LOSSES, TREATMENTS, ways):
-        turn = LOSSES.index(loss) + tails.index(tail)
+        if tail not in tails:
+            continue
+        turn = LOSSES.index(loss) + TAILS.index(tail)
         hot = tail != "groups" and turn // len(ways) % 2
-        marks = () if (way, temperature) == (ways[turn % len(ways)], 2.0 if hot else 1.0) else pytest.mark.matrix
-        cases.append(pytest.param(*(loss, tail, temperature, way)[: len(names)], marks=marks))
+        normal = (way, temperature) == (ways[turn % len(ways)], 2.0 if hot else 1.0)
+        if INTERPRETED:
+            normal = LOSSES[TREATMENTS.index((tail, temperature)) % len(LOSSES)] == loss
+        cases.append(pytest.param(*(loss, tail, temperature, way)[: len(names)], marks=matrix_unless(normal)))
     return pytest.mark.parametrize(names, cases, indirect=["path"] if paths else False)
 
 

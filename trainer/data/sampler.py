@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch.utils.data import Sampler
 
 from logitcache import UserError
-from trainer.config.config import DistillConfig
 from trainer.data.plans import FixedPlan, ListedPlan, Plan, consecutive_plan, grouped_plan, packed_plan
 from trainer.data.training_data import TrainingData
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from trainer.config.config import DistillConfig
 
 PLANNED_ROWS = 2**26
 """Rows of all ranks and epochs of which batches are counted before a run starts: a minute of packing."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from logitcache import UserError
 from logitcache.format.tail_part import TailPart
 from logitcache.format.tail_parts import PARTS
-from trainer.config.config import DistillConfig
 from trainer.data.training_data import TrainingData
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from trainer.config.config import DistillConfig
 
 
 def resolve_tail(config: DistillConfig, data: TrainingData) -> str:

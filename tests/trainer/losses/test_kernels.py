@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers.matrix import every_pair
 from trainer.losses.transform import LogitTransform
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -393,12 +394,13 @@ def _compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="compiles in the main process")
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("num_groups", [None, 3, 32, 256])
-@pytest.mark.parametrize(("temperatures", "softcap"), [((1.0,), None), ((1.0, 2.0), 30.0)])
+@every_pair(
+    dtype=[torch.bfloat16, torch.float32], num_groups=[None, 3, 32, 256], options=[((1.0,), None), ((1.0, 2.0), 30.0)]
+)
 def test_every_launch_compiles(
-    dtype: torch.dtype, num_groups: int | None, temperatures: tuple[float, ...], softcap: float | None
+    dtype: torch.dtype, num_groups: int | None, options: tuple[tuple[float, ...], float | None]
 ) -> None:
+    temperatures, softcap = options
     recorded = launches(torch.empty(2, 151_936, dtype=dtype), softcap, temperatures, num_groups)
     assert len(recorded) == 2
     assemblies = [compiled(launch) for launch in recorded]
@@ -409,12 +411,13 @@ def test_every_launch_compiles(
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="compiles in the main process")
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("capability", [80, 100])
-@pytest.mark.parametrize(
-    "block",
-    [torch.empty(2, 50_257, dtype=torch.float16), torch.empty(2, 1), torch.empty(1, 77, dtype=torch.float64)],
-    ids=["odd rows", "one column", "float64"],
+@every_pair(
+    block=[torch.empty(2, 50_257, dtype=torch.float16), torch.empty(2, 1), torch.empty(1, 77, dtype=torch.float64)],
+    capability=[80, 100],
+    num_groups=[None, 5],
 )
-def test_unusual_blocks_compile_for_older_and_newer_devices(block: Tensor, capability: int) -> None:
-    for launch in launches(block, None, (1.0, 2.0), None) + launches(block, None, (1.0, 2.0), 5):
+def test_unusual_blocks_compile_for_older_and_newer_devices(
+    block: Tensor, capability: int, num_groups: int | None
+) -> None:
+    for launch in launches(block, None, (1.0, 2.0), num_groups):
         assert compiled(launch, capability)["cubin"]

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from logitcache import LogitCache, UserError
 from tests.helpers.batches import equal
 from tests.helpers.cachemaking import TINY, VOCAB, random_sequences, write_cache
+from tests.helpers.matrix import every_pair
 from trainer.config.config import DistillConfig
 from trainer.data.collator import Batch, Collator
 from trainer.data.loader import BatchLoader
@@ -80,9 +81,7 @@ def loss_and_gradient(model: PreTrainedModel, batches: list[Batch]) -> tuple[flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", MODELS)
+@every_pair(name=list(MODELS), attention=["sdpa", "eager"], flat=[False, True])
 def test_packed_sequences_have_the_loss_and_gradient_of_each_alone(
     name: str, attention: str, flat: bool, long_cache: LogitCache
 ) -> None:
@@ -138,7 +137,10 @@ def test_stored_positions_of_a_packed_batch_are_those_of_its_sequences(flat: boo
     np.testing.assert_array_equal(batch.targets.token_ids, np.concatenate([s.targets.token_ids for s in sequences]))
 
 
-@pytest.fixture(params=["weights float32", "weights bfloat16", "autocast bfloat16"])
+PRECISIONS = ["weights float32", "weights bfloat16", "autocast bfloat16"]
+
+
+@pytest.fixture
 def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     """The weights' dtype, perhaps in an autocast."""
     with torch.autocast("cpu", torch.bfloat16, enabled=request.param.startswith("autocast")):
@@ -146,9 +148,7 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("spread", [0.3, 0.01])
-@pytest.mark.parametrize("name", MIXING)
+@every_pair(["dtype"], name=list(MIXING), spread=[0.3, 0.01], flat=[False, True], dtype=PRECISIONS)
 def test_a_model_that_mixes_sequences_is_refused_however_little_it_mixes_them(
     name: str, spread: float, flat: bool, dtype: torch.dtype
 ) -> None:
@@ -160,9 +160,7 @@ def test_a_model_that_mixes_sequences_is_refused_however_little_it_mixes_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", [*MODELS, "Qwen3Moe"])
+@every_pair(["dtype"], name=[*MODELS, "Qwen3Moe"], attention=["sdpa", "eager"], flat=[False, True], dtype=PRECISIONS)
 def test_a_model_that_keeps_sequences_apart_is_accepted_in_any_precision(
     name: str, attention: str, flat: bool, dtype: torch.dtype
 ) -> None:
@@ -241,6 +239,7 @@ def differs_in_a_row(model: PreTrainedModel, lengths: list[int]) -> float:
     ],
     ids=["chunks", "temperatures", "blocks"],
 )
+@pytest.mark.parametrize("dtype", PRECISIONS, indirect=True)
 def test_what_goes_by_the_column_far_into_a_row_bounds_its_length(
     name: str, settings: dict[str, Any], said: str, dtype: torch.dtype
 ) -> None:
