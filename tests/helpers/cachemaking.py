@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import logitcache
 from logitcache.format.layout import Layout
@@ -20,6 +19,9 @@ from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
 from logitcache.storage.atomic import file_sha256
 from logitcache.storage.folder import Folder
+
+if TYPE_CHECKING:  # tests of losses need no transformers, which takes seconds to import
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 64
 TINY: dict[str, Any] = {
@@ -38,6 +40,8 @@ TINY: dict[str, Any] = {
 
 
 def llama(vocab_size: int = VOCAB, hidden_size: int = 32, seed: int = 0, max_length: int = 64) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -58,6 +62,7 @@ def llama(vocab_size: int = VOCAB, hidden_size: int = 32, seed: int = 0, max_len
 
 def tokenizer(tokens: list[str] | None = None) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     tokens = tokens or ["<eos>", *(f"word{i}" for i in range(1, VOCAB))]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))

@@ -135,9 +135,7 @@ def assert_agrees(
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_groups", [1, 3, 32])
-@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (1.0, 0.3)], ids=str)
+@every_pair(dtype=DTYPES, num_groups=[1, 3, 32], temperatures=[(1.0,), (1.0, 2.0), (1.0, 0.3)])
 def test_masses_and_gradient_agree_with_the_reference_in_every_dtype(
     kernels: ModuleType, dtype: torch.dtype, num_groups: int, temperatures: tuple[float, ...]
 ) -> None:

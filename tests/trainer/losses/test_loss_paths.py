@@ -158,7 +158,7 @@ def test_bucket_is_a_lower_bound_that_rises_with_every_entry_and_the_cap_lies_be
 
     everything = range(vocabulary + 1)
     held = [known(teacher, top_entries(teacher, [k] * 3), bands(vocabulary, 1), temperature) for k in everything]
-    chosen = {"loss": loss, "temperature": temperature}
+    chosen: dict[str, Any] = {"loss": loss, "temperature": temperature}
     buckets, caps = (
         [trainer.sparse_divergence(logits, tail=tail, **chosen, **held[k]) for k in everything]
         for tail in ("bucket", "cap")
