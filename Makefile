@@ -1,7 +1,11 @@
 # Every target sets up .venv itself; the second time it starts at once.
-.PHONY: check demo test test-fast test-engines test-trainer test-logitcache test-types test-programs setup setup-light clean
+.PHONY: check demo test test-fast test-fast-trainer test-fast-logitcache test-engines test-trainer test-logitcache test-types test-programs setup setup-light clean
 PYTHON := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+FAST := not engine and not programs and not slow and not matrix
+# Files of engines only would import vLLM.
+NOT_TRAINER = tests --ignore tests/trainer \
+	$$(grep -rl --include=*.py '^pytestmark.*mark.engine' tests | sed 's/^/--ignore /')
 
 test: setup
 	tools/setup_browser.sh
@@ -18,10 +22,8 @@ test-engines:
 test-trainer:
 	$(PYTEST) tests/trainer -m "not engine and not programs and not matrix"
 
-# Files of engines only would import vLLM.
 test-logitcache:
-	$(PYTEST) tests --ignore tests/trainer -m "not engine and not programs and not matrix" \
-		$$(grep -rl --include=*.py '^pytestmark.*mark.engine' tests | sed 's/^/--ignore /')
+	$(PYTEST) $(NOT_TRAINER) -m "not engine and not programs and not matrix"
 
 test-types:
 	$(PYTHON) -m mypy
@@ -30,14 +32,21 @@ test-types:
 test-programs:
 	$(PYTEST) -m "programs and not engine" $$(grep -rl --include=*.py mark.programs tests)
 
-# What a change passes before it is committed: no engine, no whole command, no slow test.
+# What a change passes before it is committed: no engine, no whole command, no slow test. A process a package, which no
+# other imports again.
 check: setup-light
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target test-types test-fast
+	@$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target \
+		test-types test-fast-trainer test-fast-logitcache
 
-test-fast:
-	$(PYTEST) -q -n 2 -m "not engine and not programs and not slow and not matrix"
+test-fast: test-fast-trainer test-fast-logitcache
+
+test-fast-trainer:
+	$(PYTEST) -q tests/trainer -m "$(FAST)"
+
+test-fast-logitcache:
+	$(PYTEST) -q $(NOT_TRAINER) -m "$(FAST)"
 
 demo: setup
 	tools/demo/run.sh

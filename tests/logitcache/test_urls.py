@@ -91,6 +91,7 @@ def test_a_query_is_told_from_the_rest(url: str, parts: tuple[str, str]) -> None
     assert split_query(url) == parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "a::" * 300_000, "http" * 250_000 + "://x", "://" * 300_000])
 def test_a_long_text_is_gone_through_once(text: str) -> None:
     assert without_secrets(f"{text} http://user:secret@host/x") == f"{text} http://host/x"

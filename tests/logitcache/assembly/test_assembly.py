@@ -37,6 +37,7 @@ def test_a_plan_read_back_is_the_plan_that_was_made(tmp_path: Path) -> None:
     assert Plan.read(Folder(tmp_path)) == plan == begun_plan(Plan, Folder(tmp_path), SPEC, overwrite=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "shards"),
     [

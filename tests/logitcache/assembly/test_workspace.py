@@ -150,6 +150,7 @@ def test_a_folder_that_is_killed_while_it_is_abandoned_stays_ours(
     assert is_ours(Folder(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_build_of_another_process_is_noticed_and_its_death_frees_the_folder(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from logitcache.assembly.workspace import workspace\n"

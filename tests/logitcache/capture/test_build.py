@@ -55,6 +55,7 @@ def rows(cache: logitcache.LogitCache) -> list[tuple[Any, ...]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_build_agrees_with_the_full_distribution(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     cache = build(teacher, corpus, tmp_path / "cache")
     assert len(cache) == 40
@@ -63,6 +64,7 @@ def test_a_build_agrees_with_the_full_distribution(teacher: Path, corpus: Path, 
     assert_scores_agree(cache, teacher, [0, 7, 39])
 
 
+@pytest.mark.slow
 def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distribution(
     teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +94,7 @@ def test_every_precision_is_as_near_as_it_declares(teacher: Path, corpus: Path, 
     assert_scores_agree(cache, teacher, [0, 7, 39])
 
 
+@pytest.mark.slow
 def test_padding_columns_are_no_part_of_the_distribution(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -190,6 +193,7 @@ def test_an_interrupted_overwrite_is_continued_by_the_same_command(
     assert {p.name for p in (tmp_path / "c/data").iterdir()} == {Path(s.name).name for s in cache.manifest.shards}
 
 
+@pytest.mark.slow
 def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -207,6 +211,7 @@ def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpu
         build(other, corpus, tmp_path / "c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -315,6 +320,7 @@ def test_nothing_is_left_of_the_tokenizer_of_a_cache_whose_removal_was_cut_off(
     assert not (tmp_path / "c/tail_groups.parquet").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_finished_meanwhile_is_not_removed(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

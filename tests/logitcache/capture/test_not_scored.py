@@ -89,6 +89,7 @@ def test_skip_bad_leaves_it_out_and_counts_it(
             np.testing.assert_allclose(row.targets.logprobs, other.targets.logprobs, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_continues_to_the_same_cache(
     broken: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

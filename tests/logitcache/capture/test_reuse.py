@@ -178,6 +178,7 @@ def test_of_a_corpus_that_grew_only_what_is_new_is_scored_and_the_tail_groups_st
     assert f"reusing 25 of 40 sequences ({share} % of the positions) from {old.path}" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_manifest_says_what_was_copied_and_from_where(
     teacher: Path, corpus: Path, tmp_path: Path, old: LogitCache
 ) -> None:
@@ -212,6 +213,7 @@ def test_kept_columns_are_those_of_the_new_corpus(
     assert [dict(row.columns) for row in cache] == [{"id": f"new {i}", "url": "u"} for i in range(25)]
 
 
+@pytest.mark.slow
 def test_rows_are_copied_from_several_caches_the_first_that_has_one_gives_it(
     teacher: Path, texts: list[str], corpus: Path, tmp_path: Path, scored: list[str]
 ) -> None:

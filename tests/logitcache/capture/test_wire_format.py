@@ -91,6 +91,7 @@ def test_rows_of_other_settings_are_refused(rows: np.ndarray) -> None:
         unpack(rows, BY_HAND)
 
 
+@pytest.mark.slow
 def test_packing_needs_no_torch() -> None:
     code = "import sys, logitcache.capture.wire_format; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -198,6 +198,7 @@ def sources(text: str) -> list[Any]:
 WORDS = st.text("ab four\n.]0", min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @given(prompt=WORDS, completion=WORDS)
 @small
 def test_prompt_and_completion_together_are_the_document(kind: Tokenizer, prompt: str, completion: str) -> None:

@@ -175,6 +175,7 @@ def assert_axolotl_sees(read: list[tuple[list[int], np.ndarray] | None], sequenc
 
 
 class TestAxolotl:
+    @pytest.mark.slow
     @pytest.mark.parametrize("to", ["axolotl", "axolotl-v2"])
     def test_every_position_is_found_at_the_token_that_it_predicts(self, tmp_path: Path, to: str) -> None:
         cache = make_cache(tmp_path / "cache", chats(40), LAYOUT)
@@ -334,6 +335,7 @@ class TestWriting:
         without_nulls = json.loads(json.dumps(read), object_hook=lambda one: {k: v for k, v in one.items() if v})
         assert without_nulls == chats
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("to", ["topk", "axolotl"])
     @pytest.mark.parametrize(("column_type", "value"), [("string", "x"), ("double", 1.5), ("int64", 3), ("bool", True)])
     def test_a_column_may_begin_with_nulls_or_hold_nothing_else(
@@ -346,6 +348,7 @@ class TestWriting:
             assert pq.read_table(out)["kept"].to_pylist() == values
             assert str(pq.read_schema(out).field("kept").type) == column_type
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "text",
         ["{}", '{"a": 1}', "[1, 2]", "[NaN]", '[{"a": NaN}]', '[{"a": 1e999}]', '[{"a": "\\ud83d"}]', "[", "[" * 9999],

@@ -136,6 +136,7 @@ class TestDistillKit:
         narrowed = recode(cache.path, tmp_path / "narrowed", top_k=8)
         assert narrowed.manifest.fingerprint["capture"]["tail"].startswith("approximate")
 
+    @pytest.mark.slow
     def test_only_the_most_probable_entries_are_kept_and_the_others_join_the_tail(
         self, tmp_path: Path, medium_tokenizer: Path
     ) -> None:
@@ -189,6 +190,7 @@ class TestDistillKit:
         assert cache.manifest.skipped == {"bad": 1}
         assert findings(cache) == []
 
+    @pytest.mark.slow
     def test_the_configuration_is_looked_for_beside_the_data_and_in_the_folder_named(
         self, tmp_path: Path, medium_tokenizer: Path
     ) -> None:

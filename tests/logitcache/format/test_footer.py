@@ -300,6 +300,7 @@ def test_a_machine_without_memory_is_no_damaged_shard(
     assert "damaged" not in written.out + written.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["bytes", "values"])
 def test_a_page_that_claims_more_than_its_footer_is_not_decompressed(root: Path, part: str) -> None:
     """A footer in which four million values, or their bytes, are called a thousand."""

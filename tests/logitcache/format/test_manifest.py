@@ -69,6 +69,7 @@ def test_a_newer_format_is_refused_naming_the_version_it_needs(root: Path) -> No
         logitcache.open(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -119,6 +119,7 @@ def damage(root: Path, at: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0.0, 0.01, 0.2, 0.4, 0.6, 0.8, 0.95, 0.999, 1.0])
 def test_one_flipped_bit_anywhere_is_found(tmp_path: Path, place: float) -> None:
     write_cache(tmp_path, random_rows(20, EVERYTHING), EVERYTHING, row_group_bytes=1000)
@@ -296,6 +297,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return made
 
 
+@pytest.mark.slow
 def test_a_remote_row_group_is_one_request_for_its_own_bytes(
     tmp_path: Path,
     bucket: str,  # noqa: F811

@@ -108,6 +108,7 @@ def test_the_codec_gives_back_the_parts_and_again_the_same_numbers(parts: TailPa
     assert_same_targets(through([once[rows] for rows in np.split(np.arange(len(once)), edges)]), once)
 
 
+@pytest.mark.slow
 @each_choice
 def test_the_commands_keep_the_parts(parts: TailParts, tmp_path: Path) -> None:
     whole = make_cache(
@@ -135,6 +136,7 @@ def test_the_commands_keep_the_parts(parts: TailParts, tmp_path: Path) -> None:
         assert not findings(found)
 
 
+@pytest.mark.slow
 @each_choice
 def test_a_batch_has_the_parts_by_the_names_of_the_targets(parts: TailParts, tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", ROWS, EVERYTHING)

@@ -82,6 +82,7 @@ def test_parts_of_different_widths_join_to_what_they_were_cut_from(cuts: list[in
     assert_equal(concatenate(parts), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @small
 @given(rows=scored_rows(EVERYTHING))

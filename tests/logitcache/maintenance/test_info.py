@@ -112,6 +112,7 @@ def test_a_fixed_number_of_entries_is_one_line_and_no_column_is_read(tmp_path: P
             assert "\nentries  1 at every position\n" in info(tmp_path)
 
 
+@pytest.mark.slow
 def test_few_footers_of_many_are_read_and_the_screen_says_so(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, random_rows(40, EVERYTHING), EVERYTHING, rows_per_shard=1)
     opened = []

@@ -88,6 +88,7 @@ def make_other(root: Path, rows: Sequence[Row], change: dict[str, Any]) -> Logit
     return logitcache.open(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -203,6 +203,7 @@ def captured(layout: Layout, k: int, count: int = 30) -> list[Row]:
     return rows
 
 
+@pytest.mark.slow
 def test_fewer_entries_are_what_a_capture_of_fewer_gives(tmp_path: Path) -> None:
     layout = replace(NO_SAMPLES, vocab_size=300)
     source = make_cache(tmp_path / "64", captured(layout, 64), layout, capture={"top_k": 64, "min_k": 32})

@@ -148,6 +148,7 @@ def test_another_request_in_the_same_folder_is_refused_naming_what_differs(root:
     assert recode(root, root / "out", top_k=3, overwrite=True).manifest.fingerprint["capture"]["top_k"] == 3
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_meanwhile_is_refused(root: Path) -> None:
     with stopped_after(1), pytest.raises(Stopped):
         recode(root, root / "out")
@@ -429,6 +430,7 @@ def test_the_manifest_says_what_the_cache_now_holds(root: Path) -> None:
     assert "`logitcache" in contents(root / "out")["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_rows_are_read_a_row_group_at_a_time(root: Path) -> None:
     source = logitcache.open(root / "a")
     sizes = [len(rows) for rows, _ in scan([source, source])]

@@ -32,6 +32,7 @@ def numbers(part: LogitCache, source: LogitCache) -> list[int]:
     return [ids.index(sequence.row_id) for sequence in part]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "expected"), [("0:3", range(3)), ("5:30", range(5, 30)), (":2", range(2)), ("38:", range(38, 40))]
 )
@@ -150,6 +151,7 @@ def _two_digits(url: str | None) -> bool:
     return url is not None and len(url.rsplit("/", 1)[1]) == 2 and url.rsplit("/", 1)[1][0] == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "message"),
     [

@@ -572,6 +572,7 @@ def test_missing_numbers_are_found(root: Path) -> None:
     assert "column logprobs: values that are missing" in finding.what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("column", "value"),
     [("id_gaps", 10_000), ("id_gaps", -50), ("levels_above_lowest", 100_000), ("lowest_level", 1 << 20)],

@@ -133,6 +133,7 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(long_cache: LogitCache
     assert first != row_ids(long_cache.iter_sequences(shuffle=True, seed=4))
 
 
+@pytest.mark.slow
 def test_a_shuffle_begins_anywhere_in_the_cache(long_cache: LogitCache) -> None:
     order = {row_id: number for number, row_id in enumerate(row_ids(long_cache))}
     first = [order[row.row_id] for row, _ in zip(long_cache.iter_sequences(shuffle=True), range(16), strict=False)]
@@ -228,6 +229,7 @@ def test_a_stream_begun_here_continues_in_a_forked_process(long_cache: LogitCach
     assert child.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shuffle", "held"), [(False, 1), (True, SHUFFLE_ROW_GROUPS)])
 def test_a_stream_holds_its_window_and_what_is_read_ahead(
     long_cache: LogitCache, decoded: list[weakref.ref[DecodedRows]], shuffle: bool, held: int

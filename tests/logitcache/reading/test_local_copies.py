@@ -110,6 +110,7 @@ def test_threads_that_want_one_shard_copy_it_once(home: Path) -> None:
     assert filled == [1]
 
 
+@pytest.mark.slow
 def test_processes_that_want_one_shard_copy_it_once(home: Path, tmp_path: Path) -> None:
     def work() -> None:
         def slow(file: BinaryIO) -> None:

@@ -71,6 +71,7 @@ def assert_same(row: dict[str, Any], stored: dict[str, Any], sequence: CachedSeq
         assert row[name] == (value.tolist() if isinstance(value, np.ndarray) else value), name
 
 
+@pytest.mark.slow
 def test_datasets_reads_it(cache: LogitCache, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_dataset(cache.path, split="train", cache_dir=str(tmp_path))

@@ -156,6 +156,7 @@ def test_what_has_no_room_is_read_by_ranges(
     assert len(whole) == 2
 
 
+@pytest.mark.slow
 def test_without_copies_a_stream_touches_no_disk(
     local: LogitCache, url: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_without_copies_a_stream_touches_no_disk(
     assert not home.exists()
 
 
+@pytest.mark.slow
 def test_single_rows_and_columns_are_read_by_ranges(
     local: LogitCache, url: str, home: Path, requests: Requests
 ) -> None:
@@ -182,6 +184,7 @@ def test_a_stream_that_was_copied_serves_single_rows_too(local: LogitCache, url:
     assert requests.of("/data/") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "end"), [(0, 24), (0, 1), (7, 9), (6, 12), (23, 24), (5, 20)])
 def test_columns_of_some_rows_are_those_rows(local: LogitCache, first: int, end: int) -> None:
     tables = list(local.iter_columns(["row_id"], first, end))
@@ -424,6 +427,7 @@ def test_info_of_a_url_is_that_of_the_folder(
     assert not home.exists()
 
 
+@pytest.mark.slow
 def test_a_range_of_rows_of_a_url_fetches_its_row_groups_only(
     local: LogitCache, url: str, tmp_path: Path, requests: Requests
 ) -> None:

@@ -33,6 +33,7 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return write_cache(path, random_rows(40, layout), layout, rows_per_shard=10, row_group_bytes=1500)
 
 
+@pytest.mark.slow
 def test_mass_by_k_is_the_mean_over_positions_of_their_most_probable_entries(cache: logitcache.LogitCache) -> None:
     found = of(cache)
     assert found.ks == (1, 2, 4, 8)

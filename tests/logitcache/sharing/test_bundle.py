@@ -106,6 +106,7 @@ def test_a_cache_travels_in_one_file(cache: Path, tmp_path: Path, url: str) -> N
     assert pulled.identity == pushed.identity
 
 
+@pytest.mark.slow
 def test_a_bundle_in_an_object_store_is_not_sent_twice(cache: Path, bucket: str) -> None:
     assert push(cache, f"{bucket}/c.tar.zst").num_sent == 1
     assert push(cache, f"{bucket}/c.tar.zst").num_kept == 1

@@ -114,6 +114,7 @@ def test_every_file_comes_and_the_identity_is_the_same(cache: Path, url: str, tm
     assert list(Verification(tmp_path / "out")) == []
 
 
+@pytest.mark.slow
 def test_what_is_here_and_right_is_not_fetched_again(there: str, tmp_path: Path) -> None:
     pull(there, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/data").iterdir()}
@@ -138,6 +139,7 @@ def test_a_pull_that_stopped_anywhere_is_continued(cache: Path, there: str, tmp_
     assert contents(tmp_path / "out") == contents(cache)
 
 
+@pytest.mark.slow
 def test_what_a_killed_pull_left_of_a_file_is_not_taken(cache: Path, there: str, tmp_path: Path) -> None:
     with stopped_after(2), pytest.raises(Stopped):
         pull(there, tmp_path / "out")
@@ -148,6 +150,7 @@ def test_what_a_killed_pull_left_of_a_file_is_not_taken(cache: Path, there: str,
     assert contents(tmp_path / "out") == contents(cache)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_mended(cache: Path, there: str, tmp_path: Path) -> None:
     pull(there, tmp_path / "out")
     (tmp_path / "out" / SHARD).write_bytes(b"damaged")
@@ -301,6 +304,7 @@ class TestAltered:
         with pytest.raises(UserError, match=f"{name} is missing, though the manifest names it"):
             pull(url, tmp_path / "out")
 
+    @pytest.mark.slow
     def test_files_without_bounds_are_not_fetched(
         self, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -465,6 +469,7 @@ class TestRows:
         assert main(["pull", there, "--out", str(tmp_path / "rows"), "--rows", "0:5", *more]) == 2
         assert message in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_a_bundle_has_no_rows_to_fetch(
         self, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -512,6 +517,7 @@ class TestPlaces:
             with pytest.raises(UserError, match="choose a folder outside the cache that is read"):
                 pull(there, out)
 
+    @pytest.mark.slow
     def test_a_folder_of_others_is_refused(self, there: str, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out/thesis.tex").write_text("precious")
@@ -571,6 +577,7 @@ class TestPlaces:
             pull(there, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_copy_that_does_not_open_is_not_said_to_be_unwritable(
     there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,6 +589,7 @@ def test_a_copy_that_does_not_open_is_not_said_to_be_unwritable(
         pull(there, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_cache(there: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", there, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out

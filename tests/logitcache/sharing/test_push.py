@@ -277,6 +277,7 @@ class TestOverAnother:
         assert push(cache, f"{bucket}/cache").num_sent == 2  # with the manifest, which was away meanwhile
         assert there(f"{bucket}/cache") == contents(cache)
 
+    @pytest.mark.slow
     def test_files_of_others_are_not_touched(self, cache: Path, url: str) -> None:
         Folder(url).write("thesis.tex", "precious")
         with pytest.raises(
@@ -285,6 +286,7 @@ class TestOverAnother:
             push(cache, url, overwrite=True)
         assert there(url) == {"thesis.tex": b"precious"}
 
+    @pytest.mark.slow
     def test_nor_is_an_unfinished_build(self, cache: Path, url: str) -> None:
         Folder(url).write(".build/plan.json", "{}")
         with pytest.raises(UserError, match="is an unfinished build"):
@@ -400,6 +402,7 @@ class TestNotedChecksums:
 
 
 class TestSource:
+    @pytest.mark.slow
     def test_a_damaged_shard_is_refused_before_anything_is_sent(self, cache: Path, url: str) -> None:
         shard = cache / "data/train-00003-of-00009.parquet"
         content = bytearray(shard.read_bytes())
@@ -409,6 +412,7 @@ class TestSource:
             push(cache, url)
         assert there(url) == {}
 
+    @pytest.mark.slow
     def test_so_is_a_missing_tokenizer(self, cache: Path, url: str) -> None:
         (cache / "tokenizer/tokenizer.json").unlink()
         with pytest.raises(UserError, match=r"tokenizer/tokenizer\.json cannot be read \(No such file"):
@@ -467,6 +471,7 @@ class TestSource:
 
 
 class TestPlaces:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("url", "message"),
         [

@@ -80,6 +80,7 @@ def test_removing_takes_a_folder_with_all_that_it_holds_and_minds_no_absence(fol
     assert folder.names() == ["e"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "other"), [("run[1]", "run1"), ("run*", "run2"), ("run?", "run3")])
 def test_a_name_is_no_pattern_for_others(folder: Folder, name: str, other: str) -> None:
     ours, theirs = Folder(folder.where(name)), Folder(folder.where(other))

@@ -340,6 +340,7 @@ def test_the_command_prints_the_table_and_draws_the_curves(tmp_path: Path, capsy
     assert str(picture.with_suffix(".html")) in out
 
 
+@pytest.mark.slow
 def test_the_picture_shows_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(finished_run(tmp_path, "a"))
     out, page = tmp_path / "x.png", tmp_path / "y.html"

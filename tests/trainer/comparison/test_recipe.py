@@ -286,6 +286,7 @@ def test_a_recipe_is_done_once_and_its_rows_are_shown(
     assert len(started(runs)) == 6
 
 
+@pytest.mark.slow
 def test_picture_and_page_may_be_named_in_the_recipes_missing_output_dir(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -614,6 +615,7 @@ def test_a_run_whose_cache_has_changed_is_done_again(
     assert len(started(runs)) == 2
 
 
+@pytest.mark.slow
 def test_only_a_whole_checkpoint_is_continued_from(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

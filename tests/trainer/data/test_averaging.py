@@ -224,6 +224,7 @@ def test_the_other_teachers_rows_may_come_in_another_order(
     assert_averaged(by_id(data.stream(0, shuffle=True, seed=0)), teachers[0], other)
 
 
+@pytest.mark.slow
 def test_of_caches_in_the_same_order_each_row_group_is_decoded_once_an_epoch(
     teachers: tuple[LogitCache, LogitCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:

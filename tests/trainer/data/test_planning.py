@@ -337,6 +337,7 @@ def test_a_rank_without_rows_keeps_step_with_two_tokens_and_no_positions() -> No
     assert batch.num_tokens == 2
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_from_worker_processes() -> None:
     for batching in (Batching(2, packed_length=20), Batching(3, group_by_length=True)):
         run = Run([3, 5, 7, 9] * 8, batching, 1, True, False, 1, 100)

@@ -88,6 +88,7 @@ def test_one_cache_streams_as_it_does_alone(caches: tuple[LogitCache, ...], shuf
     assert stream.position == len(alone) + 4
 
 
+@pytest.mark.slow
 def test_without_weights_every_row_comes_once_an_epoch_and_epochs_differ(
     plain: TrainingData, caches: tuple[LogitCache, ...]
 ) -> None:
@@ -263,6 +264,7 @@ def slow_order(counts: list[int]) -> list[int]:
     return [cache for _, cache in sorted(places)]
 
 
+@pytest.mark.slow
 @given(counts=COUNTS, data_=st.data())
 @any_order
 def test_the_order_is_by_place_and_known_from_any_row(counts: list[int], data_: st.DataObject) -> None:

@@ -83,6 +83,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_those_that_transformers_gives_to_each_prompt_alone(
     model: PreTrainedModel, teacher: Path, prompts: list[Prompt], teacher_tokenizer: Any
 ) -> None:

@@ -57,6 +57,7 @@ def slow_metrics(cache: LogitCache) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_every_metric_is_its_definition(heldout: LogitCache, batch_size: int) -> None:
     found = evaluate(llama(seed=7), heldout, batch_size=batch_size)

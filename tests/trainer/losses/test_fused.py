@@ -131,6 +131,7 @@ def test_the_reported_objective_is_what_its_gradient_is_the_derivative_of(
     assert torch.autograd.gradcheck(objective, student(3))
 
 
+@pytest.mark.slow
 @every_pair(
     scale=[1.0, 0.25],
     softcap=[None, 3.0],

@@ -342,6 +342,7 @@ def test_float16_logits_and_half_precision_targets_are_accepted(path: str) -> No
     torch.testing.assert_close(received.double(), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "groups", "cap", "samples"])
 def test_nan_logits_are_not_hidden(tail: str, path: str) -> None:
     teacher = random_logits(3, 8, seed=21)
@@ -417,6 +418,7 @@ def test_more_padding_changes_nothing(loss: str, tail: str, temperature: float, 
     )
 
 
+@pytest.mark.slow
 @every_loss
 def test_targets_moved_by_one_position_are_noticed(loss: str, path: str) -> None:
     rows = 2 if INTERPRETED else 16

@@ -69,6 +69,7 @@ def test_the_adapters_names_its_model_from_wherever_it_is_loaded(
     assert student_config("run").hidden_size == 16
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_adapters_ends_like_an_uninterrupted_one(tmp_path: Path, cache: LogitCache) -> None:
     def trainer(folder: str, **settings: Any) -> DistillTrainer:
         options = {"lora_r": 4, "lora_dropout": 0.1, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
@@ -85,6 +86,7 @@ def test_an_interrupted_run_with_adapters_ends_like_an_uninterrupted_one(tmp_pat
         torch.testing.assert_close(resumed.model.get_parameter(name), parameter, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}], ids=str)
 def test_gradient_checkpointing_and_bfloat16_reach_the_adapters(
     settings: dict[str, Any], tmp_path: Path, cache: LogitCache, student_folder: str
@@ -237,6 +239,7 @@ def test_an_adapter_without_its_model_is_refused(content: str, said: str, tmp_pa
         student_config(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_folder_that_held_an_adapter_is_the_full_model_trained_there_later(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str
 ) -> None:

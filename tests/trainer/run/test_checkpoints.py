@@ -129,6 +129,7 @@ def test_checkpoints_of_a_former_run_in_the_folder_are_left_alone(
     assert last_checkpoint(tmp_path) == str(former), "nothing says whose it is"
 
 
+@pytest.mark.slow
 def test_a_continued_run_goes_on_being_the_same_run(tmp_path: Path, cache: LogitCache, student_folder: str) -> None:
     options = ("--cache", cache.path)
     assert fit(tmp_path, student_folder, *options) == 0
@@ -152,6 +153,7 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(
     assert "no whole trainer_state.json" in refused(capsys)
 
 
+@pytest.mark.slow
 def test_runs_of_earlier_versions_are_continued(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, second: LogitCache, student_folder: str
 ) -> None:
@@ -177,6 +179,7 @@ def test_runs_of_earlier_versions_are_continued(
     assert state["stateful_callbacks"]["RunMark"]["args"] == {"run_id": record["run_id"]}
 
 
+@pytest.mark.slow
 def test_other_weights_averaged_teachers_and_ranks_are_another_run(
     tmp_path: Path, cache: LogitCache, second: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +207,7 @@ def test_other_weights_averaged_teachers_and_ranks_are_another_run(
     assert f"--average_with was ['{twin}'], is []" in refused(capsys)
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_is_judged_in_the_same_way_after_a_resume(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -242,6 +242,7 @@ def too_much_of_a_gpu(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1.00 GiB free.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["load_student", "training_step", "_prepare_for_training"])
 @pytest.mark.parametrize("fails", [too_much_of_torch, too_much_of_numpy, too_much_of_a_gpu])
 def test_out_of_memory_is_one_line_that_says_what_takes_less(
@@ -268,6 +269,7 @@ def test_a_fault_of_ours_is_no_users_error(options: list[str], tmp_path: Path, m
         main([*options, "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -29,6 +29,7 @@ def first_gradient(folder: Path, cache: LogitCache, student: LlamaForCausalLM, *
     return catch.gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "groups"])
 def test_a_global_batch_has_one_gradient_however_it_is_split(tmp_path: Path, cache: LogitCache, tail: str) -> None:
     whole = first_gradient(tmp_path, cache, llama(seed=7), tail=tail, per_device_train_batch_size=12)
@@ -153,6 +154,7 @@ def test_evaluation_during_training_logs_the_distance_to_the_teacher(
     assert evaluated[-1]["eval_ce"] == pytest.approx(ce, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, cache: LogitCache) -> None:
     settings: dict[str, Any] = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
     settings |= {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 5, "learning_rate": 1e-3}
@@ -196,6 +198,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step_and_the_tenso
         trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"tail": "cap"}, {"temperature": 2.0, "loss": "jsd"}], ids=str)
 def test_with_or_without_logits_the_gradient_and_the_evaluation_are_the_same(
     settings: dict[str, Any], tmp_path: Path, cache: LogitCache, caplog: pytest.LogCaptureFixture

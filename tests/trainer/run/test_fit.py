@@ -33,6 +33,7 @@ from trainer.run.ranks import RANKS_VARIABLE
 STEPS = ["--use_cpu", "--max_steps", "6", "--learning_rate", "5e-3", "--disable_tqdm", "true"]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_better_student_its_settings_and_its_evaluation(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +219,7 @@ def test_ctrl_c_in_the_last_evaluation_does_not_lose_the_finished_run(
     assert saved["fkl"] == pytest.approx(metrics["fkl"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_run_in_a_used_folder_leaves_nothing_of_the_former_evaluation(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str
 ) -> None:
@@ -242,6 +244,7 @@ def test_a_new_run_in_a_used_folder_leaves_nothing_of_the_former_evaluation(
     assert not (tmp_path / "trainer_state.json").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_not_continued(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +273,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(
     assert "has no run.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -14,6 +14,7 @@ from trainer.config.arguments import parse
 from trainer.evaluation.evaluate import evaluate
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_no_better_stops_and_keeps_its_best_weights(
     tmp_path: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

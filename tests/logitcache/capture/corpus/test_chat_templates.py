@@ -81,6 +81,7 @@ def trained(tokenizer: Any, messages: Any, turns: str = "all", **columns: Any) -
     return [shown(tokenizer, ids, mask) for ids, mask in found], dict(by.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair['template']}-{pair['chat']}-{pair['turns']}")
 def test_trained_is_what_the_template_renders_for_each_answer(teacher_tokenizer: Any, pair: dict[str, Any]) -> None:
     template = (TEMPLATES / f"{pair['template']}.jinja").read_text(encoding="utf-8")

@@ -243,6 +243,7 @@ def test_the_mass_covered_is_that_of_the_full_distributions(estimated: Estimate,
     assert found[32] == pytest.approx(np.concatenate(covered).mean(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bytes_and_time_follow_from_what_was_scored_as_the_build_will(
     estimated: Estimate, engine: TransformersTeacher
 ) -> None:

@@ -211,6 +211,7 @@ def test_a_server_that_dies_midway(fake: FakeServer, connect: Callable[..., Serv
     assert "broke the connection (All connection attempts failed), at the last of 3 attempts" in failure(teacher)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
