@@ -1,4 +1,4 @@
-"""What commands print may quote somebody else's file: its control characters are spelled out, here and nowhere else."""
+"""Printed text may quote somebody else's file: its control characters are spelled out, here and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command that runs beside this one, its output in a log file that stays locked until it has ended, whoever started it."""
+"""A command that runs beside this one, with its output in a log file that stays locked until the command has ended."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ output_dir: runs/demo                       # folders RUN-LOSS-SEED below it
 seeds: [1, 2, 3]
 losses: [fkl, todi]                         # optional: the runs below with each of these
 common: {cache: train, eval_cache: heldout, student: gpt2}
-runs:                                       # what differs; one that names its own loss, or has kd_weight 0, is done once
+runs:                                       # the differences; a run with a loss of its own or kd_weight 0 is done once
   hard labels: {kd_weight: 0}
   KD: {kd_weight: 0.9}
 generate: {data: [dolly.jsonl]}             # optional: options of `trainer eval --generate`, for each student
@@ -25,13 +25,12 @@ from typing import Any
 from logitcache import UserError
 from trainer.comparison.launch import Launcher, launcher
 from trainer.comparison.run_groups import displayed
-from trainer.config.arguments import as_arguments, parse
+from trainer.config.arguments import as_arguments, parse, setting_name
 from trainer.config.config import DistillConfig
 from trainer.config.marked_yaml import MarkedYaml, read_yaml, suggestion
 from trainer.evaluation.generation_settings import GenerationSettings
 
 KEYS = ["output_dir", "seeds", "losses", "common", "runs", "generate", "launch"]
-SETTINGS = [field.name for field in dataclasses.fields(DistillConfig) if field.init]
 LOSSES = ("loss", "loss_schedule")  # a run that names one of them is done with that only
 LARGEST_SEED = 2**32 - 1  # of NumPy
 LONGEST_NAME_BYTES = 255  # of Linux and macOS
@@ -130,13 +129,9 @@ def _different_names(losses: Any) -> bool:
 def _settings(file: MarkedYaml, given: Any, *keys: str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in _mapping(file, given, *keys).items():
-        name = str(key).replace("-", "_")
+        name = setting_name(file, *keys, key)
         if name in ELSEWHERE:
             raise file.error(f"{key} is no setting of one run: {ELSEWHERE[name]}", *keys, key)
-        if name not in SETTINGS:
-            raise file.error(
-                f"unknown setting {key}{suggestion(name, SETTINGS)}; `trainer fit --help` lists all", *keys, key
-            )
         settings[name] = value
     return settings
 

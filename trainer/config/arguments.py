@@ -14,10 +14,11 @@ from transformers import HfArgumentParser
 from logitcache import UserError
 from logitcache.errors import Parser, one_line
 from trainer.config.config import DistillConfig
-from trainer.config.marked_yaml import read_yaml, suggestion
+from trainer.config.marked_yaml import MarkedYaml, read_yaml, suggestion
 
 DESCRIPTION = """Train a student from a cache. Every field of transformers.TrainingArguments is an option under its own
 name, listed first; what distillation adds comes last. Options may be written with _ or -."""
+SETTINGS = [field.name for field in dataclasses.fields(DistillConfig) if field.init]
 LISTS = ("cache", "average_with")  # options that may be repeated
 EXAMPLE = """example: trainer fit --cache my-cache --eval_cache my-heldout-cache --student Qwen/Qwen3-0.6B --loss todi
 --output_dir runs/todi --learning_rate 5e-5 --num_train_epochs 1 --bf16"""
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str]) -> DistillConfig:
     except ValueError as error:
         raise UserError(one_line(error)) from error
     if unknown:
-        close = suggestion(unknown[0].lstrip("-").partition("=")[0].replace("-", "_"), _NAMES)
+        close = suggestion(unknown[0].lstrip("-").partition("=")[0].replace("-", "_"), SETTINGS)
         raise UserError(f"unknown option {unknown[0]}{close}; `trainer fit --help` lists all")
     return config
 
@@ -90,14 +91,21 @@ def _arguments_of(path: Path) -> list[str]:
         raise UserError(f"{path}: a mapping of settings to values is expected, such as `loss: todi`")
     arguments: list[str] = []
     for key, value in file.content.items():
-        name = str(key).replace("-", "_")
-        if name not in _NAMES:
-            raise file.error(f"unknown setting {key}{suggestion(name, _NAMES)}; `trainer fit --help` lists all", key)
+        name = setting_name(file, key)
         try:
             arguments += as_arguments(name, value)
         except UserError as error:
             raise file.error(str(error), key) from error
     return arguments
+
+
+def setting_name(file: MarkedYaml, *keys: Any) -> str:
+    """Returns the setting that a key of a YAML file names. Raises UserError if there is none of this name."""
+    name = str(keys[-1]).replace("-", "_")
+    if name not in SETTINGS:
+        close = suggestion(name, SETTINGS)
+        raise file.error(f"unknown setting {keys[-1]}{close}; `trainer fit --help` lists all", *keys)
+    return name
 
 
 def as_arguments(name: str, value: Any) -> list[str]:
@@ -118,6 +126,3 @@ def as_arguments(name: str, value: Any) -> list[str]:
     if value is False and name.endswith("_strategy"):  # YAML 1.1 reads `no` as false
         return [f"--{name}=no"]
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
-
-
-_NAMES = [field.name for field in dataclasses.fields(DistillConfig) if field.init]

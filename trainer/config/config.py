@@ -1,4 +1,4 @@
-"""What a run is: every field of transformers.TrainingArguments, and what distillation adds. Contradictions end here."""
+"""All settings of a run: the fields of transformers.TrainingArguments, and distillation's. Contradictions end here."""
 
 import dataclasses
 import json

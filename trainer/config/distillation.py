@@ -1,4 +1,4 @@
-"""What is learned from the teacher: divergence, weight, temperature, tail."""
+"""The settings of the loss: divergence, weight, temperature, tail."""
 
 import math
 from collections.abc import Collection

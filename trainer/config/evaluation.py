@@ -1,4 +1,4 @@
-"""What a run is measured by while it trains: when it ends early, and which checkpoint is its result."""
+"""The measurement of a run while it trains: when it ends early, and which checkpoint is its result."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Fields of settings: default, help text and what a field decides of a run, as transformers' HfArgumentParser reads them."""
+"""Fields of settings: default, help text and whether a field decides a run, as transformers' HfArgumentParser reads them."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ _NAMES = {
     "skip_memory_metrics local_rank ddp_timeout use_cpu do_train do_eval do_predict",
 }
 OF_TRANSFORMERS = {name: decided for decided, names in _NAMES.items() for name in names.split()}
-"""Fields of TrainingArguments. The others are COMPARED, but for those with one of NEVER_PREFIXES."""
+"""Fields of TrainingArguments. The others are COMPARED, but for names with one of NEVER_PREFIXES."""
 NEVER_PREFIXES = ("hub_", "log_", "logging_", "save_", "trackio_", "dataloader_")

@@ -1,4 +1,4 @@
-"""Options of a divergence, from what a command line, a YAML file or Python gives."""
+"""Options of a divergence, from a command line, a YAML file or Python."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a run learns from: caches → batches."""
+"""The data of a run: caches → batches."""

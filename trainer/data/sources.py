@@ -1,4 +1,4 @@
-"""Caches named on the command line, and what they have in common: PATH or PATH:WEIGHT → opened caches that belong together."""
+"""Caches named on the command line: PATH or PATH:WEIGHT → opened caches that belong together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an epoch consists of: one cache, or several mixed by rows and averaged over teachers."""
+"""The rows of an epoch: of one cache, or of several, mixed by rows and averaged over teachers."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def _generator(
     ends = end_ids(base_model(model) or model, config, tokenizer)
     sampling: dict[str, Any] = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
     if backend == "vllm":
-        gc.collect()  # what was measured before on the same GPU
+        gc.collect()  # of an earlier measurement on the same GPU
         torch.cuda.empty_cache()
         with closing(VllmGenerator(model, config, tokenizer, ends, longest=longest, **sampling)) as generator:
             yield generator

@@ -1,4 +1,4 @@
-"""A block of logits [n, V]: the student's log mass of every outcome, and a gradient of those → one of the logits.
+"""A block of logits [n, V]: the student's log mass of every outcome, and a gradient of the masses → one of the logits.
 
 The log mass of a token that is an outcome is its logit z_j, that of a part of the tail is the logsumexp a of the logits
 in it, see TailBackend. With D = ∂L/∂(log masses)

@@ -79,7 +79,7 @@ def fused_linear_divergence(
     validate: bool = True,
     **loss_args: Any,
 ) -> Tensor:
-    """(1−λ)·cross-entropy + λ·T²·divergence of the student `hidden @ weight.T + bias`, without its [N, V] logits.
+    """Compute (1−λ)·cross-entropy + λ·T²·divergence of the student `hidden @ weight.T + bias` without its logits [N, V].
 
     Differentiable once, in hidden, weight and bias. Memory beyond them and their gradients is a chunk of logits, see
     MIN_CHUNK_ELEMENTS. Under autocast the products run in its dtype; reductions and ∂W are float32 (float64 for float64).

@@ -35,7 +35,7 @@ def sparse_divergence(
     validate: bool = True,
     **loss_args: Any,
 ) -> Tensor:
-    """Divergence of the student from a teacher known on k tokens per position and in total elsewhere.
+    """Compute the divergence of the student from a teacher known on k tokens per position and in total elsewhere.
 
     Differentiable once, in `logits` only. Reductions run in float32 (float64 for float64 logits); backward allocates
     one tensor like `logits` and nothing else of that size. NOT multiplied by T². Where the logits come from an output

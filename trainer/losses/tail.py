@@ -16,7 +16,7 @@ from trainer.losses.temperature import tempered
 from trainer.losses.transform import LogitTransform
 
 LOG_TAIL_FLOOR = -16.0  # nats; keeps log(q/p) of a tail that the teacher leaves all but empty finite
-FIRST_CAP_SEARCH = 64  # tokens among which the first attempt looks for those that the cap binds
+FIRST_CAP_SEARCH = 64  # tokens among which the first attempt looks for the tokens that the cap binds
 
 
 @dataclass(frozen=True)

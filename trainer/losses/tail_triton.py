@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.losses.transform import LogitTransform
 
-# Older releases have no tl.gather, or fail to compile what is done with it.
+# Older releases have no tl.gather, or fail to compile its use here.
 SUPPORTED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
 
 # Sizes for blocks of some hundred rows of 150 000 columns, that is one program or two of a read kernel at a time per
@@ -84,7 +84,7 @@ class TritonTail:
 
 @triton.jit
 def _load_logits(block_row, columns, V, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, dtype: tl.constexpr):
-    """z and dz/draw; −inf for a hidden token and beyond V. tanh x = sign(x)·(1 − e)/(1 + e) with e = exp(−2|x|)."""
+    """Load z and dz/draw; −inf for a hidden token and beyond V. tanh x = sign(x)·(1 − e)/(1 + e) with e = exp(−2|x|)."""
     raw = tl.load(block_row + columns, mask=columns < V, other=float("-inf")).to(dtype)
     z = raw * SCALE
     slope = tl.full(raw.shape, SCALE, dtype)
@@ -101,7 +101,7 @@ def _read_kernel(
     block, stride, V, log_mass, tempered_log_mass, largest,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row: every lane keeps its own online maximum and sums, which meet only after the last column."""
+    """Read one row: every lane keeps its own online maximum and sums, which meet only after the last column."""
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = largest.dtype.element_ty
     maximum = tl.full([COLUMNS], FLOAT32_LOWEST if dtype == tl.float32 else FLOAT64_LOWEST, dtype)
@@ -135,7 +135,7 @@ def _read_groups_kernel(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     SLACK: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row: sums relative to a reference per group, its largest logit when last raised, within SLACK of it since."""
+    """Read one row: sums relative to a reference per group, its largest logit when last raised, within SLACK of it."""
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = largest.dtype.element_ty
     LOWEST: tl.constexpr = FLOAT32_LOWEST if dtype == tl.float32 else FLOAT64_LOWEST
@@ -175,7 +175,7 @@ def _write_kernel(
     log_mass, weight, weight_stride, tempered_log_mass, tempered_weight, tempered_weight_stride, labels, label_weights,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one row; rows are the grid's first axis, the one that may exceed 65 535."""
+    """Write some columns of one row; rows are the grid's first axis, which may exceed 65 535."""
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = log_mass.dtype.element_ty
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,4 +1,4 @@
-"""What is known of the teacher, as tensors."""
+"""The known part of the teacher, as tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace

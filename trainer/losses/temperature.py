@@ -1,4 +1,4 @@
-"""The teacher at a temperature other than 1, from what was stored at T = 1."""
+"""The teacher at a temperature other than 1, from its log-probabilities at T = 1."""
 
 from math import inf
 

@@ -1,4 +1,4 @@
-"""The engine: a block of logits and what is known of the teacher there → the loss of each position, and its gradient.
+"""The engine: a block of logits and the teacher's targets there → the loss of each position, and its gradient.
 
 A logsumexp and a gather make k + G numbers of a row (blocks.py), any function of those is a divergence (registry.py),
 and one pass in place spreads its gradient over the row.

@@ -1,4 +1,4 @@
-"""What some architectures do to the output projection's logits before the softmax."""
+"""The transform of the output projection's logits that some architectures have before the softmax."""
 
 from dataclasses import dataclass
 

@@ -11,9 +11,9 @@ from trainer.losses.settings import LossSettings
 from trainer.losses.tail import TAILS, check_tail
 from trainer.losses.targets import TeacherTargets
 
-# By how much Σp may exceed 1 and a log-probability 0: what arithmetic rounds, in half precision (bfloat16 moves the mass
-# by up to 3e-3) and in any other. A cache rounds by more to save bytes, within a tolerance of its format, and what trains
-# from it scales the masses of a position until they add up again: only then are they compared with this one.
+# By how much Σp may exceed 1 and a log-probability 0: the rounding of arithmetic, in half precision (bfloat16 moves the
+# mass by up to 3e-3) and in any other. A cache rounds by more to save bytes, within a tolerance of its format; a trainer
+# scales the masses of a position until they add up again, and only then compares them with this one.
 HALF_MASS_TOLERANCE = 5e-3
 MASS_TOLERANCE = 1e-4
 

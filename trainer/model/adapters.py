@@ -1,4 +1,4 @@
-"""Adapters on a student: new ones, and those that a folder holds."""
+"""Adapters on a student: new ones, and adapters from a folder."""
 
 from __future__ import annotations
 

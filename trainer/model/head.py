@@ -1,4 +1,4 @@
-"""A model's output projection: its linear maps, and what the model does to the logits after it, measured by a probe."""
+"""A model's output projection: its linear maps, and the model's transform of the logits, measured by a probe."""
 
 from __future__ import annotations
 

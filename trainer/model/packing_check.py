@@ -28,7 +28,7 @@ FIRST_LENGTH = 3
 COMPARED_LOGITS = 2**26
 """Logits of the long probe that exist at once, 256 MiB."""
 TOLERANCE, HALF_TOLERANCE = 1e-2, 0.1
-"""Of the largest logit: what kernels and layers in half precision add up to. Wrong positions differ by more."""
+"""Of the largest logit: the rounding of kernels and layers in half precision. Wrong positions differ by more."""
 KEEP_APART = ("eager", "sdpa", "flex_attention")
 """Attention implementations for which transformers masks packed sequences from position ids alone."""
 SAVE_PADDING = "--train_sampling_strategy group_by_length saves padding for any student"

@@ -113,7 +113,9 @@ class _Trainer(DistillTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         output, name = Path(str(self.args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            (output / name / STATE_NAME).unlink(missing_ok=True)  # written last: what is overwritten is whole no more
+            (output / name / STATE_NAME).unlink(
+                missing_ok=True
+            )  # written last: a checkpoint that is overwritten is whole no more
         with whole_or_removed(output, [name], CONTINUE, lambda: checkpoint_state(output / name) is not None):
             super()._save_checkpoint(*args, **kwargs)
 

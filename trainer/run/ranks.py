@@ -1,4 +1,4 @@
-"""A run of several processes: what needs them, and their end."""
+"""A run of several processes: their number, and their end."""
 
 from __future__ import annotations
 
