@@ -29,7 +29,7 @@ def make_cache(
     *,
     capture: Mapping[str, Any] = CAPTURE,
     rows_per_shard: int = 7,
-    row_group_bytes: int = 1000,
+    row_group_bytes: int = 2000,
     **fingerprint: Any,
 ) -> LogitCache:
     """A finished cache with a tokenizer, in several shards of several row groups."""

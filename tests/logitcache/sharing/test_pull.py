@@ -221,7 +221,7 @@ class TestConnections:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         push(cache, f"{bucket}/{name}")
-        proxy.cut(15_000, num_cuts=10**6)
+        proxy.cut(8_000, num_cuts=10**6)
         assert main(["pull", f"{bucket}/{name}", "--out", str(tmp_path / "out")]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert "Tried 4 times; the same command continues where it was" in line

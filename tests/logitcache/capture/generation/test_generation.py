@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from logitcache.storage.folder import Folder
 from tests.helpers.processes import vllm_core_here
 from tests.helpers.references import assert_scores_agree, full_logprobs
 
-needs_vllm = pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 EOS = 0
 
 
