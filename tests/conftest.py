@@ -55,6 +55,18 @@ def _no_copies_of_other_tests(tmp_path_factory: pytest.TempPathFactory, monkeypa
 
 
 @pytest.fixture(scope="session")
+def forked_vllm() -> None:
+    """Makes vLLM's processes forks, see `tests.helpers.vllm_forks`."""
+    from logitcache.engines.vllm_process import set_environment
+    from tests.helpers import processes, vllm_forks
+
+    set_environment()
+    pytest.importorskip("vllm")
+    processes.FORKED.set_forkserver_preload([*processes.PRELOADED, *vllm_forks.PRELOADED])
+    vllm_forks.fork_processes(vllm_forks.ServedForks)
+
+
+@pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Forty documents of different lengths."""
     return [" ".join(TEXT[(i + j) % len(TEXT)] for j in range(1 + i % 3)) + f" Document {i}." for i in range(40)]

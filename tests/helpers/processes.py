@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import atexit
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -16,14 +17,15 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import vllm_forks
+
+PRELOADED = [
+    *("logitcache.capture.build", "logitcache.capture.teachers.hf", "logitcache.exchange.importing"),
+    *("logitcache.maintenance.merge", "logitcache.sharing.pull", "logitcache.sharing.push", "s3fs"),
+    *("trainer.run.fit", "transformers.models.llama.modeling_llama"),
+]
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(
-    [
-        *("logitcache.capture.build", "logitcache.capture.teachers.hf", "logitcache.exchange.importing"),
-        *("logitcache.maintenance.merge", "logitcache.sharing.pull", "logitcache.sharing.push", "s3fs"),
-        *("trainer.run.fit", "transformers.models.llama.modeling_llama"),
-    ]
-)
+FORKED.set_forkserver_preload(PRELOADED)
 LONGEST_S = 300
 CORE_HERE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The environment variable with which vLLM's front end does the work of its core too."""
@@ -33,12 +35,33 @@ def run_command(
     program: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
     """Does what `subprocess.run` does with `python -m program`, but for the seconds of imports."""
+    with started_command(program, *arguments, cwd=cwd, env=env) as command:
+        pass
+    return subprocess.CompletedProcess([program, *arguments], command.exitcode, *command.said)
+
+
+class Command(FORKED.Process):  # type: ignore[name-defined, misc]
+    """`python -m program`, in a session of its own as a terminal's job is.
+
+    Attributes:
+        said: What it wrote to standard output and error, once it has ended.
+    """
+
+    said: list[str]
+
+
+@contextmanager
+def started_command(
+    program: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] = os.environ
+) -> Iterator[Command]:
+    """Starts such a command, and waits for its end where the block ends."""
     with tempfile.TemporaryDirectory() as folder:
-        process = FORKED.Process(target=_command, args=(folder, program, arguments, cwd or Path.cwd(), dict(env)))
-        process.start()
-        said = _ended([process], folder)
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess([program, *arguments], process.exitcode, said[0], said[1])
+        command = Command(target=_command, args=(folder, program, arguments, cwd or Path.cwd(), dict(env)))
+        command.start()
+        try:
+            yield command
+        finally:
+            command.said = _ended([command], folder)
 
 
 def on_two_ranks(function: Callable[..., None], *arguments: Any, status: int = 0) -> list[str]:
@@ -63,7 +86,7 @@ def on_two_ranks(function: Callable[..., None], *arguments: Any, status: int = 0
 
 @contextmanager
 def vllm_core_here() -> Iterator[dict[str, str]]:
-    """Options of an engine that is started inside: only its workers are processes of their own, each of which imports vLLM."""
+    """Options of an engine that is started inside: only its workers are processes of their own."""
     from vllm import envs
 
     with pytest.MonkeyPatch.context() as patch:
@@ -92,10 +115,16 @@ def _enter(folder: str, env: Mapping[str, str]) -> None:
 
 
 def _command(folder: str, program: str, arguments: tuple[str, ...], cwd: Path, env: Mapping[str, str]) -> None:
+    os.setsid()
     _enter(folder, env)
+    if "vllm" in sys.modules:
+        vllm_forks.fork_processes(vllm_forks.Forks)
     os.chdir(cwd)
     sys.argv = [program, *arguments]
-    sys.exit(importlib.import_module(f"{program}.cli").main(list(arguments)))
+    try:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter does at its end, and a fork does not
 
 
 def _rank(folder: str, env: Mapping[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

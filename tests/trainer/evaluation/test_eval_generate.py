@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,8 @@ from trainer.evaluation.identity import model_identity
 from trainer.evaluation.prompts import Prompt, read_prompts
 from trainer.evaluation.protocol import generate_scores, scores_are_current
 from trainer.evaluation.rouge import rouge_l
+from trainer.model.student import load_student, student_config
+from trainer.model.tokenizers import student_tokenizer
 
 QUICK = ["--max_new_tokens", "12", "--seeds", "1", "2"]
 TEXTS = [
@@ -561,53 +563,24 @@ def test_vllms_processes_end_with_the_command_whatever_ends_it(
     assert len(ended) == 1
 
 
-VLLM_SCRIPT = """
-import json, sys
-from trainer.evaluation.generation import TransformersGenerator
-from trainer.evaluation.prompts import read_prompts
-from trainer.evaluation.vllm_generation import VllmGenerator
-from trainer.model.student import load_student, student_config
-from trainer.model.tokenizers import student_tokenizer
-
-if __name__ == "__main__":
-    name, data = sys.argv[1:]
-    config, tokenizer = student_config(name), student_tokenizer(name)
-    prompts = read_prompts(data, tokenizer)
-    vllm = VllmGenerator(name, config, tokenizer, [0], temperature=0, max_new_tokens=12, longest=64)
-    model = load_student(name, config, from_scratch=False, dtype="auto")
-    found = {
-        "vllm": vllm.answers(prompts, 1),
-        "transformers": TransformersGenerator(model, tokenizer, [0], temperature=0, max_new_tokens=12).answers(prompts, 1),
-    }
-    vllm._temperature = 1.0
-    found |= {
-        "sampled": vllm.answers(prompts, 1),
-        "fewer": vllm.answers(prompts[2:], 1),
-        "other seed": vllm.answers(prompts, 2),
-    }
-    vllm.close()
-    print(json.dumps({name: [answer.text for answer in answers] for name, answers in found.items()}))
-"""
-
-
 @pytest.mark.engine
 def test_vllm_gives_transformers_greedy_answers_and_samples_each_prompt_by_its_own_seed(
-    teacher: Path, data: str, tmp_path: Path
+    forked_vllm: None, teacher: Path, data: str
 ) -> None:
-    pytest.importorskip("vllm")
-    script = tmp_path / "answer.py"
-    script.write_text(VLLM_SCRIPT)
-    root = Path(__file__).parents[3]
-    run = subprocess.run(
-        [sys.executable, str(script), str(teacher), data],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        # In one process: two more would each import vLLM, which is most of the time.
-        env={**os.environ, "PYTHONPATH": str(root), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert found["vllm"] == found["transformers"]
-    assert found["fewer"] == found["sampled"][2:]
-    assert all(a != b for a, b in zip(found["sampled"], found["other seed"], strict=True))
+    name = str(teacher)
+    config, tokenizer = student_config(name), student_tokenizer(name)
+    assert tokenizer is not None
+    prompts = read_prompts(data, tokenizer)
+    vllm = vllm_generation.VllmGenerator(name, config, tokenizer, [0], temperature=0, max_new_tokens=12, longest=64)
+
+    def texts(prompts: Sequence[Prompt], seed: int) -> list[str]:
+        return [answer.text for answer in vllm.answers(prompts, seed)]
+
+    model = load_student(name, config, from_scratch=False, dtype="auto")
+    reference = TransformersGenerator(model, tokenizer, [0], temperature=0, max_new_tokens=12)
+    assert texts(prompts, 1) == [answer.text for answer in reference.answers(prompts, 1)]
+    vllm._temperature = 1.0
+    sampled = texts(prompts, 1)
+    assert texts(prompts[2:], 1) == sampled[2:]
+    assert all(a != b for a, b in zip(sampled, texts(prompts, 2), strict=True))
+    vllm.close()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -34,7 +32,7 @@ from logitcache.capture.teachers.vllm.generate import Completion, VllmGenerator
 from logitcache.cli import parser
 from logitcache.format.sequences import TokenSequence
 from logitcache.storage.folder import Folder
-from tests.helpers.processes import vllm_core_here
+from tests.helpers.processes import run_command, started_command, vllm_core_here
 from tests.helpers.references import assert_scores_agree, full_logprobs
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -366,7 +364,7 @@ SAMPLING = {"n": 2, "temperature": 0.9, "max_tokens": 12, "logit_bias": {"0": 3}
 def command(teacher: Path, prompts: Path, out: Path) -> list[str]:
     sampling = ",".join(f"{name}={json.dumps(value)}" for name, value in SAMPLING.items())
     return [
-        *(sys.executable, "-m", "logitcache", "build", "--generate", "--sampling-params", sampling, "--keep", "id"),
+        *("logitcache", "build", "--generate", "--sampling-params", sampling, "--keep", "id"),
         *("--teacher", str(teacher), "--data", str(prompts), "--out", str(out), "--backend", "vllm"),
         *("--top-k", "16", "--max-length", "64", "--max-num-seqs", "32"),
     ]
@@ -379,7 +377,7 @@ def settled(teacher: Path, prompts: Path) -> Any:
 
 
 @pytest.mark.engine
-@needs_vllm
+@pytest.mark.usefixtures("forked_vllm")
 class TestVllm:
     @pytest.fixture(scope="class")
     def cache(
@@ -387,7 +385,7 @@ class TestVllm:
     ) -> Iterator[logitcache.LogitCache]:
         """Built by the command, in one go, with the engine's core in a process of its own."""
         out = tmp_path_factory.mktemp("generated") / "cache"
-        run = subprocess.run(command(teacher, prompts, out), capture_output=True, text=True, timeout=400)
+        run = run_command(*command(teacher, prompts, out))
         assert run.returncode == 0, run.stderr
         assert "answering 300 prompts" in run.stderr
         assert "cut off for length" in run.stderr
@@ -456,12 +454,13 @@ class TestVllm:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         out = tmp_path / "killed"
-        run = subprocess.Popen(command(teacher, prompts, out), stderr=subprocess.PIPE, text=True)
-        while run.poll() is None and not list(out.glob(".build/answers/answered/*.parquet")):
-            time.sleep(0.001)
-        os.kill(run.pid, signal.SIGKILL)
-        errors = run.communicate(timeout=60)[1]
-        assert run.returncode == -signal.SIGKILL, errors
+        with started_command(*command(teacher, prompts, out)) as run:
+            while run.is_alive() and not list(out.glob(".build/answers/answered/*.parquet")):
+                time.sleep(0.001)
+            engine = psutil.Process(run.pid).children(recursive=True)
+            run.kill()
+        assert run.exitcode == -signal.SIGKILL, run.said
+        assert not psutil.wait_procs(engine, timeout=60)[1], "the engine outlived the build"
         kept = {p: p.stat().st_mtime_ns for p in out.glob(".build/answers/answered/*.parquet")}
         assert 0 < len(kept) < 3
         with pytest.raises(UserError, match=r"generation\.max_tokens was 12, now 13"):

@@ -24,7 +24,7 @@ from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets
-from tests.helpers.processes import CORE_HERE
+from tests.helpers.processes import CORE_HERE, run_command
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -145,42 +145,30 @@ def test_weights_that_are_not_in_the_files_are_not_drawn_at_random(teacher: Path
         TransformersTeacher(TeacherModel.load(str(tmp_path), None, "auto", False))
 
 
-def build_with_vllm(path: Path, corpus: Path, out: Path, torchvision: str | None) -> subprocess.CompletedProcess[str]:
-    """`logitcache build`, whose processes find this as torchvision, and nothing that vLLM noted with another one."""
-    package = out / "packages" / "torchvision"
-    if torchvision is not None:
-        package.mkdir(parents=True)
-        (package / "__init__.py").write_text(torchvision)
-    found = {
-        "PYTHONPATH": f"{package.parent}:{os.environ.get('PYTHONPATH', '')}",
-        "VLLM_CACHE_ROOT": str(out / "vllm"),
-        **CORE_HERE,
-    }
-    options = [
-        "--backend",
-        "vllm",
-        "--top-k",
-        "16",
-        "--precision",
-        "exact",
-        "--max-length",
-        "100",
-        "--max-num-seqs",
-        "8",
-        "--distributed-executor-backend",
-        "mp",
+def build_command(path: Path, corpus: Path, out: Path) -> list[str]:
+    return [
+        *("logitcache", "build", "--teacher", str(path), "--data", str(corpus), "--out", str(out), "--backend", "vllm"),
+        *("--top-k", "16", "--precision", "exact", "--max-length", "100", "--max-num-seqs", "8"),
+        *("--distributed-executor-backend", "mp"),
     ]
-    command = ["build", "--teacher", str(path), "--data", str(corpus), "--out", str(out / "cache"), *options]
-    return subprocess.run(
-        [sys.executable, "-m", "logitcache", *command], env=os.environ | found, capture_output=True, text=True
-    )
 
 
 @pytest.mark.engine
 def test_vllm_scores_text_with_a_multimodal_checkpoint(teacher_tokenizer: Any, corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     path = make_checkpoint(tmp_path / "model", teacher_tokenizer, "Gemma3")
-    run = build_with_vllm(path, corpus, tmp_path, STANDIN)
+    package = tmp_path / "packages" / "torchvision"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(STANDIN)
+    environment = {
+        "PYTHONPATH": f"{package.parent}:{os.environ.get('PYTHONPATH', '')}",
+        "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),  # without what vLLM noted with another torchvision
+        # One process imports vLLM: it is the engine's core too, and its worker is a fork of it.
+        **CORE_HERE,
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    }
+    command = [sys.executable, "-m", *build_command(path, corpus, tmp_path / "cache")]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     cache = logitcache.open(tmp_path / "cache")
     assert cache.manifest.fingerprint["teacher"]["route"] == "pooling"
@@ -188,12 +176,12 @@ def test_vllm_scores_text_with_a_multimodal_checkpoint(teacher_tokenizer: Any, c
 
 
 @pytest.mark.engine
-def test_a_missing_torchvision_is_one_line(teacher_tokenizer: Any, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
+def test_a_missing_torchvision_is_one_line(forked_vllm: None, teacher_tokenizer: Any, tmp_path: Path) -> None:
     if importlib.util.find_spec("torchvision"):
         pytest.skip("torchvision is installed")
     path = make_checkpoint(tmp_path / "model", teacher_tokenizer, "Mistral3")
-    run = build_with_vllm(path, tmp_path / "none.jsonl", tmp_path, None)  # told before the corpus is read
+    command = build_command(path, tmp_path / "none.jsonl", tmp_path / "cache")  # told before the corpus is read
+    run = run_command(*command, env=os.environ | {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")})
     assert run.returncode == 2
     assert [line for line in run.stderr.splitlines() if "error" in line.lower()] == [
         f"logitcache: error: --teacher {path}: vLLM does not take this teacher (its code in vLLM needs torchvision, which is "

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from logitcache.errors import UserError
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.targets import PAD_ID, find_defect
 from tests.helpers.fakeserver import FINGERPRINT, VOCAB_SIZE, Answer, FakeServer, completion, true_logprobs
+from tests.helpers.processes import started_command
 from tests.helpers.references import assert_scores_agree
 
 K = 4
@@ -347,40 +346,27 @@ def test_a_secret_in_the_address_is_refused_and_not_shown(address: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def vllm_url(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def vllm_url(forked_vllm: None, teacher: Path) -> Iterator[str]:
     """vLLM's server on loopback, ended with all of its processes."""
-    pytest.importorskip("vllm")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     options = ["--max-logprobs", "16", "--max-model-len", "256", "--dtype", "float32", "--enforce-eager"]
     # `vllm serve`, whose own command line does not start from the CPU distribution: it asks for the version of "vllm".
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [*command, "--model", str(teacher), "--served-model-name", "tiny", *options],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-            start_new_session=True,
-        )
-    try:
-        for _ in range(600):
-            assert server.poll() is None, log.read_text()[-4000:]
+    command = ["vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    with started_command(*command, "--model", str(teacher), "--served-model-name", "tiny", *options) as server:
+        while server.is_alive():
             try:
                 httpx2.get(f"http://127.0.0.1:{port}/health", timeout=1)
                 break
             except httpx2.RequestError:
-                time.sleep(0.3)
+                time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        processes = psutil.Process(server.pid).children(recursive=True)
         os.killpg(server.pid, signal.SIGTERM)
         _, alive = psutil.wait_procs(processes, timeout=15)
         for process in alive:
             process.kill()
-        server.wait()
 
 
 @pytest.mark.engine

@@ -24,18 +24,18 @@ from logitcache.capture.teachers.vllm.flat import VllmFlatTeacher
 from logitcache.cli import main
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
-from tests.helpers.processes import CORE_HERE
+from tests.helpers.processes import run_command, started_command
 from tests.helpers.references import assert_scores_agree, full_logprobs
 from tests.helpers.underway import num_finished_shards
 
-pytestmark = [pytest.mark.engine, pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")]
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("forked_vllm")]
 
 
 def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
     # Fewer tokens a step than the longest sequence has: prompts are prefilled in chunks.
     passed_on = ["--max-num-batched-tokens", "64", "--max-num-seqs=32"]
     return [
-        *(sys.executable, "-m", "logitcache", "build", "--backend", "vllm", "--top-k", "16", "--shard-positions", "60"),
+        *("logitcache", "build", "--backend", "vllm", "--top-k", "16", "--shard-positions", "60"),
         *("--precision", "exact"),
         *("--teacher", str(teacher), "--data", str(corpus), "--out", str(out), *passed_on),
     ]
@@ -43,9 +43,9 @@ def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> logitcache.LogitCache:
-    """Built by two processes: the first was killed after its first shards."""
+    """Built by two processes: the first, whose engine vLLM spawned as it does for users, was killed after its first shards."""
     out = tmp_path_factory.mktemp("vllm") / "cache"
-    first = subprocess.Popen(command(teacher, corpus, out), stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, "-m", *command(teacher, corpus, out)], stderr=subprocess.PIPE, text=True)
     while first.poll() is None and num_finished_shards(out) < 2:
         time.sleep(0.001)
     children = psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []
@@ -56,8 +56,7 @@ def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive, "the engine outlived the build"
     kept = {path: path.stat().st_mtime_ns for path in out.glob("data/*.parquet")}
-    again = [*command(teacher, corpus, out), "--distributed-executor-backend", "mp"]
-    second = subprocess.run(again, env=dict(os.environ, **CORE_HERE), capture_output=True, text=True, timeout=300)
+    second = run_command(*command(teacher, corpus, out))
     assert second.returncode == 0, second.stderr
     assert "continuing: " in second.stderr
     recorded = {path for path, written in kept.items() if path.stat().st_mtime_ns == written}
@@ -86,13 +85,13 @@ def test_rows_are_those_of_a_build_with_transformers(
 
 def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
-    run = subprocess.Popen(command(teacher, corpus, out), stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while run.poll() is None and not num_finished_shards(out):
-        time.sleep(0.001)
-    children = psutil.Process(run.pid).children(recursive=True)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the build and its engine
-    errors = run.communicate(timeout=60)[1]
-    assert run.returncode == 130, errors
+    with started_command(*command(teacher, corpus, out)) as run:
+        while run.is_alive() and not num_finished_shards(out):
+            time.sleep(0.001)
+        children = psutil.Process(run.pid).children(recursive=True)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the build and its engine
+    errors = run.said[1]
+    assert run.exitcode == 130, errors
     own = [line for line in errors.splitlines() if "resource_tracker" not in line]  # which vLLM's end may make complain
     assert own[-1].startswith("logitcache: stopped; the same command continues")
     assert "Traceback" not in errors
@@ -102,7 +101,7 @@ def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, corpus: Path,
 def test_an_option_that_vllm_does_not_know_is_refused_in_one_line(
     teacher: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, _, _, *options = command(teacher, corpus, tmp_path / "c")
+    _, *options = command(teacher, corpus, tmp_path / "c")
     assert main([*options, "--no-such-option", "1"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1

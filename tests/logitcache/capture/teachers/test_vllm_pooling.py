@@ -27,7 +27,7 @@ from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from tests.helpers.processes import vllm_core_here
 
-pytestmark = [pytest.mark.engine, pytest.mark.skipif(not pytest.importorskip("vllm"), reason="vLLM is not installed")]
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("forked_vllm")]
 
 from vllm import PoolingParams  # noqa: E402
 from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates  # noqa: E402
@@ -394,9 +394,8 @@ def test_bfloat16_through_the_transformers_backend_and_an_engine_that_dies(
     engine.set_tail_groups(GROUPS)
     assert_agrees(path, SEQUENCES, list(engine.score(SEQUENCES, EVERYTHING)), 0.3, 0.02)
     started = set(psutil.Process().children(recursive=True)) - before
-    # On a GPU one process is both, on a CPU each has its own; the death of either is to be noticed, and by what it died.
-    computing = [process for process in started if "Worker" in process.name()]
-    for process in computing or [process for process in started if "EngineCor" in process.name()]:
+    # The process that computes has no children: on a CPU a worker, on a GPU the engine's core.
+    for process in [process for process in started if not process.children()]:
         process.send_signal(signal.SIGILL)
     with pytest.raises(UserError, match=r"engine ended while it was working \(SIGILL: an instruction that"):
         list(engine.score(SEQUENCES, EVERYTHING))
