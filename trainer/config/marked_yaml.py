@@ -164,13 +164,12 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def _keys(node: yaml.Node | None, above: Keys = ()) -> Iterator[tuple[Keys, int]]:
+    entries = []
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            keys = (*above, str(key.value))
-            yield keys, key.start_mark.line + 1
-            yield from _keys(value, keys)
+        entries = [(str(key.value), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            keys = (*above, str(number))
-            yield keys, value.start_mark.line + 1
-            yield from _keys(value, keys)
+        entries = [(str(number), value, value) for number, value in enumerate(node.value)]
+    for name, marked, value in entries:
+        keys = (*above, name)
+        yield keys, marked.start_mark.line + 1
+        yield from _keys(value, keys)

@@ -71,9 +71,9 @@ class BatchLoader(DataLoader[Batch]):
         batching = Batching(batching) if isinstance(batching, int) else batching
         batches = EpochBatches(data, batching, shard, drop_last, shuffle=shuffle, seed=seed, num_epochs=num_epochs)
         pins_ahead = pin_memory and not num_workers  # torch's loader would pin in the thread that trains
-        rows = BatchDataset(data, batches, collator, shuffle=shuffle, seed=seed, shard=shard, pin_memory=pins_ahead)
+        dataset = BatchDataset(data, batches, collator, shuffle=shuffle, seed=seed, shard=shard, pin_memory=pins_ahead)
         super().__init__(
-            rows,
+            dataset,
             batch_sampler=batches,
             collate_fn=only,
             num_workers=num_workers,

@@ -79,8 +79,8 @@ class TransformersGenerator:
         self._model, self._tokenizer, self._ends = model.eval(), tokenizer, ends
         self._temperature, self._max_new_tokens, self._batch_size = temperature, max_new_tokens, batch_size
         self.dtype = str(model.dtype).removeprefix("torch.")
-        pad, rows = tokenizer.pad_token_id, model.config.get_text_config().vocab_size
-        self._pad = pad if isinstance(pad, int) and pad < rows else 0  # any token that the model knows: it is masked
+        pad, known = tokenizer.pad_token_id, model.config.get_text_config().vocab_size
+        self._pad = pad if isinstance(pad, int) and pad < known else 0  # any known token: it is masked
         # In place of the model's own: a published model's top_k or repetition penalty would change the protocol.
         model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=self._pad
@@ -112,9 +112,10 @@ class TransformersGenerator:
         longest = max(len(prompt.token_ids) for prompt in prompts)
         input_ids = torch.full((len(prompts), longest), self._pad)
         mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-            mask[row, longest - len(prompt.token_ids) :] = 1
+        for index, prompt in enumerate(prompts):
+            begin = longest - len(prompt.token_ids)
+            input_ids[index, begin:] = torch.tensor(prompt.token_ids)
+            mask[index, begin:] = 1
         device = self._model.device
         draws = Draws([] if self._temperature == 0 else prompts, seed, self._temperature, self._max_new_tokens, longest)
         processors = LogitsProcessorList([draws] if self._temperature else [])

@@ -124,7 +124,7 @@ def _useless_adapters(model: PreTrainedModel) -> dict[str, str]:
         parent, _, child = name.rpartition(".")
         if _reads_weight(model.get_submodule(parent), child):
             found[name] = "the layer around it takes its weight, past any adapter"
-        elif type(module).forward not in (nn.Linear.forward, Conv1D.forward) and not _gives_rows(module):
+        elif type(module).forward not in (nn.Linear.forward, Conv1D.forward) and not _gives_one_tensor(module):
             found[name] = "it gives something else than a linear map does"
     return found
 
@@ -140,13 +140,13 @@ def _reads_weight(parent: nn.Module, child: str) -> bool:
 
 
 @torch.no_grad()
-def _gives_rows(module: Any) -> bool:
-    """Tells whether a linear layer of another class gives a tensor of one row per input; a router also gives choices."""
+def _gives_one_tensor(module: Any) -> bool:
+    """Tells whether a linear layer of another class gives one vector for each input; a router also gives choices."""
     dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
-    rows = torch.zeros(1, 2, module.in_features, dtype=dtype, device=module.weight.device)
+    inputs = torch.zeros(1, 2, module.in_features, dtype=dtype, device=module.weight.device)
     try:
-        output = module(rows)
-    except Exception:  # whatever a class does with rows
+        output = module(inputs)
+    except Exception:  # whatever a class does with them
         return False
     return isinstance(output, Tensor) and output.shape == (1, 2, module.out_features)
 

@@ -183,8 +183,8 @@ def fit(run: PreparedRun, tell: Callable[[dict[str, str]], None]) -> Outcome:
         trainer.save_model()
     metrics = None
     if run.eval_cache is not None:
-        prefixed = {name: value for name, value in trainer.evaluate().items() if name.startswith("eval_")}
-        metrics = {name.removeprefix("eval_"): value for name, value in prefixed.items()}
+        logged = trainer.evaluate().items()
+        metrics = {name.removeprefix("eval_"): value for name, value in logged if name.startswith("eval_")}
         if config.should_save:
             write_evaluation(output / EVALUATION_NAME, str(output), run.eval_cache, metrics)
     trainer.save_state()

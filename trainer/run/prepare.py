@@ -195,10 +195,10 @@ def _steps(config: DistillConfig, data: TrainingData) -> str:
     accumulated = min(config.gradient_accumulation_steps, max(batches, 1))
     in_step = accumulated * config.world_size
     if batch.packed_length:
-        rows = f"{batch.batch_size * in_step} rows of {batch.packed_length:,} packed tokens"
+        content = f"{batch.batch_size * in_step} rows of {batch.packed_length:,} packed tokens"
     elif batch.tokens_per_batch:
-        rows = f"sequences of up to {batch.tokens_per_batch * in_step:,} tokens with padding"
+        content = f"sequences of up to {batch.tokens_per_batch * in_step:,} tokens with padding"
     else:
-        rows = f"{min(batch.batch_size * in_step, len(data))} sequences"
+        content = f"{min(batch.batch_size * in_step, len(data))} sequences"
     positions = data.num_positions / max(batches, 1) * accumulated
-    return f"{steps:,} of {rows}, about {positions:,.0f} positions each"
+    return f"{steps:,} of {content}, about {positions:,.0f} positions each"
