@@ -130,16 +130,9 @@ def scores_table(scores: Mapping[str, Scores]) -> str:
     rows = [("", "rows", "runs", "ROUGE-L", "answer tokens", "ended")]
     for stem, found in scores.items():
         spread = "" if found["spread"] is None else f" ± {found['spread']:.2f}"
-        rows.append(
-            (
-                stem,
-                f"{found['rows']:,}",
-                str(len(found["seeds"])),
-                f"{found['rouge_l']:.2f}{spread}",
-                f"{found['answer_tokens']:.1f}",
-                f"{found['ended']:.1%}",
-            )
-        )
+        counts = f"{found['rows']:,}", str(len(found["seeds"]))
+        means = f"{found['rouge_l']:.2f}{spread}", f"{found['answer_tokens']:.1f}", f"{found['ended']:.1%}"
+        rows.append((stem, *counts, *means))
     return aligned(rows)
 
 

@@ -220,13 +220,8 @@ class _FusedTerms(torch.autograd.Function):
                 logits.add_(bias_row)
             for block_rows in row_blocks(logits, call.settings.tail):
                 raw, positions = logits[block_rows], slice(start + block_rows.start, start + block_rows.stop)
-                block = DistillationBlock(
-                    raw,
-                    targets[positions],
-                    None if labels is None else labels[positions],
-                    call.settings,
-                    call.transform,
-                )
+                block_labels = None if labels is None else labels[positions]
+                block = DistillationBlock(raw, targets[positions], block_labels, call.settings, call.transform)
                 buffers.write(positions, block)
                 if any(needs_grad):
                     block.write_gradient_(*(None if w is None else w.expand(len(raw)) for w in weights_of_terms))

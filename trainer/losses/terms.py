@@ -102,18 +102,12 @@ class DistillationBlock:
             estimate = approximate_tempered_tail(targets, temperature, raw.shape[1])
             targets = replace(targets, tempered_tail=estimate)
         outcomes = TAILS[settings.tail](targets, temperature, StudentRows(raw, transform))
-        num_tokens = outcomes.token_ids.shape[1]
+        ids, num_tokens = outcomes.token_ids, outcomes.token_ids.shape[1]
+        num_groups = outcomes.log_p.shape[1] - num_tokens
         temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
         self._temperature = temperature
-        self._block = block = LogitBlock(
-            raw,
-            outcomes.token_ids,
-            labels,
-            transform,
-            temperatures,
-            outcomes.tail_groups,
-            outcomes.log_p.shape[1] - num_tokens,
-        )
+        block = LogitBlock(raw, ids, labels, transform, temperatures, outcomes.tail_groups, num_groups)
+        self._block = block
         self._log_q = block.log_masses[0].log_softmax(1)  # [n, K + G] at T = 1
         log_q = self._log_q if temperature == 1.0 else block.log_masses[1].log_softmax(1)
 
