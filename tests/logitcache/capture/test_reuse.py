@@ -411,7 +411,7 @@ def test_ray_engines_copy_and_score(teacher: Path, corpus: Path, texts: list[str
     assert cache.manifest.history == whole.manifest.history
 
 
-KILLS = 5
+KILLS = 3
 
 
 def run_build(teacher: str, corpus: str, out: Path, source: str) -> None:

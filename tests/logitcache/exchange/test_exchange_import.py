@@ -576,7 +576,7 @@ class TestResuming:
         whole = import_topk(**settings(tmp_path / "set", tmp_path / "whole", tokenizer))
         assert len(whole.manifest.shards) > 10
         out, moments, kills = tmp_path / "killed", random.Random(0), 0
-        while kills < 4:
+        while kills < 2:
             process = FORKED.Process(target=run_import, args=(settings(tmp_path / "set", out, tokenizer),))
             process.start()
             done = num_finished_shards(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +116,23 @@ class TestTailSamples:
     LAYOUT = Layout(VOCAB, TailParts(samples=NUM_SAMPLES), precision="exact")
 
     def source(self, root: Path) -> tuple[LogitCache, np.ndarray]:
+        """A cache of `rows`, and the log-probabilities [V]."""
+        rows, full = self.rows()
+        return make_cache(root, rows, self.LAYOUT, rows_per_shard=100, capture={"top_k": 9}), full
+
+    @classmethod
+    @cache
+    def rows(cls) -> tuple[list[Row], np.ndarray]:
         """One distribution at 6 000 positions, with 9 entries of 12 each; and its log-probabilities [V]."""
         random = np.random.default_rng(0)
-        full = full_distributions(random, 1, self.VOCAB) / 3
+        full = full_distributions(random, 1, cls.VOCAB) / 3
         full -= np.log(np.exp(full).sum())
         rows: list[Row] = []
         for number in range(300):
-            tokens = np.append(random.integers(0, self.VOCAB, 20), number % self.VOCAB).astype(np.int32)
-            targets = sparse_targets(np.repeat(full, 20, axis=0), [9] * 20, self.LAYOUT, seed=number)
+            tokens = np.append(random.integers(0, cls.VOCAB, 20), number % cls.VOCAB).astype(np.int32)
+            targets = sparse_targets(np.repeat(full, 20, axis=0), [9] * 20, cls.LAYOUT, seed=number)
             rows.append((TokenSequence(tokens, np.arange(21) > 0), targets))
-        return make_cache(root, rows, self.LAYOUT, rows_per_shard=100, capture={"top_k": 9}), full[0]
+        return rows, full[0]
 
     def samples(self, cache: LogitCache) -> np.ndarray:
         return np.concatenate([row.targets.sample_ids for row in cache])

@@ -207,7 +207,7 @@ def test_a_sample_depends_on_the_ids_and_the_seed_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_samples_draw_every_row_equally_often(tmp_path: Path) -> None:
-    source = make_cache(tmp_path / "cache", random_rows(20, LAYOUT), LAYOUT)
+    source = make_cache(tmp_path / "cache", random_rows(20, LAYOUT), LAYOUT, rows_per_shard=20, row_group_bytes=1 << 20)
     counts = np.zeros(20)
     for seed in range(60):
         part = logitcache.slice(source.path, tmp_path / "out", sample=5, seed=seed, overwrite=True)

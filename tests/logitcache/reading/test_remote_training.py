@@ -17,23 +17,48 @@ from trainer.cli import main
 
 pytestmark = pytest.mark.programs
 
+NAMES = ("train", "heldout")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Any) -> Path:
+    """Training and held-out cache in a folder."""
+    root = tmp_path_factory.mktemp("caches")
+    for seed, name in enumerate(NAMES):
+        make_cache(root / name, teacher_tokenizer, seed)
+    return root
+
+
 @pytest.fixture
-def pairs(tmp_path: Path, bucket: str, teacher_tokenizer: Any) -> dict[str, tuple[str, str]]:  # noqa: F811
+def pairs(folder: Path, bucket: str) -> dict[str, tuple[str, str]]:  # noqa: F811
     """Training and held-out cache: in a folder, and in a store."""
-    names = ("train", "heldout")
-    for seed, name in enumerate(names):
-        make_cache(tmp_path / name, teacher_tokenizer, seed)
-        fsspec.filesystem("s3").put(str(tmp_path / name), f"{bucket}/{name}", recursive=True)
+    for name in NAMES:
+        fsspec.filesystem("s3").put(str(folder / name), f"{bucket}/{name}", recursive=True)
     return {
-        "local": (str(tmp_path / "train"), str(tmp_path / "heldout")),
+        "local": (str(folder / "train"), str(folder / "heldout")),
         "remote": (f"{bucket}/train", f"{bucket}/heldout"),
     }
+
+
+def trained(out: Path, train: str, heldout: str, teacher: Path, *options: str) -> tuple[list[float], dict[str, float]]:
+    """Losses of eight steps, and the evaluation."""
+    caches = ["--cache", train, "--eval_cache", heldout, "--student", str(teacher)]
+    steps = ["--max_steps", "8", "--logging_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu"]
+    assert main(["fit", *caches, *steps, "--output_dir", str(out), "--disable_tqdm", "true", *options]) == 0
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry], metrics(out / "eval.json")
+
+
+@pytest.fixture(scope="module")
+def from_folder(
+    folder: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], dict[str, float]]:
+    return trained(tmp_path_factory.mktemp("run"), str(folder / "train"), str(folder / "heldout"), teacher)
 
 
 def metrics(path: Path) -> dict[str, float]:
@@ -47,6 +72,7 @@ def metrics(path: Path) -> dict[str, float]:
 def test_a_run_from_a_store_has_the_losses_of_one_from_a_folder(
     tmp_path: Path,
     pairs: dict[str, tuple[str, str]],
+    from_folder: tuple[list[float], dict[str, float]],
     teacher: Path,
     options: list[str],
     limit_gb: str,
@@ -54,19 +80,10 @@ def test_a_run_from_a_store_has_the_losses_of_one_from_a_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("LOGITCACHE_LOCAL_GB", limit_gb)
-    histories, evaluations = {}, {}
-    for place, (train, heldout) in pairs.items():
-        out = tmp_path / f"run-{place}"
-        caches = ["--cache", train, "--eval_cache", heldout, "--student", str(teacher)]
-        steps = ["--max_steps", "8", "--logging_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu"]
-        assert main(["fit", *caches, *steps, "--output_dir", str(out), "--disable_tqdm", "true", *options]) == 0
-        assert "could not be checked" not in "".join(capsys.readouterr())
-        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-        histories[place] = [entry["loss"] for entry in history if "loss" in entry]
-        evaluations[place] = metrics(out / "eval.json")
-    assert len(histories["local"]) == 8
-    assert histories["remote"] == histories["local"]
-    assert evaluations["remote"] == evaluations["local"]
+    found = trained(tmp_path / "run", *pairs["remote"], teacher, *options)
+    assert "could not be checked" not in "".join(capsys.readouterr())
+    assert len(found[0]) == 8
+    assert found == from_folder
 
 
 def test_a_student_is_evaluated_on_a_cache_in_a_store(
