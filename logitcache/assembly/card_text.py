@@ -67,9 +67,8 @@ def _statistics(statistics: Statistics) -> str:
         return "No position."
     of = "positions of some row groups, evenly spread" if statistics.sampled else "positions"
     entropy = "entropy, nats, the tail as one outcome" if statistics.entropy_is_lower_bound else "entropy, nats"
-    ks = _grid(
-        ["most probable entries", *map(str, statistics.ks)], [["mass covered", *map(_mass, statistics.mass_covered)]]
-    )
+    covered = ["mass covered", *(f"{mass:.4f}" for mass in statistics.mass_covered)]
+    ks = _grid(["most probable entries", *map(str, statistics.ks)], [covered])
     spread = _grid(
         ["", "mean", *(f"{percentile} %" for percentile in PERCENTILES)],
         [
@@ -78,10 +77,6 @@ def _statistics(statistics: Statistics) -> str:
         ],
     )
     return f"Of {statistics.num_positions:,} {of}:\n\n{ks}\n\n{spread}"
-
-
-def _mass(value: float) -> str:
-    return f"{value:.4f}"
 
 
 def _grid(head: list[str], rows: list[list[str]]) -> str:

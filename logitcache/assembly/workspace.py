@@ -12,7 +12,7 @@ from logitcache.format.manifest import BUILD_DIRECTORY, CARD_NAME, MANIFEST_NAME
 from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.storage.atomic import TEMPORARY_SUFFIX
 from logitcache.storage.folder import Folder
-from logitcache.storage.lock import lock, locked
+from logitcache.storage.lock import lock_directory, locked_folder
 
 MARK_NAME = f"{BUILD_DIRECTORY}/logitcache"
 """The file by which a later command knows that the folder is one of ours."""
@@ -24,12 +24,13 @@ PROMPTS_NAME = f"{ANSWERS_NAME}/prompts.json"
 
 @contextmanager
 def workspace(folder: Folder, *, shared: bool = False) -> Iterator[None]:
-    """Locks `folder` while the block runs, see `locked`.
+    """Locks `folder` while the block runs, see `locked_folder`.
 
     Raises UserError if it contains anything but a cache, finished or not.
     """
-    with locked(folder, shared=shared):
-        _refuse_what_is_not_ours(folder)
+    with locked_folder(folder, shared=shared):
+        if folder.names() and not is_ours(folder):
+            raise UserError(f"--out {folder}: the folder is not empty and holds no cache; choose another")
         yield
 
 
@@ -48,15 +49,10 @@ def lock_range(folder: Folder, shard_range: tuple[int, int] | None) -> Iterator[
     path.mkdir(parents=True, exist_ok=True)
     directory = os.open(path, os.O_RDONLY)
     try:
-        lock(directory, fcntl.LOCK_EX, folder, f"another process is at work on --shard-range {index}/{count}")
+        lock_directory(directory, fcntl.LOCK_EX, folder, f"another process is at work on --shard-range {index}/{count}")
         yield
     finally:
         os.close(directory)
-
-
-def _refuse_what_is_not_ours(folder: Folder) -> None:
-    if folder.names() and not is_ours(folder):
-        raise UserError(f"--out {folder}: the folder is not empty and holds no cache; choose another")
 
 
 def is_ours(folder: Folder) -> bool:

@@ -18,7 +18,7 @@ from logitcache.capture.generation.completions import complete_prompts
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
 from logitcache.capture.plan import PARTITION_NAME, BuildPlan, cache_layout, make_plan
-from logitcache.capture.reuse import ReusedCaches, refuse_itself
+from logitcache.capture.reuse import ReusedCaches
 from logitcache.capture.worker import Job, write_scored
 from logitcache.errors import UserError
 from logitcache.format.tokenizer import save_tokenizer
@@ -26,7 +26,7 @@ from logitcache.progress import Progress
 from logitcache.ranges import one_or_more
 from logitcache.reading.cache import LogitCache
 from logitcache.storage.atomic import space_needed
-from logitcache.storage.folder import Folder
+from logitcache.storage.folder import Folder, refuse_overlap
 
 logger = logging.getLogger("logitcache")
 
@@ -172,7 +172,8 @@ def build(
 
 def _reused(paths: Sequence[str | Path], out: Folder) -> ReusedCaches | None:
     folders = [Folder(path) for path in paths]
-    refuse_itself(folders, out)
+    for folder in folders:
+        refuse_overlap(f"--out {out}", out, folder, "the cache of --reuse")
     return ReusedCaches([str(folder.local or folder.path) for folder in folders]) if folders else None
 
 

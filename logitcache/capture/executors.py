@@ -99,7 +99,8 @@ def capture_on_ray(
     import ray
 
     _connect(address)
-    num_engines, resources = _resources(job, num_engines, _hosts())
+    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num_engines, resources = _resources(job, num_engines, hosts)
     logger.info("Ray: %d engine(s) with %s each", num_engines, _in_words(resources))
     actors: list[Any] = [ray.remote(**resources)(ShardWorker).remote(job) for _ in range(num_engines)]
     try:
@@ -225,7 +226,7 @@ class _ActorPool:
         try:
             ray.get(reference)
         except ray.exceptions.RayActorError as error:
-            raise EngineLost(_first_line(error)) from error
+            raise EngineLost(next(iter(str(error).strip().splitlines()), type(error).__name__)) from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from error
@@ -238,13 +239,6 @@ class _ActorPool:
                 f"all engines were lost; the last one said: {error}. The finished shards are kept; the same command continues"
             ) from error
         logger.warning("an engine was lost (%s): %s", error, consequence)
-
-
-def _hosts() -> list[dict[str, float]]:
-    """Returns the resources of each host of the cluster."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _resources(job: Job, wanted: int | None, hosts: Sequence[dict[str, float]]) -> tuple[int, dict[str, Any]]:
@@ -278,7 +272,3 @@ def _room(hosts: Sequence[int], each: int) -> int:
 
 def _in_words(resources: dict[str, Any]) -> str:
     return f"{resources['num_gpus']} GPU(s)" if "num_gpus" in resources else f"{resources['num_cpus']} core(s)"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,16 +171,6 @@ class ReusedCaches:
         return [_origin(cache) for cache in self.caches]
 
 
-def refuse_itself(sources: Iterable[Folder], out: Folder) -> None:
-    """Raises UserError if a build writes to a cache that it reuses, or if one of both lies in the other."""
-    for source in sources:
-        inside, around = source.lies_in(out), out.lies_in(source)
-        if inside and around:
-            raise UserError(f"--reuse {source} is --out itself: write the new cache to another folder")
-        if inside or around:
-            raise UserError(f"--reuse {source} and --out {out}: one lies in the other; choose a folder beside it")
-
-
 def read_places(folder: Folder, shard: int) -> np.ndarray:
     """Returns the place of each row of a shard, −1 for none, and its stored positions: int64 [2, n]."""
     return np.frombuffer(folder.read(_places_name(shard)), "<i8").reshape(2, -1)
@@ -188,7 +178,7 @@ def read_places(folder: Folder, shard: int) -> np.ndarray:
 
 def record_copied(folder: Folder, shard: int, sources: list[dict[str, Any]]) -> None:
     """Writes down from where rows of a shard, which was just written, were copied."""
-    name = _copied_name(shard)
+    name = f"{COPIED_NAME}/{shard:05d}.json"
     if sources:
         folder.write(name, json.dumps(sources))
     else:
@@ -258,7 +248,3 @@ def _origin(cache: LogitCache) -> dict[str, Any]:
 
 def _places_name(shard: int) -> str:
     return f"{PLACES_NAME}/{shard:05d}"
-
-
-def _copied_name(shard: int) -> str:
-    return f"{COPIED_NAME}/{shard:05d}.json"

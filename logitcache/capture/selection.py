@@ -98,7 +98,9 @@ def _select(
     # The entry after the last one tells how large the tail's largest logit is: no pass for its maximum.
     values, ids = top_k(logits, min(k + 1, vocab_size))
     is_entry = torch.zeros_like(ids, dtype=torch.bool)
-    is_entry[:, :k] = _nucleus(values[:, :k].double() - _log_normaliser(logits, settings), settings)
+    # The mass of the entries matters only if it decides how many they are.
+    normaliser = logits.float().logsumexp(dim=1, keepdim=True) if settings.top_p < 1 else 0.0
+    is_entry[:, :k] = _nucleus(values[:, :k].double() - normaliser, settings)
     logits.scatter_(1, ids, values.masked_fill(is_entry, -torch.inf))
 
     # From here on everything is relative to the tail's largest logit, so that no tail is too small for float32.
@@ -200,11 +202,6 @@ def _nucleus(logprobs: Tensor, settings: CaptureSettings) -> Tensor:
     rank = torch.arange(logprobs.shape[1], device=logprobs.device)
     taken: Tensor = ~logprobs.isneginf() & in_nucleus(logprobs.exp(), rank, settings.top_p, settings.min_k)
     return taken
-
-
-def _log_normaliser(logits: Tensor, settings: CaptureSettings) -> Tensor | float:
-    """Returns log Σ exp(logits), [N, 1], if the entries' mass decides how many they are; otherwise 0."""
-    return logits.float().logsumexp(dim=1, keepdim=True) if settings.top_p < 1 else 0.0
 
 
 def _inverse_distribution_function(weights: Tensor, block_masses: Tensor, uniforms: Tensor) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import engines_needed, print_cache, teacher_options
+from logitcache.capture.corpus.chat import TURNS
+from logitcache.capture.corpus.tokenize import LONG_POLICIES
+from logitcache.capture.executors import EXECUTORS
+from logitcache.commands.shared import engines_needed, output_options, print_cache, teacher_options
 from logitcache.commands.values import assignments, mapping, names, numbers, part_of
 from logitcache.format.quantization import PRESETS
 
@@ -19,17 +22,14 @@ CONTINUES = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     input_options(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the cache: a folder, or a URL such as s3://…")
-    parser.add_argument("--overwrite", action="store_true", help="replace the cache that DIR holds")
+    output_options(parser)
     parser.add_argument(
         "--reuse",
         nargs="+",
         metavar="CACHE",
         help="caches of the same teacher and settings: rows that they hold are copied, only the others are scored",
     )
-    parser.add_argument("--shard-positions", type=int, metavar="N", help="positions per shard (default 262144)")
 
     group = parser.add_argument_group("generation")
     group.add_argument(
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("many engines")
-    group.add_argument("--executor", choices=["local", "ray"], help="ray: several engines, on one host or many")
+    group.add_argument("--executor", choices=EXECUTORS, help="ray: several engines, on one host or many")
     group.add_argument("--engines", type=int, metavar="N", help="engines on Ray (default: as many as its GPUs hold)")
     group.add_argument(
         "--ray-address",
@@ -90,7 +90,7 @@ def input_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=list(PRESETS),
+        choices=PRESETS,
         help="exact: as captured, columns that any reader reads as they are; balanced (default): a third of the bytes, "
         "probabilities to 0.1 %% in sum; compact: 0.5 %%, fewer bytes still",
     )
@@ -107,7 +107,7 @@ def input_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--turns",
-        choices=["all", "last", "each"],
+        choices=TURNS,
         help="trained answers of a chat: all in one sequence (default), the last, or each in a sequence of its own, rendered "
         "as at inference",
     )
@@ -118,9 +118,7 @@ def input_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length", type=int, metavar="N", help="longest sequence in tokens (default: the context, at most 4096)"
     )
-    group.add_argument(
-        "--long", choices=["split", "truncate", "skip"], help="longer documents (default: split text, refuse others)"
-    )
+    group.add_argument("--long", choices=LONG_POLICIES, help="longer documents (default: split text, refuse others)")
     group.add_argument(
         "--skip-bad",
         action="store_true",
@@ -131,7 +129,6 @@ def input_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Builds and prints the cache."""
     with engines_needed():
         from logitcache.capture.build import build
         from logitcache.capture.options import parse_engine_options

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from logitcache.exchange.exporting import FORMATS, export
+
 HELP = "the rows of a cache in another tool's format: plain top-k rows, or Axolotl's"
 DESCRIPTION = (
     "Writes the rows of a cache, with its kept columns, to one file in another tool's format. topk: input_ids, "
@@ -19,9 +21,8 @@ CONTINUES = False
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("cache", metavar="CACHE", help="folder or URL of the cache")
-    parser.add_argument("--to", required=True, choices=["topk", "axolotl", "axolotl-v2"], help="format of the file")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format of the file")
     parser.add_argument("--out", required=True, metavar="FILE", help="a path or URL that ends with .parquet or .jsonl")
     parser.add_argument(
         "--logprobs-field", metavar="NAME", help="Axolotl's logprobs_field: the column of the lists (default logprobs)"
@@ -30,9 +31,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Exports and prints the file."""
-    from logitcache.exchange.exporting import export
-
     exported = export(**options)
     print(f"exported   {exported.path}")
     print(f"rows       {exported.num_rows:,}")

@@ -13,12 +13,10 @@ CONTINUES = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("out", metavar="DIR", help="the folder or URL that they shared")
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Finishes and prints the cache."""
     with engines_needed():
         from logitcache.capture.finish import finish
 

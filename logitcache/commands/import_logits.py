@@ -7,6 +7,7 @@ from typing import Any
 
 from logitcache.commands.shared import engines_needed, output_options, print_cache
 from logitcache.commands.values import names
+from logitcache.exchange.formats import FORMATS
 from logitcache.format.quantization import PRESETS
 
 HELP = "a cache of another tool's logit dataset: DistillKit's, or plain top-k rows"
@@ -20,16 +21,13 @@ CONTINUES = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
         help=".parquet, .jsonl[.gz|.zst], folder or pattern, local or a URL such as hf://datasets/ORG/NAME or s3://…",
     )
-    parser.add_argument(
-        "--from", dest="source_format", required=True, choices=["distillkit", "topk"], help="the sources' format"
-    )
+    parser.add_argument("--from", dest="source_format", required=True, choices=FORMATS, help="the sources' format")
     parser.add_argument("--teacher", required=True, metavar="NAME", help="the model that gave the log-probabilities")
     parser.add_argument("--tokenizer", required=True, metavar="NAME", help="its tokenizer: model name or folder")
     parser.add_argument(
@@ -50,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="at most so many entries per position (default: all)")
     parser.add_argument(
         "--precision",
-        choices=list(PRESETS),
+        choices=PRESETS,
         help="exact: as decoded; balanced (default): a third of the bytes; compact: fewer bytes still",
     )
     parser.add_argument("--keep", type=names, metavar="NAME,NAME", help="source columns to store in the cache")
@@ -62,7 +60,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Imports and prints the new cache."""
     with engines_needed():
         from logitcache.exchange.importing import import_logits
 

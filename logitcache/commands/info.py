@@ -13,12 +13,10 @@ CONTINUES = False
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("cache", metavar="CACHE", help="folder or URL of the cache")
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Prints the cache's description."""
     from logitcache.maintenance.info import info
 
     print(printable(info(**options)))

@@ -16,13 +16,11 @@ CONTINUES = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("paths", nargs="+", metavar="CACHE", help="folders or URLs of the caches")
     output_options(parser)
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Merges and prints the new cache."""
     from logitcache.maintenance.merge import merge
 
     print_rewritten(merge(**options))

@@ -17,12 +17,10 @@ CONTINUES = False
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     input_options(parser)
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Prints the estimate."""
     with engines_needed():
         from logitcache.capture.estimate.estimate import plan
         from logitcache.capture.options import parse_engine_options

@@ -16,7 +16,6 @@ CONTINUES = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("url", metavar="URL", help="of the cache, or of a .tar.zst file that holds one")
     parser.add_argument("--out", required=True, metavar="DIR", help="a local folder")
     parser.add_argument(
@@ -33,7 +32,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Pulls and prints the copy."""
     from logitcache.sharing.pull import pull
 
     cache = pull(**options)

@@ -14,7 +14,6 @@ CONTINUES = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("path", metavar="CACHE", help="folder of the cache")
     parser.add_argument(
         "url",
@@ -33,7 +32,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Pushes and prints what was sent."""
     from logitcache.sharing.push import push
 
     pushed = push(**options)

@@ -19,12 +19,11 @@ CONTINUES = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("path", metavar="CACHE", help="folder or URL of the cache")
     parser.add_argument("--top-k", type=int, metavar="K", help="at most so many entries per position")
     parser.add_argument("--top-p", type=float, metavar="P", help="only as many entries as hold this mass")
     parser.add_argument("--min-k", type=int, metavar="K", help="floor under --top-p (default 32)")
-    parser.add_argument("--precision", choices=list(PRESETS), help="no finer than the cache's own (default: the same)")
+    parser.add_argument("--precision", choices=PRESETS, help="no finer than the cache's own (default: the same)")
     parser.add_argument(
         "--drop",
         type=names,
@@ -35,7 +34,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Recodes and prints the new cache."""
     from logitcache.maintenance.recode import recode
 
     print_rewritten(recode(**options))

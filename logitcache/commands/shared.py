@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.capture.engine import BACKENDS, ROUTES
 from logitcache.errors import UserError
 from logitcache.reading.cache import LogitCache
@@ -41,7 +42,9 @@ def output_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say where a cache is written to."""
     parser.add_argument("--out", required=True, metavar="DIR", help="the new cache: a folder, or a URL such as s3://…")
     parser.add_argument("--overwrite", action="store_true", help="replace the cache that DIR holds")
-    parser.add_argument("--shard-positions", type=int, metavar="N", help="positions per shard (default 262144)")
+    parser.add_argument(
+        "--shard-positions", type=int, metavar="N", help=f"positions per shard (default {SHARD_POSITIONS})"
+    )
 
 
 @contextmanager

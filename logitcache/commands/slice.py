@@ -16,7 +16,6 @@ CONTINUES = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("path", metavar="CACHE", help="folder or URL of the cache")
     parser.add_argument("--rows", metavar="A:B", help="from row A, counted from 0, up to B, which is left out")
     parser.add_argument("--row-ids", metavar="FILE", help="those whose ids stand in a text file, one a line")
@@ -32,7 +31,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Slices and prints the new cache."""
     from logitcache.maintenance.slice import slice_cache
 
     print_rewritten(slice_cache(**options))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib import import_module
 from typing import Any
 
 from logitcache.commands.shared import engines_needed, refuse_unknown, teacher_options
@@ -19,7 +18,6 @@ CONTINUES = False
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("path", metavar="CACHE", help="folder or URL of the cache")
     parser.add_argument(
         "--against",
@@ -37,13 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any], rest: list[str]) -> int:
     """Prints the findings. Returns 1 if there are any, otherwise 0."""
-    from logitcache.capture.verify import verify
+    with engines_needed():
+        from logitcache.capture.options import parse_engine_options
+        from logitcache.capture.verify import verify
 
     if "rescore" in options:
-        with engines_needed():
-            import_module("logitcache.capture.rescore")
-            from logitcache.capture.options import parse_engine_options
-
         options |= parse_engine_options(rest)
     else:
         refuse_unknown(rest, "verify")

@@ -16,7 +16,6 @@ CONTINUES = False
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument("cache", metavar="CACHE", help="folder or URL of the cache, of which only parts are read")
     parser.add_argument("--out", metavar="FILE", help="the page (default: the cache's name with .html, in this folder)")
     parser.add_argument(
@@ -26,7 +25,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:
-    """Writes the page and prints where it is."""
     from logitcache.report.page import view
 
     page = view(**options)

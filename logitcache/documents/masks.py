@@ -59,16 +59,13 @@ def find_padding(ids: np.ndarray, columns: Mapping[str, Any]) -> slice:
 
 def unused_masks(columns: Mapping[str, Any], used: Collection[str], num_tokens: int) -> list[str]:
     """Lists columns outside `used` that look like masks, by their name or by their values 0 and 1 for each token."""
-    lists = {name: value for name, value in columns.items() if isinstance(value, list) and name not in used}
-    return [
-        name
-        for name, value in lists.items()
-        if len(value) == num_tokens and (re.search("mask|label", name, re.IGNORECASE) or _is_binary(value))
-    ]
-
-
-def _is_binary(value: list[Any]) -> bool:
-    return all(type(one) in (int, bool) for one in value) and {0, 1} == set(value)
+    found = []
+    for name, value in columns.items():
+        if isinstance(value, list) and len(value) == num_tokens and name not in used:
+            is_binary = all(type(one) in (int, bool) for one in value) and {0, 1} == set(value)
+            if is_binary or re.search("mask|label", name, re.IGNORECASE):
+                found.append(name)
+    return found
 
 
 def _read(name: str, value: Any, ids: np.ndarray) -> np.ndarray:

@@ -9,12 +9,10 @@ import numpy as np
 
 from logitcache.documents.document import BadDocument
 from logitcache.documents.masks import LOSS_MASKS, PADDING, read_masks
-from logitcache.errors import UserError
 from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.values import BadRow, numbers, plain
-from logitcache.format.layout import RESERVED_COLUMNS
+from logitcache.format.layout import refuse_reserved
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.tail_parts import TEMPERED_PREFIX
 
 TOKENS = "input_ids"
 
@@ -33,9 +31,7 @@ class SequenceReader:
     keep: Sequence[str]
 
     def __post_init__(self) -> None:
-        for name in self.keep:
-            if name in RESERVED_COLUMNS or name.startswith(TEMPERED_PREFIX):
-                raise UserError(f"--keep {name}: the cache has a column of that name itself; rename the source's")
+        refuse_reserved(self.keep)
 
     @property
     def columns(self) -> list[str]:

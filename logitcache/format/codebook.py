@@ -42,9 +42,9 @@ class Codebook:
         profile = np.zeros(0 if groups is None else groups.shape[1], np.int32)
         if groups is not None and quantization:
             for group, logprobs in enumerate(groups.T):
-                held = np.isfinite(logprobs) & np.isfinite(targets.tail_logprob)
-                if held.any():
-                    share = np.median(logprobs[held] - targets.tail_logprob[held])
+                has_mass = np.isfinite(logprobs) & np.isfinite(targets.tail_logprob)
+                if has_mass.any():
+                    share = np.median(logprobs[has_mass] - targets.tail_logprob[has_mass])
                     profile[group] = np.rint(share / quantization.group_step)
         return cls(frequent, profile)
 

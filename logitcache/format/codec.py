@@ -69,14 +69,14 @@ def encode(
     if quantization:
         values |= _levelled_entries(joined, quantization, codebook.ranks_of_ids(layout.vocab_size))
     else:
-        held = joined.token_ids != PAD_ID
-        values |= {"token_ids": joined.token_ids[held], "logprobs": joined.logprobs[held]}
+        is_entry = joined.token_ids != PAD_ID
+        values |= {"token_ids": joined.token_ids[is_entry], "logprobs": joined.logprobs[is_entry]}
     arrays: dict[str, pa.Array] = {
         "row_id": pa.array([s.row_id for s in sequences], pa.string()),
         "input_ids": _lists(np.concatenate([s.input_ids for s in sequences]), lengths, pa.int32()),
         "loss_mask": _lists(np.concatenate([s.loss_mask for s in sequences]), lengths, pa.bool_()),
     }
-    entries = np.diff(_offsets(num_entries)[_offsets(positions)])
+    entries = np.diff(offsets_of(num_entries)[offsets_of(positions)])
     for name, arrow_type in layout.values_per_entry().items():
         arrays[name] = _lists(values[name], entries, arrow_type)
     for name, (arrow_type, count) in layout.values_per_position().items():
@@ -108,7 +108,7 @@ class DecodedRows(Sequence[CachedSequence]):
         values: dict[str, np.ndarray] = {}
         for name in layout.values_per_entry():
             values[name], offsets = flat(table[name])
-            _check_offsets(name, offsets, _offsets(self.num_entries)[self.offsets])
+            _check_offsets(name, offsets, offsets_of(self.num_entries)[self.offsets])
         for name, (_, count) in layout.values_per_position().items():
             column, offsets = flat(table[name])
             _check_offsets(name, offsets, self.offsets * count)
@@ -155,15 +155,15 @@ def _levelled_entries(
     targets: SparseTargets, quantization: QuantizationSpec, ranks_of_ids: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Returns entries in ascending order of rank: gaps and levels [Σ num_entries], lowest level [M]."""
-    held = targets.token_ids != PAD_ID
+    is_entry = targets.token_ids != PAD_ID
     levels = quantization.levels(targets.logprobs)
     lowest = levels.max(axis=1, initial=-1)
     above = lowest[:, None] - levels  # lowest + 1 where the probability is 0
-    ranks = np.where(held, ranks_of_ids[np.where(held, targets.token_ids, 0)], np.int32(len(ranks_of_ids) << 1))
+    ranks = np.where(is_entry, ranks_of_ids[np.where(is_entry, targets.token_ids, 0)], np.int32(len(ranks_of_ids) << 1))
     ranks, above = _sorted_pairs(ranks, above)
     gaps = np.diff(ranks, axis=1, prepend=np.int32(-1)) - 1
-    held = np.arange(held.shape[1]) < targets.num_entries[:, None]
-    return {"id_gaps": gaps[held], "levels_above_lowest": above[held], "lowest_level": lowest}
+    is_entry = np.arange(is_entry.shape[1]) < targets.num_entries[:, None]
+    return {"id_gaps": gaps[is_entry], "levels_above_lowest": above[is_entry], "lowest_level": lowest}
 
 
 def _entries_of_levels(
@@ -176,9 +176,9 @@ def _entries_of_levels(
     above = _padded(values["levels_above_lowest"], num_entries, 0)
     ranks = np.cumsum(gaps, axis=1, dtype=np.int32)
     ranks += np.arange(gaps.shape[1], dtype=np.int32)
-    held = np.arange(gaps.shape[1]) < num_entries[:, None] if len(values["id_gaps"]) != gaps.size else None
-    if held is not None:
-        ranks = np.where(held, ranks, 0)
+    is_entry = np.arange(gaps.shape[1]) < num_entries[:, None] if len(values["id_gaps"]) != gaps.size else None
+    if is_entry is not None:
+        ranks = np.where(is_entry, ranks, 0)
     _check_range("an id that is in no vocabulary", ranks, 0, len(ids_of_ranks) - 1)
     _check_range("a level that does not exist", lowest, -1, MOST_LEVELS - 1)
     levels = lowest[:, None] - above
@@ -186,13 +186,13 @@ def _entries_of_levels(
     impossible = int(lowest.max(initial=-1)) + 1
     if levels.size and levels.min() < 0:
         levels = np.where(levels < 0, impossible, levels)
-    if held is not None:
-        levels = np.where(held, levels, impossible + 1)
+    if is_entry is not None:
+        levels = np.where(is_entry, levels, impossible + 1)
     token_ids = ids_of_ranks[ranks]
     _check_range("an id that is in no vocabulary", token_ids, 0, len(ids_of_ranks))
     levels, token_ids = _sorted_pairs(levels, token_ids)
     logprobs = np.append(quantization.logprobs(impossible), np.float32(-np.inf))[levels]
-    if held is not None:
+    if is_entry is not None:
         token_ids[levels > impossible] = PAD_ID
     return token_ids, logprobs
 
@@ -218,12 +218,13 @@ def _sorted_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np
     return keys.astype(np.int32, copy=False), second
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Returns where each of some lists begins, and where the last one ends: int64 [n + 1]."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray, arrow_type: pa.DataType) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), pa.array(values, arrow_type))
+    return pa.ListArray.from_arrays(pa.array(offsets_of(lengths), pa.int32()), pa.array(values, arrow_type))
 
 
 def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ import pyarrow as pa
 from logitcache.errors import UserError
 from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS, QuantizationSpec, check_precision
 from logitcache.format.tail_part import Column
-from logitcache.format.tail_parts import PARTS, TailParts
+from logitcache.format.tail_parts import PARTS, TEMPERED_PREFIX, TailParts
 
 FORMAT_VERSION = 2
 NEWEST_FORMAT = max([FORMAT_VERSION, *(part.since for part in PARTS)])
@@ -134,6 +134,13 @@ def _reserved() -> frozenset[str]:
 
 RESERVED_COLUMNS = _reserved()
 """Names that kept source columns cannot have (nor any that begins with `TEMPERED_PREFIX`)."""
+
+
+def refuse_reserved(kept: Iterable[str]) -> None:
+    """Raises UserError for a kept column with a name that a cache's own column has."""
+    for name in kept:
+        if name in RESERVED_COLUMNS or name.startswith(TEMPERED_PREFIX):
+            raise UserError(f"--keep {name}: the cache has a column of that name itself; rename the source's")
 
 
 def read_layout(metadata: Mapping[bytes, bytes] | None, where: str) -> Layout:

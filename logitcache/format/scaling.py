@@ -12,8 +12,8 @@ def scaled_beside_tail(logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.nda
     rounding that would be amplified.
     """
     missing = -np.expm1(tail_logprob.astype(np.float64))
-    held = np.exp(logprobs, dtype=np.float64).sum(axis=1)
-    factor = np.divide(missing, held, where=held > 0, out=np.ones_like(held))
+    mass = np.exp(logprobs, dtype=np.float64).sum(axis=1)
+    factor = np.divide(missing, mass, where=mass > 0, out=np.ones_like(mass))
     scaled: np.ndarray = logprobs + np.log(np.clip(factor, 0.5, 2.0))[:, None].astype(np.float32)
     return scaled
 
@@ -40,7 +40,7 @@ def scaled_within_tail(sample_logprobs: np.ndarray, sample_ids: np.ndarray, tail
     once = ids >= 0
     once[:, 1:] &= ids[:, 1:] != ids[:, :-1]
     probs = np.exp(np.take_along_axis(sample_logprobs, order, axis=1), dtype=np.float64)
-    held = np.where(once, probs, 0.0).sum(axis=1)
-    factor = np.divide(np.exp(tail_logprob, dtype=np.float64), held, where=held > 0, out=np.ones_like(held))
+    mass = np.where(once, probs, 0.0).sum(axis=1)
+    factor = np.divide(np.exp(tail_logprob, dtype=np.float64), mass, where=mass > 0, out=np.ones_like(mass))
     scaled: np.ndarray = sample_logprobs + np.log(np.clip(factor, 0.9, 1.0))[:, None].astype(np.float32)
     return scaled

@@ -14,6 +14,11 @@ from logitcache.format.codebook import Codebook
 from logitcache.format.quantization import QuantizationSpec, rounded
 from logitcache.format.targets import SparseTargets
 
+Rounding = QuantizationSpec | None
+Arrays = Mapping[str, np.ndarray]
+Defects = Iterator[tuple[str, np.ndarray]]
+"""Each is what may be wrong, and at which positions it is, bool [M]."""
+
 
 class Column(NamedTuple):
     """A Parquet column. width: its values per stored position. meaning: for people who read the file."""
@@ -96,7 +101,7 @@ class TailPart(ABC):
         """Says in a few words what is stored."""
         return f"{value} {self.name}"
 
-    def columns(self, value: Any, quantization: QuantizationSpec | None) -> dict[str, Column]:
+    def columns(self, value: Any, quantization: Rounding) -> dict[str, Column]:
         """Returns the columns on disk by name."""
         return {f.name: Column(pa.from_numpy_dtype(f.dtype), self.width(value), f.meaning) for f in self.fields}
 
@@ -109,24 +114,17 @@ class TailPart(ABC):
         """Returns this part's fields of targets that hold it."""
         return {field.name: getattr(targets, field.name) for field in self.fields}
 
-    def encode(
-        self, targets: SparseTargets, quantization: QuantizationSpec | None, codebook: Codebook
-    ) -> dict[str, np.ndarray]:
+    def encode(self, targets: SparseTargets, quantization: Rounding, codebook: Codebook) -> dict[str, np.ndarray]:
         """Returns the columns of M positions, [M] or [M, width] each."""
         return {f.name: to_step(getattr(targets, f.name), quantization, f.step) for f in self.fields}
 
     def decode(
-        self,
-        columns: Mapping[str, np.ndarray],
-        value: Any,
-        tail_logprob: np.ndarray,
-        quantization: QuantizationSpec | None,
-        codebook: Codebook | None,
+        self, columns: Arrays, value: Any, tail_logprob: np.ndarray, quantization: Rounding, codebook: Codebook | None
     ) -> dict[str, Any]:
         """Returns the fields of encoded columns, [M, width] each."""
         return self.unpack(columns, value)
 
-    def unpack(self, arrays: Mapping[str, np.ndarray], value: Any) -> dict[str, Any]:
+    def unpack(self, arrays: Arrays, value: Any) -> dict[str, Any]:
         """Returns the fields in the form that SparseTargets has, of arrays [M, width] by name of the field."""
         return {f.name: arrays[f.name][:, 0] if self.per_position else arrays[f.name] for f in self.fields}
 
@@ -138,13 +136,11 @@ class TailPart(ABC):
         """Returns the fields that a batch holds otherwise: masses that were rounded one by one and add up to the tail again."""
         return {}
 
-    def defects(
-        self, targets: SparseTargets, quantization: QuantizationSpec | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def defects(self, targets: SparseTargets, quantization: Rounding) -> Defects:
         """Yields what may be wrong, and at which positions it is, bool [M]: quick enough for whatever is decoded."""
         yield from ()
 
-    def close_defects(self, targets: SparseTargets, vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
+    def close_defects(self, targets: SparseTargets, vocab_size: int) -> Defects:
         """Yields the same of what takes longer to see."""
         yield from ()
 
@@ -161,7 +157,7 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return quotient
 
 
-def to_step(values: np.ndarray, quantization: QuantizationSpec | None, step: str) -> np.ndarray:
+def to_step(values: np.ndarray, quantization: Rounding, step: str) -> np.ndarray:
     """Returns the nearest multiples of that step of the quantization, float32; the values themselves without a step."""
     if not step:
         return values

@@ -17,9 +17,20 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.format.codebook import Codebook
-from logitcache.format.quantization import QuantizationSpec, rounded
+from logitcache.format.quantization import rounded
 from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled_within_tail
-from logitcache.format.tail_part import Column, Field, Leaving, TailPart, logsumexp, ratio, to_step
+from logitcache.format.tail_part import (
+    Arrays,
+    Column,
+    Defects,
+    Field,
+    Leaving,
+    Rounding,
+    TailPart,
+    logsumexp,
+    ratio,
+    to_step,
+)
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 TAIL_GROUPS_NAME = "tail_groups.parquet"
@@ -46,15 +57,13 @@ class _Groups(TailPart):
         if not 0 <= value <= vocab_size:
             yield f"--tail-groups {value}: choose 0…{vocab_size}, the teacher's vocabulary"
 
-    def columns(self, value: int, quantization: QuantizationSpec | None) -> dict[str, Column]:
+    def columns(self, value: int, quantization: Rounding) -> dict[str, Column]:
         if quantization is None:
             return super().columns(value, quantization)
         meaning = "log of a tail group's share of the tail, by group as above; groups in `tail_groups.parquet`"
         return {"group_levels": Column(pa.int32(), value, meaning)}
 
-    def encode(
-        self, targets: SparseTargets, quantization: QuantizationSpec | None, codebook: Codebook
-    ) -> dict[str, np.ndarray]:
+    def encode(self, targets: SparseTargets, quantization: Rounding, codebook: Codebook) -> dict[str, np.ndarray]:
         """Encodes 0 for a group without mass, otherwise 1 + the zigzag code of its difference from the profile."""
         groups = targets.group_logprobs
         assert groups is not None
@@ -68,12 +77,7 @@ class _Groups(TailPart):
         return {"group_levels": np.where(has_mass, 1 + ((difference << 1) ^ (difference >> 31)), 0)}
 
     def decode(
-        self,
-        columns: Mapping[str, np.ndarray],
-        value: int,
-        tail_logprob: np.ndarray,
-        quantization: QuantizationSpec | None,
-        codebook: Codebook | None,
+        self, columns: Arrays, value: int, tail_logprob: np.ndarray, quantization: Rounding, codebook: Codebook | None
     ) -> dict[str, Any]:
         if quantization is None:
             return self.unpack(columns, value)
@@ -106,9 +110,7 @@ class _Groups(TailPart):
         assert targets.group_logprobs is not None
         return {"group_logprobs": scaled_to_tail(targets.group_logprobs, targets.tail_logprob)}
 
-    def defects(
-        self, targets: SparseTargets, quantization: QuantizationSpec | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def defects(self, targets: SparseTargets, quantization: Rounding) -> Defects:
         assert targets.group_logprobs is not None
         mass = np.exp(targets.tail_logprob, dtype=np.float64)
         groups = np.exp(targets.group_logprobs, dtype=np.float64).sum(axis=1)
@@ -138,30 +140,28 @@ class _Temperatures(TailPart):
     def describe(self, value: tuple[float, ...]) -> str:
         return f"normalisers at T = {', '.join(f'{t:g}' for t in value)}"
 
-    def columns(self, value: tuple[float, ...], quantization: QuantizationSpec | None) -> dict[str, Column]:
+    def columns(self, value: tuple[float, ...], quantization: Rounding) -> dict[str, Column]:
         meaning = self.fields[0].meaning
         return {tempered_column(t): Column(pa.float32(), 1, f"{meaning}{t:g}") for t in value}
 
     def of(self, targets: SparseTargets, value: tuple[float, ...]) -> dict[str, Any]:
         return {"tempered_tail": {t: targets.tempered_tail[t] for t in value}}
 
-    def encode(
-        self, targets: SparseTargets, quantization: QuantizationSpec | None, codebook: Codebook
-    ) -> dict[str, np.ndarray]:
+    def encode(self, targets: SparseTargets, quantization: Rounding, codebook: Codebook) -> dict[str, np.ndarray]:
         tempered = targets.tempered_tail.items()
         return {tempered_column(t): to_step(values, quantization, "tail_step") for t, values in tempered}
 
     def decode(
         self,
-        columns: Mapping[str, np.ndarray],
+        columns: Arrays,
         value: tuple[float, ...],
         tail_logprob: np.ndarray,
-        quantization: QuantizationSpec | None,
+        quantization: Rounding,
         codebook: Codebook | None,
     ) -> dict[str, Any]:
         return {"tempered_tail": {t: columns[tempered_column(t)][:, 0] for t in value}}
 
-    def unpack(self, arrays: Mapping[str, np.ndarray], value: tuple[float, ...]) -> dict[str, Any]:
+    def unpack(self, arrays: Arrays, value: tuple[float, ...]) -> dict[str, Any]:
         return {"tempered_tail": dict(zip(value, arrays["tempered_tail"].T, strict=True))}
 
     def truncate(self, leaving: Leaving) -> dict[str, Any]:
@@ -172,9 +172,7 @@ class _Temperatures(TailPart):
         }
         return {"tempered_tail": tempered}
 
-    def defects(
-        self, targets: SparseTargets, quantization: QuantizationSpec | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def defects(self, targets: SparseTargets, quantization: Rounding) -> Defects:
         for tempered in targets.tempered_tail.values():
             yield "a tempered tail that is not a number", ~(tempered < np.inf)
 
@@ -198,9 +196,7 @@ class _Entropy(TailPart):
         added = (ratio(logprobs, tail[:, None]) * finite).sum(axis=1)
         return {"tail_entropy": (before + added).astype(np.float32)}
 
-    def defects(
-        self, targets: SparseTargets, quantization: QuantizationSpec | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def defects(self, targets: SparseTargets, quantization: Rounding) -> Defects:
         assert targets.tail_entropy is not None
         yield "a tail entropy that is not ≤ 0", ~(targets.tail_entropy <= 1e-6)
 
@@ -231,13 +227,11 @@ class _Samples(TailPart):
         scaled = scaled_within_tail(targets.sample_logprobs, targets.sample_ids, targets.tail_logprob)
         return {"sample_logprobs": scaled}
 
-    def defects(
-        self, targets: SparseTargets, quantization: QuantizationSpec | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def defects(self, targets: SparseTargets, quantization: Rounding) -> Defects:
         assert targets.sample_logprobs is not None
         yield "a sampled log-probability above 0", np.any(~(targets.sample_logprobs <= 1e-6), axis=1)
 
-    def close_defects(self, targets: SparseTargets, vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
+    def close_defects(self, targets: SparseTargets, vocab_size: int) -> Defects:
         ids = targets.sample_ids
         assert ids is not None
         yield "a sampled id outside the vocabulary", np.any((ids < PAD_ID) | (ids >= vocab_size), axis=1)

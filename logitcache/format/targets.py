@@ -58,9 +58,9 @@ class SparseTargets:
 
         device: as `torch.device` takes it, see `tensor`; on a CPU nothing is copied.
         """
-        held = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        tempered = {temperature: tensor(values, device) for temperature, values in held.pop("tempered_tail").items()}
-        return {name: tensor(values, device) for name, values in held.items()} | {"tempered_tail": tempered}
+        stored = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        tempered = {temperature: tensor(values, device) for temperature, values in stored.pop("tempered_tail").items()}
+        return {name: tensor(values, device) for name, values in stored.items()} | {"tempered_tail": tempered}
 
     def __len__(self) -> int:
         return self.num_positions
@@ -91,20 +91,20 @@ def find_defect(
     and tail add up to 1.  mass_tolerance: by how much the sum may miss 1, one number, or one of each position [M].
     """
     ids, logprobs = targets.token_ids, targets.logprobs
-    held = ids != PAD_ID
-    probs = np.exp(logprobs, dtype=np.float64, where=held, out=np.zeros(logprobs.shape))
+    is_entry = ids != PAD_ID
+    probs = np.exp(logprobs, dtype=np.float64, where=is_entry, out=np.zeros(logprobs.shape))
     ordered_ids = np.sort(ids, axis=1)
-    both_held = held[:, 1:] & held[:, :-1]
+    both_entries = is_entry[:, 1:] & is_entry[:, :-1]
     ascending = np.greater(
-        logprobs[:, 1:], logprobs[:, :-1], where=both_held, out=np.zeros(both_held.shape, dtype=bool)
+        logprobs[:, 1:], logprobs[:, :-1], where=both_entries, out=np.zeros(both_entries.shape, dtype=bool)
     )
     checks = [
         ("a token id outside the vocabulary", ((ids < PAD_ID) | (ids >= vocab_size)).any(axis=1)),
         ("the same token id twice", ((np.diff(ordered_ids, axis=1) == 0) & (ordered_ids[:, 1:] != PAD_ID)).any(axis=1)),
-        ("padding that has a log-probability", (~held & ~np.isneginf(logprobs)).any(axis=1)),
-        ("an entry after padding", (held[:, 1:] & ~held[:, :-1]).any(axis=1)),
-        ("a log-probability that is not finite", (held & ~np.isfinite(logprobs)).any(axis=1)),
-        ("a log-probability above 0", (held & (logprobs > 1e-6)).any(axis=1)),
+        ("padding that has a log-probability", (~is_entry & ~np.isneginf(logprobs)).any(axis=1)),
+        ("an entry after padding", (is_entry[:, 1:] & ~is_entry[:, :-1]).any(axis=1)),
+        ("a log-probability that is not finite", (is_entry & ~np.isfinite(logprobs)).any(axis=1)),
+        ("a log-probability above 0", (is_entry & (logprobs > 1e-6)).any(axis=1)),
         ("log-probabilities that do not descend", ascending.any(axis=1)),
         ("a tail log-probability that is not a number", np.isnan(targets.tail_logprob)),
         (

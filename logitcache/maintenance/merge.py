@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,28 +101,19 @@ def _joined(fingerprints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sources: list[Any] = []
     for fingerprint in fingerprints:
         sources += [source for source in fingerprint["corpus"].get("sources", []) if source not in sources]
-    shared = _shared([fingerprint["corpus"] for fingerprint in fingerprints])
+    first, *others = [fingerprint["corpus"] for fingerprint in fingerprints]
+    shared = {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
     joined = {**fingerprints[0], "corpus": {**shared, "sources": sources}}
     if any(fingerprint.get("generation") != joined.get("generation") for fingerprint in fingerprints):
         joined.pop("generation", None)
     return joined
 
 
-def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first, *others = settings
-    return {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
-
-
 def _distinct(sources: Sequence[LogitCache], folder: Folder) -> Generator[Rows]:
     """Yields all rows except those whose id an earlier row has."""
-    with _scratch(folder) as directory, space_needed(directory):
-        index = RowIndex(directory, (rows.ids for rows, _ in scan(sources)), sum(len(source) for source in sources))
+    scratch = folder.local and folder.local / BUILD_DIRECTORY  # of a cache at a URL, this machine's folder for such
+    with tempfile.TemporaryDirectory(prefix="ids-", dir=scratch) as directory, space_needed(directory):
+        ids = (rows.ids for rows, _ in scan(sources))
+        index = RowIndex(Path(directory), ids, sum(len(source) for source in sources))
         for rows, _ in scan(sources):
             yield rows[index.find(rows.ids) == rows.numbers]
-
-
-@contextmanager
-def _scratch(folder: Folder) -> Iterator[Path]:
-    """Makes a directory for the time of the block: in the build directory, or local if the cache is written to a URL."""
-    with tempfile.TemporaryDirectory(prefix="ids-", dir=folder.local and folder.local / BUILD_DIRECTORY) as directory:
-        yield Path(directory)

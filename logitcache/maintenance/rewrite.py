@@ -41,7 +41,7 @@ from logitcache.format.trusted import read_trusted
 from logitcache.maintenance.row_scan import Rows
 from logitcache.reading.cache import LogitCache, opened
 from logitcache.storage.atomic import space_needed
-from logitcache.storage.folder import Folder
+from logitcache.storage.folder import Folder, refuse_overlap
 from logitcache.version import CREATED_BY
 
 _FINGERPRINT = {
@@ -99,7 +99,7 @@ def rewrite(work: Rewrite, out: str | Path, shard_positions: int, overwrite: boo
         raise UserError(f"--shard-positions {shard_positions}: at least 1 is needed")
     folder = Folder(out)
     for source in work.sources:
-        _refuse_overlap(folder, source.folder)
+        refuse_overlap(f"--out {folder}", folder, source.folder)
     origins = [_origin(source, work.merged) for source in work.sources]
     spec = {"command": work.command, **work.settings, "shard_positions": shard_positions, "from": origins}
     with workspace(folder), space_needed(out):
@@ -212,13 +212,3 @@ def _origin(source: LogitCache, merged: bool) -> dict[str, Any]:
         **source_of(source.folder, source.identity, manifest),
         **({**own, "history": list(manifest.history)} if merged else {}),
     }
-
-
-def _refuse_overlap(out: Folder, source: Folder) -> None:
-    """Raises UserError if writing to `out` could damage the source."""
-    inside, around = out.lies_in(source), source.lies_in(out)
-    if inside and around:
-        raise UserError(f"--out {out} is the cache that is read: choose another folder")
-    if inside or around:
-        inner, outer = (out, source) if inside else (source, out)
-        raise UserError(f"--out {out}: {inner} lies in {outer}; choose a folder beside the cache that is read")

@@ -229,7 +229,8 @@ def _expression(where: str, columns: list[str]) -> Callable[[Rows, pa.Table], np
         number += "#"
 
     def meets(rows: Rows, table: pa.Table) -> np.ndarray:
-        values = {"num_tokens": pa.array(_num_tokens(table)), "num_positions": pa.array(rows.num_positions)}
+        lengths = table["loss_mask"].combine_chunks().value_lengths()
+        values = {"num_tokens": lengths, "num_positions": pa.array(rows.num_positions)}
         values |= {name: table[name] for name in ("row_id", *columns)}
         values[number] = pa.array(np.arange(len(rows)))
         try:
@@ -245,8 +246,3 @@ def _expression(where: str, columns: list[str]) -> Callable[[Rows, pa.Table], np
         return met
 
     return meets
-
-
-def _num_tokens(table: pa.Table) -> np.ndarray:
-    lengths: np.ndarray = table["loss_mask"].combine_chunks().value_lengths().to_numpy()
-    return lengths

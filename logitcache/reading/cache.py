@@ -85,20 +85,20 @@ class LogitCache(Sequence[CachedSequence]):
     """
 
     def __init__(self, path: str, against: str | None = None) -> None:
-        self._folder = Folder(path)
-        self.path = str(self._folder)
-        content = manifest_content(self._folder)
+        self.folder = Folder(path)
+        self.path = str(self.folder)
+        content = manifest_content(self.folder)
         self.identity = hashlib.sha256(content).hexdigest()
         check_identity(self.identity, against, path)
-        self.manifest: Manifest = parse_manifest(content, self._folder.where(MANIFEST_NAME))
-        self._copies = None if self._folder.local else LocalCopies(self.manifest.shards)
+        self.manifest: Manifest = parse_manifest(content, self.folder.where(MANIFEST_NAME))
+        self._copies = None if self.folder.local else LocalCopies(self.manifest.shards)
         whole = TemporaryCopies() if self._copies is not None and against is not None else None
         self._shards = [
-            ShardReader(self._folder, info, self.manifest.layout, self._copies, whole) for info in self.manifest.shards
+            ShardReader(self.folder, info, self.manifest.layout, self._copies, whole) for info in self.manifest.shards
         ]
         for parent in {str(PurePosixPath(info.name).parent) for info in self.manifest.shards}:
             with suppress(Exception):  # a store that lists a folder knows its sizes then; others are asked for each
-                self._folder.names(parent)
+                self.folder.names(parent)
         for shard in self._shards:
             shard.check_size()
         self._first_rows = np.cumsum([0] + [info.num_sequences for info in self.manifest.shards])
@@ -109,11 +109,6 @@ class LogitCache(Sequence[CachedSequence]):
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
-
-    @property
-    def folder(self) -> Folder:
-        """Folder or URL at which the cache was opened."""
-        return self._folder
 
     @property
     def num_positions(self) -> int:
@@ -135,7 +130,7 @@ class LogitCache(Sequence[CachedSequence]):
         """Tail group of each token id, int32 [V]; None if the cache holds no tail groups."""
         if not self.manifest.layout.tail_parts.groups:
             return None
-        content = read_trusted(self._folder, self.manifest, TAIL_GROUPS_NAME, MAX_TAIL_GROUPS_BYTES)
+        content = read_trusted(self.folder, self.manifest, TAIL_GROUPS_NAME, MAX_TAIL_GROUPS_BYTES)
         layout = self.manifest.layout
         try:
             groups = read_tail_groups(BytesIO(content))
@@ -144,7 +139,7 @@ class LogitCache(Sequence[CachedSequence]):
             return groups
         except ValueError as error:
             raise UserError(
-                f"{self._folder.where(TAIL_GROUPS_NAME)} was altered ({error}): fetch it or build the cache again"
+                f"{self.folder.where(TAIL_GROUPS_NAME)} was altered ({error}): fetch it or build the cache again"
             ) from error
 
     def tokenizer_files(self) -> dict[str, bytes] | None:
@@ -152,7 +147,7 @@ class LogitCache(Sequence[CachedSequence]):
 
         Raises UserError as `tokenizer.read_tokenizer` does.
         """
-        return read_tokenizer(self._folder, self.manifest)
+        return read_tokenizer(self.folder, self.manifest)
 
     @cached_property
     def _row_groups(self) -> np.ndarray:
@@ -297,14 +292,14 @@ def _rows(cache: LogitCache, order: Iterator[Step], window: int) -> Iterator[Cac
     def read(step: Step) -> tuple[Step, DecodedRows | None]:
         return step, None if step.row_group is None else cache.read_row_group(step.row_group)
 
-    held: dict[int | None, DecodedRows] = {}
+    open_groups: dict[int | None, DecodedRows] = {}
     for step, decoded in prefetched(read, cache._copied_ahead(order, lambda step: step.row_group)):
         if decoded is not None:
-            if len(held) == window:
-                del held[next(iter(held))]
-            held[step.row_group] = decoded
+            if len(open_groups) == window:
+                del open_groups[next(iter(open_groups))]
+            open_groups[step.row_group] = decoded
         for row_group, row in step.rows.tolist():
-            yield held[row_group][row]
+            yield open_groups[row_group][row]
 
 
 def _window(shuffle: bool) -> int:

@@ -1,10 +1,10 @@
 """Shards of remote caches copied to this machine: a bounded folder that its processes share.
 
-    LOGITCACHE_HOME/lock            held for the moment in which something appears, is removed, or gets its room; holds the
+    LOGITCACHE_HOME/lock            locked for the moment in which something appears, is removed, or gets its room; holds the
                                     bytes that all copies take, or more, so that not every copy has to look through the folder
     LOGITCACHE_HOME/shards/SHA256   a shard, by the SHA-256 of its content
-    …/shards/SHA256.tmp             one under way, as large as it will be; held by who copies it
-    LOGITCACHE_HOME/users/…         the shards of one cache, a SHA-256 a line; held by all processes that stream it
+    …/shards/SHA256.tmp             one under way, as large as it will be; locked by who copies it
+    LOGITCACHE_HOME/users/…         the shards of one cache, a SHA-256 a line; locked by all processes that stream it
 
 LOGITCACHE_HOME is ~/.cache/logitcache where it is not set. LOGITCACHE_LOCAL_GB (10⁹ bytes) limits what all copies take; 0
 turns them off. By default it is 64, and no more than half of what the disk would have free without them.
@@ -193,11 +193,11 @@ class LocalCopies:
             excess -= size
         return sizes
 
-    def _limit(self, held_bytes: int) -> float:
+    def _limit(self, copied_bytes: int) -> float:
         if self._limit_bytes is not None:
             return self._limit_bytes
         disk = os.statvfs(self._home)
-        return min(LIMIT_BYTES, SHARE_OF_DISK * (disk.f_bavail * disk.f_frsize + held_bytes))
+        return min(LIMIT_BYTES, SHARE_OF_DISK * (disk.f_bavail * disk.f_frsize + copied_bytes))
 
     def _in_use(self) -> set[str]:
         """Returns the SHA-256 of the shards of all caches that are streamed now."""

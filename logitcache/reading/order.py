@@ -43,18 +43,20 @@ def steps(part: np.ndarray, window: int, seed: int | None, start: int) -> Iterat
         due[age : age + len(part)] += _dealt(sizes, age + 1, window) - _dealt(sizes, age, window)
     ends = np.cumsum(due)
     first = int(np.searchsorted(ends, start, side="right"))
-    held: dict[int, np.ndarray] = {}  # what is open: int64 [n, 2], its rows in the order in which they are dealt
+    open_rows: dict[int, np.ndarray] = {}  # by row group: int64 [n, 2], in the order of dealing
     for number in range(first, len(due)):
         opened = range(max(0, number - window + 1) if number == first else number, min(number + 1, len(part)))
-        held |= {i: _rows(part[i], None if seed is None else np.random.default_rng((seed, i, 0))) for i in opened}
-        held.pop(number - window, None)
-        dealt = {i: _dealt(len(held[i]), number - i + 1, window) for i in held}
-        rows = np.concatenate([held[i][_dealt(len(held[i]), number - i, window) : dealt[i]] for i in held])
+        open_rows |= {i: _rows(part[i], None if seed is None else np.random.default_rng((seed, i, 0))) for i in opened}
+        open_rows.pop(number - window, None)
+        dealt = {i: _dealt(len(open_rows[i]), number - i + 1, window) for i in open_rows}
+        rows = np.concatenate(
+            [open_rows[i][_dealt(len(open_rows[i]), number - i, window) : dealt[i]] for i in open_rows]
+        )
         if seed is not None:
             rows = np.random.default_rng((seed, number, 1)).permutation(rows)
         if number == first:
             rows = rows[start - int(ends[first] - due[first]) :]
-        needed = [int(part[i, 0]) for i in opened if dealt[i] < len(held[i]) or (rows[:, 0] == part[i, 0]).any()]
+        needed = [int(part[i, 0]) for i in opened if dealt[i] < len(open_rows[i]) or (rows[:, 0] == part[i, 0]).any()]
         for row_group in needed[:-1]:
             yield Step(row_group, rows[:0])
         yield Step(needed[-1] if needed else None, rows)

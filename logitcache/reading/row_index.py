@@ -59,16 +59,16 @@ class RowIndex:
 
 def _batches(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Joins the arrays of ids to fewer ones: row groups have few rows, and each array touches every bucket."""
-    held: list[np.ndarray] = []
+    batch: list[np.ndarray] = []
     count = 0
     for array in arrays:
-        held.append(array)
+        batch.append(array)
         count += len(array)
         if count >= ROWS_PER_BATCH:
-            yield np.concatenate(held)
-            held, count = [], 0
-    if held:
-        yield np.concatenate(held)
+            yield np.concatenate(batch)
+            batch, count = [], 0
+    if batch:
+        yield np.concatenate(batch)
 
 
 def deal(directory: Path, records: np.ndarray, buckets: np.ndarray) -> None:

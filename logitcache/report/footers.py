@@ -15,6 +15,7 @@ from logitcache.format.codec import flat
 from logitcache.format.footer import Footer, check_footer, open_parquet, read_footer
 from logitcache.format.layout import Layout
 from logitcache.format.shards import ShardInfo
+from logitcache.report.statistics import evenly_spread
 from logitcache.storage.folder import Folder
 
 READ_SHARDS = 32
@@ -62,5 +63,4 @@ def _opened(folder: Folder, shard: ShardInfo, layout: Layout) -> Iterator[tuple[
 
 def spread(shards: Sequence[ShardInfo]) -> list[ShardInfo]:
     """Chooses at most `READ_SHARDS` of the shards, evenly spread, first and last included."""
-    picked = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), READ_SHARDS)).astype(int))
-    return [shards[i] for i in picked.tolist()]
+    return [shards[i] for i in evenly_spread(len(shards), READ_SHARDS)]

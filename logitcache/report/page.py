@@ -235,16 +235,14 @@ def _check_replaceable(path: Path) -> None:
             raise UserError(f"--out {path} is a folder: name a file, for example {path / 'page.html'}")
         if not path.exists():
             return
-        ours = path.is_file() and GENERATOR.encode() in _beginning(path)
+        ours = False
+        if path.is_file():
+            with path.open("rb") as file:
+                ours = GENERATOR.encode() in file.read(1000)
     except OSError as error:
         raise UserError(f"{path} cannot be looked at ({error.strerror}): choose another name with --out") from error
     if not ours:
         raise UserError(f"{path} exists and is not a page of `logitcache view`: choose another name with --out")
-
-
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(1000)
 
 
 def _resource(name: str) -> str:

@@ -14,7 +14,7 @@ from logitcache.errors import UserError
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.targets import SparseTargets
 from logitcache.reading.cache import LogitCache
-from logitcache.report.statistics import entropies
+from logitcache.report.statistics import entropies, evenly_spread
 
 PAGE_TOKENS = 16_384
 """Tokens of all rows of a page: more would be slow to look at, and the page large."""
@@ -57,8 +57,7 @@ def chosen_rows(cache: LogitCache, rows: Sequence[str], num_sequences: int) -> l
     if not rows:
         if not 1 <= num_sequences <= MOST_ROWS:
             raise UserError(f"--num-sequences {num_sequences}: a page takes 1 to {MOST_ROWS}")
-        spread = np.linspace(0, len(cache) - 1, min(len(cache), num_sequences))
-        return [int(row) for row in np.unique(spread.astype(int))]
+        return evenly_spread(len(cache), num_sequences)
     chosen: set[int] = set()
     ids: list[str] = []
     for text in rows:

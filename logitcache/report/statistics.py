@@ -60,10 +60,10 @@ def statistics(folder: Folder, manifest: Manifest) -> Statistics:
     Raises UserError if a shard is not the one that the manifest names, or holds values that are no log-probabilities.
     """
     row_groups = [(info, index) for info in manifest.shards for index in range(len(info.row_group_sizes))]
-    chosen = np.unique(np.linspace(0, len(row_groups) - 1, min(len(row_groups), READ_ROW_GROUPS)).astype(int))
+    chosen = evenly_spread(len(row_groups), READ_ROW_GROUPS)
     entropy, tail_mass, covered = [np.zeros(0)], [np.zeros(0)], [np.zeros(0)]
     counts: Counter[int] = Counter()
-    for number in chosen.tolist():
+    for number in chosen:
         info, index = row_groups[number]
         targets = ShardReader(folder, info, manifest.layout).read_row_group(index).targets
         entropy.append(entropies(targets))
@@ -90,6 +90,12 @@ def statistics(folder: Folder, manifest: Manifest) -> Statistics:
         ),
         tail_histogram=_histogram(tail_all, _tail_edges()),
     )
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Returns at most `most` of the numbers 0 … count − 1, evenly spread, first and last included."""
+    numbers: list[int] = np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+    return numbers
 
 
 def entropies(targets: SparseTargets) -> np.ndarray:

@@ -42,7 +42,7 @@ from logitcache.sharing.bundle import bundled_manifest, is_bundle
 from logitcache.sharing.fetch import Source, fetch
 from logitcache.sharing.transfer import left_behind, persistently, vouched_files
 from logitcache.storage.atomic import space_needed
-from logitcache.storage.folder import Folder
+from logitcache.storage.folder import Folder, refuse_overlap
 from logitcache.version import CREATED_BY
 
 logger = logging.getLogger("logitcache")
@@ -86,13 +86,11 @@ def pull(
         raise UserError("the URL is empty: say where the cache is")
     if folder.local is None:
         raise UserError(f"--out {out}: a local folder is wanted; `logitcache push` copies to a URL")
-    if not is_bundle(url) and (folder.lies_in(Folder(url)) or Folder(url).lies_in(folder)):
-        raise UserError(f"--out {out}: choose a folder outside the cache that is read, {url}")
-    content = (
-        persistently(partial(bundled_manifest, url))
-        if is_bundle(url)
-        else persistently(partial(manifest_content, Folder(url)))
-    )
+    if is_bundle(url):
+        content = persistently(partial(bundled_manifest, url))
+    else:
+        refuse_overlap(f"--out {out}", folder, Folder(url))
+        content = persistently(partial(manifest_content, Folder(url)))
     identity = hashlib.sha256(content).hexdigest()
     check_identity(identity, against, url)
     source = Source(url, identity, parse_manifest(content, f"{url.rstrip('/')}/{MANIFEST_NAME}"))

@@ -43,8 +43,8 @@ from logitcache.sharing.transfer import (
     vouched_files,
 )
 from logitcache.storage.atomic import space_needed
-from logitcache.storage.folder import Folder, Stored
-from logitcache.storage.lock import locked
+from logitcache.storage.folder import Folder, Stored, refuse_overlap
+from logitcache.storage.lock import locked_folder
 from logitcache.storage.regular_files import regular_file
 
 
@@ -160,10 +160,9 @@ class _Outgoing:
 
 
 def _push_files(ours: _Outgoing, url: str, overwrite: bool, public: bool) -> Pushed:
-    target, source = Folder(url), Folder(ours.folder)
-    if target.lies_in(source) or source.lies_in(target):
-        raise UserError(f"{url}: choose a place outside the cache that is pushed, {source}")
-    with locked(target):
+    target = Folder(url)
+    refuse_overlap(url, target, Folder(ours.folder), "the cache that is pushed")
+    with locked_folder(target):
         return _push_to(target, ours, url, overwrite, public)
 
 

@@ -381,6 +381,12 @@ class Folder:
         return Folder, (self.path,)
 
 
+def refuse_overlap(place: str, target: Folder, source: Folder, read: str = "the cache that is read") -> None:
+    """Raises UserError, about `place`, if one of two folders is the other or lies in it: writing to one could damage both."""
+    if target.lies_in(source) or source.lies_in(target):
+        raise UserError(f"{place}: choose a place outside {read}, {source}, and not around it")
+
+
 class _Bound(NoOpCallback):  # type: ignore[misc]  # fsspec has no types
     """The callback that ends a transfer by a UserError as soon as a store announces, or has sent, more than it may."""
 

@@ -15,7 +15,7 @@ logger = logging.getLogger("logitcache")
 
 
 @contextmanager
-def locked(folder: Folder, *, shared: bool = False) -> Iterator[None]:
+def locked_folder(folder: Folder, *, shared: bool = False) -> Iterator[None]:
     """Locks a folder against other commands while the block runs; makes the folder, and leaves no empty one behind.
 
     shared: together with other processes of one build, each of which scores a range of its shards. A URL cannot be locked.
@@ -31,7 +31,9 @@ def locked(folder: Folder, *, shared: bool = False) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: a folder that can be written is wanted ({error.strerror})") from error
     try:
-        lock(directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder, "another command is writing there")
+        lock_directory(
+            directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder, "another command is writing there"
+        )
         try:
             yield
         finally:
@@ -41,7 +43,7 @@ def locked(folder: Folder, *, shared: bool = False) -> Iterator[None]:
         os.close(directory)
 
 
-def lock(directory: int, operation: int, folder: Folder, otherwise: str) -> None:
+def lock_directory(directory: int, operation: int, folder: Folder, otherwise: str) -> None:
     """Locks an open directory until it is closed. Raises UserError, with `otherwise`, where another process has locked it."""
     try:
         fcntl.flock(directory, operation | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from logitcache import LogitCache
 from logitcache.exchange.importing import import_logits
-from logitcache.maintenance.verify.verify import Verification
+from logitcache.maintenance.verify.verification import Verification
 
 FIXTURES = Path(__file__).parents[1] / "data/exchange"
 VOCAB = 60

@@ -14,7 +14,7 @@ from logitcache import UserError
 from logitcache.errors import is_out_of_memory, one_line
 from logitcache.storage.atomic import disk_is_full
 from logitcache.storage.folder import Folder
-from logitcache.storage.lock import locked
+from logitcache.storage.lock import locked_folder
 from trainer.config.config import DistillConfig
 
 
@@ -46,7 +46,7 @@ def folder_held(folder: Path, option: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(Folder(folder.absolute())))
+            stack.enter_context(locked_folder(Folder(folder.absolute())))
         except UserError as error:
             raise UserError(f"{option} {error}") from error
         if not os.access(folder, os.W_OK):

@@ -16,9 +16,8 @@ from logitcache.capture.corpus.tokens import Tokenization, Tokens
 from logitcache.documents.document import BadDocument, Document
 from logitcache.documents.masks import LOSS_MASKS, PADDING
 from logitcache.errors import UserError
-from logitcache.format.layout import RESERVED_COLUMNS
+from logitcache.format.layout import refuse_reserved
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.tail_parts import TEMPERED_PREFIX
 
 LONG_POLICIES = ("split", "truncate", "skip")
 
@@ -57,9 +56,7 @@ class CorpusSettings:
             raise UserError(
                 f"--columns {sorted(unknown)[0]}=…: no layout has this column; they have {', '.join(sorted(known))}"
             )
-        for name in self.keep:
-            if name in RESERVED_COLUMNS or name.startswith(TEMPERED_PREFIX):
-                raise UserError(f"--keep {name}: the cache has a column of that name itself; rename the source's")
+        refuse_reserved(self.keep)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as plain JSON types, for the fingerprint."""

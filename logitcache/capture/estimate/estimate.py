@@ -84,7 +84,9 @@ def plan(teacher: str | None, data: str | Sequence[str], **options: Unpack[Input
     for sequence in sample.sequences:
         types.see(sequence.columns)
     layout = cache_layout(inputs.settings, inputs.model.vocab_size, types.names())
-    sample = replace(sample, sequences=[_as_built(sequence, layout) for sequence in sample.sequences])
+    kept = [json.loads(columns_text(sequence.columns)) for sequence in sample.sequences]  # as a build stores them
+    pairs = zip(sample.sequences, kept, strict=True)
+    sample = replace(sample, sequences=[replace(s, columns=stored_columns(layout.columns, c)) for s, c in pairs])
     loaded = start_teacher(inputs.model, inputs.engine, sample.longest, inputs.settings.top_k)
     try:
         skip_bad = inputs.corpus_settings.skip_bad
@@ -93,12 +95,6 @@ def plan(teacher: str | None, data: str | Sequence[str], **options: Unpack[Input
         )
     finally:
         loaded.close()
-
-
-def _as_built(sequence: TokenSequence, layout: Layout) -> TokenSequence:
-    """Returns a sequence with its kept columns as a build stores them."""
-    columns = json.loads(columns_text(sequence.columns))
-    return replace(sequence, columns=stored_columns(layout.columns, columns))
 
 
 @dataclass(frozen=True)
@@ -198,7 +194,8 @@ def estimate(
     """
     sequences = random.Random(0).sample(sample.sequences, len(sample.sequences))
     priced = _first(sequences, [len(sequence.positions) for sequence in sequences], PRICED_POSITIONS)
-    ks = _candidate_ks(settings.top_k, most=layout.vocab_size if sees_logits else settings.top_k)
+    most = layout.vocab_size if sees_logits else settings.top_k
+    ks = sorted({k for k in CANDIDATE_KS if k <= most} | {settings.top_k})
     logger.info("scoring %d sequences of the sample", len(priced))
     priced = _with_numbers(teacher, priced, skip_bad)
     judgement, num_groups = None, 0
@@ -318,10 +315,6 @@ def thinned(sequences: Sequence[TokenSequence], num_positions: int) -> list[Toke
         mask[positions[drawn[owners[drawn] == index]] + 1] = True
         result.append(TokenSequence(sequences[index].input_ids, mask))
     return result
-
-
-def _candidate_ks(own: int, most: int) -> list[int]:
-    return sorted({k for k in CANDIDATE_KS if k <= most} | {own})
 
 
 def _first(sequences: Sequence[TokenSequence], sizes: Sequence[int], enough: float) -> Sequence[TokenSequence]:

@@ -22,7 +22,7 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
-from logitcache.maintenance.verify.verify import Verification
+from logitcache.maintenance.verify.verification import Verification
 from logitcache.storage.folder import Folder
 from tests.helpers.references import full_logprobs
 
@@ -217,7 +217,7 @@ def test_a_mistyped_teacher_is_refused_before_the_rows_are_read(
     built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "logitcache.maintenance.verify.verify.Verification.__next__", lambda _: pytest.fail("rows were read")
+        "logitcache.maintenance.verify.verification.Verification.__next__", lambda _: pytest.fail("rows were read")
     )
     options = ["--teacher", "./nowhere", "--backend", "transformers"]
     assert main(["verify", str(built), "--rescore", "4", *options]) == 2

@@ -33,7 +33,7 @@ from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.format.thrift import parse_struct
 from logitcache.maintenance.info import info
 from logitcache.maintenance.row_scan import scan
-from logitcache.maintenance.verify.verify import Verification
+from logitcache.maintenance.verify.verification import Verification
 from logitcache.report.page import view
 from logitcache.sharing import bundle
 from logitcache.sharing.bundle import opened_bundle, write_bundle

@@ -335,7 +335,7 @@ class TestPlaces:
     def test_a_cache_is_not_written_onto_itself(self, root: Path, place: str) -> None:
         (root / "link").symlink_to(root / "a")
         before = contents(root / "a")
-        with pytest.raises(UserError, match="is the cache that is read: choose another folder"):
+        with pytest.raises(UserError, match="choose a place outside the cache that is read, "):
             recode(root, Path(f"{root}/{place}"), overwrite=True)
         assert contents(root / "a") == before
 
@@ -344,7 +344,7 @@ class TestPlaces:
     def test_nor_into_itself_nor_around_itself(self, root: Path, place: str) -> None:
         (root / "link").symlink_to(root / "a")
         before = contents(root)
-        with pytest.raises(UserError, match=r"lies in .*; choose a folder beside the cache that is read"):
+        with pytest.raises(UserError, match=r"choose a place outside the cache that is read, .*, and not around it"):
             recode(root, root / place, overwrite=True)
         assert contents(root) == before
 
@@ -375,7 +375,7 @@ class TestPlaces:
         assert len(both) == 110
         for ours, theirs in zip(both, local, strict=False):
             assert_same_row(ours, theirs)
-        with pytest.raises(UserError, match="is the cache that is read"):
+        with pytest.raises(UserError, match="outside the cache that is read"):
             logitcache.slice(f"{bucket}/c", f"{bucket}/c/", rows="0:1", overwrite=True)
 
 

@@ -28,9 +28,9 @@ from logitcache.format.quantization import PRESETS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import shard_name
 from logitcache.format.tail_parts import TAIL_GROUPS_NAME, TailParts
-from logitcache.maintenance.verify import verify as verify_module
+from logitcache.maintenance.verify import verification
 from logitcache.maintenance.verify.findings import KINDS, SHOWN_PER_KIND, Finding, Report
-from logitcache.maintenance.verify.verify import Verification
+from logitcache.maintenance.verify.verification import Verification
 from logitcache.storage.atomic import file_sha256
 from tests.helpers.smallcaches import EVERYTHING, VOCAB, Row, random_rows, small, write_cache
 
@@ -622,7 +622,7 @@ def repeat(rows: list[Row], digest_of: list[Row] | None, root: Path) -> None:
 @pytest.mark.parametrize("waiting", [1, 3, 1 << 16])
 def test_rows_that_are_there_twice_are_found_with_both_places(tmp_path: Path, waiting: int) -> None:
     repeat([*ROWS[:5], ROWS[1], ROWS[4], ROWS[1]], None, tmp_path)
-    with patch.object(verify_module, "WAITING_ROWS", waiting):
+    with patch.object(verification, "WAITING_ROWS", waiting):
         findings = found(tmp_path)
     first, second = shard_name(0, 2), shard_name(1, 2)
     assert {(finding.file, finding.row, finding.row_id, finding.what) for finding in findings} == {

@@ -36,7 +36,7 @@ from logitcache.maintenance.recode import recode
 from logitcache.maintenance.slice import slice_cache
 from logitcache.maintenance.verify.findings import Finding
 from logitcache.maintenance.verify.shard import shard_files
-from logitcache.maintenance.verify.verify import Verification
+from logitcache.maintenance.verify.verification import Verification
 from logitcache.storage import retries
 from logitcache.storage.folder import Folder
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401

@@ -27,7 +27,7 @@ from logitcache.assembly import workspace
 from logitcache.cli import main
 from logitcache.format import manifest as manifests
 from logitcache.format.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
-from logitcache.maintenance.verify.verify import Verification
+from logitcache.maintenance.verify.verification import Verification
 from logitcache.sharing import fetch as fetching
 from logitcache.sharing import transfer
 from logitcache.sharing.pull import pull
@@ -514,7 +514,7 @@ class TestPlaces:
         ):
             pull(there, "memory://out")
         for out in (there, f"{there}/data", tmp_path):
-            with pytest.raises(UserError, match="choose a folder outside the cache that is read"):
+            with pytest.raises(UserError, match="choose a place outside the cache that is read"):
                 pull(there, out)
 
     @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import logitcache
 from logitcache import LogitCache, UserError
 from logitcache.cli import main
-from logitcache.maintenance.verify.verify import Verification
+from logitcache.maintenance.verify.verification import Verification
 from logitcache.storage.folder import Folder
 from logitcache.storage.regular_files import regular_file
 from tests.helpers.maintained import contents, make_cache

@@ -13,7 +13,7 @@ import logitcache
 from logitcache import UserError
 from logitcache.cli import main
 from logitcache.exchange.source_files import find_sources
-from logitcache.maintenance.verify.verify import Verification
+from logitcache.maintenance.verify.verification import Verification
 from logitcache.reading.cache import LogitCache
 from logitcache.storage.folder import Folder
 from tests.helpers.exchanging import random_rows as topk_rows

@@ -25,8 +25,8 @@ from logitcache.reading.row_index import deal
 from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder, Stored
 
-NUM_BUCKETS = 256
-"""Files to which row ids are dealt: of a thousand million rows, each holds some 120 MiB."""
+RECORD = np.dtype([("id", "S16"), ("shard", "<i4"), ("row", "<i8")])
+"""A row id in one of the 256 files to which they are dealt: of a thousand million rows, each holds some 120 MiB."""
 WAITING_ROWS = 1 << 16
 """Row ids that are kept until they are dealt to the files."""
 
@@ -144,7 +144,8 @@ class _RowIds:
     """The ids of all rows: their SHA-256 in order, and those that come twice."""
 
     def __init__(self, directory: Path) -> None:
-        self._buckets = HashBuckets(directory, [("id", "S16"), ("shard", "<i4"), ("row", "<i8")])
+        directory.mkdir()
+        self._directory = directory
         self._waiting: list[tuple[np.ndarray, int, int]] = []
         self._num_waiting = 0
         self._digest = hashlib.sha256()
@@ -165,17 +166,20 @@ class _RowIds:
     def _deal(self) -> None:
         if not self._num_waiting:
             return
-        ids = np.concatenate([row_ids for row_ids, _, _ in self._waiting])
-        shards = np.concatenate([np.full(len(row_ids), shard) for row_ids, shard, _ in self._waiting])
-        rows = np.concatenate([np.arange(len(row_ids)) + first for row_ids, _, first in self._waiting])
-        self._buckets.add(ids.view(np.uint8).reshape(-1, 16)[:, 0].astype(np.int64), ids, shards, rows)
+        records = np.empty(self._num_waiting, RECORD)
+        records["id"] = np.concatenate([row_ids for row_ids, _, _ in self._waiting])
+        records["shard"] = np.concatenate([np.full(len(row_ids), shard) for row_ids, shard, _ in self._waiting])
+        records["row"] = np.concatenate([np.arange(len(row_ids)) + first for row_ids, _, first in self._waiting])
+        deal(
+            self._directory, records, np.concatenate([row_ids.view(np.uint8)[::16] for row_ids, _, _ in self._waiting])
+        )
         self._waiting, self._num_waiting = [], 0
 
     def repeated(self, names: list[str]) -> Iterator[Finding]:
         """Yields a finding for each row that was there before; `names` are the shards' in the order of their numbers."""
         self._deal()
-        for bucket in range(NUM_BUCKETS):
-            records = self._buckets.read(bucket)
+        for bucket in sorted(self._directory.iterdir(), key=lambda path: int(path.name)):
+            records = np.fromfile(bucket, RECORD)
             records = records[np.argsort(records["id"], kind="stable")]
             for i in np.flatnonzero(records["id"][1:] == records["id"][:-1]).tolist():
                 former, again = records[i], records[i + 1]
@@ -239,23 +243,3 @@ def _check_unnamed(folder: Folder, present: list[str], claims: Claims) -> Iterat
             yield Finding("swapped", name, f"this is what the manifest calls {same}")
         else:
             yield Finding("foreign", name, f"{num_bytes:,} bytes" + (f", the same as {same}" if same else ""))
-
-
-class HashBuckets:
-    """Records of a structured type, dealt to numbered files of a directory, so that the records of one file fit in memory."""
-
-    def __init__(self, directory: Path, fields: list[tuple[str, str]]) -> None:
-        directory.mkdir()
-        self._directory, self._type = directory, np.dtype(fields)
-
-    def add(self, buckets: np.ndarray, *columns: np.ndarray) -> None:
-        """Appends records, given by columns [n], each to the bucket [n] of its own."""
-        records = np.empty(len(buckets), self._type)
-        for name, column in zip(self._type.names or (), columns, strict=True):
-            records[name] = column
-        deal(self._directory, records, buckets)
-
-    def read(self, bucket: int) -> np.ndarray:
-        """Returns all records of a bucket, in the order in which they came."""
-        path = self._directory / str(bucket)
-        return np.fromfile(path, self._type) if path.exists() else np.empty(0, self._type)
