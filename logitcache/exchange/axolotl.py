@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from logitcache.format.codec import DecodedRows
+from logitcache.format.codec import DecodedRows, lists_of
 from logitcache.format.sequences import CachedSequence
 from logitcache.format.targets import PAD_ID
 
@@ -31,7 +31,7 @@ def table_v1(rows: DecodedRows, logprobs_field: str) -> pa.Table:
     ids, logprobs, lists, positions = _lists(rows)
     tokens = pc.binary_join_element_wise("token_id:", pa.array(ids).cast(pa.string()), "")
     entries = pa.StructArray.from_arrays([tokens, pa.array(logprobs, pa.float32())], ["token", "logprob"])
-    return pa.table({logprobs_field: _nested(entries, lists, positions)})
+    return pa.table({logprobs_field: lists_of(lists_of(entries, lists), positions)})
 
 
 def table_v2(rows: DecodedRows, logprobs_field: str) -> pa.Table:
@@ -39,8 +39,8 @@ def table_v2(rows: DecodedRows, logprobs_field: str) -> pa.Table:
     ids, logprobs, lists, positions = _lists(rows)
     return pa.table(
         {
-            logprobs_field: _nested(pa.array(logprobs, pa.float32()), lists, positions),
-            IDS: _nested(pa.array(ids, pa.int32()), lists, positions),
+            logprobs_field: lists_of(lists_of(pa.array(logprobs, pa.float32()), lists), positions),
+            IDS: lists_of(lists_of(pa.array(ids, pa.int32()), lists), positions),
         }
     )
 
@@ -98,11 +98,3 @@ def _filled_up(ids: np.ndarray) -> np.ndarray:
         others = np.setdiff1d(np.arange(ids.shape[1]), ids[position])
         filled[position, missing] = others[: missing.sum()]
     return filled
-
-
-def _nested(values: pa.Array, lists: list[int], positions: list[int]) -> pa.Array:
-    return pa.ListArray.from_arrays(_offsets(positions), pa.ListArray.from_arrays(_offsets(lists), values))
-
-
-def _offsets(lengths: list[int]) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int32())

@@ -12,7 +12,7 @@ import pyarrow as pa
 from logitcache.exchange.distillkit import check_length
 from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.values import BadRow, numbers, ragged
-from logitcache.format.codec import DecodedRows
+from logitcache.format.codec import DecodedRows, lists_of
 from logitcache.format.targets import PAD_ID
 
 IDS, LOGPROBS, TAIL, MASK = "topk_ids", "topk_logprobs", "tail_logprob", "loss_mask"
@@ -70,20 +70,12 @@ def table(rows: DecodedRows) -> pa.Table:
     counts[stored] = present.sum(axis=1)
     tails = np.full(len(stored), -np.inf, dtype=np.float32)
     tails[stored] = rows.targets.tail_logprob
-    per_row = _offsets(np.maximum(lengths - 1, 0))
+    per_row = np.maximum(lengths - 1, 0)
     columns = {
-        "input_ids": _lists(_offsets(lengths), pa.array(rows.input_ids, pa.int32())),
-        MASK: _lists(_offsets(lengths), pa.array(rows.loss_mask, pa.bool_())),
-        IDS: _lists(per_row, _lists(_offsets(counts), pa.array(rows.targets.token_ids[present], pa.int32()))),
-        LOGPROBS: _lists(per_row, _lists(_offsets(counts), pa.array(rows.targets.logprobs[present], pa.float32()))),
-        TAIL: _lists(per_row, pa.array(tails, pa.float32(), mask=np.isneginf(tails))),
+        "input_ids": lists_of(pa.array(rows.input_ids, pa.int32()), lengths),
+        MASK: lists_of(pa.array(rows.loss_mask, pa.bool_()), lengths),
+        IDS: lists_of(lists_of(pa.array(rows.targets.token_ids[present], pa.int32()), counts), per_row),
+        LOGPROBS: lists_of(lists_of(pa.array(rows.targets.logprobs[present], pa.float32()), counts), per_row),
+        TAIL: lists_of(pa.array(tails, pa.float32(), mask=np.isneginf(tails)), per_row),
     }
     return pa.table(columns)
-
-
-def _offsets(lengths: np.ndarray) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-
-
-def _lists(offsets: pa.Array, values: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(offsets, values)

@@ -73,14 +73,14 @@ def encode(
         values |= {"token_ids": joined.token_ids[is_entry], "logprobs": joined.logprobs[is_entry]}
     arrays: dict[str, pa.Array] = {
         "row_id": pa.array([s.row_id for s in sequences], pa.string()),
-        "input_ids": _lists(np.concatenate([s.input_ids for s in sequences]), lengths, pa.int32()),
-        "loss_mask": _lists(np.concatenate([s.loss_mask for s in sequences]), lengths, pa.bool_()),
+        "input_ids": lists_of(pa.array(np.concatenate([s.input_ids for s in sequences]), pa.int32()), lengths),
+        "loss_mask": lists_of(pa.array(np.concatenate([s.loss_mask for s in sequences]), pa.bool_()), lengths),
     }
-    entries = np.diff(offsets_of(num_entries)[offsets_of(positions)])
+    entries = np.diff(_offsets(num_entries)[_offsets(positions)])
     for name, arrow_type in layout.values_per_entry().items():
-        arrays[name] = _lists(values[name], entries, arrow_type)
+        arrays[name] = lists_of(pa.array(values[name], arrow_type), entries)
     for name, (arrow_type, count) in layout.values_per_position().items():
-        arrays[name] = _lists(values[name].reshape(-1), positions * count, arrow_type)
+        arrays[name] = lists_of(pa.array(values[name].reshape(-1), arrow_type), positions * count)
     for name, alias in layout.columns.items():
         arrays[name] = pa.array([s.columns.get(name) for s in sequences], pa.type_for_alias(alias))
     return pa.table([arrays[name] for name in schema.names], schema=schema)
@@ -108,7 +108,7 @@ class DecodedRows(Sequence[CachedSequence]):
         values: dict[str, np.ndarray] = {}
         for name in layout.values_per_entry():
             values[name], offsets = flat(table[name])
-            _check_offsets(name, offsets, offsets_of(self.num_entries)[self.offsets])
+            _check_offsets(name, offsets, _offsets(self.num_entries)[self.offsets])
         for name, (_, count) in layout.values_per_position().items():
             column, offsets = flat(table[name])
             _check_offsets(name, offsets, self.offsets * count)
@@ -218,13 +218,13 @@ def _sorted_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np
     return keys.astype(np.int32, copy=False), second
 
 
-def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """Returns where each of some lists begins, and where the last one ends: int64 [n + 1]."""
+def _offsets(lengths: np.ndarray | list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _lists(values: np.ndarray, lengths: np.ndarray, arrow_type: pa.DataType) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(offsets_of(lengths), pa.int32()), pa.array(values, arrow_type))
+def lists_of(values: pa.Array, lengths: np.ndarray | list[int]) -> pa.ListArray:
+    """Returns values as lists of these lengths."""
+    return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), values)
 
 
 def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

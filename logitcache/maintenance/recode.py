@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,10 +65,13 @@ def recode(
         raise UserError("nothing to recode: give --top-k, --top-p, --min-k, --precision or --drop")
     source = open_source(path)
     capture = source.manifest.fingerprint["capture"]
-    entries = _fewer_entries(_Entries.of(capture), top_k, top_p, min_k)
+    captured = _Entries(capture["top_k"], capture.get("top_p", 1.0), capture.get("min_k", capture["top_k"]))
+    entries = _fewer_entries(captured, top_k, top_p, min_k)
     dropped = _checked(one_or_more(drop), source.manifest.layout)
-    layout = _with_precision(_without(source.manifest.layout, dropped), precision)
-    stored = {"top_k": entries.top_k, "top_p": entries.top_p, "min_k": entries.min_k, "precision": layout.precision}
+    layout = _with_precision(source.manifest.layout, precision)
+    columns = {name: alias for name, alias in layout.columns.items() if name not in dropped}
+    layout = replace(layout, tail_parts=layout.tail_parts.without(dropped), columns=columns)
+    stored = entries._asdict() | {"precision": layout.precision}
     absent = {name: value for name, value in TailParts().to_json("option").items() if name in dropped}
     unnamed = {part.option for part in PARTS if part.option in dropped} - absent.keys()
     kept = {name: value for name, value in capture.items() if name not in unnamed}
@@ -85,18 +88,12 @@ def recode(
     return rewrite(work, out, shard_positions, overwrite)
 
 
-@dataclass(frozen=True)
-class _Entries:
+class _Entries(NamedTuple):
     """The number of entries of a position, in the settings of `logitcache.build`."""
 
     top_k: int
     top_p: float
     min_k: int
-
-    @classmethod
-    def of(cls, capture: Mapping[str, Any]) -> _Entries:
-        top_k = capture["top_k"]
-        return cls(top_k, capture.get("top_p", 1.0), capture.get("min_k", top_k))
 
 
 def _fewer_entries(stored: _Entries, top_k: int | None, top_p: float | None, min_k: int | None) -> _Entries:
@@ -133,11 +130,6 @@ def _checked(drop: Sequence[str], layout: Layout) -> list[str]:
     return sorted(set(drop))
 
 
-def _without(layout: Layout, dropped: Sequence[str]) -> Layout:
-    columns = {name: alias for name, alias in layout.columns.items() if name not in dropped}
-    return replace(layout, tail_parts=layout.tail_parts.without(dropped), columns=columns)
-
-
 def _with_precision(layout: Layout, precision: str | None) -> Layout:
     if precision is None or precision == layout.precision:
         return layout
@@ -163,7 +155,7 @@ class _Recoder:
 
     def __call__(self, sequence: CachedSequence) -> SparseTargets:
         entries, targets = self._entries, self._layout.tail_parts.of(sequence.targets)
-        keep = nucleus(targets.logprobs, entries.top_k, entries.top_p, entries.min_k).sum(axis=1)
+        keep = nucleus(targets.logprobs, *entries).sum(axis=1)
         random = (
             np.random.default_rng([self._seed, int(sequence.row_id, 16)]) if targets.sample_ids is not None else None
         )
