@@ -52,7 +52,7 @@ logger = logging.getLogger("logitcache")
 class BuildPlan(Plan):
     """The plan of a build.
 
-    layout: of the documents.  longest: tokens of the longest sequence.  num_documents, skipped, first_bad: see `Corpus`.
+    layout: type of the documents.  longest: tokens of the longest sequence.  num_documents, skipped, first_bad: see `Corpus`.
     """
 
     layout: str
@@ -153,7 +153,7 @@ def read_tokens(source: BinaryIO) -> Iterator[TokenSequence]:
 class ReadCorpus(Protocol):
     """Yields the sequences of a corpus and counts as `Corpus` does."""
 
-    layout: str | None
+    document_type: str | None
     num_documents: int
     skipped: Counter[str]
     notes: Counter[str]
@@ -212,7 +212,7 @@ def _cut(folder: Folder, spec: Mapping[str, Any], corpus: ReadCorpus, shard_posi
     return BuildPlan(
         folder=folder,
         spec=spec,
-        layout=str(corpus.layout),
+        layout=str(corpus.document_type),
         shards=tuple(shards),
         longest=longest,
         column_types=types.names(),

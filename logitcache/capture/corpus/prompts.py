@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from logitcache.capture.corpus.document_types import DocumentTypes, read_input_ids
 from logitcache.capture.corpus.documents import Source
-from logitcache.capture.corpus.layouts import Layouts, read_input_ids
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.corpus.tokens import Tokenization, Tokens
 from logitcache.documents.chat_template import render
@@ -56,7 +56,7 @@ def prompt_of_input_ids(document: Mapping[str, Any], by: Tokenization) -> list[T
     return [_prompt(ids[find_padding(ids, document)])]
 
 
-PROMPT_LAYOUTS: Layouts = {
+PROMPT_TYPES: DocumentTypes = {
     "input_ids": (("input_ids",), prompt_of_input_ids),
     "messages": (("messages",), prompt_of_messages),
     "prompt": (("prompt",), prompt_of_text),
@@ -70,7 +70,7 @@ class PromptSettings(CorpusSettings):
     max_length: tokens of the longest prompt and its completion together.
     """
 
-    layouts: ClassVar[Layouts] = PROMPT_LAYOUTS
+    document_types: ClassVar[DocumentTypes] = PROMPT_TYPES
     long_policies: ClassVar[Sequence[str]] = ("skip",)
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ class CorpusSample:
     reason.  first_bad: the first of the bad ones.
     """
 
-    layout: str
+    document_type: str
     num_documents: int
     num_sampled: int
     sequences: list[TokenSequence] = field(repr=False)
@@ -71,10 +71,10 @@ def sample_corpus(
     Raises UserError for documents of the sample that a build would refuse, and if nothing of it can be trained.
     """
     count, first, sampled = _reservoir(sources, num_documents)
-    # The first readable document of the corpus decides about the layout, as it does in a build.
+    # The first readable document of the corpus decides about the type, as it does in a build.
     probe = Corpus([_source(first)], tokenizer, vocab_size, settings)
     next(iter(probe), None)
-    corpus = Corpus([_source(sampled)], tokenizer, vocab_size, replace(settings, layout=probe.layout))
+    corpus = Corpus([_source(sampled)], tokenizer, vocab_size, replace(settings, layout=probe.document_type))
     sequences: list[TokenSequence] = []
     per_document = np.zeros((len(sampled), 3))
     progress = Progress("tokenising the sample", None, 0, "sequences")
@@ -92,7 +92,7 @@ def sample_corpus(
         logger.warning("--keep %s: no sampled document has this column", ", ".join(sorted(corpus.never_kept)))
     num_sequences, num_tokens, num_positions = (_total(values, count) for values in per_document.T)
     return CorpusSample(
-        layout=str(corpus.layout),
+        document_type=str(corpus.document_type),
         num_documents=count,
         num_sampled=len(sampled),
         sequences=sequences,

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from logitcache.capture.corpus.chat import TURNS
+from logitcache.capture.corpus.document_types import DOCUMENT_TYPES, DocumentTypes, find_document_type
 from logitcache.capture.corpus.documents import Source
-from logitcache.capture.corpus.layouts import LAYOUTS, Layouts, find_layout
 from logitcache.capture.corpus.tokens import Tokenization, Tokens
 from logitcache.documents.document import BadDocument, Document
 from logitcache.documents.masks import LOSS_MASKS, PADDING
@@ -26,13 +26,13 @@ LONG_POLICIES = ("split", "truncate", "skip")
 class CorpusSettings:
     """The settings by which documents become sequences.
 
-    max_length: tokens of the longest sequence.  layout: a name of LAYOUTS, or None to find it from the first document's
-    columns.  turns: which answers of a chat are trained, see `chat.tokenize_messages`.  columns: the layout's column name →
-    the source's.  long: what happens to longer documents; None splits `text` and refuses any other layout.  keep: source
+    max_length: tokens of the longest sequence.  layout: the type of the documents, None to find it from the first document's
+    columns.  turns: which answers of a chat are trained, see `chat.tokenize_messages`.  columns: the type's column name →
+    the source's.  long: what happens to longer documents; None splits `text` and refuses any other type.  keep: source
     columns to store.  skip_bad: leave bad documents out, and rows for which the teacher gives NaN, instead of stopping.
     """
 
-    layouts: ClassVar[Layouts] = LAYOUTS
+    document_types: ClassVar[DocumentTypes] = DOCUMENT_TYPES
     long_policies: ClassVar[Sequence[str]] = LONG_POLICIES
     max_length: int
     layout: str | None = None
@@ -43,15 +43,15 @@ class CorpusSettings:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if self.layout is not None and self.layout not in self.layouts:
-            raise UserError(f"--layout {self.layout}: choose one of {', '.join(self.layouts)}")
+        if self.layout is not None and self.layout not in self.document_types:
+            raise UserError(f"--layout {self.layout}: choose one of {', '.join(self.document_types)}")
         if self.turns not in TURNS:
             raise UserError(f"--turns {self.turns}: choose one of {', '.join(TURNS)}")
         if self.long is not None and self.long not in self.long_policies:
             raise UserError(f"--long {self.long}: choose one of {', '.join(self.long_policies)}")
         if self.max_length < 2:
             raise UserError(f"--max-length {self.max_length}: at least 2 tokens are needed, one to predict the other")
-        known = {column for needed, _ in LAYOUTS.values() for column in needed} | {*LOSS_MASKS, PADDING, "tools"}
+        known = {column for needed, _ in DOCUMENT_TYPES.values() for column in needed} | {*LOSS_MASKS, PADDING, "tools"}
         if unknown := set(self.columns) - known:
             raise UserError(
                 f"--columns {sorted(unknown)[0]}=…: no layout has this column; they have {', '.join(sorted(known))}"
@@ -66,7 +66,7 @@ class CorpusSettings:
 class Corpus:
     """The sequences of all sources, which are iterated once, in order.
 
-    skipped: documents left out so far, by reason.  layout: found with the first document.  never_kept: columns of
+    skipped: documents left out so far, by reason.  document_type: found with the first document.  never_kept: columns of
     `keep` that no document has had.  notes: see `Tokenization`.
     """
 
@@ -76,7 +76,7 @@ class Corpus:
         self.notes = self._by.notes
         self._vocab_size = vocab_size
         self._settings = settings
-        self.layout = settings.layout
+        self.document_type = settings.layout
         self.num_documents = 0
         self.skipped: Counter[str] = Counter()
         self.first_bad: str | None = None
@@ -113,12 +113,12 @@ class Corpus:
         if document.error:
             raise BadDocument(document.error)
         values = self._named(document.values)
-        layouts = self._settings.layouts
-        self.layout = self.layout or find_layout(values, document.where, self._settings.columns, layouts)
-        needed, tokenize = layouts[self.layout]
-        if missing := [self._settings.columns.get(c, c) for c in needed if values.get(c) is None]:
-            raise BadDocument(f"column {missing[0]!r} is missing or null (layout {self.layout})")
-        if self.layout == "messages" and not self._by.tokenizer.chat_template:
+        types, renamed = self._settings.document_types, self._settings.columns
+        self.document_type = self.document_type or find_document_type(values, document.where, renamed, types)
+        needed, tokenize = types[self.document_type]
+        if missing := [renamed.get(c, c) for c in needed if values.get(c) is None]:
+            raise BadDocument(f"column {missing[0]!r} is missing or null (layout {self.document_type})")
+        if self.document_type == "messages" and not self._by.tokenizer.chat_template:
             raise UserError(
                 f"{document.where}: chat messages, but the teacher's tokenizer has no chat template; name a file with one by "
                 "--chat-template"
@@ -134,7 +134,7 @@ class Corpus:
         return {name: document.values.get(name) for name in self._settings.keep}
 
     def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the columns by the layout's names. A mask that the user names is the only one."""
+        """Returns the columns by the type's names. A mask that the user names is the only one."""
         columns = self._settings.columns
         others = {name: value for name, value in values.items() if name not in columns.values()}
         named = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
@@ -146,7 +146,7 @@ class Corpus:
         longest = self._settings.max_length
         if len(ids) <= longest:
             return [(ids, mask)]
-        long = self._settings.long or ("split" if self.layout == "text" else None)
+        long = self._settings.long or ("split" if self.document_type == "text" else None)
         if long == "skip":
             self.skipped["too long"] += 1
             return []

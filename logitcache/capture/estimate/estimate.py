@@ -144,7 +144,7 @@ class Estimate:
         left_out = [f"{count * scale:,.0f} {reason}" for reason, count in sample.skipped.items()]
         tail = f" + {settings.tail_parts.groups} groups" if settings.tail_parts.groups else ""
         lines = [
-            f"documents  {sample.num_documents:,}, {sample.num_sampled:,} of them tokenised (layout {sample.layout})",
+            f"documents  {sample.num_documents:,}, {sample.num_sampled:,} of them tokenised (layout {sample.document_type})",
             f"sequences  {sample.num_sequences}, the longest seen has {sample.longest:,} tokens",
             f"positions  {sample.num_positions} of {sample.num_tokens} tokens",
             f"left out   {', '.join(left_out) or 'nothing'}"

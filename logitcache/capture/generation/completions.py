@@ -55,7 +55,7 @@ class CompletedPrompts:
 
     def __init__(self, folder: Folder, batches: Batches) -> None:
         self._folder, self._batches = folder, batches
-        self.layout: str | None = batches.layout
+        self.document_type: str | None = batches.layout
         self.num_documents = batches.num_documents
         self.skipped = Counter(batches.skipped)
         self.first_bad = batches.first_bad
@@ -142,7 +142,7 @@ def _read_prompts(folder: Folder, spec: Mapping[str, Any], inputs: Inputs) -> No
     check_read(corpus, bool(counts), "prompt to answer")
     data = {
         "request": spec,
-        "layout": corpus.layout,
+        "layout": corpus.document_type,
         "num_prompts": counts,
         "longest": longest,
         "num_documents": corpus.num_documents,

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache import UserError
+from logitcache.capture.corpus.document_types import DOCUMENT_TYPES, tokenize_input_ids
 from logitcache.capture.corpus.documents import Source, find_sources
-from logitcache.capture.corpus.layouts import LAYOUTS, tokenize_input_ids
-from logitcache.capture.corpus.prompts import PROMPT_LAYOUTS
+from logitcache.capture.corpus.prompts import PROMPT_TYPES
 from logitcache.capture.corpus.sample import sample_corpus
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.corpus.tokens import Tokenization
@@ -75,13 +75,13 @@ def test_padding_of_transformers_is_cut_off(teacher_tokenizer: Any, side: str) -
         alone = teacher_tokenizer(text)["input_ids"]
         assert tokenize({name: values[row] for name, values in padded.items()})[0] == alone
         prompt = {name: values[row] for name, values in padded.items()}
-        assert PROMPT_LAYOUTS["input_ids"][1](prompt, Tokenization(None))[0][0].tolist() == alone
+        assert PROMPT_TYPES["input_ids"][1](prompt, Tokenization(None))[0][0].tolist() == alone
 
 
 def test_a_chat_that_transformers_has_tokenised_is_the_chat_itself(teacher_tokenizer: Any) -> None:
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
     done = teacher_tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    [(ids, mask)] = LAYOUTS["messages"][1]({"messages": chat}, Tokenization(teacher_tokenizer))
+    [(ids, mask)] = DOCUMENT_TYPES["messages"][1]({"messages": chat}, Tokenization(teacher_tokenizer))
     assert tokenize(dict(done)) == (ids.tolist(), mask.tolist())
     assert mask.any() and not mask.all()
 
@@ -157,7 +157,7 @@ def test_a_plan_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_prompt_to_be_answered_says_that_masks_are_not_used() -> None:
     by = Tokenization(None)
     document = {"input_ids": [7, 8, 9, 0], "attention_mask": [1, 1, 1, 0], "labels": [-100, 8, 9, -100]}
-    [(ids, mask)] = PROMPT_LAYOUTS["input_ids"][1](document, by)
+    [(ids, mask)] = PROMPT_TYPES["input_ids"][1](document, by)
     assert ids.tolist() == [7, 8, 9]
     assert not mask.any()
     assert by.notes == Counter(

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from logitcache.capture.corpus.layouts import LAYOUTS
-from logitcache.capture.corpus.prompts import PROMPT_LAYOUTS
+from logitcache.capture.corpus.document_types import DOCUMENT_TYPES
+from logitcache.capture.corpus.prompts import PROMPT_TYPES
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
 from logitcache.capture.corpus.tokens import Tokenization
 from logitcache.documents.text_tokens import TextTokens
@@ -106,7 +106,7 @@ def added(request: pytest.FixtureRequest) -> dict[str, str]:
 def tokenize(layout: str, document: dict[str, str], tokenizer: Any) -> tuple[str, Counter[str]]:
     """The document's tokens as text, trained ones in brackets, and what is said of it."""
     by = Tokenization(tokenizer)
-    [(ids, mask)] = LAYOUTS[layout][1](document, by)
+    [(ids, mask)] = DOCUMENT_TYPES[layout][1](document, by)
     first = int(mask.argmax()) if mask.any() else len(ids)
     assert mask[first:].all()
     return f"{tokenizer.decode(ids[:first])}[{tokenizer.decode(ids[first:])}]", by.notes
@@ -115,7 +115,7 @@ def tokenize(layout: str, document: dict[str, str], tokenizer: Any) -> tuple[str
 def test_an_end_that_the_tokenizer_adds_stands_at_the_end_only(kind: Tokenizer, added: dict[str, str]) -> None:
     tokenizer = adding(copy.deepcopy(kind), **added)
     by = Tokenization(tokenizer)
-    [(ids, mask)] = LAYOUTS["prompt-completion"][1]({"prompt": "2+2 is", "completion": " four"}, by)
+    [(ids, mask)] = DOCUMENT_TYPES["prompt-completion"][1]({"prompt": "2+2 is", "completion": " four"}, by)
     begin = [tokenizer.bos_token_id] if "before" in added else []
     # transformers' own: the whole text, whose answer begins at a word.
     whole = tokenizer("2+2 is four", add_special_tokens=False)["input_ids"]
@@ -165,14 +165,14 @@ def test_prompts_to_be_answered_do_not_end(kind: Tokenizer, added: dict[str, str
     said: list[str] = []
     students = [prompt.token_ids for prompt in read_prompts(str(tmp_path / "rows.jsonl"), tokenizer, say=said.append)]
     by = Tokenization(tokenizer)
-    teachers = [PROMPT_LAYOUTS["prompt"][1](row, by)[0][0].tolist() for row in rows]
+    teachers = [PROMPT_TYPES["prompt"][1](row, by)[0][0].tolist() for row in rows]
     plain = tokenizer("2+2 is", add_special_tokens=False)["input_ids"]
     begin = [tokenizer.bos_token_id] if "before" in added else []
     assert students[0] == teachers[0] == begin + plain
     assert students[1] == teachers[1]
     assert teachers[1].count(tokenizer.bos_token_id) == 1
     assert len(said) == len(by.notes) == len(begin)
-    [(ids, mask)] = LAYOUTS["prompt-completion"][1](rows[0], Tokenization(tokenizer))
+    [(ids, mask)] = DOCUMENT_TYPES["prompt-completion"][1](rows[0], Tokenization(tokenizer))
     assert ids[~mask].tolist() == students[0]
 
 

@@ -141,7 +141,7 @@ def test_the_layout_of_the_first_document_holds_for_all(teacher_tokenizer: Any) 
     rows = corpus([{"text": "One."}, {"prompt": "a", "completion": "b"}], teacher_tokenizer)
     with pytest.raises(UserError, match=r"rows 1: column 'text' is missing or null \(layout text\)"):
         list(rows)
-    assert rows.layout == "text"
+    assert rows.document_type == "text"
 
 
 def test_a_named_layout_wins_over_the_columns(teacher_tokenizer: Any) -> None:

@@ -111,7 +111,7 @@ def test_the_first_document_decides_the_layout_even_unsampled(tmp_path: Path, te
     others = [{"text": "teacher student", "prompt": "teacher", "completion": "student"}] * 50
     path.write_text("".join(json.dumps(row) + "\n" for row in [first, *others]))
     sample = sample_corpus(find_sources(str(path)), teacher_tokenizer, V, SETTINGS, num_documents=3)
-    assert sample.layout == "text"
+    assert sample.document_type == "text"
 
 
 def test_bad_documents_are_refused_by_row_or_counted(tmp_path: Path, teacher_tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from logitcache import UserError
-from logitcache.capture.corpus.layouts import LAYOUTS, find_layout
+from logitcache.capture.corpus.document_types import DOCUMENT_TYPES, find_document_type
 from logitcache.capture.corpus.tokens import Tokenization, Tokens
 from logitcache.documents.document import BadDocument
 
@@ -29,7 +29,7 @@ CHAT = [
 
 
 def tokenize(layout: str, document: dict[str, Any], tokenizer: Any) -> Tokens:
-    [tokens] = LAYOUTS[layout][1](document, Tokenization(tokenizer))
+    [tokens] = DOCUMENT_TYPES[layout][1](document, Tokenization(tokenizer))
     return tokens
 
 
@@ -227,12 +227,12 @@ def test_text_of_another_type_is_refused(teacher_tokenizer: Any, value: Any) -> 
     ],
 )
 def test_the_layout_is_found_by_the_columns(columns: list[str], layout: str) -> None:
-    assert find_layout(dict.fromkeys(columns), "x") == layout
+    assert find_document_type(dict.fromkeys(columns), "x") == layout
 
 
 def test_columns_that_fit_no_layout_are_refused_naming_them_and_the_layouts() -> None:
     with pytest.raises(UserError, match=r"a\.jsonl, line 1: the columns prompt, answer fit no layout; .*--columns"):
-        find_layout({"prompt": "", "answer": ""}, "a.jsonl, line 1")
+        find_document_type({"prompt": "", "answer": ""}, "a.jsonl, line 1")
 
 
 def test_a_token_that_reaches_from_the_generation_prompt_into_the_answer_is_trained(teacher_tokenizer: Any) -> None:
@@ -254,12 +254,12 @@ def test_a_token_that_reaches_from_the_turn_before_into_the_answer_is_not_traine
     bare = with_template(teacher_tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     chat = [{"role": "user", "content": "The teac"}, {"role": "assistant", "content": "her writes"}]
     by = Tokenization(bare)
-    [(ids, mask)] = LAYOUTS["messages"][1]({"messages": chat}, by)
+    [(ids, mask)] = DOCUMENT_TYPES["messages"][1]({"messages": chat}, by)
     assert trained_text(teacher_tokenizer, ids, mask) == " writes"
     assert by.notes == {"answers share their first token with the turn before them; it is not trained": 1}
 
 
 def test_columns_named_by_the_user_decide_between_layouts() -> None:
     columns = dict.fromkeys(["prompt", "completion", "text"])
-    assert find_layout(columns, "x") == "prompt-completion"
-    assert find_layout(columns, "x", renamed=["text"]) == "text"
+    assert find_document_type(columns, "x") == "prompt-completion"
+    assert find_document_type(columns, "x", renamed=["text"]) == "text"

@@ -1,4 +1,4 @@
-"""The layouts of documents: one function for each, document → token ids + loss mask."""
+"""The types of documents: one function for each makes token ids and loss mask of a document."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def read_input_ids(value: Any) -> np.ndarray:
     return np.array(value, dtype=np.int32)
 
 
-Layouts = dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Tokenization], list[Tokens]]]]
-"""Layout name → the columns that it needs and its tokenising function; the first whose columns are there is taken."""
+DocumentTypes = dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Tokenization], list[Tokens]]]]
+"""Name of a type → the columns that it needs and its tokenising function; the first whose columns are there is taken."""
 
-LAYOUTS: Layouts = {
+DOCUMENT_TYPES: DocumentTypes = {
     "input_ids": (("input_ids",), tokenize_input_ids),
     "messages": (("messages",), tokenize_messages),
     "prompt-completion": (("prompt", "completion"), tokenize_prompt_completion),
@@ -67,18 +67,18 @@ LAYOUTS: Layouts = {
 }
 
 
-def find_layout(
-    columns: Mapping[str, Any], where: str, renamed: Collection[str] = (), layouts: Layouts = LAYOUTS
+def find_document_type(
+    columns: Mapping[str, Any], where: str, renamed: Collection[str] = (), types: DocumentTypes = DOCUMENT_TYPES
 ) -> str:
-    """Returns the name of the layout that a document's columns have, first of those with `renamed` columns.
+    """Returns the name of the type that a document's columns have, first of the types with `renamed` columns.
 
     Raises UserError if none fits.
     """
-    for name, (needed, _) in sorted(layouts.items(), key=lambda item: not set(item[1][0]) & set(renamed)):
+    for name, (needed, _) in sorted(types.items(), key=lambda item: not set(item[1][0]) & set(renamed)):
         if all(column in columns for column in needed):
             return name
     raise UserError(
         f"{where}: the columns {', '.join(columns) or '(none)'} fit no layout; one of "
-        f"{'; '.join(' + '.join(needed) for needed, _ in layouts.values())} is wanted. "
+        f"{'; '.join(' + '.join(needed) for needed, _ in types.values())} is wanted. "
         "Name yours with --columns, for example --columns prompt=question,completion=answer"
     )
