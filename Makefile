@@ -30,7 +30,7 @@ test-types:
 
 # Servers, a browser, whole commands on several ranks.
 test-programs:
-	$(PYTEST) -m "programs and not engine" $$(grep -rl --include=*.py mark.programs tests)
+	$(PYTEST) -m "programs and not engine and not matrix" $$(grep -rl --include=*.py mark.programs tests)
 
 # What a change passes before it is committed: no engine, no whole command, no slow test. A process a package, which no
 # other imports again.

@@ -115,6 +115,14 @@ STREAMS: dict[str, Callable[[LogitCache], list[str]]] = {
     "row groups": lambda cache: [row_id for group in cache.iter_row_groups(shuffle=True) for row_id in group.row_ids],
 }
 streams = pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
+# Every stream reads shards in the same way, which a row and a row group at a time show.
+two_streams = pytest.mark.parametrize(
+    "stream",
+    [
+        pytest.param(stream, id=name, marks=[] if name in ("shuffled", "row groups") else pytest.mark.matrix)
+        for name, stream in STREAMS.items()
+    ],
+)
 
 
 @pytest.mark.slow
@@ -203,7 +211,7 @@ def alter(url: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@streams
+@two_streams
 def test_an_altered_shard_of_the_same_size_is_refused_by_name(
     local: LogitCache, url: str, home: Path, stream: Callable[[LogitCache], list[str]]
 ) -> None:
@@ -236,7 +244,7 @@ def test_an_altered_copy_on_this_machine_is_fetched_again(local: LogitCache, url
 
 
 @pytest.mark.slow
-@streams
+@two_streams
 def test_a_shard_that_is_removed_after_opening_is_missing(url: str, stream: Callable[[LogitCache], list[str]]) -> None:
     remote = LogitCache(url)
     fsspec.filesystem("s3").rm(f"{url}/data", recursive=True)

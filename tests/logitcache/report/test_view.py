@@ -70,7 +70,7 @@ def word_piece() -> Tokenizer:
 @pytest.fixture
 def cache(tmp_path: Path) -> LogitCache:
     """30 ragged rows with everything that a cache can hold, without a tokenizer."""
-    return write_cache(tmp_path / "small", random_rows(30, EVERYTHING), EVERYTHING, rows_per_shard=10)
+    return write_cache(tmp_path / "small", ROWS, EVERYTHING, rows_per_shard=10)
 
 
 def texts_of(cache: LogitCache, ids: list[int]) -> tuple[list[Any], str]:
@@ -110,6 +110,7 @@ def vocabulary(decoder: Any) -> str:
     return json.dumps({"model": {"vocab": {"ta": 0, "t" * 10**6: 1}}, "decoder": decoder})
 
 
+ROWS = random_rows(30, EVERYTHING)
 REPLACE = {"type": "Replace", "pattern": {"String": "t"}}
 
 

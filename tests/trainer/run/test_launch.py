@@ -52,7 +52,8 @@ def alone(
 @pytest.mark.parametrize(
     "command",
     [
-        (*TORCHRUN, "--no-python", TRAINER, "fit"),
+        # torchrun starts `-m trainer` in test_recipe.
+        pytest.param((*TORCHRUN, "--no-python", TRAINER, "fit"), marks=pytest.mark.matrix),
         (*ACCELERATE, "--no_python", TRAINER, "fit"),
         ("--fsdp",),
         (*TORCHRUN, "-m", "trainer", "fit", "--deepspeed", '{"stage": 2}'),
