@@ -38,7 +38,6 @@ class EngineChoice:
     vllm: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a value that no engine takes, and for options of other engines than the one asked for."""
         if self.backend not in BACKENDS:
             raise UserError(f"--backend {self.backend}: choose {', '.join(BACKENDS)}")
         if self.backend != "openai" and (self.base_url or self.model):

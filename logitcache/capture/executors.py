@@ -44,7 +44,6 @@ class Placement:
     shard_range: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for options that contradict each other, and if Ray is wanted and not installed."""
         if self.executor not in EXECUTORS:
             raise UserError(f"--executor {self.executor}: choose {' or '.join(EXECUTORS)}")
         if self.executor == "local" and (self.ray_address or self.engines):

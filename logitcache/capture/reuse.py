@@ -206,7 +206,6 @@ def copied_history(folder: Folder) -> tuple[dict[str, Any], ...]:
 
 
 def _tail_groups(cache: LogitCache) -> np.ndarray:
-    """Returns the tail groups of a cache that has some."""
     groups = cache.tail_groups
     assert groups is not None
     return groups

@@ -28,7 +28,6 @@ class CaptureSettings:
     precision: str = DEFAULT_PRECISION
 
     def __post_init__(self) -> None:
-        """Brings the settings into canonical form."""
         object.__setattr__(self, "min_k", min(32, self.top_k) if self.min_k is None else self.min_k)
         temperatures = tuple(sorted({float(t) for t in self.tail_parts.temperatures} - {1.0}))
         object.__setattr__(self, "tail_parts", replace(self.tail_parts, temperatures=temperatures))

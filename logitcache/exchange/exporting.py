@@ -123,7 +123,6 @@ Write = Callable[[pa.Table, dict[str, list[Any]]], None]
 
 
 def _write(cache: LogitCache, target: TargetFormat, field: str, write: Write) -> tuple[int, int]:
-    """Writes all rows. Returns how many rows and positions were written."""
     num_rows = num_positions = 0
     approximate = "tail" in cache.manifest.fingerprint.get("capture", {})
     progress = Progress("exporting", cache.num_positions, 0, "positions")
@@ -154,7 +153,6 @@ def _write(cache: LogitCache, target: TargetFormat, field: str, write: Write) ->
 
 
 def _split(out: str) -> tuple[Folder, str]:
-    """Returns folder and name of the file. Raises UserError for a kind of file that is not written."""
     parent, _, name = out.rpartition("/")
     if not name.endswith((".parquet", ".jsonl")):
         raise UserError(f"--out {out}: a name that ends with .parquet or .jsonl is wanted")

@@ -37,7 +37,6 @@ class Layout:
     quantization: QuantizationSpec | None = None
 
     def __post_init__(self) -> None:
-        """Looks the precision up. Raises UserError for an unknown one."""
         if self.quantization is None:
             check_precision(self.precision)
             object.__setattr__(self, "quantization", PRESETS[self.precision])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from logitcache.assembly.card import read_card
@@ -116,7 +116,7 @@ def _of_some(manifest: Manifest, chosen: Sequence[ShardInfo]) -> str:
     return f" (of {len(chosen)} of {len(manifest.shards):,} shards)" if some else ""
 
 
-def _labelled(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
+def _labelled(rows: Iterable[tuple[str, str]]) -> str:
     pairs = list(rows)
     width = max(len(label) for label, _ in pairs)
     return "\n".join(f"{label:{width}}  {' '.join(value.split())}" for label, value in pairs)

@@ -143,7 +143,6 @@ class _ListedIds:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The record of the ids in a history."""
         return {"count": len(self._ids), "sha256": hashlib.sha256(self._ids.tobytes()).hexdigest()}
 
     def found(self, ids: np.ndarray) -> np.ndarray:
@@ -156,7 +155,6 @@ class _ListedIds:
         return listed
 
     def refuse_unknown(self, cache: str) -> None:
-        """Raises UserError if a listed id was not seen."""
         unknown = self._ids[~self._seen]
         if len(unknown):
             first = [unknown[i : i + 1].tobytes().hex() for i in range(min(3, len(unknown)))]

@@ -263,7 +263,6 @@ class LogitCache(Sequence[CachedSequence]):
         return steps(part, _window(shuffle), seed if shuffle else None, start)
 
     def _order(self, shuffle: bool, seed: int) -> np.ndarray:
-        """Returns the row groups in the order of a stream."""
         count = len(self._row_groups)
         return np.random.default_rng(seed).permutation(count) if shuffle else np.arange(count)
 
@@ -303,7 +302,6 @@ def _rows(cache: LogitCache, order: Iterator[Step], window: int) -> Iterator[Cac
 
 
 def _window(shuffle: bool) -> int:
-    """Returns how many row groups are open at a time."""
     return SHUFFLE_ROW_GROUPS if shuffle else 1
 
 

@@ -149,7 +149,6 @@ def _data(cache: LogitCache, samples: Samples) -> dict[str, Any]:
 
 
 def _tiles(cache: LogitCache) -> list[tuple[str, str, str]]:
-    """Returns the figures at the top of the page: value, label, remark."""
     manifest = cache.manifest
     positions = max(manifest.num_positions, 1)
     tokens = sum(shard.num_tokens for shard in manifest.shards)
@@ -191,7 +190,6 @@ def _column_bytes(cache: LogitCache, folder: Folder) -> dict[str, Any]:
 
 
 def _licenses(folder: Folder) -> list[tuple[str, str]]:
-    """Returns the licences that the card states in its YAML head."""
     if not folder.exists(CARD_NAME):
         return []
     with folder.answering(), folder.open(CARD_NAME) as file:

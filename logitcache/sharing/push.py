@@ -135,7 +135,6 @@ class _Outgoing:
 
     @property
     def manifest(self) -> TravellingFile:
-        """The manifest as a file."""
         return TravellingFile(MANIFEST_NAME, self.cache.identity)
 
     def with_card(self) -> list[TravellingFile]:
@@ -155,7 +154,6 @@ class _Outgoing:
             ) from error
 
     def num_bytes(self, file: TravellingFile) -> int:
-        """Returns the size of a local file. Raises UserError as `path` does."""
         return self.path(file).stat().st_size
 
 

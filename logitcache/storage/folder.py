@@ -98,7 +98,7 @@ class Folder:
 
     @property
     def _place(self) -> PurePosixPath:
-        """The same for all ways to write a path or URL, in no two file systems the same."""
+        """Path or URL, the same for all ways to write it, in no two file systems the same."""
         return PurePosixPath(str(self._filesystem.protocol), self.local.resolve() if self.local else self._root)
 
     def exists(self, name: str = "") -> bool:

@@ -331,6 +331,5 @@ def _num_tokens(sequences: Sequence[TokenSequence]) -> int:
 
 
 def _size(num_bytes: float) -> str:
-    """Returns bytes as people write them: 640 B, 1.2 GB."""
     power = min(int(math.log10(max(num_bytes, 1)) // 3), 4)
     return f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -197,7 +197,6 @@ def _complete(
 
 
 def _sequence(prompt: TokenSequence, sample: int, completion: Completion, tokenizer: Any) -> TokenSequence:
-    """Returns a prompt with one completion, which is trained."""
     text = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
     return replace(
         prompt,

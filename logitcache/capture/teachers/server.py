@@ -316,7 +316,6 @@ def _may_pass(status: int) -> bool:
 
 
 def _advice(failure: str, request: dict[str, Any]) -> str:
-    """Returns the failure, with advice if there is some."""
     if allowed := re.search(r"greater than max allowed: (\d+)", failure):
         return (
             f"allows at most {allowed[1]} log-probabilities per position: start it with "

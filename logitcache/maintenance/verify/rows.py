@@ -116,7 +116,6 @@ class _Lists:
             yield self.lengths[name] != lengths, what
 
     def tokens_outside(self, vocab_size: int) -> np.ndarray:
-        """Returns which rows [rows] have an input id outside the vocabulary."""
         tokens = self.values["input_ids"]
         return self._sums((tokens < 0) | (tokens >= vocab_size), "input_ids") > 0
 

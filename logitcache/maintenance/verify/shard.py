@@ -229,7 +229,6 @@ def _check_row_group(
 
 
 def _damaged_columns(file: pq.ParquetFile, index: int) -> list[str]:
-    """Lists the columns of a row group that cannot be read each for itself."""
     damaged = []
     for column in file.schema_arrow.names:
         try:

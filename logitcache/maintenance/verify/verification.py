@@ -190,7 +190,6 @@ class _RowIds:
 
 
 def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
-    """Yields findings about the tokenizer and the tail groups."""
     for name, expected in claims.files.items():
         try:
             if not folder.exists(name):
@@ -228,7 +227,6 @@ def _check_tail_groups(folder: Folder, claims: Claims) -> Iterator[Finding]:
 
 
 def _check_unnamed(folder: Folder, present: list[str], claims: Claims) -> Iterator[Finding]:
-    """Yields findings about files beside the shards."""
     for name in present:
         if name in claims.named:
             continue

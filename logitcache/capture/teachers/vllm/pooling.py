@@ -85,7 +85,9 @@ class VllmPoolingTeacher:
             for sequence in itertools.chain(sequences, [None]):
                 if sequence is not None:
                     check_prompt(sequence, self._longest, self._model.num_logits)
-                    request_id = self._submit(sequence.input_ids.tolist(), asdict(self._request(sequence, settings)))
+                    stored = np.packbits(sequence.loss_mask[1:]).tobytes()  # position i predicts token i + 1
+                    request = ScoringRequest(settings, self._model.vocab_size, stored, sequence.row_id)
+                    request_id = self._submit(sequence.input_ids.tolist(), asdict(request))
                     waiting.append((request_id, sequence))
                     tokens += len(sequence.input_ids)
                 while waiting and (sequence is None or tokens > TOKENS_IN_FLIGHT):
@@ -101,10 +103,6 @@ class VllmPoolingTeacher:
                     self._engine.abort_request(left)
             for request_id in left:
                 self._arrived.pop(request_id, None)
-
-    def _request(self, sequence: TokenSequence, settings: str | None) -> ScoringRequest:
-        stored = np.packbits(sequence.loss_mask[1:]).tobytes()  # position i predicts token i + 1
-        return ScoringRequest(settings, self._model.vocab_size, stored, sequence.row_id)
 
     def _submit(self, token_ids: list[int], request: dict[str, Any]) -> str:
         from vllm import PoolingParams
@@ -170,7 +168,6 @@ def _scoring() -> Iterator[None]:
 
 
 def _arguments(model: TeacherModel, longest: int, engine_options: Mapping[str, Any]) -> Any:
-    """Returns vLLM's EngineArgs for this route."""
     from vllm import EngineArgs
     from vllm.config import PoolerConfig
     from vllm.platforms import current_platform
