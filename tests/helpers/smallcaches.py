@@ -120,7 +120,7 @@ def random_rows(count: int, layout: Layout, seed: int = 0, longest: int = 12, ma
 
 
 def made_once(make: Callable[Concatenate[Path, P], LogitCache]) -> Callable[Concatenate[Path, P], LogitCache]:
-    """Makes a cache of the same arguments by copying the files of the first."""
+    """Makes a cache of the same arguments by copying the files of the first: patched code needs other arguments."""
     made: dict[bytes, dict[str, bytes]] = {}
 
     @functools.wraps(make)
