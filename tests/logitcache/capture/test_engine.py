@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def test_without_vllm_auto_takes_transformers_and_says_why(
         choose(model, backend="vllm")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_fingerprint_tells_routes_and_decisive_options_apart(vllm: None) -> None:
     def identity(route: str, **options: Any) -> dict[str, Any]:
         return VllmEngine(options, route).identity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,10 @@ def test_build_prints_what_it_made(
         (["--top-k", "0"], "--top-k 0"),
         (["--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
         (["--temperatures", "1,b"], "'1,b': write numbers with commas between them"),
-        (
+        pytest.param(
             ["--tail-groups", "4", "--backend", "vllm", "--capture-route", "flat"],
             "--tail-groups needs the teacher's logits",
+            marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
         ),
         (["--shard-range", "1-4"], "'1-4': write I/N"),
     ],
