@@ -49,8 +49,8 @@ def read_chat(document: Mapping[str, Any]) -> Chat:
     """Reads `messages` and the optional `tools` of a document, each a list of objects or its JSON text.
 
     A message has a `role` and mostly a `content`, or ShareGPT's `from` and `value`; names of roles are understood as ROLES
-    says. `"weight": 0` and `"train": false` make an assistant's turn context. Everything else, null included, reaches the
-    template as it is. Raises BadDocument if the columns hold no chat, or the assistant's turns cannot be told.
+    says. `"weight": 0` and `"train": false` make an assistant's turn context. Everything else, null included, reaches
+    transformers as it is. Raises BadDocument if the columns hold no chat, or the assistant's turns cannot be told.
     """
     notes: Counter[str] = Counter()
     messages, trained = [], []

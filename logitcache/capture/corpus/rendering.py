@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -12,6 +12,8 @@ from logitcache.documents.chat_template import render
 from logitcache.documents.document import BadDocument
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_OPENING, _CLOSING = "\U000f0b00", "\U000f0b01"
+"""Private characters, which show where a mark begins and ends."""
 _QUESTION = {"role": "user", "content": "…"}
 _OTHER_WORDS = "\U000f0a00"
 """A private character, which no generation prompt goes on with."""
@@ -102,39 +104,32 @@ class Rendering:
     def marks(self, count: int) -> list[tuple[int, int]] | None:
         """Returns the characters that `{% generation %}` marks enclose in the text of the first `count` messages.
 
-        The marks become calls that put a private character before and after what they enclose. Without these characters the text
+        A second rendering has a private character at either end of what a mark encloses. Without these characters the text
         must be the template's own; a filter around a mark can change it, and then no mark is believed: None.
         """
         template = self.tokenizer.get_chat_template(tools=self.tools)
         if not _MARK.search(template):
             return []
         text = self.upto(count)
-        opening, closing = (chr(code) for code in range(0xF0B00, 0xF0B02))
-        if opening in text or closing in text:
+        if _OPENING in text or _CLOSING in text:
             return None
-
-        def enclosed(caller: Callable[[], str]) -> str:
-            return opening + caller() + closing
-
         try:
-            marked = self._render(
-                self.messages[:count], chat_template=_MARK.sub(_as_call, template), logitcache_enclosed=enclosed
-            )
+            marked = self._render(self.messages[:count], chat_template=_MARK.sub(_with_sign, template))
         except BadDocument:  # what the template does with the marked text cannot be done with more signs in it
             return None
         spans: list[tuple[int, int]] = []
         begun: list[int] = []
         length = 0
-        for piece in re.split(f"([{opening}{closing}])", marked):
-            if piece == opening:
+        for piece in re.split(f"([{_OPENING}{_CLOSING}])", marked):
+            if piece == _OPENING:
                 begun.append(length)
-            elif piece == closing and begun:
+            elif piece == _CLOSING and begun:
                 start = begun.pop()
                 if not begun:
                     spans.append((start, length))
             else:
                 length += len(piece)
-        return spans if marked.replace(opening, "").replace(closing, "") == text else None
+        return spans if marked.replace(_OPENING, "").replace(_CLOSING, "") == text else None
 
     def says(self, turn: int) -> list[str]:
         """Returns texts of a message that its rendering is known by: content without a thought, names of called functions."""
@@ -212,9 +207,15 @@ class Rendering:
         return Answer(start, start, len(after), turn, unrendered)
 
 
-def _as_call(tag: re.Match[str]) -> str:
+def _with_sign(tag: re.Match[str]) -> str:
+    """Returns a tag of a mark with the private character inside the mark.
+
+    An `if` parts the character from the text that the mark encloses: it takes over what the tag says of the white space there.
+    """
     left, end, right = tag.groups()
-    return f"{{%{left} {'endcall' if end else 'call logitcache_enclosed()'} {right}%}}"
+    if end:
+        return f"{{%{left} endif %}}{_CLOSING}{{% endgeneration {right}%}}"
+    return f"{{%{left} generation %}}{_OPENING}{{% if true {right}%}}"
 
 
 def _common_start(one: str, other: str) -> str:

@@ -68,6 +68,12 @@ def with_template(tokenizer: Any, template: str) -> Any:
     return other
 
 
+def keeps_null(tokenizer: Any) -> bool:
+    """Whether this transformers hands a turn's null on: 5.24 leaves the key out."""
+    asks = with_template(tokenizer, "{{ messages[0]['content'] is none }}")
+    return bool(asks.apply_chat_template([assistant(None)], tokenize=False) == "True")
+
+
 def shown(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> str:
     """The whole text, the trained part of it between ⟦ and ⟧."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
@@ -87,6 +93,8 @@ def test_trained_is_what_the_template_renders_for_each_answer(teacher_tokenizer:
     template = (TEMPLATES / f"{pair['template']}.jinja").read_text(encoding="utf-8")
     tokenizer = with_template(teacher_tokenizer, template)
     messages = CHATS[pair["chat"]]
+    if pair.get("asks_for_null") and not keeps_null(tokenizer):
+        pair = {**pair, "refused": "the chat template failed"}
     if "refused" in pair:
         with pytest.raises(BadDocument) as refused:
             trained(tokenizer, messages, pair["turns"])
@@ -152,8 +160,11 @@ def test_a_mark_of_the_first_token_ends_with_it(teacher_tokenizer: Any) -> None:
         "{% for m in messages %}{% set words %}{% if m.role == 'assistant' %}{%- generation -%} {{ m.content }} "
         "{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}{% endset %}<|{{ m.role }}|>{{ words }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "{% for m in messages %}\n<|{{ m.role }}|>{% if m.role == 'assistant' %}\n  {% generation %}\n{{ m.content }}"
+        "{% endgeneration %}\n  {% else %}\n{{ m.content }}\n  {%- endif %}\n<|end|>\n{%- endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
     ],
-    ids=["macro", "set"],
+    ids=["macro", "set", "lines"],
 )
 def test_marks_are_found_wherever_they_are_rendered(teacher_tokenizer: Any, template: str) -> None:
     texts, notes = trained(with_template(teacher_tokenizer, template), CHATS["two answers"])
@@ -232,14 +243,16 @@ def test_whatever_is_said_the_answers_are_trained_and_nothing_else(
 
 def test_a_null_content_reaches_the_template_as_transformers_hands_it_on(teacher_tokenizer: Any) -> None:
     asks = (
-        "{% for m in messages %}{% if m['content'] is none %}<|assistant|>CALL {{ m['tool_calls'][0]['function']['name'] }}"
-        "{% else %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endif %}<|end|>{% endfor %}"
+        "{% for m in messages %}{% if m['content'] is string %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% else %}<|assistant|>{{ 'NULL' if m['content'] is none else 'ABSENT' }} {{ m['tool_calls'][0]['function']['name'] }}"
+        "{% endif %}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     tokenizer = with_template(teacher_tokenizer, asks)
     texts, _ = trained(tokenizer, CHATS["tool call"])
+    word = "NULL" if keeps_null(tokenizer) else "ABSENT"
     assert texts == [
-        "<|user|>weather?<|end|><|assistant|>⟦CALL weather<|end|>⟧<|tool|>sunny<|end|><|assistant|>⟦Sunny.<|end|>⟧"
+        f"<|user|>weather?<|end|><|assistant|>⟦{word} weather<|end|>⟧<|tool|>sunny<|end|><|assistant|>⟦Sunny.<|end|>⟧"
     ]
     assert texts[0].replace("⟦", "").replace("⟧", "") == tokenizer.apply_chat_template(
         CHATS["tool call"], tokenize=False
