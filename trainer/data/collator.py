@@ -128,13 +128,14 @@ class Collator:
         targets = rescaled(concatenate([self.tail_parts.of(s.targets) for s in sequences]))
         teacher = {name: part for name, part in vars(targets).items() if part is not None}
         tempered_tail = teacher.pop("tempered_tail")
+        tensors: dict[str, Any] = {name: _tensor(array) for name, array in teacher.items()}
         mask = _tensor(_mask(input_ids.shape, bins, ends))
         return Batch(
             input_ids=_tensor(input_ids),
             logits_to_keep=_tensor(np.flatnonzero(is_kept)),
             logit_indices=_tensor(bin_of * is_kept.sum() + kept_before[columns]),
             labels=_tensor(input_ids[bin_of, columns + 1]),
-            targets=TeacherTargets(**{name: _tensor(array) for name, array in teacher.items()}),
+            targets=TeacherTargets(**tensors),
             tempered_tail={T: _tensor(tail) for T, tail in tempered_tail.items()},
             num_tokens=int(lengths.sum()),
             attention_mask=None if packed else mask,

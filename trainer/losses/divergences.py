@@ -20,6 +20,7 @@ from torch import Tensor
 from trainer.losses.coarse import Coarse
 
 HEAD_MASS = 0.5  # μ of AKL: the share of the teacher's mass that makes up the head
+HEAD_SEARCH = 64  # tokens among which the head is looked for before all are sorted
 
 
 def forward_kl(coarse: Coarse) -> tuple[Tensor, Tensor]:
@@ -50,12 +51,12 @@ def adaptive_kl(coarse: Coarse, *, akl_split: str = "official") -> tuple[Tensor,
         raise ValueError(f"akl_split is {akl_split!r}; accepted are {', '.join(AKL_SPLITS)}")
     k = coarse.num_entries
     gap = (coarse.p - coarse.q).abs().detach()  # [N, C]
-    entry_p, order = coarse.p[:, :k].sort(dim=1, descending=True, stable=True)
-    entry_gap = gap[:, :k].gather(1, order)
+    entry_p, order = _largest_entries(coarse.p[:, :k])
+    entry_gap = gap.gather(1, order)
     head = AKL_SPLITS[akl_split](entry_p.cumsum(1))
     head[:, :1] = True
     head_gap = (entry_gap * head).sum(1)
-    rest_gap = (entry_gap * ~head).sum(1) + gap[:, k:].sum(1)
+    rest_gap = gap.scatter(1, order, entry_gap * ~head).sum(1)
     w = head_gap / (head_gap + rest_gap).clamp_min(torch.finfo(gap.dtype).tiny)
 
     forward, forward_slope = forward_kl(coarse)
@@ -136,6 +137,16 @@ def alpha_beta(coarse: Coarse, *, alpha: float = 0.2, beta: float = 0.7) -> tupl
     larger = torch.maximum(exponents[1], exponents[2])
     slope = r * ((alpha + beta) * log_p + larger).exp() * _first_difference(-(alpha * r).abs())
     return value.sum(1), slope
+
+
+def _largest_entries(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return probabilities [N, k] in descending order, and their columns: as many as the head may have, or all."""
+    if p.shape[1] > HEAD_SEARCH:
+        largest = p.topk(HEAD_SEARCH)
+        if bool((largest.values.sum(1) > HEAD_MASS).all()):
+            return largest.values, largest.indices
+    entries, order = p.sort(dim=1, descending=True, stable=True)
+    return entries, order
 
 
 def _crossing_token_in_rest(cumulative_mass: Tensor) -> Tensor:

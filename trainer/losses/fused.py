@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from trainer.losses.blocks import row_blocks
 from trainer.losses.settings import LossSettings
-from trainer.losses.targets import TeacherTargets
-from trainer.losses.terms import DistillationBlock, DistillationTerms, TermBuffers
+from trainer.losses.targets import TailBasis, TeacherTargets
+from trainer.losses.terms import DistillationTerms, TermBuffers, distillation_block
 from trainer.losses.transform import LogitTransform
 from trainer.losses.validation import check_settings, check_targets, check_temperature
 
@@ -72,6 +72,11 @@ def fused_linear_divergence(
     group_logprobs: Tensor | None = None,
     sample_ids: Tensor | None = None,
     sample_logprobs: Tensor | None = None,
+    tail_coefficients: Tensor | None = None,
+    tail_basis: TailBasis | None = None,
+    probe_ids: Tensor | None = None,
+    probe_residuals: Tensor | None = None,
+    residual_weight: float = 0.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     num_items: int | Tensor | None = None,
@@ -122,7 +127,7 @@ def fused_linear_divergence(
         targets,
         labels,
         mixture=Mixture(kd_weight * (temperature**2 if t_squared else 1.0), 1 - kd_weight),
-        settings=LossSettings(loss, tail, temperature, approximate_temperature, loss_args),
+        settings=LossSettings(loss, tail, temperature, approximate_temperature, loss_args, residual_weight),
         vocab_size=vocab_size,
         validate=validate,
         counted=None if labels is None else labels != IGNORED_LABEL,
@@ -221,7 +226,7 @@ class _FusedTerms(torch.autograd.Function):
             for block_rows in row_blocks(logits, call.settings.tail):
                 raw, positions = logits[block_rows], slice(start + block_rows.start, start + block_rows.stop)
                 block_labels = None if labels is None else labels[positions]
-                block = DistillationBlock(raw, targets[positions], block_labels, call.settings, call.transform)
+                block = distillation_block(raw, targets[positions], block_labels, call.settings, call.transform)
                 buffers.write(positions, block)
                 if any(needs_grad):
                     block.write_gradient_(*(None if w is None else w.expand(len(raw)) for w in weights_of_terms))

@@ -15,6 +15,7 @@ class LossSettings:
         temperature: T of both distributions.
         approximate_temperature: whether a temperature is allowed whose tail was not captured, see temperature.py.
         loss_args: the options of the divergence.
+        residual_weight: ρ of the low-rank tail, 0 to 1, see low_rank.py.
     """
 
     loss: str = "todi"
@@ -22,3 +23,4 @@ class LossSettings:
     temperature: float = 1.0
     approximate_temperature: bool = False
     loss_args: Mapping[str, Any] = field(default_factory=dict)
+    residual_weight: float = 0.0

@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from trainer.losses.blocks import row_blocks
 from trainer.losses.settings import LossSettings
-from trainer.losses.targets import TeacherTargets
-from trainer.losses.terms import DistillationBlock, DistillationTerms, TermBuffers
+from trainer.losses.targets import TailBasis, TeacherTargets
+from trainer.losses.terms import Block, DistillationTerms, TermBuffers, distillation_block
 from trainer.losses.transform import LogitTransform
 from trainer.losses.validation import check_settings, check_targets
 
@@ -31,6 +31,11 @@ def sparse_divergence(
     group_logprobs: Tensor | None = None,
     sample_ids: Tensor | None = None,
     sample_logprobs: Tensor | None = None,
+    tail_coefficients: Tensor | None = None,
+    tail_basis: TailBasis | None = None,
+    probe_ids: Tensor | None = None,
+    probe_residuals: Tensor | None = None,
+    residual_weight: float = 0.0,
     vocab_size: int | None = None,
     validate: bool = True,
     **loss_args: Any,
@@ -49,7 +54,8 @@ def sparse_divergence(
         targets: all that is known of the teacher, in place of `token_ids` and every other argument named like one of
             its fields.
         loss: a divergence of divergences.py, which names the sources, or a registered one.
-        tail: "bucket", "groups", "cap" or "samples"; "ignore", "renormalise" and "uniform" are ablations, see tail.py.
+        tail: "bucket", "groups", "cap", "samples" or "low_rank" (low_rank.py); "ignore", "renormalise" and "uniform" are
+            ablations, see tail.py.
         temperature: T of both distributions.
         tempered_tail: [N] log Σ p^(1/T) over the tokens outside the entries; needed at T ≠ 1.
         tail_entropy: [N] Σ p log p over the tail / its mass; with `approximate_temperature` it estimates a
@@ -58,6 +64,11 @@ def sparse_divergence(
         group_logprobs: [N, G] log of the teacher's mass of each group outside the entries; likewise.
         sample_ids: [N, s] integer, tokens drawn from the tail with replacement, −1 pads; needed by tail="samples".
         sample_logprobs: [N, s] their log-probabilities; likewise.
+        tail_coefficients: [N, R] the coefficients of the teacher's logits; needed by tail="low_rank".
+        tail_basis: their basis; likewise.
+        probe_ids, probe_residuals: [N, P] tokens and the teacher's residuals there, from which `distillation_terms` tells
+            how to choose `residual_weight`.
+        residual_weight: ρ, the share of the student's own residual in the teacher that tail="low_rank" rebuilds, 0 to 1.
         vocab_size: the teacher's vocabulary; logits beyond it are left out and get zero gradient.
         validate: check the values of the targets too, not just names and shapes; waits for an accelerator.
         loss_args: options of the divergence, such as beta of "todi" and "jsd" or akl_split of "akl".
@@ -71,7 +82,7 @@ def sparse_divergence(
         TypeError: neither `targets` nor the three tensors of the entries and the tail, or both.
     """
     targets = TeacherTargets.of_call(targets, locals())
-    settings = LossSettings(loss, tail, temperature, approximate_temperature, loss_args)
+    settings = LossSettings(loss, tail, temperature, approximate_temperature, loss_args, residual_weight)
     return distillation_terms(logits, targets, settings=settings, vocab_size=vocab_size, validate=validate).kd
 
 
@@ -134,7 +145,7 @@ class _SparseTerms(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def _block(ctx: Any, logits: Tensor, rows: slice) -> tuple[Tensor, DistillationBlock]:
+def _block(ctx: Any, logits: Tensor, rows: slice) -> tuple[Tensor, Block]:
     raw = logits[rows, : ctx.vocabulary].clone(memory_format=torch.contiguous_format)
     labels = None if ctx.labels is None else ctx.labels[rows]
-    return raw, DistillationBlock(raw, ctx.targets[rows], labels, ctx.settings, LogitTransform())
+    return raw, distillation_block(raw, ctx.targets[rows], labels, ctx.settings, LogitTransform())

@@ -164,7 +164,7 @@ TAILS: dict[str, Treatment] = {
 }
 
 
-DENSE_TAILS = ("cap", "uniform")  # they make several tensors as large as the logits
+DENSE_TAILS = ("cap", "uniform", "low_rank")  # they make several tensors as large as the logits
 
 
 def check_tail(targets: TeacherTargets, tail: str, temperature: float, approximate: bool) -> None:
@@ -177,9 +177,18 @@ def check_tail(targets: TeacherTargets, tail: str, temperature: float, approxima
                 f"tail='groups' is not possible at temperature {temperature:g}: at T ≠ 1 only the total of the tail is "
                 "known, not its groups; use tail='bucket'"
             )
+    if tail == "low_rank" and (targets.tail_coefficients is None or targets.tail_basis is None):
+        raise ValueError(
+            "tail='low_rank' needs tail_coefficients [N, R] and their tail_basis; without them use 'bucket'"
+        )
     if tail == "samples" and (targets.sample_ids is None or targets.sample_logprobs is None):
         raise ValueError("tail='samples' needs sample_ids [N, s] and sample_logprobs [N, s]; without them use 'bucket'")
-    if temperature != 1.0 and tail != "renormalise" and targets.tempered_tail is None and not approximate:
+    if (
+        temperature != 1.0
+        and tail not in ("renormalise", "low_rank")
+        and targets.tempered_tail is None
+        and not approximate
+    ):
         raise ValueError(
             f"temperature {temperature:g} needs tempered_tail [N] = log Σ p^(1/{temperature:g}) over the tokens "
             "outside the entries, which tail_logprob does not tell: capture it, use temperature 1, or give tail_entropy "

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
+
+OF_THE_CACHE = ("tail_groups", "tail_basis")
+"""The fields of TeacherTargets that belong to no position."""
 
 
 def mask_tokens_(logits: Tensor, token_ids: Tensor) -> None:
@@ -14,6 +18,42 @@ def mask_tokens_(logits: Tensor, token_ids: Tensor) -> None:
     # Padding adds 0 to token 0, which may itself be one of them.
     minus_inf = torch.zeros_like(token_ids, dtype=logits.dtype).masked_fill_(token_ids >= 0, -inf)
     logits.scatter_add_(1, token_ids.clamp_min(0), minus_inf)
+
+
+@dataclass(frozen=True)
+class TailBasis:
+    """The basis of the low-rank tail, on which the teacher's logits are about offset + directions · coefficients.
+
+    The logits are those of the softmax, after a scale or a cap; they matter up to a shift.
+
+    Attributes:
+        offset: m, [V] floating.
+        directions: U, [V, R] floating, Uᵀ diag(w) U = I and wᵀU = 0.
+        weights: w, [V] floating, not below 0, Σ w = 1.
+    """
+
+    offset: Tensor
+    directions: Tensor
+    weights: Tensor
+
+    @cached_property
+    def _weighted(self) -> tuple[Tensor, Tensor]:
+        """diag(w) U, and the coefficients of the offset."""
+        weighted = self.directions * self.weights[:, None]
+        return weighted, self.offset @ weighted
+
+    def project(self, logits: Tensor) -> Tensor:
+        """Return the coefficients Uᵀ diag(w) (logits − m), [n, R], of logits [n, V]."""
+        weighted, of_offset = self._weighted
+        return logits @ weighted - of_offset
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """Return the mean of logits − m under the weights, [n], of logits [n, V]."""
+        return logits @ self.weights - self.offset @ self.weights
+
+    def to(self, dtype: torch.dtype) -> "TailBasis":
+        """Convert every tensor."""
+        return TailBasis(*(tensor.to(dtype) for tensor in (self.offset, self.directions, self.weights)))
 
 
 @dataclass(frozen=True)
@@ -30,6 +70,10 @@ class TeacherTargets:
         tail_entropy: [N] floating, Σ p log p over the tail / its mass.
         sample_ids: [N, s] integer, drawn from the tail with replacement, −1 pads.
         sample_logprobs: [N, s] floating, their log p.
+        tail_coefficients: [N, R] floating, z = Uᵀ diag(w) (logits − m).
+        tail_basis: the basis of the coefficients.
+        probe_ids: [N, P] integer, tokens drawn uniformly from the vocabulary, −1 pads.
+        probe_residuals: [N, P] floating, what the basis leaves of the teacher's logits there, centred under w.
     """
 
     token_ids: Tensor
@@ -41,6 +85,10 @@ class TeacherTargets:
     tail_entropy: Tensor | None = None
     sample_ids: Tensor | None = None
     sample_logprobs: Tensor | None = None
+    tail_coefficients: Tensor | None = None
+    tail_basis: TailBasis | None = None
+    probe_ids: Tensor | None = None
+    probe_residuals: Tensor | None = None
 
     @classmethod
     def of_call(cls, targets: "TeacherTargets | None", arguments: Mapping[str, Any]) -> "TeacherTargets":
@@ -66,15 +114,20 @@ class TeacherTargets:
         return (self.token_ids >= 0) & (self.logprobs != -inf)
 
     def __getitem__(self, rows: slice | Tensor) -> "TeacherTargets":
-        """Return the targets of some positions; the partition into groups belongs to no position and stays."""
-        return self.each(lambda name, tensor: tensor if name == "tail_groups" else tensor[rows])
+        """Return the targets of some positions; what belongs to the whole cache stays."""
+        return self.each(lambda name, tensor: tensor if name in OF_THE_CACHE else tensor[rows])
 
     def for_arithmetic(self, dtype: torch.dtype) -> "TeacherTargets":
         """Convert log-probabilities to `dtype` and indices to int64, with the id −1 wherever nothing is stored."""
         converted = self.each(lambda name, tensor: tensor.to(dtype if tensor.is_floating_point() else torch.long))
-        return replace(converted, token_ids=converted.token_ids.masked_fill(~converted.stored, -1))
+        basis = None if self.tail_basis is None else self.tail_basis.to(dtype)
+        ids = converted.token_ids.masked_fill(~converted.stored, -1)
+        return replace(converted, token_ids=ids, tail_basis=basis)
 
     def each(self, change: Callable[[str, Tensor], Tensor]) -> "TeacherTargets":
-        """Change every tensor, by its name and itself."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(name, tensor) for name, tensor in tensors.items() if tensor is not None})
+        """Change every tensor, by its name and itself; not the basis."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {
+            name: change(name, value) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)

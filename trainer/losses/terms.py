@@ -6,7 +6,7 @@ and one pass in place spreads its gradient over the row.
 
 from dataclasses import replace
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.losses.blocks import LogitBlock
 from trainer.losses.coarse import Coarse
 from trainer.losses.divergences import LINEAR_IN_P, forward_kl, reverse_kl
+from trainer.losses.low_rank import LOW_RANK, LowRankBlock
 from trainer.losses.registry import evaluate_divergence
 from trainer.losses.settings import LossSettings
 from trainer.losses.tail import LOG_TAIL_FLOOR, TAILS, StudentRows
@@ -27,12 +28,13 @@ class DistillationTerms(NamedTuple):
 
     kd: Tensor  # [N] nats, the chosen divergence at the chosen temperature, not multiplied by T²
     cross_entropy: Tensor | None  # [N] nats, of the labels at T = 1
-    fkl: Tensor  # [N] nats, with the bucket at T = 1, whatever the loss is
+    fkl: Tensor  # [N] nats at T = 1, whatever the loss is: with the bucket, or from the teacher that is rebuilt
     rkl: Tensor  # [N] nats, likewise
     student_tail_mass: Tensor  # [N] student's mass outside the entries at T = 1
     top1_agrees: Tensor  # [N] bool, no token is more probable to the student than the teacher's first
     confidence: Tensor  # [N] probability of the student's first token at T = 1
     top1_correct: Tensor | None  # [N] bool, no token is more probable to the student than the label
+    residual_products: Tensor | None  # [N, 2] Σ ε_p ε_q and Σ ε_q² over the probes of the low-rank tail
 
 
 class TermBuffers:
@@ -46,14 +48,17 @@ class TermBuffers:
         self._log_masses = self.kd.new_empty(num_positions, k + 1)  # of the entries and the whole tail, at T = 1
         self._largest = torch.empty_like(self.kd)
         self._label_logits = torch.empty_like(self.kd) if with_labels else None
+        self._own_terms: dict[str, list[Tensor]] = {}
 
-    def write(self, rows: slice, block: "DistillationBlock") -> None:
+    def write(self, rows: slice, block: "Block") -> None:
         """Fill in the numbers of some positions."""
         self.kd[rows] = block.kd
         self._log_masses[rows] = block.bucket_log_masses(self._targets.token_ids.shape[1])
         self._largest[rows] = block.largest
         if self._label_logits is not None and block.label_logits is not None:
             self._label_logits[rows] = block.label_logits
+        for name, values in block.own_terms.items():
+            self._own_terms.setdefault(name, []).append(values)
 
     def terms(self) -> DistillationTerms:
         """Return the terms of all positions."""
@@ -67,7 +72,7 @@ class TermBuffers:
             first = targets.logprobs.argmax(1, keepdim=True)
             first_logits = log_masses.gather(1, first)[:, 0]
             top1_agrees = (first_logits >= self._largest) & (targets.token_ids >= 0).any(1)
-        return DistillationTerms(
+        terms = DistillationTerms(
             kd=self.kd,
             cross_entropy=None if label_logits is None else log_normaliser - label_logits,
             fkl=forward_kl(bucket)[0],
@@ -76,17 +81,46 @@ class TermBuffers:
             top1_agrees=top1_agrees,
             confidence=(self._largest - log_normaliser).exp(),
             top1_correct=None if label_logits is None else label_logits >= self._largest,
+            residual_products=None,
         )
+        return terms._replace(**{name: torch.cat(values) for name, values in self._own_terms.items()})
 
 
-class DistillationBlock:
+class Block(Protocol):
     """A block of raw logits [n, V] with its divergence; overwrites the logits, in the end with their gradient.
 
     Attributes:
         kd: [n], the divergence in nats.
         largest: [n], the largest logit.
         label_logits: [n], or None without labels.
+        own_terms: fields of DistillationTerms that the block knows better than the log masses tell, by name.
     """
+
+    kd: Tensor
+    largest: Tensor
+    label_logits: Tensor | None
+    own_terms: dict[str, Tensor]
+
+    def bucket_log_masses(self, num_entries: int) -> Tensor:
+        """Return the log masses of the stored entries and of all other tokens together at T = 1, [n, k + 1]."""
+
+    def write_gradient_(self, kd_weights: Tensor | None, ce_weights: Tensor | None) -> None:
+        """Overwrite the raw logits with the gradient of Σ kd_weights·kd + ce_weights·cross_entropy; once only.
+
+        Weights are [n] floating, or None for 0.
+        """
+
+
+def distillation_block(
+    raw: Tensor, targets: TeacherTargets, labels: Tensor | None, settings: LossSettings, transform: LogitTransform
+) -> Block:
+    """Compute the divergence of raw logits [n, V] from targets as `for_arithmetic` gives them; labels are int64 [n]."""
+    made = LowRankBlock if settings.tail == LOW_RANK else CoarseBlock
+    return made(raw, targets, labels, settings, transform)
+
+
+class CoarseBlock:
+    """A Block whose outcomes are tokens and parts of the tail, as a treatment of tail.py makes them."""
 
     def __init__(
         self,
@@ -96,7 +130,7 @@ class DistillationBlock:
         settings: LossSettings,
         transform: LogitTransform,
     ) -> None:
-        """Compute the divergence of raw logits [n, V] from targets as `for_arithmetic` gives them; labels are int64 [n]."""
+        """See `distillation_block`."""
         temperature = settings.temperature
         if temperature != 1.0 and targets.tempered_tail is None and targets.tail_entropy is not None:
             estimate = approximate_tempered_tail(targets, temperature, raw.shape[1])
@@ -120,9 +154,10 @@ class DistillationBlock:
         # With the student's tail in q even where the treatment does not count it.
         self._kd_grad = (slope - log_q.exp() * slope.sum(1, keepdim=True)) / temperature
         self.largest, self.label_logits = block.largest, block.label_logits
+        self.own_terms: dict[str, Tensor] = {}
 
     def bucket_log_masses(self, num_entries: int) -> Tensor:
-        """Return the log masses of the stored entries and of all other tokens together at T = 1, [n, k + 1]."""
+        """See Block."""
         log_masses = self._block.log_masses[0]
         if log_masses.shape[1] == num_entries + 1:
             return log_masses
@@ -130,10 +165,7 @@ class DistillationBlock:
         return torch.cat([log_masses[:, :num_entries], tail], dim=1)
 
     def write_gradient_(self, kd_weights: Tensor | None, ce_weights: Tensor | None) -> None:
-        """Overwrite the raw logits with the gradient of Σ kd_weights·kd + ce_weights·cross_entropy; once only.
-
-        Weights are [n] floating, or None for 0.
-        """
+        """See Block."""
         at_temperature = None if kd_weights is None else self._kd_grad * kd_weights[:, None]
         at_one = None if ce_weights is None else self._log_q.exp() * ce_weights[:, None]
         if self._temperature == 1.0:

@@ -6,10 +6,11 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from trainer.losses.low_rank import LOW_RANK
 from trainer.losses.registry import check_divergence
 from trainer.losses.settings import LossSettings
 from trainer.losses.tail import TAILS, check_tail
-from trainer.losses.targets import TeacherTargets
+from trainer.losses.targets import OF_THE_CACHE, TeacherTargets
 
 # By how much Σp may exceed 1 and a log-probability 0: the rounding of arithmetic, in half precision (bfloat16 moves the
 # mass by up to 3e-3) and in any other. A cache rounds by more to save bytes, within a tolerance of its format; a trainer
@@ -17,15 +18,18 @@ from trainer.losses.targets import TeacherTargets
 HALF_MASS_TOLERANCE = 5e-3
 MASS_TOLERANCE = 1e-4
 
-INDICES = ("token_ids", "tail_groups", "sample_ids", "labels")
+INDICES = ("token_ids", "tail_groups", "sample_ids", "probe_ids", "labels")
+TAIL_NAMES = (*TAILS, LOW_RANK)
 
 
 def check_settings(settings: LossSettings) -> None:
     """Raise ValueError for a name that is not offered, or a number out of range."""
     check_divergence(settings.loss, settings.loss_args)
-    if settings.tail not in TAILS:
-        raise ValueError(f"tail is {settings.tail!r}; accepted are {', '.join(TAILS)}")
+    if settings.tail not in TAIL_NAMES:
+        raise ValueError(f"tail is {settings.tail!r}; accepted are {', '.join(TAIL_NAMES)}")
     check_temperature(settings.temperature)
+    if not 0 <= settings.residual_weight <= 1:
+        raise ValueError(f"residual_weight is {settings.residual_weight!r}; it must lie between 0 and 1")
 
 
 def check_temperature(temperature: float) -> None:
@@ -73,7 +77,7 @@ def _blanked(targets: TeacherTargets, labels: Tensor | None, rows: Tensor) -> tu
     blanked = {}
     for field in fields(targets):
         tensor = getattr(targets, field.name)
-        if tensor is not None and field.name != "tail_groups":
+        if tensor is not None and field.name not in OF_THE_CACHE:
             mask = rows.reshape(-1, *[1] * (tensor.ndim - 1))
             blanked[field.name] = tensor.masked_fill(mask, -torch.inf if tensor.is_floating_point() else -1)
     return replace(targets, **blanked), None if labels is None else labels.masked_fill(rows, 0)
@@ -83,10 +87,14 @@ def _check_shapes(targets: TeacherTargets, labels: Tensor | None, student: Tenso
     n = len(student)
     if targets.token_ids.ndim != 2:
         raise ValueError(f"token_ids must be [N, k], got {list(targets.token_ids.shape)}")
-    k, num_groups, num_samples = (
+    k, num_groups, num_samples, rank, num_probes = (
         tensor.shape[1] if tensor is not None and tensor.ndim == 2 else 0
-        for tensor in (targets.token_ids, targets.group_logprobs, targets.sample_ids)
+        for tensor in (
+            *(targets.token_ids, targets.group_logprobs, targets.sample_ids),
+            *(targets.tail_coefficients, targets.probe_ids),
+        )
     )
+    basis = targets.tail_basis
     expected = {
         "token_ids": (targets.token_ids, [n, k]),
         "logprobs": (targets.logprobs, [n, k]),
@@ -97,6 +105,12 @@ def _check_shapes(targets: TeacherTargets, labels: Tensor | None, student: Tenso
         "group_logprobs": (targets.group_logprobs, [n, num_groups]),
         "sample_ids": (targets.sample_ids, [n, num_samples]),
         "sample_logprobs": (targets.sample_logprobs, [n, num_samples]),
+        "tail_coefficients": (targets.tail_coefficients, [n, rank]),
+        "tail_basis.offset": (basis.offset if basis else None, [vocabulary]),
+        "tail_basis.directions": (basis.directions if basis else None, [vocabulary, rank]),
+        "tail_basis.weights": (basis.weights if basis else None, [vocabulary]),
+        "probe_ids": (targets.probe_ids, [n, num_probes]),
+        "probe_residuals": (targets.probe_residuals, [n, num_probes]),
         "labels": (labels, [n]),
     }
     for name, (tensor, shape) in expected.items():
@@ -148,6 +162,13 @@ def _check_values(targets: TeacherTargets, labels: Tensor | None, vocabulary: in
         _refuse(entropy, known & ~entropy.isfinite(), "tail_entropy", "it must be a number")
     if targets.sample_ids is not None:
         _check_samples(targets, vocabulary)
+    if targets.probe_ids is not None:
+        wrong = (targets.probe_ids < -1) | (targets.probe_ids >= vocabulary)
+        _refuse(targets.probe_ids, wrong, "probe_ids", f"{accepted_ids}, and −1 for padding")
+    for name in ("tail_coefficients", "probe_residuals"):
+        values = getattr(targets, name)
+        if values is not None:
+            _refuse(values, ~values.isfinite(), name, "it must be a number")
     if targets.tail_groups is not None and targets.group_logprobs is not None:
         num_groups, group_of = targets.group_logprobs.shape[1], targets.tail_groups
         _refuse(
