@@ -40,7 +40,7 @@ class Result(NamedTuple):
     value: Tensor  # [N] nats
 
 
-def fused(hidden: Tensor, weight: Tensor, given: dict[str, Tensor], loss: str, tail: str) -> Result:
+def fused(hidden: Tensor, weight: Tensor, given: dict[str, Any], loss: str, tail: str) -> Result:
     """Value and gradient of the mean over the positions, through the fused loss."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     total, terms = fused_distillation_terms(
@@ -54,7 +54,7 @@ def fused(hidden: Tensor, weight: Tensor, given: dict[str, Tensor], loss: str, t
     return Result(hidden_grad, weight_grad, terms.kd)
 
 
-def naive(hidden: Tensor, weight: Tensor, given: dict[str, Tensor], loss: str, tail: str) -> Result:
+def naive(hidden: Tensor, weight: Tensor, given: dict[str, Any], loss: str, tail: str) -> Result:
     """The same in the dtype of the hidden states throughout, by autograd from a divergence's own slope onwards."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     log_q = F.linear(hidden, weight).log_softmax(1)
@@ -76,7 +76,7 @@ def naive(hidden: Tensor, weight: Tensor, given: dict[str, Tensor], loss: str, t
     return Result(hidden_grad, weight_grad, value)
 
 
-def product_alone(hidden: Tensor, weight: Tensor, given: dict[str, Tensor], loss: str, tail: str) -> Result:
+def product_alone(hidden: Tensor, weight: Tensor, given: dict[str, Any], loss: str, tail: str) -> Result:
     """The same in float64, but for the logits, which are the matrix product in the dtype of the hidden states."""
     exact_hidden, exact_weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     logits = F.linear(exact_hidden, exact_weight)

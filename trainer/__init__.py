@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trainer.losses.registry import register_divergence as register_divergence
     from trainer.losses.settings import LossSettings as LossSettings
     from trainer.losses.sparse import sparse_divergence as sparse_divergence
+    from trainer.losses.targets import TailBasis as TailBasis
     from trainer.losses.targets import TeacherTargets as TeacherTargets
     from trainer.run.distill_trainer import DistillTrainer as DistillTrainer
 
@@ -20,6 +21,7 @@ _EXPORTS = {
     "DistillConfig": "trainer.config.config",
     "DistillTrainer": "trainer.run.distill_trainer",
     "LossSettings": "trainer.losses.settings",
+    "TailBasis": "trainer.losses.targets",
     "TeacherTargets": "trainer.losses.targets",
     "compare": "trainer.comparison.compare",
     "evaluate": "trainer.evaluation.evaluate",

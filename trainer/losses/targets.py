@@ -20,7 +20,7 @@ def mask_tokens_(logits: Tensor, token_ids: Tensor) -> None:
     logits.scatter_add_(1, token_ids.clamp_min(0), minus_inf)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TailBasis:
     """The basis of the low-rank tail, on which the teacher's logits are about offset + directions · coefficients.
 
@@ -52,8 +52,9 @@ class TailBasis:
         return logits @ self.weights - self.offset @ self.weights
 
     def to(self, dtype: torch.dtype) -> "TailBasis":
-        """Convert every tensor."""
-        return TailBasis(*(tensor.to(dtype) for tensor in (self.offset, self.directions, self.weights)))
+        """Convert every tensor; a basis of that dtype stays, with what it has computed."""
+        tensors = self.offset, self.directions, self.weights
+        return self if {t.dtype for t in tensors} == {dtype} else TailBasis(*(tensor.to(dtype) for tensor in tensors))
 
 
 @dataclass(frozen=True)

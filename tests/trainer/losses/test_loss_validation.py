@@ -13,9 +13,8 @@ from logitcache.format.quantization import PRESETS, mass_tolerances, rounded
 from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail
 from trainer.losses.settings import LossSettings
 from trainer.losses.sparse import distillation_terms
-from trainer.losses.tail import TAILS
 from trainer.losses.targets import TeacherTargets
-from trainer.losses.validation import MASS_TOLERANCE
+from trainer.losses.validation import MASS_TOLERANCE, TAIL_NAMES
 
 VOCABULARY = 6
 
@@ -33,6 +32,12 @@ def valid() -> dict[str, Any]:
         "tail_entropy": torch.tensor([-2.0, -1.5, -2.0]),
         "sample_ids": torch.tensor([[2, 3], [0, 0], [1, -1]]),
         "sample_logprobs": torch.tensor([[0.1, 0.05], [0.3, 0.3], [0.2, 0.0]]).log(),
+        "tail_coefficients": torch.tensor([[0.5, -1.0], [0.0, 2.0], [3.0, 0.1]]),
+        "tail_basis": trainer.TailBasis(
+            torch.zeros(VOCABULARY), torch.eye(VOCABULARY)[:, :2], torch.full((VOCABULARY,), 1 / VOCABULARY)
+        ),
+        "probe_ids": torch.tensor([[2, 3], [0, 0], [1, -1]]),
+        "probe_residuals": torch.tensor([[0.25, -1.0], [2.0, 2.0], [0.0, 0.0]]),
     }
 
 
@@ -44,7 +49,7 @@ def with_value(name: str, at: tuple[int, ...], value: float) -> dict[str, Any]:
 
 
 def test_what_the_other_tests_spoil_is_accepted() -> None:
-    for tail in TAILS:
+    for tail in TAIL_NAMES:
         assert trainer.sparse_divergence(**valid(), tail=tail).shape == (3,)
     assert trainer.sparse_divergence(**valid(), temperature=2.0).shape == (3,)
 
@@ -53,7 +58,11 @@ def test_what_the_other_tests_spoil_is_accepted() -> None:
     ("setting", "value", "message"),
     [
         ("loss", "kl", r"loss is 'kl'; accepted are fkl, rkl, akl, todi, jsd, jeffreys, sfkl, srkl, tvd, ab"),
-        ("tail", "drop", r"tail is 'drop'; accepted are bucket, groups, cap, samples, ignore, renormalise, uniform"),
+        (
+            "tail",
+            "drop",
+            r"tail is 'drop'; accepted are bucket, groups, cap, samples, ignore, renormalise, uniform, low_",
+        ),
         ("temperature", 0.0, r"temperature is 0.0; it must be a positive number"),
         ("temperature", -1.0, r"temperature is -1.0"),
         ("temperature", nan, r"temperature is nan"),
@@ -62,6 +71,8 @@ def test_what_the_other_tests_spoil_is_accepted() -> None:
         ("skew", 0.1, r"loss 'todi' takes beta; got skew"),
         ("vocab_size", 7, r"vocab_size is 7 but the student has 6 columns"),
         ("vocab_size", 0, r"vocab_size is 0"),
+        ("residual_weight", -0.1, r"residual_weight is -0.1; it must lie between 0 and 1"),
+        ("residual_weight", nan, r"residual_weight is nan"),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_what_is_accepted(setting: str, value: Any, message: str) -> None:
@@ -85,6 +96,10 @@ def test_a_setting_out_of_range_is_named_with_what_is_accepted(setting: str, val
         ("tail_entropy", (3, 1)),
         ("sample_ids", (3,)),
         ("sample_logprobs", (3, 1)),
+        ("tail_coefficients", (3, 3)),
+        ("tail_coefficients", (2,)),
+        ("probe_ids", (3, 1)),
+        ("probe_residuals", (2, 2)),
     ],
 )
 def test_a_shape_that_does_not_agree_is_refused(name: str, shape: tuple[int, ...]) -> None:
@@ -146,6 +161,10 @@ def test_the_wrong_kind_of_number_is_refused(name: str, dtype: torch.dtype, kind
         ),
         (with_value("tail_groups", (3,), 2), r"tail_groups\[3\] is 2: accepted are 0 … 1"),
         (with_value("tail_groups", (3,), -1), r"tail_groups\[3\] is -1"),
+        (with_value("tail_coefficients", (1, 0), nan), r"tail_coefficients\[1, 0\] is nan: it must be a number"),
+        (with_value("tail_coefficients", (1, 0), inf), r"tail_coefficients\[1, 0\] is inf"),
+        (with_value("probe_ids", (0, 1), 6), r"probe_ids\[0, 1\] is 6: accepted are 0 … 5, and −1 for padding"),
+        (with_value("probe_residuals", (0, 1), nan), r"probe_residuals\[0, 1\] is nan"),
     ],
 )
 def test_a_value_that_no_teacher_gives_is_named_with_its_place(arguments: dict[str, Any], message: str) -> None:
@@ -154,7 +173,7 @@ def test_a_value_that_no_teacher_gives_is_named_with_its_place(arguments: dict[s
 
 
 def test_ids_are_checked_against_the_teachers_vocabulary_not_the_students_columns() -> None:
-    arguments = {**valid(), "tail_groups": None, "group_logprobs": None}
+    arguments = {**valid(), "tail_groups": None, "group_logprobs": None, "tail_basis": None}
     with pytest.raises(ValueError, match=r"token_ids\[2, 1\] is 5: accepted are 0 … 4"):
         trainer.sparse_divergence(**arguments, vocab_size=5)
 
