@@ -25,6 +25,7 @@ from trainer.losses.transform import LogitTransform
 # On a CPU 4 MB at a time, which stay in its cache; on an accelerator enough to make the launches' cost vanish.
 BLOCK_ELEMENTS_CPU = 2**20
 BLOCK_ELEMENTS_ACCELERATOR = 2**27
+BLOCK_ELEMENTS_CPU_LOW_RANK = 2**23  # a tail whose products read a basis as large once a block
 BLOCK_ELEMENTS_DENSE = 2**24  # on an accelerator, for tails that make several tensors of the block's size
 
 
@@ -58,7 +59,7 @@ TailFactory = Callable[[Tensor, LogitTransform, tuple[float, ...], Tensor | None
 def row_blocks(logits: Tensor, tail: str) -> list[slice]:
     """Cut the rows of logits [N, V] into blocks that are worked on at once, with a treatment of the tail."""
     if logits.device.type == "cpu":
-        elements = BLOCK_ELEMENTS_CPU
+        elements = BLOCK_ELEMENTS_CPU_LOW_RANK if tail == "low_rank" else BLOCK_ELEMENTS_CPU
     else:
         elements = BLOCK_ELEMENTS_DENSE if tail in DENSE_TAILS else BLOCK_ELEMENTS_ACCELERATOR
     rows = max(1, elements // max(1, logits.shape[1]))

@@ -20,20 +20,24 @@ class Coarse:
     counted: Tensor  # [N, C] bool; outcomes outside it (padding, an empty tail) contribute exactly 0
     num_entries: int
     estimated_p: Tensor | None = None  # [N, C] unbiased estimate that stands in for p (sampled tails)
+    all_count: bool = False  # as `counted` says too, without passes over what may be a whole vocabulary
 
     @cached_property
     def p(self) -> Tensor:
         """The teacher's mass of each counted outcome, [N, C], or its estimate if there is one."""
         if self.estimated_p is not None:
             return self.estimated_p.masked_fill(~self.counted, 0.0)
-        return self.log_p.masked_fill(~self.counted, -inf).exp()
+        return self._of_counted(self.log_p, -inf).exp()
 
     @cached_property
     def q(self) -> Tensor:
         """The student's mass of each counted outcome, [N, C]."""
-        return self.log_q.masked_fill(~self.counted, -inf).exp()
+        return self._of_counted(self.log_q, -inf).exp()
 
     @cached_property
     def log_ratio(self) -> Tensor:
         """r = log(q/p) of each counted outcome, [N, C] nats."""
-        return self.log_q.masked_fill(~self.counted, 0.0) - self.log_p.masked_fill(~self.counted, 0.0)
+        return self._of_counted(self.log_q, 0.0) - self._of_counted(self.log_p, 0.0)
+
+    def _of_counted(self, values: Tensor, otherwise: float) -> Tensor:
+        return values if self.all_count else values.masked_fill(~self.counted, otherwise)

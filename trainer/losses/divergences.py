@@ -56,8 +56,7 @@ def adaptive_kl(coarse: Coarse, *, akl_split: str = "official") -> tuple[Tensor,
     head = AKL_SPLITS[akl_split](entry_p.cumsum(1))
     head[:, :1] = True
     head_gap = (entry_gap * head).sum(1)
-    rest_gap = gap.scatter(1, order, entry_gap * ~head).sum(1)
-    w = head_gap / (head_gap + rest_gap).clamp_min(torch.finfo(gap.dtype).tiny)
+    w = head_gap / gap.sum(1).clamp_min(torch.finfo(gap.dtype).tiny)
 
     forward, forward_slope = forward_kl(coarse)
     reverse, reverse_slope = reverse_kl(coarse)

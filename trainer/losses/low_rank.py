@@ -16,8 +16,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from trainer.losses.blocks import row_blocks
 from trainer.losses.coarse import Coarse
-from trainer.losses.divergences import forward_kl, reverse_kl
 from trainer.losses.registry import evaluate_divergence
 from trainer.losses.settings import LossSettings
 from trainer.losses.tail import LOG_TAIL_FLOOR
@@ -30,7 +30,11 @@ LOW_RANK = "low_rank"
 
 
 class LowRankBlock:
-    """A `terms.Block` whose outcomes are all V tokens."""
+    """A `terms.Block` whose outcomes are all V tokens.
+
+    It holds one more tensor like the logits: the teacher's logits, which become the gradient of the divergence. Products
+    with the basis are of the whole block; all else is of few rows at a time, so that it stays in a CPU's cache.
+    """
 
     def __init__(
         self,
@@ -41,28 +45,42 @@ class LowRankBlock:
         transform: LogitTransform,
     ) -> None:
         """See `terms.distillation_block`."""
-        assert targets.tail_basis is not None and targets.tail_coefficients is not None
-        self._raw, self._labels = raw, labels
-        logits = transform.apply(raw.to(torch.promote_types(raw.dtype, torch.float32)))
-        teacher, products = rebuild(logits, targets.tail_basis, targets, settings.residual_weight)
-        self._slope = transform.slope(logits)
-        self.largest = logits.amax(1)
+        assert targets.tail_basis is not None
+        self._raw, self._labels, self._settings, self._transform = raw, labels, settings, transform
+        self._logits = logits = _transformed(raw, transform)
+        self._teacher, products = rebuild(logits, targets.tail_basis, targets, settings.residual_weight)
+        self.largest, largest_ids = logits.max(1)
         self.label_logits = None if labels is None else logits.gather(1, labels[:, None])[:, 0]
         self._entries = logits.gather(1, targets.token_ids.clamp_min(0)).masked_fill_(targets.token_ids < 0, -inf)
-        self._tail = _tail_log_mass(logits, targets)
-
-        mask_tokens_(teacher, targets.token_ids)
-        self._log_q = logits.log_softmax(1)
-        at_one = _every_token(teacher, self._log_q, targets, 1.0)
-        self.own_terms = {"fkl": forward_kl(at_one)[0], "rkl": reverse_kl(at_one)[0]}
+        self.kd, self._log_normaliser = torch.empty_like(self.largest), torch.empty_like(self.largest)
+        fkl, rkl, tail_mass = (torch.empty_like(self.largest) for _ in range(3))
+        for rows in row_blocks(logits, "bucket"):
+            log_q = logits[rows].log_softmax(1)
+            self._log_normaliser[rows] = self.largest[rows] - log_q.gather(1, largest_ids[rows, None])[:, 0]
+            at_one = self._diverge(rows, log_q, targets[rows])
+            fkl[rows] = -torch.linalg.vecdot(at_one.p, at_one.log_ratio)
+            rkl[rows] = torch.linalg.vecdot(at_one.q, at_one.log_ratio)
+            tail_mass[rows] = _write_(at_one.q, targets.token_ids[rows], torch.zeros_like(self._entries[rows])).sum(1)
+        self._tail = (tail_mass.log() + self._log_normaliser)[:, None]
+        self.own_terms = {"fkl": fkl, "rkl": rkl}
         if products is not None:
             self.own_terms["residual_products"] = products
-        self._temperature = temperature = settings.temperature
-        coarse = at_one
+
+    def _diverge(self, rows: slice, log_q: Tensor, targets: TeacherTargets) -> Coarse:
+        """Compute the divergence of some rows, and its gradient in place of the teacher; return the coarse pair at T = 1."""
+        teacher, temperature = self._teacher[rows], self._settings.temperature
+        mask_tokens_(teacher, targets.token_ids)
+        at_one = coarse = _every_token(teacher.log_softmax(1), log_q, targets, 1.0)
         if temperature != 1.0:
-            coarse = _every_token(teacher, (logits / temperature).log_softmax(1), targets, temperature)
-        self.kd, slope = evaluate_divergence(settings.loss, coarse, settings.loss_args)
-        self._kd_grad = (slope - coarse.log_q.exp() * slope.sum(1, keepdim=True)) / temperature
+            tail_logits = teacher / temperature
+            if targets.tempered_tail is None:
+                tail = (targets.tail_logprob - teacher.logsumexp(1)) / temperature + tail_logits.logsumexp(1)
+                targets = replace(targets, tempered_tail=tail.masked_fill(teacher.amax(1) == -inf, -inf))
+            log_q = (self._logits[rows] / temperature).log_softmax(1)
+            coarse = _every_token(tail_logits.log_softmax(1), log_q, targets, temperature)
+        self.kd[rows], slope = evaluate_divergence(self._settings.loss, coarse, self._settings.loss_args)
+        torch.addcmul(slope, coarse.q, slope.sum(1, keepdim=True), value=-1, out=teacher)
+        return at_one
 
     def bucket_log_masses(self, num_entries: int) -> Tensor:
         """See `terms.Block`."""
@@ -70,11 +88,30 @@ class LowRankBlock:
 
     def write_gradient_(self, kd_weights: Tensor | None, ce_weights: Tensor | None) -> None:
         """See `terms.Block`."""
-        grad = self._kd_grad.mul_(0.0 if kd_weights is None else kd_weights[:, None])
-        if ce_weights is not None and self._labels is not None:
-            grad.addcmul_(self._log_q.exp_(), ce_weights[:, None].to(grad.dtype))
-            grad.scatter_add_(1, self._labels[:, None], -ce_weights[:, None].to(grad.dtype))
-        self._raw.copy_(grad.mul_(self._slope))
+        for rows in row_blocks(self._logits, "bucket"):
+            logits, grad = self._logits[rows], self._teacher[rows]
+            if kd_weights is None:
+                grad.zero_()
+            else:
+                grad.mul_((kd_weights[rows, None] / self._settings.temperature).to(grad.dtype))
+            if ce_weights is not None and self._labels is not None:
+                weights = ce_weights[rows, None].to(grad.dtype)
+                grad.addcmul_((logits - self._log_normaliser[rows, None]).exp_(), weights)
+                grad.scatter_add_(1, self._labels[rows, None], -weights)
+            if self._transform != LogitTransform():
+                grad.mul_(self._transform.slope(logits))
+            self._raw[rows] = grad
+
+
+def _transformed(raw: Tensor, transform: LogitTransform) -> Tensor:
+    """Return the logits of the softmax, float32 or wider; in place where the raw logits are."""
+    dtype = torch.promote_types(raw.dtype, torch.float32)
+    if raw.dtype != dtype:
+        return transform.apply(raw.to(dtype))
+    if transform != LogitTransform():
+        for rows in row_blocks(raw, "bucket"):
+            raw[rows] = transform.apply(raw[rows])
+    return raw
 
 
 def rebuild(
@@ -107,33 +144,20 @@ def _residual_products(
     return torch.stack([(own * probe_residuals).sum(1), own.square().sum(1)], 1)
 
 
-def _tail_log_mass(logits: Tensor, targets: TeacherTargets) -> Tensor:
-    """Return the student's log mass outside the entries, up to the row's normaliser, [n, 1]."""
-    others = logits.clone()
-    mask_tokens_(others, targets.token_ids)
-    return others.logsumexp(1, keepdim=True)
+def _every_token(log_p: Tensor, log_q: Tensor, targets: TeacherTargets, temperature: float) -> Coarse:
+    """Return both distributions over all V tokens at T.
 
-
-def _every_token(teacher: Tensor, log_q: Tensor, targets: TeacherTargets, temperature: float) -> Coarse:
-    """Return both distributions over all V tokens at T.  teacher: its rebuilt logits, [n, V], −inf at the entries."""
-    log_mass = teacher.logsumexp(1)
-    tail_logits, log_mass_at_t = teacher, log_mass
-    if temperature != 1.0:
-        tail_logits = teacher / temperature
-        log_mass_at_t = tail_logits.logsumexp(1)
-        if targets.tempered_tail is None:
-            estimate = (targets.tail_logprob - log_mass) / temperature + log_mass_at_t
-            targets = replace(targets, tempered_tail=estimate.masked_fill(log_mass == -inf, -inf))
+    log_p: each token's share of the teacher's tail, [n, V]; becomes the log-probability of every token.
+    """
     entries, tail, _ = tempered(targets, temperature)
-    shift = tail.clamp_min(LOG_TAIL_FLOOR) - log_mass_at_t
-    log_p = tail_logits + shift.masked_fill(log_mass == -inf, 0.0)[:, None]
-    _write_entries_(log_p, targets.token_ids, entries)
-    return Coarse(log_p, log_q, torch.ones(1, 1, dtype=torch.bool, device=log_p.device), log_p.shape[1])
+    _write_(log_p.add_(tail.clamp_min(LOG_TAIL_FLOOR)[:, None]), targets.token_ids, entries)
+    counted = torch.ones(1, 1, dtype=torch.bool, device=log_p.device).expand_as(log_p)
+    return Coarse(log_p, log_q, counted, log_p.shape[1], all_count=True)
 
 
-def _write_entries_(log_p: Tensor, token_ids: Tensor, entries: Tensor) -> None:
-    """Set the log-probabilities [n, V] of some tokens.  token_ids: [n, k] int64, −1 pads."""
-    # Padding writes to token 0 what token 0 holds anyhow, which may itself be an entry.
+def _write_(values: Tensor, token_ids: Tensor, new: Tensor) -> Tensor:
+    """Set the values [n, V] of some tokens. token_ids: [n, k] int64, −1 pads.  new: [n, k]."""
+    # Padding writes to token 0 what token 0 holds then, which may itself be one of them.
     is_first = token_ids == 0
-    first = torch.where(is_first.any(1), entries.masked_fill(~is_first, -inf).logsumexp(1), log_p[:, 0])
-    log_p.scatter_(1, token_ids.clamp_min(0), torch.where(token_ids < 0, first[:, None], entries))
+    first = torch.where(is_first.any(1), new.masked_fill(~is_first, 0.0).sum(1), values[:, 0])
+    return values.scatter_(1, token_ids.clamp_min(0), torch.where(token_ids < 0, first[:, None], new))

@@ -109,7 +109,7 @@ def evaluate_divergence(name: str, coarse: Coarse, options: Mapping[str, Any]) -
     if name in DIVERGENCES:
         with torch.no_grad():
             value, slope = function(coarse, **options)
-        return value, slope.masked_fill(~coarse.counted, 0.0)
+        return value, slope if coarse.all_count else slope.masked_fill(~coarse.counted, 0.0)
 
     with torch.inference_mode(False), torch.enable_grad():
         if coarse.log_q.is_inference():  # autograd takes no tensor of inference mode
