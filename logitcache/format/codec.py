@@ -13,11 +13,13 @@ one list of numbers that any Parquet reader opens:
     sample_ids          list<int32>   [M·s] ids drawn from the tail                 (captured with tail samples)
     sample_logprobs     list<float>   [M·s]
 
-and the kept columns of the source after them. Entries and tail groups of an exact cache are
+and the kept columns of the source after them. Entries, tail groups and coefficients of an exact cache are
 
     token_ids           list<int32>   [Σ num_entries]   most probable first
     logprobs            list<float>   [Σ num_entries]
     group_logprobs      list<float>   [M·G] log mass of each tail group             (captured with tail groups)
+    tail_coefficients   list<float>   [M·R] of the logits, in the tail basis        (captured with a rank)
+    probe_residuals     list<float>   [M·P] what these leave of the probe tokens' logits
 
 and of a balanced or compact one
 
@@ -25,6 +27,8 @@ and of a balanced or compact one
     levels_above_lowest list<int32>   [Σ num_entries]   levels from the position's least probable entry up to this one
     lowest_level        list<int32>   [M]               level of that entry
     group_levels        list<int32>   [M·G]             share of the tail, as difference from the profile
+    tail_coefficients   list<int16>   [M·R]             in steps of the layout's rounding
+    probe_residuals     list<int8>    [M·P]             in quarters of a nat
 
 where `codebook` says what a rank and the profile are, `quantization` what a level is. Why so: the set of entries costs a third of
 the bytes when it is stored in ascending order of an order in which frequent ids come first; the order of probability then
@@ -45,6 +49,7 @@ import pyarrow as pa
 
 from logitcache.format.codebook import Codebook
 from logitcache.format.layout import Layout
+from logitcache.format.probes import probe_ids_of_rows
 from logitcache.format.quantization import MOST_LEVELS, QuantizationSpec, rounded
 from logitcache.format.sequences import CachedSequence, TokenSequence, trained_positions
 from logitcache.format.targets import PAD_ID, SparseTargets, concatenate
@@ -123,7 +128,20 @@ class DecodedRows(Sequence[CachedSequence]):
         fields: dict[str, Any] = {}
         for part, value in layout.tail_parts.stored():
             fields |= part.decode(values, value, tail_logprob, quantization, codebook)
-        self.targets = SparseTargets(token_ids, logprobs, tail_logprob, **fields)
+        self.targets = SparseTargets(token_ids, logprobs, tail_logprob, **fields, probe_ids=self._probe_ids(layout))
+
+    def _probe_ids(self, layout: Layout) -> np.ndarray | None:
+        """Returns the probe tokens, int32 [M, P]; None without, and for masks that contradict the number of positions."""
+        if not layout.tail_parts.probes:
+            return None
+        starts, lengths = self.token_offsets[:-1], np.diff(self.offsets)
+        predicted = self.loss_mask.copy()
+        predicted[starts[starts < len(predicted)]] = False
+        tokens = np.flatnonzero(predicted)
+        if len(tokens) != self.offsets[-1]:
+            return None
+        positions = tokens - np.repeat(starts, lengths) - 1
+        return probe_ids_of_rows(self.row_ids, lengths, positions, layout.tail_parts.probes, layout.vocab_size)
 
     def __len__(self) -> int:
         return len(self.row_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,8 +48,15 @@ class Layout:
 
     @property
     def stored_format(self) -> dict[str, Any]:
-        """The record of the format in a fingerprint: its version, and how numbers are rounded."""
-        return {"version": self.format_version, "rounding": self.quantization.to_json() if self.quantization else None}
+        """The record of the format in a fingerprint: its version, and how numbers are rounded, whatever the tail basis."""
+        preset = replace(self.quantization, coefficient_step=None).to_json() if self.quantization else None
+        return {"version": self.format_version, "rounding": preset}
+
+    def with_coefficient_step(self, step: float) -> Layout:
+        """Returns the layout with the step of a tail basis; an exact cache's stays as it is."""
+        if self.quantization is None:
+            return self
+        return replace(self, quantization=replace(self.quantization, coefficient_step=step))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the layout as plain JSON types."""
@@ -66,13 +73,16 @@ class Layout:
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
         """Returns the layout of `to_json`; what format 1 wrote reads as exact."""
         rounding = data.get("rounding")
-        return cls(
+        layout = cls(
             vocab_size=data["vocab_size"],
             tail_parts=TailParts.from_json(data, "layout_key"),
             columns=data["columns"],
             precision=data.get("precision", "exact"),
             quantization=QuantizationSpec.from_json(rounding) if rounding else None,
         )
+        if layout.tail_parts.rank and layout.quantization and layout.quantization.coefficient_step is None:
+            raise ValueError("its rounding has no step of the coefficients")
+        return layout
 
     def values_per_position(self) -> dict[str, tuple[pa.DataType, int]]:
         """Returns the columns with a fixed number of values per stored position: name → (Arrow type, that number)."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class QuantizationSpec:
 
     square_root_steps: n.  uniform_step: D, nats.  tail_step: nats, of tails, tempered tails and the tail's entropy.
     group_step: nats, of the log of a group's share of the tail.  sample_step: nats, of sampled log-probabilities.
+    coefficient_step: of the coefficients in the cache's tail basis, which says it; None in a cache without.
     """
 
     square_root_steps: int
@@ -42,6 +43,8 @@ class QuantizationSpec:
     tail_step: float
     group_step: float
     sample_step: float
+    coefficient_step: float | None = None
+    probe_step: ClassVar[float] = 0.25
 
     @property
     def uniform_from(self) -> int:
@@ -75,13 +78,13 @@ class QuantizationSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the steps as plain JSON types."""
-        return asdict(self)
+        return {name: step for name, step in asdict(self).items() if step is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> QuantizationSpec:
         """Returns the rounding of `to_json`. Raises TypeError or ValueError for steps that round nothing."""
         quantization = cls(**data)
-        steps = (quantization.uniform_step, quantization.tail_step, quantization.group_step, quantization.sample_step)
+        steps = [step for name, step in quantization.to_json().items() if name != "square_root_steps"]
         if type(quantization.square_root_steps) is not int or not all(isinstance(step, float | int) for step in steps):
             raise TypeError(f"{quantization} is not of numbers")
         if not all(0 < step <= MOST_STEP for step in steps) or not 0 < quantization.uniform_from < MOST_LEVELS:

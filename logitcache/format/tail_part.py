@@ -62,6 +62,7 @@ class TailPart(ABC):
     absent: value of the part in a cache without it.  fields: what it fills.  per_position: a field is [M], not [M, width].
     file: beside the shards, what holds for all positions of the cache; empty if there is nothing.
     since: the cache format that the part came with. JSON names a part of a later one only where it is stored.
+    needs: the option without which the part says nothing; empty if it stands alone.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TailPart(ABC):
     per_position = False
     file = ""
     since = 1
+    needs = ""
 
     @property
     def dtypes(self) -> dict[str, type[np.generic]]:

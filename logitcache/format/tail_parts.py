@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.format.codebook import Codebook
+from logitcache.format.probes import MOST_PROBES
 from logitcache.format.quantization import rounded
 from logitcache.format.scaling import scaled_beside_tail, scaled_to_tail, scaled_within_tail
 from logitcache.format.tail_part import (
@@ -34,6 +35,7 @@ from logitcache.format.tail_part import (
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 TAIL_GROUPS_NAME = "tail_groups.parquet"
+TAIL_BASIS_NAME = "tail_basis.parquet"
 TEMPERED_PREFIX = "tail_log_norm_T"
 GROUP_STEP_OF_FORMAT_1 = 2.0**-5
 GROUP_TOLERANCE_NATS = 0.01
@@ -239,7 +241,88 @@ class _Samples(TailPart):
         yield "a sampled id that is an entry", np.any(entries, axis=0)
 
 
-PARTS: tuple[TailPart, ...] = (_Groups(), _Temperatures(), _Entropy(), _Samples())
+class _Integers(TailPart):
+    """A field of the whole vocabulary's logits, stored as small integers, and in an exact cache as it is.
+
+    counts: what the integers count, for people who read the file.
+    """
+
+    since = 3
+    stored_type: pa.DataType
+    counts: str
+
+    def columns(self, value: int, quantization: Rounding) -> dict[str, Column]:
+        if quantization is None:
+            return super().columns(value, quantization)
+        return {f.name: Column(self.stored_type, value, f"{f.meaning}, in {self.counts}") for f in self.fields}
+
+    def encode(self, targets: SparseTargets, quantization: Rounding, codebook: Codebook) -> dict[str, np.ndarray]:
+        name, step, *_ = self.fields[0]
+        values = getattr(targets, name)
+        if quantization is None:
+            return {name: values}
+        counted = getattr(quantization, step)
+        assert counted, "Layout.with_coefficient_step comes first"
+        dtype = self.stored_type.to_pandas_dtype()
+        most = np.iinfo(dtype).max
+        return {name: np.rint(values / np.float32(counted)).clip(-most, most).astype(dtype)}
+
+    def decode(
+        self, columns: Arrays, value: int, tail_logprob: np.ndarray, quantization: Rounding, codebook: Codebook | None
+    ) -> dict[str, Any]:
+        name, step, *_ = self.fields[0]
+        if quantization is None:
+            return self.unpack(columns, value)
+        return {name: np.multiply(columns[name], np.float32(getattr(quantization, step)), dtype=np.float32)}
+
+    def defects(self, targets: SparseTargets, quantization: Rounding) -> Defects:
+        if quantization is None:
+            name, *_ = self.fields[0]
+            yield f"{name} that are not finite", ~np.isfinite(getattr(targets, name)).all(axis=1)
+
+
+class _LowRank(_Integers):
+    """Coefficients of the logits in the first R directions of the cache's tail basis."""
+
+    name, option, layout_key = "rank", "tail_rank", "tail_rank"
+    file = TAIL_BASIS_NAME
+    stored_type, counts = pa.int16(), "steps that the layout's rounding has"
+    fields = (Field("tail_coefficients", "coefficient_step", "coefficients of the logits in `tail_basis.parquet`"),)
+
+    def refusals(self, value: int, vocab_size: int) -> Iterator[str]:
+        if not 0 <= value < vocab_size:
+            yield f"--tail-rank {value}: choose 0…{vocab_size - 1}, less than the teacher's vocabulary"
+
+    def describe(self, value: int) -> str:
+        return f"rank {value}"
+
+    def of(self, targets: SparseTargets, value: int) -> dict[str, Any]:
+        assert targets.tail_coefficients is not None
+        return {"tail_coefficients": targets.tail_coefficients[:, :value]}
+
+    def truncate(self, leaving: Leaving) -> dict[str, Any]:
+        return {"tail_coefficients": leaving.targets.tail_coefficients}
+
+
+class _Probes(_Integers):
+    """What the coefficients leave of the logits at P tokens that row and position determine."""
+
+    name, option, layout_key, needs = "probes", "tail_probes", "tail_probes", "tail_rank"
+    stored_type, counts = pa.int8(), "quarters of a nat"
+    fields = (Field("probe_residuals", "probe_step", "what the coefficients leave of the logits of the probe tokens"),)
+
+    def refusals(self, value: int, vocab_size: int) -> Iterator[str]:
+        if not 0 <= value <= MOST_PROBES:
+            yield f"--tail-probes {value}: choose 0…{MOST_PROBES}"
+
+    def of(self, targets: SparseTargets, value: int) -> dict[str, Any]:
+        return {"probe_residuals": targets.probe_residuals, "probe_ids": targets.probe_ids}
+
+    def truncate(self, leaving: Leaving) -> dict[str, Any]:
+        return self.of(leaving.targets, 0)
+
+
+PARTS: tuple[TailPart, ...] = (_Groups(), _Temperatures(), _Entropy(), _Samples(), _LowRank(), _Probes())
 """In the order of the columns."""
 TAIL_FILES = tuple(part.file for part in PARTS if part.file)
 
@@ -249,13 +332,16 @@ class TailParts:
     """The optional numbers that a cache stores of the tail at each position, and how many of each.
 
     groups: G, the number of tail groups, or 0.  temperatures: each T ≠ 1 at which the tail is stored.  entropy: whether the
-    tail's entropy is.  samples: s, ids drawn from the tail, or 0.
+    tail's entropy is.  samples: s, ids drawn from the tail, or 0.  rank: R, the coefficients of the logits in the directions
+    of a basis, or 0.  probes: P, the tokens at which it is known what these leave, or 0.
     """
 
     groups: int = 0
     temperatures: tuple[float, ...] = ()
     entropy: bool = False
     samples: int = 0
+    rank: int = 0
+    probes: int = 0
 
     def stored(self) -> Iterator[tuple[TailPart, Any]]:
         """Yields the parts that there are, each with its value."""
@@ -267,8 +353,9 @@ class TailParts:
         return [part.file for part, _ in self.stored() if part.file]
 
     def without(self, options: Container[str]) -> TailParts:
-        """Returns the parts but for those whose options are named."""
-        return replace(self, **{part.name: part.absent for part in PARTS if part.option in options})
+        """Returns the parts but for those whose options are named, and those that need them."""
+        left_out = [part for part in PARTS if part.option in options or part.needs in options]
+        return replace(self, **{part.name: part.absent for part in left_out})
 
     def of(self, targets: SparseTargets) -> SparseTargets:
         """Returns the same positions with these parts alone, of targets that hold them all."""

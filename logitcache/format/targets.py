@@ -27,6 +27,9 @@ class SparseTargets:
     tempered_tail: {T: float32 [M]}, log Σ p^(1/T) over the tail, for each captured temperature T ≠ 1.
     tail_entropy: float32 [M] or None, Σ p log p over the tail divided by the tail mass (nats, ≤ 0).
     sample_ids, sample_logprobs: int32 / float32 [M, s] or None, ids drawn with replacement from the tail, their log p.
+    tail_coefficients: float32 [M, R] or None, the logits' coefficients in the directions of the cache's tail basis.
+    probe_residuals: float32 [M, P] or None, what these leave of the logits of the probe tokens (nats).
+    probe_ids: int32 [M, P] or None, the probe tokens; nowhere stored, whoever decodes rows derives them (`format.probes`).
     """
 
     token_ids: np.ndarray
@@ -37,6 +40,9 @@ class SparseTargets:
     tail_entropy: np.ndarray | None = None
     sample_ids: np.ndarray | None = None
     sample_logprobs: np.ndarray | None = None
+    tail_coefficients: np.ndarray | None = None
+    probe_residuals: np.ndarray | None = None
+    probe_ids: np.ndarray | None = None
 
     @property
     def num_positions(self) -> int:
@@ -72,7 +78,7 @@ class SparseTargets:
 
 
 def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
-    """Joins targets along the positions. The widest entry list sets k; all parts have the same optional fields."""
+    """Joins targets along the positions. The widest entry list sets k; optional fields are kept that all parts have."""
     if len(parts) == 1:
         return parts[0]
     k = max(part.token_ids.shape[1] for part in parts)
@@ -128,7 +134,7 @@ def _joined(values: Sequence[Any]) -> Any:
     first = values[0]
     if isinstance(first, Mapping):
         return {key: np.concatenate([value[key] for value in values]) for key in first}
-    return None if first is None else np.concatenate(values)
+    return None if any(value is None for value in values) else np.concatenate(values)
 
 
 def _widen(array: np.ndarray, k: int, fill: float) -> np.ndarray:

@@ -70,9 +70,9 @@ def _refuse_different(one: LogitCache, other: LogitCache) -> None:
         return
     parts = {name.split(".")[0] for name, _, _ in found}
     what = first_of([f"{name} is {a} in {one.path}, {b} in {other.path}" for name, a, b in found])
-    other_files = {part.option for part in PARTS if part.file and part.layout_key not in parts}
+    other_files = {Path(part.file).stem for part in PARTS if part.file and part.layout_key not in parts}
     if parts & {"teacher", "tokenizer", "vocab_size", *other_files}:
-        hint = "Only caches of one teacher, tokenizer and set of tail groups can be merged"
+        hint = "Only caches of one teacher, tokenizer, set of tail groups and tail basis can be merged"
     else:
         hint = "`logitcache recode` can bring both to what the smaller one holds"
     raise UserError(f"these caches cannot be merged: {what}. {hint}")
@@ -83,6 +83,7 @@ def _comparable(cache: LogitCache) -> dict[str, Any]:
     manifest, fingerprint = cache.manifest, cache.manifest.fingerprint
     layout = {part.layout_key: part.absent for part in PARTS} | manifest.layout.to_json()
     del layout["format_version"]
+    layout["rounding"] = manifest.layout.stored_format["rounding"]  # what the basis says is of the basis
     # The layout says it too, or it is no matter of content.
     elsewhere = {"precision", *(part.option for part in PARTS), "shard_positions"}
     return {
@@ -92,7 +93,7 @@ def _comparable(cache: LogitCache) -> dict[str, Any]:
         "precision": layout.pop("precision"),
         "capture": {name: value for name, value in fingerprint["capture"].items() if name not in elsewhere},
         **layout,
-        **{part.option: manifest.files.get(part.file) for part in PARTS if part.file},
+        **{Path(part.file).stem: manifest.files.get(part.file) for part in PARTS if part.file},
     }
 
 

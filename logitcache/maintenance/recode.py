@@ -68,7 +68,7 @@ def recode(
     captured = _Entries(capture["top_k"], capture.get("top_p", 1.0), capture.get("min_k", capture["top_k"]))
     entries = _fewer_entries(captured, top_k, top_p, min_k)
     dropped = _checked(one_or_more(drop), source.manifest.layout)
-    layout = _with_precision(source.manifest.layout, precision)
+    layout = _with_precision(source, precision)
     columns = {name: alias for name, alias in layout.columns.items() if name not in dropped}
     layout = replace(layout, tail_parts=layout.tail_parts.without(dropped), columns=columns)
     stored = entries._asdict() | {"precision": layout.precision}
@@ -130,7 +130,8 @@ def _checked(drop: Sequence[str], layout: Layout) -> list[str]:
     return sorted(set(drop))
 
 
-def _with_precision(layout: Layout, precision: str | None) -> Layout:
+def _with_precision(source: LogitCache, precision: str | None) -> Layout:
+    layout = source.manifest.layout
     if precision is None or precision == layout.precision:
         return layout
     check_precision(precision)
@@ -138,7 +139,8 @@ def _with_precision(layout: Layout, precision: str | None) -> Layout:
     if finest_first.index(precision) < finest_first.index(layout.precision):
         coarser = ", ".join(finest_first[finest_first.index(layout.precision) :])
         raise UserError(f"--precision {precision}: finer than what the cache holds, choose one of {coarser}")
-    return replace(layout, precision=precision, quantization=None)
+    layout = replace(layout, precision=precision, quantization=None)
+    return layout.with_coefficient_step(source.tail_basis.step) if source.tail_basis else layout
 
 
 class _Recoder:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.errors import UserError, one_line
+from logitcache.format.probes import splitmix64
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
 from logitcache.maintenance.row_scan import Rows, scan
 from logitcache.ranges import parse_range
@@ -189,12 +190,10 @@ def _lowest(parts: list[Rows], count: int, seed: int) -> Rows:
 
 
 def _mixed(ids: np.ndarray, seed: int) -> np.ndarray:
-    """Returns a number for each id [n], uint64, unlike that of other seeds: SplitMix64 (Steele, Lea and Flood, 2014)."""
-    state = ids.view("<u8").reshape(-1, 2)[:, 0] ^ np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = state ^ (state >> np.uint64(31))
-    return mixed
+    """Returns a number for each id [n], uint64, unlike that of other seeds."""
+    return splitmix64(
+        ids.view("<u8").reshape(-1, 2)[:, 0] ^ np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
+    )
 
 
 def _expression(where: str, columns: list[str]) -> Callable[[Rows, pa.Table], np.ndarray]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,9 @@ from logitcache.format.manifest import (
     parse_manifest,
 )
 from logitcache.format.sequences import CachedSequence
+from logitcache.format.tail_basis import MAX_TAIL_BASIS_BYTES, TailBasis, check_tail_basis, read_tail_basis
 from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES, read_tail_groups
-from logitcache.format.tail_parts import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_BASIS_NAME, TAIL_GROUPS_NAME
 from logitcache.format.tokenizer import read_tokenizer
 from logitcache.format.trusted import read_trusted
 from logitcache.reading.local_copies import LocalCopies
@@ -128,18 +129,37 @@ class LogitCache(Sequence[CachedSequence]):
     @cached_property
     def tail_groups(self) -> np.ndarray | None:
         """Tail group of each token id, int32 [V]; None if the cache holds no tail groups."""
-        if not self.manifest.layout.tail_parts.groups:
-            return None
-        content = read_trusted(self.folder, self.manifest, TAIL_GROUPS_NAME, MAX_TAIL_GROUPS_BYTES)
         layout = self.manifest.layout
-        try:
-            groups = read_tail_groups(BytesIO(content))
+
+        def read(file: BinaryIO) -> np.ndarray:
+            groups = read_tail_groups(file)
             if len(groups) != layout.vocab_size or not 0 <= groups.min() <= groups.max() < layout.tail_parts.groups:
                 raise ValueError(f"it is not of {layout.vocab_size:,} ids in {layout.tail_parts.groups:,} groups")
             return groups
+
+        return self._beside(TAIL_GROUPS_NAME, MAX_TAIL_GROUPS_BYTES, read) if layout.tail_parts.groups else None
+
+    @cached_property
+    def tail_basis(self) -> TailBasis | None:
+        """The basis of the tail's coefficients, with as many directions as the cache has of these; None in a cache without."""
+        layout = self.manifest.layout
+        rank = layout.tail_parts.rank
+
+        def read(file: BinaryIO) -> TailBasis:
+            basis = read_tail_basis(file)
+            check_tail_basis(basis, layout)
+            return basis.first(rank)
+
+        return self._beside(TAIL_BASIS_NAME, MAX_TAIL_BASIS_BYTES, read) if rank else None
+
+    def _beside(self, name: str, at_most: int, read: Callable[[BinaryIO], T]) -> T:
+        """Reads a file that holds for all positions. Raises UserError if it is not the manifest's, or `read` ValueError."""
+        content = read_trusted(self.folder, self.manifest, name, at_most)
+        try:
+            return read(BytesIO(content))
         except ValueError as error:
             raise UserError(
-                f"{self.folder.where(TAIL_GROUPS_NAME)} was altered ({error}): fetch it or build the cache again"
+                f"{self.folder.where(name)} was altered ({error}): fetch it or build the cache again"
             ) from error
 
     def tokenizer_files(self) -> dict[str, bytes] | None:

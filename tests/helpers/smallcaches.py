@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 from unittest.mock import patch
@@ -17,16 +18,20 @@ from logitcache import CachedSequence, LogitCache, SparseTargets
 from logitcache.format import shards
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
+from logitcache.format.probes import probe_ids
 from logitcache.format.quantization import PRESETS, QuantizationSpec
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_basis import TailBasis, write_tail_basis
 from logitcache.format.tail_groups import write_tail_groups
-from logitcache.format.tail_parts import TAIL_GROUPS_NAME, TailParts
+from logitcache.format.tail_parts import TAIL_BASIS_NAME, TAIL_GROUPS_NAME, TailParts
 from logitcache.storage.atomic import file_sha256
 from logitcache.storage.folder import Folder
 
 VOCAB = 50
 COLUMNS = {"id": "int64", "url": "string", "score": "double", "flag": "bool"}
-EVERYTHING = Layout(VOCAB, TailParts(groups=3, temperatures=(0.5, 2.0), entropy=True, samples=2), columns=COLUMNS)
+COEFFICIENT_STEP = 0.125
+EVERY_PART = TailParts(groups=3, temperatures=(0.5, 2.0), entropy=True, samples=2, rank=3, probes=2)
+EVERYTHING = Layout(VOCAB, EVERY_PART, columns=COLUMNS).with_coefficient_step(COEFFICIENT_STEP)
 FINGERPRINT = {
     "teacher": {"name": "tiny", "architecture": "Tiny", "dtype": "float32", "engine": "none", "engine_version": "0"},
     "corpus": {"sources": [{"name": "random"}]},
@@ -50,10 +55,52 @@ def tail_groups(layout: Layout) -> np.ndarray:
     return np.arange(layout.vocab_size, dtype=np.int32).clip(max=layout.tail_parts.groups - 1)
 
 
+def at_precision(layout: Layout, precision: str) -> Layout:
+    return replace(layout, precision=precision, quantization=None).with_coefficient_step(COEFFICIENT_STEP)
+
+
+def tail_basis(layout: Layout, seed: int = 0) -> TailBasis:
+    """Directions at random, with weights at random under which they are centred and orthonormal."""
+    random = np.random.default_rng(seed)
+    weights = random.random(layout.vocab_size) + 0.1
+    weights /= weights.sum()
+    raw = random.normal(size=(layout.vocab_size, layout.tail_parts.rank))
+    raw -= weights @ raw
+    orthonormal, _ = np.linalg.qr(raw * np.sqrt(weights)[:, None])
+    directions = (orthonormal / np.sqrt(weights)[:, None]).astype(np.float16).astype(np.float32)
+    variances = np.arange(layout.tail_parts.rank, 0, -1)
+    offset = random.normal(size=layout.vocab_size)
+    m, u, w, v = (values.astype(np.float32) for values in (offset, directions, weights, variances))
+    return TailBasis(m, u, w, COEFFICIENT_STEP, v)
+
+
+def low_rank(full: np.ndarray, layout: Layout, sequence: TokenSequence | None) -> dict[str, np.ndarray]:
+    """Coefficients of the logits, and what these leave at the probe tokens of the sequence, or of another."""
+    parts = layout.tail_parts
+    if not parts.rank:
+        return {}
+    basis = tail_basis(layout)
+    centred = full - basis.offset
+    centred -= (centred @ basis.weights)[:, None]
+    coefficients = centred * basis.weights @ basis.directions
+    found = {"tail_coefficients": coefficients.astype(np.float32)}
+    if parts.probes:
+        row_id, positions = (sequence.row_id, sequence.positions) if sequence else ("", np.arange(len(full)))
+        ids = probe_ids(row_id, positions, parts.probes, layout.vocab_size)
+        residuals = np.take_along_axis(centred - coefficients @ basis.directions.T, ids, axis=1)
+        found |= {"probe_residuals": residuals.astype(np.float32), "probe_ids": ids}
+    return found
+
+
 def sparse_targets(
-    full: np.ndarray, num_entries: Sequence[int], layout: Layout, groups: np.ndarray | None = None, seed: int = 0
+    full: np.ndarray,
+    num_entries: Sequence[int],
+    layout: Layout,
+    groups: np.ndarray | None = None,
+    seed: int = 0,
+    sequence: TokenSequence | None = None,
 ) -> SparseTargets:
-    """What a capture stores of `full` [M, V], position by position and in float64."""
+    """What a capture stores of `full` [M, V], position by position and in float64.  sequence: where it has probes."""
     random = np.random.default_rng(seed)
     k = max(num_entries, default=0)
     groups = tail_groups(layout) if groups is None else groups
@@ -99,6 +146,7 @@ def sparse_targets(
         sample_logprobs=column("sample_logprobs", np.float32, layout.tail_parts.samples)
         if layout.tail_parts.samples
         else None,
+        **low_rank(full, layout, sequence),
     )
 
 
@@ -115,7 +163,7 @@ def random_rows(count: int, layout: Layout, seed: int = 0, longest: int = 12, ma
         sequence = TokenSequence(random.integers(0, layout.vocab_size, length).astype(np.int32), mask, kept)
         full = full_distributions(random, len(sequence.positions), layout.vocab_size)
         counts = random.integers(1, max_entries + 1, len(full))
-        rows.append((sequence, sparse_targets(full, counts.tolist(), layout, seed=number)))
+        rows.append((sequence, sparse_targets(full, counts.tolist(), layout, seed=number, sequence=sequence)))
     return rows
 
 
@@ -159,6 +207,9 @@ def write_cache(
     if layout.tail_parts.groups:
         write_tail_groups(Folder(root), tail_groups(layout))
         files[TAIL_GROUPS_NAME] = file_sha256(root / TAIL_GROUPS_NAME)
+    if layout.tail_parts.rank:
+        write_tail_basis(Folder(root), tail_basis(layout))
+        files[TAIL_BASIS_NAME] = file_sha256(root / TAIL_BASIS_NAME)
     Manifest(layout, FINGERPRINT, tuple(infos), {"empty": 2}, "tests", files).write(Folder(root))
     return LogitCache(str(root))
 
@@ -188,6 +239,9 @@ def assert_holds(cached: CachedSequence, row: Row, layout: Layout = EVERYTHING) 
         assert read.sample_ids is not None
         assert read.sample_ids.tolist() == written.sample_ids.tolist()
     assert_within(read.sample_logprobs, written.sample_logprobs, sample_step / 2)
+    assert_within(read.tail_coefficients, written.tail_coefficients, COEFFICIENT_STEP / 2 if quantization else 0.0)
+    assert_within(read.probe_residuals, written.probe_residuals, quantization.probe_step / 2 if quantization else 0.0)
+    assert np.array_equal(read.probe_ids, written.probe_ids)  # type: ignore[arg-type]
 
 
 def assert_same_entries(read: SparseTargets, written: SparseTargets, quantization: QuantizationSpec | None) -> None:
@@ -225,9 +279,12 @@ def assert_within(read: np.ndarray | None, written: np.ndarray | None, bound: fl
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     """Any choice of optional fields and kept columns."""
-    return Layout(
+    rank = draw(st.integers(0, 3))
+    layout = Layout(
         VOCAB,
         TailParts(
+            rank=rank,
+            probes=draw(st.integers(0, 2)) if rank else 0,
             groups=draw(st.integers(0, 3)),
             temperatures=tuple(sorted(draw(st.sets(st.sampled_from([0.5, 1.5, 2.0]))))),
             entropy=draw(st.booleans()),
@@ -236,6 +293,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         columns={name: COLUMNS[name] for name in sorted(draw(st.sets(st.sampled_from(sorted(COLUMNS)))))},
         precision=draw(st.sampled_from(sorted(PRESETS))),
     )
+    return layout.with_coefficient_step(COEFFICIENT_STEP) if rank else layout
 
 
 _VALUES: dict[str, st.SearchStrategy[Any]] = {
@@ -258,7 +316,7 @@ def scored_rows(draw: st.DrawFn, layout: Layout, max_rows: int = 4) -> list[Row]
         sequence = TokenSequence(ids, np.array(mask), columns)
         counts = [draw(st.sampled_from([0, 1, 2, 3, 7, layout.vocab_size])) for _ in range(sum(mask))]
         full = full_distributions(random, len(counts), layout.vocab_size)
-        rows.append((sequence, sparse_targets(full, counts, layout)))
+        rows.append((sequence, sparse_targets(full, counts, layout, sequence=sequence)))
     return rows
 
 

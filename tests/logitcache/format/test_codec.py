@@ -7,7 +7,6 @@ import json
 import math
 import struct
 import tracemalloc
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from logitcache import UserError
 from logitcache.format.codebook import CODEBOOK_KEY, Codebook
 from logitcache.format.codec import DecodedRows, encode
-from logitcache.format.layout import FORMAT_VERSION, METADATA_KEY, RESERVED_COLUMNS, Layout, read_layout
+from logitcache.format.layout import METADATA_KEY, NEWEST_FORMAT, RESERVED_COLUMNS, Layout, read_layout
 from logitcache.format.quantization import PRESETS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.targets import SparseTargets, concatenate
@@ -30,6 +29,7 @@ from tests.helpers.smallcaches import (
     Row,
     assert_holds,
     assert_same_entries,
+    at_precision,
     layouts,
     random_rows,
     scored_rows,
@@ -112,7 +112,7 @@ def test_a_sequence_without_a_stored_position_comes_back_empty() -> None:
 @pytest.mark.parametrize("precision", ["balanced", "compact"])
 def test_the_columns_mean_what_the_formula_says(precision: str) -> None:
     """Decoded once more with plain Python from the columns and the file's metadata alone."""
-    layout = replace(EVERYTHING, precision=precision, quantization=None)
+    layout = at_precision(EVERYTHING, precision)
     rows = random_rows(12, layout)
     frequent = np.array([7, 3, 40], np.int32)
     table = encoded(rows, layout, Codebook(frequent, np.array([-8, 2, 0], np.int32)))
@@ -186,7 +186,7 @@ def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 def test_numbers_of_entries_that_cannot_be_are_refused_before_there_is_memory_for_them(
     precision: str, count: int
 ) -> None:
-    layout = replace(EVERYTHING, precision=precision, quantization=PRESETS[precision])
+    layout = at_precision(EVERYTHING, precision)
     table = encoded(random_rows(3, layout), layout)
     values = table["num_entries"].to_pylist()
     values[1][0] = count
@@ -306,12 +306,12 @@ def test_the_schema_carries_the_layout(layout: Layout) -> None:
     metadata = encoded(random_rows(2, layout), layout).schema.metadata
     assert read_layout(metadata, "x.parquet") == layout
     described = json.loads(metadata[METADATA_KEY])
-    assert described["format_version"] == FORMAT_VERSION
+    assert described["format_version"] == layout.format_version
     assert described["precision"] == layout.precision
 
 
 def test_every_column_of_the_format_is_reserved() -> None:
-    layouts = [replace(EVERYTHING, precision=precision, quantization=None) for precision in PRESETS]
+    layouts = [at_precision(EVERYTHING, precision) for precision in PRESETS]
     names = {name for layout in layouts for name in layout.schema().names if name not in EVERYTHING.columns}
     assert {name for name in names if not name.startswith("tail_log_norm_T")} == RESERVED_COLUMNS
     assert {"tail_log_norm_T0.5", "tail_log_norm_T2"} <= names
@@ -324,6 +324,6 @@ def test_a_foreign_file_is_refused(metadata: Any) -> None:
 
 
 def test_a_newer_file_is_refused_naming_the_format_it_needs() -> None:
-    newer = {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION + 1, "bits": 3}).encode()}
-    with pytest.raises(UserError, match=rf"x\.parquet is written in cache format {FORMAT_VERSION + 1}"):
+    newer = {METADATA_KEY: json.dumps({"format_version": NEWEST_FORMAT + 1, "bits": 3}).encode()}
+    with pytest.raises(UserError, match=rf"x\.parquet is written in cache format {NEWEST_FORMAT + 1}"):
         read_layout(newer, "x.parquet")

@@ -42,6 +42,7 @@ from logitcache.storage.folder import Folder
 from tests.helpers.smallcaches import (
     EVERYTHING,
     VOCAB,
+    at_precision,
     full_distributions,
     random_rows,
     small,
@@ -126,7 +127,7 @@ def test_what_the_writer_wrote_is_within_the_manifests_counts(root: Path) -> Non
 
 def test_a_footer_says_what_arrow_reads_in_it(tmp_path: Path) -> None:
     for precision in PRESETS:
-        layout = replace(EVERYTHING, precision=precision, quantization=PRESETS[precision])
+        layout = at_precision(EVERYTHING, precision)
         write_cache(tmp_path / precision, random_rows(40, layout), layout, row_group_bytes=2000)
         path = tmp_path / precision / SHARD
         with path.open("rb") as file:

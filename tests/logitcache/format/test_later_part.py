@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 FORMAT_1 = ROOT / "tests/data/format1/cache"
 MARKS = """
 class _Marks(TailPart):
-    name, option, layout_key, since = "marks", "tail_marks", "num_tail_marks", 3
+    name, option, layout_key, since = "marks", "tail_marks", "num_tail_marks", 4
     file = "tail_marks.txt"
     fields = (Field("tail_marks", "tail_step", "marks of the tail"),)
 
@@ -37,13 +37,13 @@ class _Marks(TailPart):
 PARTS: tuple[TailPart, ...] = ("""
 ADDED = {
     "targets.py": {
-        "    sample_logprobs: np.ndarray | None = None\n": "    sample_logprobs: np.ndarray | None = None\n"
+        "    probe_ids: np.ndarray | None = None\n": "    probe_ids: np.ndarray | None = None\n"
         "    tail_marks: np.ndarray | None = None\n"
     },
     "tail_parts.py": {
         "PARTS: tuple[TailPart, ...] = (": MARKS.lstrip(),
-        "_Samples())": "_Samples(), _Marks())",
-        "    samples: int = 0\n": "    samples: int = 0\n    marks: int = 0\n",
+        "_Probes())": "_Probes(), _Marks())",
+        "    probes: int = 0\n": "    probes: int = 0\n    marks: int = 0\n",
     },
 }
 """What CONTRIBUTING.md's checklist asks for, but for a teacher that gives the number and a loss that uses it."""
@@ -198,8 +198,8 @@ def test_a_cache_with_the_number_is_refused_by_its_format_in_one_line(
     marked: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     expected = (
-        f"{marked / 'a'}/logitcache.json is written in cache format 3, this logitcache reads up to format 2: "
-        "install a logitcache that reads format 3"
+        f"{marked / 'a'}/logitcache.json is written in cache format 4, this logitcache reads up to format 3: "
+        "install a logitcache that reads format 4"
     )
     with pytest.raises(logitcache.UserError) as refused:
         logitcache.open(marked / "a")

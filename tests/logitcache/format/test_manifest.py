@@ -65,7 +65,7 @@ def test_row_groups_that_do_not_hold_the_rows_of_their_shard_are_refused(root: P
 
 def test_a_newer_format_is_refused_naming_the_version_it_needs(root: Path) -> None:
     rewrite(root, format_version=7, shards="unheard of")
-    with pytest.raises(UserError, match=r"format 7, .* up to format 2: install a logitcache that reads format 7"):
+    with pytest.raises(UserError, match=r"format 7, .* up to format 3: install a logitcache that reads format 7"):
         logitcache.open(root)
 
 

@@ -55,7 +55,9 @@ def test_the_screen_says_what_the_manifest_says(root: Path) -> None:
         == f"{manifest.num_bytes:,}, {manifest.num_bytes / manifest.num_positions:.1f} per position"
     )
     assert f"{1 - manifest.mean_tail_mass:.3%} by {manifest.num_entries / manifest.num_positions:.1f} entries" in text
-    assert value(text, "of the tail") == "mass, 3 groups, normalisers at T = 0.5, 2, entropy, 2 samples"
+    assert (
+        value(text, "of the tail") == "mass, 3 groups, normalisers at T = 0.5, 2, entropy, 2 samples, rank 3, 2 probes"
+    )
     assert value(text, "left out") == "2 empty"
     assert value(text, "kept columns").startswith("id (int64), url (string)")
     assert value(text, "shards").startswith("4 of ")

@@ -18,11 +18,22 @@ from logitcache import LogitCache, UserError
 from logitcache.assembly.finalize import trusted_files
 from logitcache.cli import main
 from logitcache.format.layout import Layout
+from logitcache.format.tail_basis import write_tail_basis
 from logitcache.format.tail_groups import write_tail_groups
 from logitcache.format.tail_parts import TAIL_GROUPS_NAME
 from logitcache.storage.folder import Folder
 from tests.helpers.maintained import CAPTURE, TOKENIZER, assert_same_row, contents, history, make_cache
-from tests.helpers.smallcaches import COLUMNS, EVERYTHING, FINGERPRINT, VOCAB, Row, random_rows, small
+from tests.helpers.smallcaches import (
+    COLUMNS,
+    EVERYTHING,
+    FINGERPRINT,
+    VOCAB,
+    Row,
+    at_precision,
+    random_rows,
+    small,
+    tail_basis,
+)
 
 LAYOUT = Layout(VOCAB, columns=COLUMNS)
 TEACHER: dict[str, Any] = FINGERPRINT["teacher"]  # type: ignore[assignment]
@@ -79,11 +90,15 @@ def test_duplicates_are_found_however_few_rows_are_compared_at_a_time(
 def make_other(root: Path, rows: Sequence[Row], change: dict[str, Any]) -> LogitCache:
     """A cache like the others but for one thing."""
     change = dict(change)
-    layout = replace(EVERYTHING, **change.pop("layout", {}), quantization=None)
-    groups = change.pop("groups", None)
+    changed = change.pop("layout", {})
+    layout = at_precision(replace(EVERYTHING, **changed), changed.get("precision", EVERYTHING.precision))
+    groups, basis = change.pop("groups", None), change.pop("basis", None)
     cache = make_cache(root, rows, layout, **change)
     if groups is not None:
         write_tail_groups(Folder(root), groups)
+    if basis is not None:
+        write_tail_basis(Folder(root), tail_basis(EVERYTHING, seed=basis))
+    if groups is not None or basis is not None:
         replace(cache.manifest, files=trusted_files(Folder(root))).write(Folder(root))
     return logitcache.open(root)
 
@@ -117,6 +132,11 @@ def make_other(root: Path, rows: Sequence[Row], change: dict[str, Any]) -> Logit
         (
             {"groups": np.zeros(VOCAB, np.int32)},
             r"tail_groups is 3e16dded2f53… in .*/one, .* in .*/other\. Only caches",
+        ),
+        ({"basis": 1}, r"tail_basis is [0-9a-f]{12}… in .*/one, .* in .*/other\. Only caches of .* and tail basis"),
+        (
+            {"layout": {"tail_parts": replace(EVERYTHING.tail_parts, rank=2)}},
+            r"tail_rank is 3 in .*, 2 in .*tail_basis.*`logitcache recode`",
         ),
     ],
 )

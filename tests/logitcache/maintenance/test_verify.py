@@ -32,9 +32,9 @@ from logitcache.maintenance.verify import verification
 from logitcache.maintenance.verify.findings import KINDS, SHOWN_PER_KIND, Finding, Report
 from logitcache.maintenance.verify.verification import Verification
 from logitcache.storage.atomic import file_sha256
-from tests.helpers.smallcaches import EVERYTHING, VOCAB, Row, random_rows, small, write_cache
+from tests.helpers.smallcaches import EVERYTHING, VOCAB, Row, at_precision, random_rows, small, write_cache
 
-EXACT = replace(EVERYTHING, precision="exact", quantization=None)
+EXACT = at_precision(EVERYTHING, "exact")
 ROWS = random_rows(30, EXACT)
 FIRST, SECOND, THIRD = (shard_name(index, 3) for index in range(3))
 
@@ -135,7 +135,7 @@ def kinds(findings: list[Finding]) -> set[tuple[str, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRESETS)
 def test_nothing_is_wrong_with_a_sound_cache(tmp_path: Path, precision: str) -> None:
-    layout = replace(EVERYTHING, precision=precision, quantization=None)
+    layout = at_precision(EVERYTHING, precision)
     cache = write_cache(tmp_path, random_rows(40, layout), layout, rows_per_shard=15, row_group_bytes=1500)
     verification = Verification(tmp_path)
     assert list(verification) == []
@@ -149,7 +149,7 @@ def test_nothing_is_wrong_with_a_sound_cache(tmp_path: Path, precision: str) -> 
 def test_no_cache_that_was_written_as_it_should_be_has_findings(
     tmp_path_factory: pytest.TempPathFactory, seed: int, precision: str, most: int
 ) -> None:
-    layout = replace(EVERYTHING, precision=precision, quantization=None)
+    layout = at_precision(EVERYTHING, precision)
     root = tmp_path_factory.mktemp("any")
     write_cache(root, random_rows(5, layout, seed=seed, max_entries=most), layout)
     assert found(root) == []
@@ -578,7 +578,7 @@ def test_missing_numbers_are_found(root: Path) -> None:
     [("id_gaps", 10_000), ("id_gaps", -50), ("levels_above_lowest", 100_000), ("lowest_level", 1 << 20)],
 )
 def test_integers_that_stand_for_nothing_are_found_by_row(tmp_path: Path, column: str, value: int) -> None:
-    layout = replace(EVERYTHING, precision="balanced", quantization=None)
+    layout = at_precision(EVERYTHING, "balanced")
     write_cache(tmp_path, ROWS, layout, rows_per_shard=10, row_group_bytes=1500)
     rewrite(tmp_path, 1, lambda table: with_position(table, 6, {column: assign(0, value)}))
     findings = found(tmp_path)
@@ -586,7 +586,7 @@ def test_integers_that_stand_for_nothing_are_found_by_row(tmp_path: Path, column
 
 
 def test_a_codebook_that_is_gone_or_another_vocabularys_is_one_finding(tmp_path: Path) -> None:
-    layout = replace(EVERYTHING, precision="balanced", quantization=None)
+    layout = at_precision(EVERYTHING, "balanced")
     write_cache(tmp_path, ROWS, layout, rows_per_shard=10, row_group_bytes=1500)
 
     def with_book(book: object) -> Callable[[pa.Table], pa.Table]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,14 +18,14 @@ from logitcache.assembly.card import write_card
 from logitcache.format.manifest import CARD_NAME, TOKENIZER_DIRECTORY
 from logitcache.format.quantization import PRESETS
 from logitcache.storage.folder import Folder
-from tests.helpers.smallcaches import EVERYTHING, random_rows, write_cache
+from tests.helpers.smallcaches import EVERYTHING, at_precision, random_rows, write_cache
 
 
 @pytest.fixture(scope="module", params=PRESETS)
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     """20 rows with every optional column, in 3 shards, with everything else that a build writes beside them."""
     root = tmp_path_factory.mktemp(request.param)
-    layout = replace(EVERYTHING, precision=request.param, quantization=None)
+    layout = at_precision(EVERYTHING, request.param)
     with patch("logitcache.format.codebook.LEAST_OCCURRENCES", 3):
         written = write_cache(root, random_rows(20, layout), layout, rows_per_shard=8, row_group_bytes=2000)
     write_card(Folder(root), written.manifest, written.identity, {})

@@ -1,0 +1,137 @@
+"""The basis of the low-rank tail is stored as tail_basis.parquet: a row per token, step and variances in its metadata.
+
+The teacher's logits l of a position, up to a shift, are about m + U·z for the position's coefficients z = Uᵀ diag(w) (l − m).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitcache.errors import one_line
+from logitcache.format.footer import check_pages, open_parquet, read_footer
+from logitcache.format.layout import METADATA_KEY, Layout
+from logitcache.format.quantization import MOST_STEP
+from logitcache.format.tail_parts import TAIL_BASIS_NAME
+from logitcache.storage.folder import Folder
+
+MAX_TAIL_BASIS_BYTES = 1 << 28
+"""Of the file: 500 directions of a vocabulary of 262 144 tokens."""
+ROWS_WRITTEN_AT_ONCE = 1 << 14
+WEIGHT_TOLERANCE = 1e-3
+"""By how much the weights' sum may miss 1."""
+UNIT_TOLERANCE = 1e-2
+"""By how much directions, which are rounded to half precision, may miss being centred and orthonormal."""
+
+
+@dataclass(frozen=True, eq=False)
+class TailBasis:
+    """The basis in which all positions of a cache have their coefficients.
+
+    offset: m, float32 [V].  directions: U, float32 [V, R], whose numbers half precision holds; centred and orthonormal under
+    the weights, in falling order of importance, so that any first ones are a basis too.  weights: w, float32 [V], ≥ 0, of sum 1.
+    step: of all coefficients, where they are rounded.  variances: of each coefficient where it was calibrated, float32 [R].
+    """
+
+    offset: np.ndarray
+    directions: np.ndarray
+    weights: np.ndarray
+    step: float
+    variances: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        """R, the number of directions."""
+        return int(self.directions.shape[1])
+
+    def first(self, rank: int) -> TailBasis:
+        """Returns the basis of the first directions."""
+        return TailBasis(self.offset, self.directions[:, :rank], self.weights, self.step, self.variances[:rank])
+
+
+def write_tail_basis(folder: Folder, basis: TailBasis, name: str = TAIL_BASIS_NAME) -> None:
+    """Writes a basis; its directions in half precision."""
+    directions = pa.array(basis.directions.astype(np.float16).reshape(-1))
+    columns = {
+        "offset": pa.array(basis.offset.astype(np.float32)),
+        "weight": pa.array(basis.weights.astype(np.float32)),
+        "directions": pa.FixedSizeListArray.from_arrays(directions, basis.rank),
+    }
+    numbers = {"step": float(basis.step), "variances": basis.variances.astype(np.float64).tolist()}
+    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(numbers)})
+    with folder.writing(name) as path:
+        pq.write_table(
+            table,
+            path,
+            compression="zstd",
+            row_group_size=ROWS_WRITTEN_AT_ONCE,
+            use_dictionary=False,
+            use_byte_stream_split=True,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+
+
+def read_tail_basis(file: BinaryIO) -> TailBasis:
+    """Reads a basis. Raises ValueError if the file holds anything else, or what is no basis."""
+    footer = read_footer(file, file.seek(0, os.SEEK_END))
+    for group in footer.row_groups:
+        check_pages(file, group)
+    try:
+        table = open_parquet(file, footer.metadata).read(use_threads=False).combine_chunks()
+        numbers = json.loads(table.schema.metadata[METADATA_KEY])
+        directions = table["directions"].combine_chunks()
+        basis = TailBasis(
+            _floats(table["offset"].combine_chunks(), pa.float32()),
+            _floats(directions.flatten(), pa.float16()).reshape(len(table), directions.type.list_size),
+            _floats(table["weight"].combine_chunks(), pa.float32()),
+            float(numbers["step"]),
+            np.array(numbers["variances"], np.float32),
+        )
+    except (OSError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise ValueError(one_line(error)) from error
+    _check(basis)
+    return basis
+
+
+def check_tail_basis(basis: TailBasis, layout: Layout) -> None:
+    """Raises ValueError if the positions of a cache with this layout cannot have their coefficients in this basis."""
+    step = layout.quantization.coefficient_step if layout.quantization else basis.step
+    if len(basis.offset) != layout.vocab_size or basis.rank < layout.tail_parts.rank or basis.step != step:
+        raise ValueError(
+            f"it has {basis.rank} directions of {len(basis.offset):,} ids in steps of {basis.step:g}, the cache "
+            f"{layout.tail_parts.rank} of {layout.vocab_size:,} in steps of {step:g}"
+        )
+
+
+def _floats(array: pa.Array, arrow_type: pa.DataType) -> np.ndarray:
+    if array.type != arrow_type or array.null_count:
+        raise ValueError(
+            f"its numbers are {array.type}, {arrow_type} is wanted" + ", none missing" * bool(array.null_count)
+        )
+    numbers: np.ndarray = array.to_numpy(zero_copy_only=False).astype(np.float32)
+    return numbers
+
+
+def _check(basis: TailBasis) -> None:
+    """Raises ValueError for numbers that are no basis."""
+    weights, directions = basis.weights, basis.directions
+    numbers = (basis.offset, directions, weights, basis.variances)
+    if not all(np.isfinite(values).all() for values in numbers):
+        raise ValueError("a number of it is not finite")
+    if basis.variances.shape != (basis.rank,) or not basis.rank or np.any(np.diff(basis.variances) > 0):
+        raise ValueError(f"its variances are not {basis.rank} that fall")
+    if not 0 < basis.step <= MOST_STEP:
+        raise ValueError(f"its step of {basis.step} rounds nothing")
+    if np.any(weights < 0) or not abs(weights.sum(dtype=np.float64) - 1) <= WEIGHT_TOLERANCE:
+        raise ValueError("its weights are not positive numbers of sum 1")
+    products = directions.T @ np.column_stack([directions * weights[:, None], weights])
+    wanted = np.eye(basis.rank, basis.rank + 1, dtype=np.float32)
+    if not np.abs(products - wanted).max() <= UNIT_TOLERANCE:
+        raise ValueError("its directions are not centred and orthonormal under its weights")
