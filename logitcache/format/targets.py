@@ -62,7 +62,8 @@ class SparseTargets:
     def to_torch(self, device: Any = None) -> dict[str, Any]:
         """Returns the fields that are not None as tensors of the same dtypes and shapes, by name; `tempered_tail` as a dict.
 
-        device: as `torch.device` takes it, see `tensor`; on a CPU nothing is copied.
+        Args:
+            device: As `torch.device` takes it, see `tensor`. On a CPU nothing is copied.
         """
         stored = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         tempered = {temperature: tensor(values, device) for temperature, values in stored.pop("tempered_tail").items()}

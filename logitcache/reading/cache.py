@@ -165,7 +165,8 @@ class LogitCache(Sequence[CachedSequence]):
     def tokenizer_files(self) -> dict[str, bytes] | None:
         """Returns the checked files of the teacher's tokenizer by their names in `tokenizer/`; None without a tokenizer.
 
-        Raises UserError as `tokenizer.read_tokenizer` does.
+        Raises:
+            UserError: As `tokenizer.read_tokenizer` does.
         """
         return read_tokenizer(self.folder, self.manifest)
 
@@ -205,7 +206,11 @@ class LogitCache(Sequence[CachedSequence]):
         return self._shards[shard].read_row_group(row_group)
 
     def read_row_group(self, index: int) -> DecodedRows:
-        """Decodes a row group. A remote shard is copied whole: streams need all of it sooner or later."""
+        """Decodes a row group. A remote shard is copied whole: streams need all of it sooner or later.
+
+        Args:
+            index: Its number, counted through all shards.
+        """
         self._copy(index)
         return self._decode(index)
 
@@ -220,10 +225,16 @@ class LogitCache(Sequence[CachedSequence]):
     ) -> SequenceStream:
         """Streams the rows once, reading row groups ahead in the background.
 
-        shuffle: row groups in an order drawn from `seed`, rows drawn from 16 row groups at a time.  shard: (rank, world); every
-        rank gets len/world rows (±1), no row twice, reading its own row groups only (two ranks share the row group at their
-        border).  start: rows of this stream to leave out at its beginning; the stream's `position` counts on from it, so that
-        `iter_sequences(..., start=stream.position)` continues exactly where `stream` was.
+        Args:
+            shuffle: Row groups come in an order drawn from `seed`, rows are drawn from 16 row groups at a time.
+            seed: Decides the order.
+            shard: (rank, world). Every rank gets len/world rows (±1), no row twice, and reads its own row groups only (two
+                ranks share the row group at their border).
+            start: Rows of this stream that are left out at its beginning. The stream's `position` counts on from it, so that
+                `iter_sequences(..., start=stream.position)` continues exactly where `stream` was.
+
+        Raises:
+            UserError: If `start` is below 0 or `shard` is no part of a whole; while it is read, if a shard is altered.
         """
         if start < 0:
             raise UserError(f"start={start}: 0 or more rows can be left out")
@@ -232,7 +243,13 @@ class LogitCache(Sequence[CachedSequence]):
         return SequenceStream(rows, int((part[:, 2] - part[:, 1]).sum()), start)
 
     def stream_order(self, shuffle: bool = False, seed: int = 0, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
-        """Returns the numbers of the rows that `iter_sequences` streams, in its order: int64 [n], from the manifest alone."""
+        """Returns the numbers of the rows that `iter_sequences` streams, in its order: int64 [n], from the manifest alone.
+
+        Args:
+            shuffle: As for `iter_sequences`.
+            seed: As for `iter_sequences`.
+            shard: As for `iter_sequences`.
+        """
         part = self._part(shuffle, seed, shard)
         rows = [step.rows for step in self._steps(part, shuffle, seed)]
         row_group, row = np.concatenate([np.empty((0, 2), np.int64), *rows]).T
@@ -240,9 +257,14 @@ class LogitCache(Sequence[CachedSequence]):
         return numbers
 
     def iter_columns(self, columns: Sequence[str], first: int = 0, end: int | None = None) -> Iterator[pa.Table]:
-        """Streams the named columns of the rows first … end − 1 (all by default) as they are stored, by row groups.
+        """Streams columns of some rows as they are stored, by row groups.
 
         Nothing else is read or decoded, nor row groups without such a row.
+
+        Args:
+            columns: The names of the columns.
+            first: The first row.
+            end: The row after the last one; None: all rows from `first` on.
         """
         end = len(self) if end is None else end
         begins, sizes = self._row_groups[:, 2], self._row_groups[:, 3]
@@ -258,8 +280,11 @@ class LogitCache(Sequence[CachedSequence]):
         """Streams whole row groups, reading ahead: for what needs [M, k] arrays of some thousand positions and no single rows.
 
         Each has `row_ids`, `input_ids`, `loss_mask` and `targets` of all its rows, with offsets, and is a sequence of them.
-        shuffle: in an order drawn from `seed`; the rows of a row group stay in theirs.  shard: (rank, world); every rank gets
-        its share of the row groups.
+
+        Args:
+            shuffle: Row groups come in an order drawn from `seed`; the rows of a row group stay in theirs.
+            seed: Decides the order.
+            shard: (rank, world). Every rank gets its share of the row groups.
         """
         rank, world = _checked(shard)
         order = self._order(shuffle, seed)[rank::world].tolist()
