@@ -1,7 +1,7 @@
 # Every target sets up .venv itself; the second time it starts at once.
 .PHONY: check demo test test-fast test-fast-trainer test-fast-logitcache test-engines test-trainer test-logitcache test-types test-programs setup setup-light clean
 PYTHON := .venv/bin/python
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+PYTEST := env OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 FAST := not engine and not programs and not slow and not matrix
 # Files of engines only would import vLLM.
 NOT_TRAINER = tests --ignore tests/trainer \
@@ -15,22 +15,23 @@ test: setup
 	@$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target \
 		test-engines test-trainer test-programs test-logitcache test-types
 
-# Real vLLM engines, gigabytes each, and Ray: one after the other. Only files that have such tests are collected.
+# Real vLLM engines, gigabytes each, and Ray: one after the other, and so the longest part, to which the others give way.
+# Only files that have such tests are collected.
 test-engines:
 	$(PYTEST) -m engine $$(grep -rl --include=*.py mark.engine tests)
 
 test-trainer:
-	$(PYTEST) tests/trainer -m "not engine and not programs and not matrix"
+	nice $(PYTEST) tests/trainer -m "not engine and not programs and not matrix"
 
 test-logitcache:
-	$(PYTEST) $(NOT_TRAINER) -m "not engine and not programs and not matrix"
+	nice $(PYTEST) $(NOT_TRAINER) -m "not engine and not programs and not matrix"
 
 test-types:
 	$(PYTHON) -m mypy
 
 # Servers, a browser, whole commands on several ranks.
 test-programs:
-	$(PYTEST) -m "programs and not engine and not matrix" $$(grep -rl --include=*.py mark.programs tests)
+	nice $(PYTEST) -m "programs and not engine and not matrix" $$(grep -rl --include=*.py mark.programs tests)
 
 # What a change passes before it is committed: no engine, no whole command, no slow test. A process a package, which no
 # other imports again.

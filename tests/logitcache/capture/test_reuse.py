@@ -401,7 +401,9 @@ def test_shard_ranges_copy_and_score_each_their_own(
 
 
 @pytest.mark.engine
-def test_ray_engines_copy_and_score(teacher: Path, corpus: Path, texts: list[str], tmp_path: Path) -> None:
+def test_ray_engines_copy_and_score(
+    cluster: None, teacher: Path, corpus: Path, texts: list[str], tmp_path: Path
+) -> None:
     some = write_documents(tmp_path / "some.jsonl", texts[1::2])
     source = build(teacher, some, tmp_path / "some", **EVERYTHING)
     whole = build(teacher, corpus, tmp_path / "whole", reuse=source.path, **EVERYTHING)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import html
+import itertools
 import json
 import math
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -414,37 +415,32 @@ def test_runs_evaluated_on_different_data_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.programs
 @pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is installed")
-@pytest.mark.parametrize("width", [1400, 360])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser_sorts_hides_and_shows_names_as_text(
-    tmp_path: Path, width: int, scheme: Literal["light", "dark"]
-) -> None:
-    from playwright.sync_api import sync_playwright
+def test_the_page_in_a_browser_sorts_hides_and_shows_names_as_text(tmp_path: Path) -> None:
+    from tests.helpers.browser import opened, running_browser
 
     hostile = "<img src=x onerror=alert(1)>"
     settings = [{"student": hostile, "fkl": 0.9}, {"student": "b", "fkl": 0.2}, {"student": "c", "fkl": 0.5}]
     runs = [finished_run(tmp_path, f"r{number}", **of_one) for number, of_one in enumerate(settings)]  # type: ignore[arg-type]
     file = tmp_path / "page.html"
     file.write_text(page_html(rows_of([read_run(run) for run in runs]), "three"))
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as browser:
-        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        heard: list[str] = []
-        page.on("console", lambda message: heard.append(message.text))
-        page.on("pageerror", lambda error: heard.append(str(error)))
-        page.on("request", lambda request: heard.append(request.url))
-        page.goto(file.as_uri())
-        page.locator(".plot .main-svg").first.wait_for()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        names = page.locator("table").first.locator("tbody th")
-        assert names.all_inner_texts() == [f"ToDi student={student}" for student in (hostile, "b", "c")]
-        heading = page.get_by_role("button", name="FKL", exact=True).first
-        heading.click()
-        assert [text[-1] for text in names.all_inner_texts()] == ["b", "c", ">"]
-        heading.click()
-        assert [text[-1] for text in names.all_inner_texts()] == [">", "c", "b"]
-        lines = page.locator(".plot").first.locator(".scatterlayer .trace .lines")
-        shown = lines.count()
-        page.get_by_role("button", name="ToDi student=b").click()
-        page.wait_for_timeout(300)
-        assert lines.count() < shown
-        assert heard == [file.as_uri()]
+    with running_browser() as browser:
+        for width, scheme in itertools.product((1400, 360), ("light", "dark")):
+            with opened(browser, file, width, color_scheme=scheme) as page:
+                check_page(page, width, hostile)
+
+
+def check_page(page: Any, width: int, hostile: str) -> None:
+    page.locator(".plot .main-svg").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    names = page.locator("table").first.locator("tbody th")
+    assert names.all_inner_texts() == [f"ToDi student={student}" for student in (hostile, "b", "c")]
+    heading = page.get_by_role("button", name="FKL", exact=True).first
+    heading.click()
+    assert [text[-1] for text in names.all_inner_texts()] == ["b", "c", ">"]
+    heading.click()
+    assert [text[-1] for text in names.all_inner_texts()] == [">", "c", "b"]
+    lines = page.locator(".plot").first.locator(".scatterlayer .trace .lines")
+    shown = lines.count()
+    page.get_by_role("button", name="ToDi student=b").click()
+    page.wait_for_timeout(300)
+    assert lines.count() < shown

@@ -88,8 +88,10 @@ def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, corpus: Path,
     with started_command(*command(teacher, corpus, out)) as run:
         while run.is_alive() and not num_finished_shards(out):
             time.sleep(0.001)
+        os.kill(run.pid, signal.SIGSTOP)  # so that it is not done before it is told
         children = psutil.Process(run.pid).children(recursive=True)
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the build and its engine
+        os.kill(run.pid, signal.SIGCONT)
     errors = run.said[1]
     assert run.exitcode == 130, errors
     own = [line for line in errors.splitlines() if "resource_tracker" not in line]  # which vLLM's end may make complain
