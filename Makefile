@@ -1,6 +1,8 @@
 # Every target sets up .venv itself; the second time it starts at once.
 .PHONY: check demo test test-fast test-fast-trainer test-fast-logitcache test-engines test-trainer test-logitcache test-types test-programs setup setup-light clean
 PYTHON := .venv/bin/python
+# Set-up leaves Python's files uncompiled. Without this, each process would compile all that it imports for itself alone.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := env OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 FAST := not engine and not programs and not slow and not matrix
 # Files of engines only would import vLLM.
