@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import TOKENIZER_DIRECTORY, Manifest
 from logitcache.format.sequences import CachedSequence, TokenSequence
 from logitcache.format.shards import ShardWriter, shard_name
+from logitcache.format.tail_basis import TailBasis, write_tail_basis
 from logitcache.format.tail_groups import write_tail_groups
-from logitcache.format.tail_parts import TAIL_GROUPS_NAME, TailParts
+from logitcache.format.tail_parts import TAIL_BASIS_NAME, TAIL_GROUPS_NAME, TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
 from logitcache.storage.atomic import file_sha256
 from logitcache.storage.folder import Folder
+from tests.helpers.smallcaches import low_rank
 
 if TYPE_CHECKING:  # tests of losses need no transformers, which takes seconds to import
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -124,21 +127,40 @@ def write_cache(
     temperatures: tuple[float, ...] = (),
     tail_entropy: bool = False,
     num_tail_samples: int = 0,
+    tail_basis: TailBasis | None = None,
+    num_probes: int = 2,
     precision: str = "exact",
     teacher_tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> logitcache.LogitCache:
-    """A finished cache of `sequences`. groups: tail group of each id, int [V]."""
+    """A finished cache of `sequences`. groups: tail group of each id, int [V].  num_probes: beside a basis."""
     teacher = teacher or llama()
     num_groups = 0 if groups is None else int(groups.max()) + 1
     layout = Layout(
         VOCAB,
-        TailParts(groups=num_groups, temperatures=temperatures, entropy=tail_entropy, samples=num_tail_samples),
+        TailParts(
+            groups=num_groups,
+            temperatures=temperatures,
+            entropy=tail_entropy,
+            samples=num_tail_samples,
+            rank=tail_basis.rank if tail_basis else 0,
+            probes=num_probes if tail_basis else 0,
+        ),
         precision=precision,
     )
+    if tail_basis:
+        layout = layout.with_coefficient_step(tail_basis.step)
     with ShardWriter(Folder(path), shard_name(0, 1), layout) as writer:
         for sequence in sequences:
-            writer.write(sequence, sparse(teacher_logprobs(teacher, sequence), k, groups, layout))
+            logprobs = teacher_logprobs(teacher, sequence)
+            targets = sparse(logprobs, k, groups, layout)
+            if tail_basis:
+                of_basis: dict[str, Any] = {**low_rank(logprobs.numpy(), layout, sequence, tail_basis)}
+                targets = replace(targets, **of_basis)
+            writer.write(sequence, targets)
     files = {}
+    if tail_basis:
+        write_tail_basis(Folder(path), tail_basis)
+        files[TAIL_BASIS_NAME] = file_sha256(path / TAIL_BASIS_NAME)
     if groups is not None:
         write_tail_groups(Folder(path), groups)
         files[TAIL_GROUPS_NAME] = file_sha256(path / TAIL_GROUPS_NAME)

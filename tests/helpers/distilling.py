@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerCallback
 
@@ -34,6 +35,16 @@ def relative_difference(left: Gradient, right: Gradient) -> float:
     assert left.keys() == right.keys()
     difference = math.sqrt(sum(float((left[n] - right[n]).double().square().sum()) for n in left))
     return difference / math.sqrt(sum(float(g.double().square().sum()) for g in left.values()))
+
+
+@torch.no_grad()
+def near_teacher(scale: float = 0.1) -> LlamaForCausalLM:
+    """The teacher of `cachemaking.write_cache` with noise in its weights."""
+    student = llama()
+    torch.manual_seed(9)
+    for parameter in student.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=scale)
+    return student
 
 
 class NotUnderstood(LlamaForCausalLM):

@@ -74,12 +74,14 @@ def tail_basis(layout: Layout, seed: int = 0) -> TailBasis:
     return TailBasis(m, u, w, COEFFICIENT_STEP, v)
 
 
-def low_rank(full: np.ndarray, layout: Layout, sequence: TokenSequence | None) -> dict[str, np.ndarray]:
+def low_rank(
+    full: np.ndarray, layout: Layout, sequence: TokenSequence | None, basis: TailBasis | None = None
+) -> dict[str, np.ndarray]:
     """Coefficients of the logits, and what these leave at the probe tokens of the sequence, or of another."""
     parts = layout.tail_parts
     if not parts.rank:
         return {}
-    basis = tail_basis(layout)
+    basis = basis or tail_basis(layout)
     centred = full - basis.offset
     centred -= (centred @ basis.weights)[:, None]
     coefficients = centred * basis.weights @ basis.directions

@@ -13,7 +13,7 @@ from trainer.losses.divergences import DIVERGENCES
 from trainer.losses.fused import Mixture
 from trainer.losses.registry import check_divergence, divergence_names, options_of
 from trainer.losses.settings import LossSettings
-from trainer.losses.tail import TAILS
+from trainer.losses.validation import TAIL_NAMES
 
 ABLATION_TAILS = ("ignore", "renormalise", "uniform")
 
@@ -46,9 +46,10 @@ class DistillationSettings(ScheduleSettings):
     )
     tail: str | None = setting(
         None,
-        "What becomes of the teacher's mass outside the stored entries. Default: groups where the cache has them and "
-        f"T is 1, else bucket. {', '.join(ABLATION_TAILS)} are ablations.",
-        list(TAILS),
+        "What becomes of the teacher's mass outside the stored entries. Default: low_rank where the cache has its "
+        "coefficients, else groups where it has them and T is 1, else bucket. "
+        f"{', '.join(ABLATION_TAILS)} are ablations.",
+        list(TAIL_NAMES),
         decides_run=DecidesRun.COMPARED,
     )
     ablation: bool = setting(
@@ -100,7 +101,7 @@ class DistillationSettings(ScheduleSettings):
         named = {name: f"{name}_schedule" if self.points(name) else name for name in SCHEDULED}
         for name, values, accepted in (
             (named["loss"], self.losses, divergence_names()),
-            ("tail", [self.tail or "bucket"], TAILS),
+            ("tail", [self.tail or "bucket"], TAIL_NAMES),
         ):
             for value in values:
                 if value not in accepted:

@@ -21,8 +21,8 @@ class Metric:
 METRICS = {
     "ce": Metric("CE", "cross-entropy (nats)", LOWER),
     "perplexity": Metric("perplexity", "perplexity", LOWER),
-    "fkl": Metric("FKL", "FKL to the teacher, bucketed (nats)", LOWER),
-    "rkl": Metric("RKL", "RKL to the teacher, bucketed (nats)", LOWER),
+    "fkl": Metric("FKL", "FKL to the teacher, with the tail bucketed or rebuilt (nats)", LOWER),
+    "rkl": Metric("RKL", "RKL to the teacher, with the tail bucketed or rebuilt (nats)", LOWER),
     "agreement": Metric("top-1 agreement", "top-1 agreement with the teacher", HIGHER),
     "ece": Metric("ECE", "expected calibration error", LOWER),
     "teacher_tail": Metric("teacher's tail", "teacher's mass outside the entries"),

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from logitcache import CachedSequence
+from logitcache.format import tail_basis as format
 from logitcache.format.tail_parts import TailParts, rescaled
 from logitcache.format.targets import concatenate
-from trainer.losses.targets import TeacherTargets
+from trainer.losses.targets import TailBasis, TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Batch:
     labels: Tensor
     """int64 [N], the token that follows each stored position."""
     targets: TeacherTargets
-    """The teacher at the stored positions, without its tail at other temperatures and without the partition into groups."""
+    """The teacher at the stored positions, without its tail at other temperatures and what is of the whole cache."""
     tempered_tail: dict[float, Tensor]
     """The teacher's tail at each temperature of the collator, float32 [N]."""
     num_tokens: int
@@ -73,14 +74,18 @@ class Batch:
         flat = (output if kept_logits else output[:, self.logits_to_keep]).flatten(0, 1)
         return flat if len(flat) == self.num_positions else flat[self.logit_indices]
 
-    def targets_at(self, temperature: float, tail_groups: Tensor | None = None) -> TeacherTargets:
+    def targets_at(
+        self, temperature: float, tail_groups: Tensor | None = None, tail_basis: TailBasis | None = None
+    ) -> TeacherTargets:
         """Return the targets with the teacher's tail at a temperature.
 
         Args:
             temperature: of the loss; if the batch does not hold it, the targets have no `tempered_tail`.
             tail_groups: int64 [V], the group of each token id.
+            tail_basis: the basis of the coefficients.
         """
-        return replace(self.targets, tempered_tail=self.tempered_tail.get(temperature), tail_groups=tail_groups)
+        tempered_tail = self.tempered_tail.get(temperature)
+        return replace(self.targets, tempered_tail=tempered_tail, tail_groups=tail_groups, tail_basis=tail_basis)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with all tensors on a device."""
@@ -142,6 +147,11 @@ class Collator:
             position_ids=_tensor(_position_ids(input_ids.shape, bins, ends)) if packed else None,
             packed_mask=mask if packed else None,
         )
+
+
+def basis_tensors(basis: format.TailBasis, device: torch.device | str) -> TailBasis:
+    """Make the tensors of a cache's tail basis, float32 on a device."""
+    return TailBasis(*(torch.tensor(part, device=device) for part in (basis.offset, basis.directions, basis.weights)))
 
 
 def _tensor(array: np.ndarray) -> Tensor:

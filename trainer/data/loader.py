@@ -146,14 +146,14 @@ class BatchDataset(Dataset[Batch]):
         pin_memory: bool = False,
     ) -> None:
         """Take the arguments of BatchLoader. pin_memory: pin batches here; with worker processes the loader pins them."""
-        self._data, self._batches, self._collator = data, batches, collator
+        self.data, self._batches, self._collator = data, batches, collator
         self._shuffle, self._seed, self._shard = shuffle, seed, shard
         self._pin_memory = pin_memory
         self._forward: Iterator[Batch] | None = None
         self._awaited: tuple[int, Key] | None = None  # process and batch that `_forward` gives next
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.data)
 
     def __getitem__(self, key: Key) -> Batch:
         worker = get_worker_info()
@@ -185,7 +185,7 @@ class BatchDataset(Dataset[Batch]):
         plan = self._batches.plan(key.epoch)
         start = plan.first_row(key.batch)
         epoch = self._batches.order(key.epoch)
-        stream = self._data.stream(epoch, shuffle=self._shuffle, seed=self._seed, shard=self._shard, start=start)
+        stream = self.data.stream(epoch, shuffle=self._shuffle, seed=self._seed, shard=self._shard, start=start)
         for number, sequences in enumerate(sequences_of_batches(plan, stream, key.batch, every)):
             bins = plan.bins(key.batch + number * every)
             if not sequences:
@@ -197,7 +197,7 @@ class BatchDataset(Dataset[Batch]):
     @cached_property
     def _empty(self) -> CachedSequence:
         """Two tokens without stored positions, with which a rank whose rows ran out computes beside the others."""
-        row = next(iter(self._data.stream(0, shuffle=False, seed=0)))
+        row = next(iter(self.data.stream(0, shuffle=False, seed=0)))
         return replace(
             row,
             input_ids=row.input_ids[:2],

@@ -115,9 +115,23 @@ def _check_same_ids(first: LogitCache, cache: LogitCache) -> None:
 
 
 def common_tail_parts(caches: Sequence[LogitCache]) -> TailParts:
-    """Returns the parts of the tail that all caches hold; groups count only if all caches have the same partition."""
+    """Returns the parts of the tail that all caches hold: groups of the same partition, coefficients in the same basis."""
     parts = shared_parts([cache.manifest.layout.tail_parts for cache in caches])
     groups = caches[0].tail_groups
     others = [cache.tail_groups for cache in caches[1:]]
     same_groups = groups is not None and all(other is not None and np.array_equal(groups, other) for other in others)
-    return parts if same_groups else replace(parts, groups=0)
+    if not same_groups:
+        parts = replace(parts, groups=0)
+    return parts if basis_that_differs(caches) is None else replace(parts, rank=0, probes=0)
+
+
+def basis_that_differs(caches: Sequence[LogitCache]) -> LogitCache | None:
+    """Find a cache whose tail basis is not that of the first; None if a cache has no basis."""
+    first, *others = (cache.tail_basis for cache in caches)
+    if first is None or None in others:
+        return None
+    for cache, other in zip(caches[1:], others, strict=True):
+        for name in ("offset", "directions", "weights"):
+            if not np.array_equal(getattr(first, name), getattr(other, name)):
+                return cache
+    return None

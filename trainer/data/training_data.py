@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
+from logitcache.format.tail_basis import TailBasis
 from logitcache.format.tail_parts import TailParts
 from logitcache.reading.cache import SequenceStream
 from trainer.data.averaging import TeacherTargetsById, averaged
@@ -108,6 +109,11 @@ class TrainingData:
     def tail_groups(self) -> np.ndarray | None:
         """The tail group of each token id, int32 [V], if `tail_parts` has groups."""
         return self.caches[0].tail_groups if self.tail_parts.groups else None
+
+    @property
+    def tail_basis(self) -> TailBasis | None:
+        """The basis of the coefficients, if `tail_parts` has a rank."""
+        return self.caches[0].tail_basis if self.tail_parts.rank else None
 
     def check_rows(self) -> None:
         """Raises UserError if a cache of `averaged_with` lacks a row, or if a weight is too small for one row."""

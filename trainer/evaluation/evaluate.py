@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 
 import logitcache
 from logitcache import LogitCache, UserError
+from logitcache.format.tail_parts import TailParts
 from logitcache.storage.atomic import write_json
-from trainer.data.collator import Collator
+from trainer.data.collator import Collator, basis_tensors
 from trainer.data.loader import BatchLoader
+from trainer.data.tail_choice import evaluation_tail
+from trainer.data.training_data import TrainingData
 from trainer.evaluation.identity import identities
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums
 from trainer.losses.fused import Mixture
@@ -36,7 +39,8 @@ def evaluate(
         batch_size: Sequences at a time.
 
     Returns:
-        Name of a metric (as in `trainer.config.metrics`) → value: cross-entropy, divergences and probabilities.
+        Name of a metric (as in `trainer.config.metrics`) → value: cross-entropy, divergences and probabilities. The
+        divergences are from the distribution that a cache with coefficients gives of the whole vocabulary, else bucketed.
 
     Raises:
         UserError: Student, tokenizer and cache do not belong together, or the cache is empty.
@@ -54,15 +58,17 @@ def evaluate(
         warn_of_rotation(model, cache.manifest.longest, "measured", "--batch_size 1")
     model.eval()
     model.config.use_cache = False
-    objective, sums = objective_of(model), Sums()
-    for batch in tqdm(BatchLoader(cache, batch_size, Collator()), desc="evaluating", unit="batch", disable=None):
+    objective, sums, data = objective_of(model), Sums(), TrainingData.of(cache)
+    basis = None if data.tail_basis is None else basis_tensors(data.tail_basis, model.device)
+    batches = BatchLoader(data, batch_size, Collator(TailParts(rank=data.tail_parts.rank)))
+    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None):
         batch = batch.to(model.device)
         _, terms = objective(
             model,
             batch,
-            batch.targets,
+            batch.targets_at(1.0, tail_basis=basis),
             mixture=Mixture(kd_factor=1.0, ce_factor=0.0),
-            settings=LossSettings("fkl"),
+            settings=LossSettings("fkl", evaluation_tail(data)),
             vocab_size=cache.vocab_size,
             validate=True,
         )

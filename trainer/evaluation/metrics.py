@@ -64,9 +64,9 @@ def position_sums(terms: DistillationTerms, targets: TeacherTargets) -> dict[str
 def position_means(totals: dict[str, np.ndarray]) -> dict[str, float]:
     """Computes means over positions, of divergences and cross-entropy in nats.
 
-    ce: of the next token.  fkl, rkl: with the bucket at T = 1.  teacher_tail, student_tail: mass outside the entries.
-    half_mass_missing: share of positions whose entries hold less than half of the teacher's mass; only there is AKL's
-    head not exact.
+    ce: of the next token.  fkl, rkl: at T = 1, from the teacher that tail low_rank rebuilds, with another tail from the
+    bucketed one.  teacher_tail, student_tail: mass outside the entries.  half_mass_missing: share of positions whose
+    entries hold less than half of the teacher's mass; only there is AKL's head not exact.
     """
     positions = max(float(totals["positions"][0]), 1.0)
     return {

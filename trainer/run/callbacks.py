@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
+from logitcache import UserError
 from trainer.config.metrics import JUDGED
 
-TRAINING = ("loss", "ce", "fkl", "rkl", "aux_loss", "teacher_tail", "student_tail", "grad_norm", "learning_rate")
+TRAINING = (
+    *("loss", "ce", "fkl", "rkl", "aux_loss", "teacher_tail", "student_tail", "residual_weight"),
+    *("grad_norm", "learning_rate"),
+)
+RESIDUALS_KEPT = 0.95  # of the sums over the probes, from one optimizer step to the next
 
 
 def use_short_lines(trainer: Trainer) -> None:
@@ -123,6 +130,56 @@ class EarlyStopping(EarlyStoppingCallback):
         count = saved.setdefault(type(self).__name__, count)["attributes"]["early_stopping_patience_counter"]
         self.early_stopping_patience_counter = count
         control.should_training_stop = count >= self.early_stopping_patience
+
+
+class ResidualWeight(TrainerCallback, ExportableState):
+    """Estimates ρ of the low-rank tail from the residuals at the probes of the steps so far, the same on all ranks.
+
+    ρ = Σ ε_p ε_q / Σ ε_q² within 0 … 1, and 0 before the first step. Both sums forget: after a step RESIDUALS_KEPT of
+    them is left, and that of the step is added. Checkpoints hold them under the name of this class.
+    """
+
+    def __init__(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self._over_ranks = over_ranks
+        self._shared = self._own = 0.0
+        self._of_step: list[Tensor] = []
+
+    @property
+    def weight(self) -> float:
+        """ρ for the step to come."""
+        return min(max(self._shared / self._own, 0.0), 1.0) if self._own > 0 else 0.0
+
+    def add(self, products: Tensor | None) -> None:
+        """Note the products of a batch of the step, [N, 2]; None without probes or positions."""
+        if products is not None:
+            self._of_step.append(products.sum(0))  # which stays on the device until the step ends
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums as the state of a checkpoint holds them."""
+        return {"args": {}, "attributes": {"sums": [self._shared, self._own]}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the sums of the checkpoint. Raises UserError if it holds none."""
+        self._of_step.clear()
+        if not state.global_step:
+            self._shared = self._own = 0.0
+            return
+        try:
+            self._shared, self._own = map(float, state.stateful_callbacks[type(self).__name__]["attributes"]["sums"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                "the checkpoint does not hold the sums of the low-rank tail's residuals: continue from another one"
+            ) from error
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the step's products in."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        if self._of_step:
+            sums = torch.stack(self._of_step).cpu().double().sum(0)
+        shared, own = self._over_ranks(sums).tolist()
+        self._shared = RESIDUALS_KEPT * self._shared + shared
+        self._own = RESIDUALS_KEPT * self._own + own
+        self._of_step.clear()
 
 
 class ThroughputCallback(TrainerCallback):

@@ -18,19 +18,21 @@ from transformers.trainer_utils import EvalLoopOutput
 from logitcache import LogitCache, UserError
 from logitcache.format.tail_parts import TailParts
 from trainer.config.config import DistillConfig
-from trainer.data.collator import Batch, Collator
+from trainer.data.collator import Batch, Collator, basis_tensors
 from trainer.data.loader import BatchDataset, BatchLoader
 from trainer.data.sampler import Batching, batching_of, data_seed, is_shuffled, num_epochs
-from trainer.data.tail_choice import approximates_tail, resolve_tail
+from trainer.data.tail_choice import PARTS_OF_TAIL, approximates_tail, evaluation_tail, resolve_tail
 from trainer.data.training_data import TrainingData
 from trainer.evaluation.metrics import Sums, evaluation_metrics, evaluation_sums, position_means, position_sums
 from trainer.losses.fused import Mixture
+from trainer.losses.low_rank import LOW_RANK
 from trainer.losses.settings import LossSettings
+from trainer.losses.targets import TailBasis
 from trainer.losses.terms import DistillationTerms
 from trainer.model.objective import Objective, objective_of
 from trainer.model.packing_check import check_packing
 from trainer.model.student import check_student, warn_of_rotation
-from trainer.run.callbacks import ThroughputCallback
+from trainer.run.callbacks import ResidualWeight, ThroughputCallback
 from trainer.run.ranks import check_ranks
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ class DistillTrainer(Trainer):
         """
         data = TrainingData.of(cache)
         self.tail = resolve_tail(args, data)
-        self._approximated = {T for T in args.temperatures if approximates_tail(args, data, T)}
+        self._approximated = {T for T in args.temperatures if approximates_tail(self.tail, data, T)}
         for temperature in self._approximated:
             logger.info("the teacher's tail at T = %g is estimated from its mass and entropy at T = 1", temperature)
         for opened in (*data.caches, eval_cache):
@@ -109,6 +111,12 @@ class DistillTrainer(Trainer):
         self._data = data
         groups = data.tail_groups if self.tail == "groups" else None
         self._tail_groups = None if groups is None else torch.tensor(groups, dtype=torch.long, device=args.device)
+        self._tail_basis = self._basis_of(data) if self.tail == LOW_RANK else None
+        self._residuals = ResidualWeight(self._over_ranks) if self.tail == LOW_RANK else None
+        if self._residuals is not None:
+            self.add_callback(self._residuals)
+            if not data.tail_parts.probes:
+                logger.warning("%s holds no probes of its low-rank tail: residual_weight stays 0", data.path)
         self._window = Sums()
         self._throughput = ThroughputCallback()
         self.add_callback(self._throughput)
@@ -134,14 +142,18 @@ class DistillTrainer(Trainer):
     def _needed_tail_parts(self) -> TailParts:
         """Return the parts of the tail that the loss asks for, at all temperatures of the run."""
         held = self._data.tail_parts
-        names = {self.tail, "entropy" if self._approximated else ""}
+        names = {*PARTS_OF_TAIL.get(self.tail, ()), "entropy" if self._approximated else ""}
         needed = {part.name: value for part, value in held.stored() if part.name in names}
         return TailParts(**needed, temperatures=tuple(T for T in self.args.temperatures if T in held.temperatures))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
         """Return this rank's batches of a held-out cache, in the cache's order."""
         cache: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(cache, Batching(self.args.per_device_eval_batch_size), Collator())
+        collator = Collator(TailParts(rank=TrainingData.of(cache).tail_parts.rank))
+        return self._loader(cache, Batching(self.args.per_device_eval_batch_size), collator)
+
+    def _basis_of(self, data: TrainingData) -> TailBasis | None:
+        return None if data.tail_basis is None else basis_tensors(data.tail_basis, self.args.device)
 
     def _loader(
         self, data: LogitCache | TrainingData, batching: Batching, collator: Collator, **options: Any
@@ -187,8 +199,12 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """Compute this rank's share of the loss, scaled such that the mean over the ranks of its gradients is the gradient."""
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
-        now = self.args.settings_at(progress, tail=self.tail, approximated=self._approximated)
-        total, terms = self._distil(model, inputs, *now, with_added_loss=True)
+        settings, mixture = self.args.settings_at(progress, tail=self.tail, approximated=self._approximated)
+        if self._residuals is not None:
+            settings = replace(settings, residual_weight=self._residuals.weight)
+        total, terms = self._distil(model, inputs, settings, mixture, self._tail_basis, with_added_loss=True)
+        if self._residuals is not None:
+            self._residuals.add(terms.residual_products)
         sums, added = position_sums(terms, inputs.targets), self.objective.added_loss
         self._window.add(sums if added is None else sums | {"aux_loss": added * inputs.num_positions})
         positions = inputs.num_positions if num_items_in_batch is None else num_items_in_batch
@@ -209,13 +225,20 @@ class DistillTrainer(Trainer):
         return loss
 
     def _distil(
-        self, model: nn.Module, batch: Batch, settings: LossSettings, mixture: Mixture, *, with_added_loss: bool = False
+        self,
+        model: nn.Module,
+        batch: Batch,
+        settings: LossSettings,
+        mixture: Mixture,
+        basis: TailBasis | None,
+        *,
+        with_added_loss: bool = False,
     ) -> tuple[Tensor, DistillationTerms]:
         """Compute the objective, summed over the positions of a batch, and its terms."""
         return self.objective(
             model,
             batch,
-            batch.targets_at(settings.temperature, self._tail_groups if settings.tail == "groups" else None),
+            batch.targets_at(settings.temperature, self._tail_groups if settings.tail == "groups" else None, basis),
             mixture=mixture,
             with_added_loss=with_added_loss,
             settings=settings,
@@ -227,9 +250,12 @@ class DistillTrainer(Trainer):
         """Log as Trainer does, with the means over the positions since the last log.
 
         aux_loss: the terms that the student's own forward adds to its loss, as they are contained in `loss`.
+        residual_weight: ρ of the low-rank tail.
         """
         if "loss" in logs:
             logs |= position_means(self._window.totals(self._over_ranks)) | self._throughput_logs()
+            if self._residuals is not None:
+                logs["residual_weight"] = self._residuals.weight
             self._window = Sums()
         super().log(logs, start_time)
 
@@ -255,11 +281,13 @@ class DistillTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Compute `metrics.evaluation_metrics` of a cache, each with the prefix.
 
-        And `loss`: the mixture that the run ends with, with the bucket at T = 1, so that runs with other tails and
-        temperatures compare.
+        And `loss`: the mixture that the run ends with, at T = 1 and with `evaluation_tail`, so that runs with other tails
+        and temperatures compare.
         """
         args = self.args
-        final = args.settings_at(1.0, tail="bucket", temperature=1.0)
+        assert isinstance(dataloader.dataset, BatchDataset)
+        data = dataloader.dataset.data
+        basis, final = self._basis_of(data), args.settings_at(1.0, tail=evaluation_tail(data), temperature=1.0)
         model = self.model_wrapped if self.is_in_train else self.model
         assert model is not None
         if not self.is_in_train and (args.bf16_full_eval or args.fp16_full_eval):
@@ -270,7 +298,7 @@ class DistillTrainer(Trainer):
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
-                total, terms = self._distil(model, batch, *final)
+                total, terms = self._distil(model, batch, *final, basis)
             sums.add(evaluation_sums(terms, batch.targets) | {"objective": total})
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         metrics = evaluation_metrics(sums.totals(self._over_ranks))

@@ -148,7 +148,7 @@ def describe_run(
         "student": str(config.student) + (", weights drawn at random" if config.from_scratch else ""),
         "tokenizer": whose_tokenizer,
         "loss": _loss(config),
-        "tail": tail + ("" if config.tail else f" (chosen: {_why(tail, config)})") + _estimate(config, data),
+        "tail": tail + ("" if config.tail else f" (chosen: {_why(tail, config)})") + _estimate(tail, config, data),
         "device": f"{config.device}, {_precision(config)}" + (f", {config.world_size} ranks" * (config.world_size > 1)),
         "steps": _steps(config, data),
         "output": str(config.output_dir) + (f", continued from {checkpoint}" if checkpoint else ""),
@@ -173,13 +173,13 @@ def _loss(config: DistillConfig) -> str:
 
 
 def _why(tail: str, config: DistillConfig) -> str:
-    if tail == "groups":
-        return "the cache holds groups"
+    if tail != "bucket":
+        return f"the cache holds {'coefficients' if tail == 'low_rank' else tail}"
     return "the cache holds no groups" if config.temperatures == (1,) else "groups are known at T = 1 only"
 
 
-def _estimate(config: DistillConfig, data: TrainingData) -> str:
-    estimated = [f"{T:g}" for T in config.temperatures if approximates_tail(config, data, T)]
+def _estimate(tail: str, config: DistillConfig, data: TrainingData) -> str:
+    estimated = [f"{T:g}" for T in config.temperatures if approximates_tail(tail, data, T)]
     return f", at T = {', '.join(estimated)} estimated from its mass and entropy at T = 1" if estimated else ""
 
 
