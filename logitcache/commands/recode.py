@@ -24,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="only as many entries as hold this mass")
     parser.add_argument("--min-k", type=int, metavar="K", help="floor under --top-p (default 32)")
     parser.add_argument("--precision", choices=PRESETS, help="no finer than the cache's own (default: the same)")
+    parser.add_argument("--tail-rank", type=int, metavar="R", help="only the first R coefficients of the low-rank tail")
     parser.add_argument(
         "--drop",
         type=names,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -19,6 +19,7 @@ from logitcache.format.footer import check_pages, open_parquet, read_footer
 from logitcache.format.layout import METADATA_KEY, Layout
 from logitcache.format.quantization import MOST_STEP
 from logitcache.format.tail_parts import TAIL_BASIS_NAME
+from logitcache.format.targets import PAD_ID, SparseTargets
 from logitcache.storage.folder import Folder
 
 MAX_TAIL_BASIS_BYTES = 1 << 28
@@ -72,7 +73,7 @@ def write_tail_basis(folder: Folder, basis: TailBasis, name: str = TAIL_BASIS_NA
             compression="zstd",
             row_group_size=ROWS_WRITTEN_AT_ONCE,
             use_dictionary=False,
-            use_byte_stream_split=True,
+            use_byte_stream_split=["offset", "weight"],  # of half precision, few readers know it
             write_statistics=False,
             write_page_checksum=True,
         )
@@ -98,6 +99,31 @@ def read_tail_basis(file: BinaryIO) -> TailBasis:
         raise ValueError(one_line(error)) from error
     _check(basis)
     return basis
+
+
+def with_rank(targets: SparseTargets, basis: TailBasis, rank: int) -> SparseTargets:
+    """Returns targets with their first coefficients; what the others say of the probe tokens' logits joins the residuals."""
+    coefficients, residuals, ids = targets.tail_coefficients, targets.probe_residuals, targets.probe_ids
+    assert coefficients is not None
+    if residuals is not None and ids is not None:
+        dropped = np.einsum("mpr,mr->mp", basis.directions[ids, rank:], coefficients[:, rank:])
+        residuals = residuals + dropped.astype(np.float32)
+    return replace(targets, tail_coefficients=coefficients[:, :rank], probe_residuals=residuals)
+
+
+def rebuilt(targets: SparseTargets, basis: TailBasis) -> np.ndarray:
+    """Returns log-probabilities of the whole vocabulary, float32 [M, V]: the entries', and the tail's by the basis."""
+    assert targets.tail_coefficients is not None
+    logits: np.ndarray = targets.tail_coefficients @ basis.directions.T + basis.offset
+    rows, places = np.nonzero(targets.token_ids != PAD_ID)
+    ids = targets.token_ids[rows, places]
+    logits[rows, ids] = -np.inf
+    largest = logits.max(axis=1, keepdims=True)
+    logits -= np.where(np.isfinite(largest), largest, 0)  # of no tail at all
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logits += (targets.tail_logprob - np.log(np.exp(logits).sum(axis=1)))[:, None]
+    logits[rows, ids] = targets.logprobs[rows, places]
+    return logits
 
 
 def check_tail_basis(basis: TailBasis, layout: Layout) -> None:

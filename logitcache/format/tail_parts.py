@@ -276,9 +276,13 @@ class _Integers(TailPart):
         return {name: np.multiply(columns[name], np.float32(getattr(quantization, step)), dtype=np.float32)}
 
     def defects(self, targets: SparseTargets, quantization: Rounding) -> Defects:
+        name, step, *_ = self.fields[0]
+        values = getattr(targets, name)
         if quantization is None:
-            name, *_ = self.fields[0]
-            yield f"{name} that are not finite", ~np.isfinite(getattr(targets, name)).all(axis=1)
+            yield f"{name} that are not finite", ~np.isfinite(values).all(axis=1)
+        else:
+            most = np.iinfo(self.stored_type.to_pandas_dtype()).max * getattr(quantization, step)
+            yield f"{name} below what is stored", values.min(axis=1) < -most * (1 + 1e-6)
 
 
 class _LowRank(_Integers):

@@ -16,7 +16,8 @@ from logitcache.format.layout import Layout
 from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.quantization import PRESETS, check_precision
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.tail_parts import PARTS, TailParts
+from logitcache.format.tail_basis import with_rank
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from logitcache.format.truncation import nucleus, truncate
 from logitcache.maintenance.rewrite import Rewrite, open_source, rewrite
@@ -36,6 +37,7 @@ def recode(
     top_p: float | None = None,
     min_k: int | None = None,
     precision: str | None = None,
+    tail_rank: int | None = None,
     drop: Sequence[str] = (),
     shard_positions: int = SHARD_POSITIONS,
     overwrite: bool = False,
@@ -51,7 +53,8 @@ def recode(
         top_p: Probability mass that the kept entries hold. None: as in the cache.
         min_k: Entries that `top_p` leaves at least. None: 32, or fewer if the cache has fewer.
         precision: The cache's own or a coarser one: "exact", "balanced" or "compact". None: the cache's own.
-        drop: What is left out: options of tail parts, such as "tail_groups", and kept columns.
+        tail_rank: Coefficients of the low-rank tail that a position keeps, the first. None: all.
+        drop: What is left out: options of tail parts, such as "tail_groups", and kept columns; the probes go with "tail_rank".
         shard_positions: Stored positions of a shard.
         overwrite: Replaces what `out` holds.
 
@@ -61,8 +64,8 @@ def recode(
     Raises:
         UserError: The cache does not hold what is asked for, is damaged, or `out` holds something else.
     """
-    if (top_k, top_p, min_k, precision) == (None, None, None, None) and not drop:
-        raise UserError("nothing to recode: give --top-k, --top-p, --min-k, --precision or --drop")
+    if (top_k, top_p, min_k, precision, tail_rank) == (None,) * 5 and not drop:
+        raise UserError("nothing to recode: give --top-k, --top-p, --min-k, --precision, --tail-rank or --drop")
     source = open_source(path)
     capture = source.manifest.fingerprint["capture"]
     captured = _Entries(capture["top_k"], capture.get("top_p", 1.0), capture.get("min_k", capture["top_k"]))
@@ -70,10 +73,14 @@ def recode(
     dropped = _checked(one_or_more(drop), source.manifest.layout)
     layout = _with_precision(source, precision)
     columns = {name: alias for name, alias in layout.columns.items() if name not in dropped}
-    layout = replace(layout, tail_parts=layout.tail_parts.without(dropped), columns=columns)
+    tail_parts = layout.tail_parts.without(dropped)
+    layout = replace(layout, tail_parts=replace(tail_parts, rank=_smaller_rank(tail_parts, tail_rank)), columns=columns)
     stored = entries._asdict() | {"precision": layout.precision}
-    absent = {name: value for name, value in TailParts().to_json("option").items() if name in dropped}
-    unnamed = {part.option for part in PARTS if part.option in dropped} - absent.keys()
+    stored |= {} if tail_rank is None else {"tail_rank": tail_rank}
+    gone = {part.option for part, _ in source.manifest.layout.tail_parts.stored()}
+    gone -= {part.option for part, _ in layout.tail_parts.stored()}
+    absent = {name: value for name, value in TailParts().to_json("option").items() if name in gone}
+    unnamed = gone - absent.keys()
     kept = {name: value for name, value in capture.items() if name not in unnamed}
     work = Rewrite(
         command="recode",
@@ -130,6 +137,15 @@ def _checked(drop: Sequence[str], layout: Layout) -> list[str]:
     return sorted(set(drop))
 
 
+def _smaller_rank(tail_parts: TailParts, rank: int | None) -> int:
+    if rank is None:
+        return tail_parts.rank
+    if not 1 <= rank <= tail_parts.rank:
+        choice = f"choose 1…{tail_parts.rank}" if tail_parts.rank else "none would be left"
+        raise UserError(f"--tail-rank {rank}: of {tail_parts.rank} coefficients that are kept of a position, {choice}")
+    return rank
+
+
 def _with_precision(source: LogitCache, precision: str | None) -> Layout:
     layout = source.manifest.layout
     if precision is None or precision == layout.precision:
@@ -153,10 +169,13 @@ class _Recoder:
     def __init__(self, entries: _Entries, layout: Layout, source: LogitCache) -> None:
         self._entries, self._layout = entries, layout
         self._tail_groups = source.tail_groups if layout.tail_parts.groups else None
+        fewer = 0 < layout.tail_parts.rank < source.manifest.layout.tail_parts.rank
+        self._tail_basis = source.tail_basis if fewer else None
         self._seed = int.from_bytes(hashlib.sha256(source.folder.read(MANIFEST_NAME)).digest())
 
     def __call__(self, sequence: CachedSequence) -> SparseTargets:
-        entries, targets = self._entries, self._layout.tail_parts.of(sequence.targets)
+        entries, parts, targets = self._entries, self._layout.tail_parts, sequence.targets
+        targets = parts.of(with_rank(targets, self._tail_basis, parts.rank) if self._tail_basis else targets)
         keep = nucleus(targets.logprobs, *entries).sum(axis=1)
         random = (
             np.random.default_rng([self._seed, int(sequence.row_id, 16)]) if targets.sample_ids is not None else None

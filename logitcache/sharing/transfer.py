@@ -21,6 +21,7 @@ from logitcache.format.manifest import (
     Manifest,
     is_plain,
 )
+from logitcache.format.tail_basis import MAX_TAIL_BASIS_BYTES
 from logitcache.format.tail_groups import MAX_TAIL_GROUPS_BYTES
 from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.format.tokenizer import MAX_TOKENIZER_BYTES
@@ -38,7 +39,7 @@ IN_FLIGHT_BYTES = 1 << 29
 TRIES = 4
 FIRST_PAUSE_S = 1.0
 """Before the second try; doubled before each one after it."""
-MAX_FILE_BYTES = max(MAX_TOKENIZER_BYTES, MAX_TAIL_GROUPS_BYTES)
+MAX_FILE_BYTES = max(MAX_TOKENIZER_BYTES, MAX_TAIL_GROUPS_BYTES, MAX_TAIL_BASIS_BYTES)
 """Of a file whose size the manifest does not say."""
 READ_BYTES = 1 << 22
 
@@ -61,7 +62,7 @@ class TravellingFile:
 
 
 def vouched_files(manifest: Manifest, where: str) -> list[TravellingFile]:
-    """Lists every file that a manifest names with its SHA-256: tokenizer and tail groups, then the shards.
+    """Lists every file that a manifest names with its SHA-256: tokenizer, tail groups and tail basis, then the shards.
 
     Raises UserError for names that are not where a cache has its files, that are no plain path in it, or that stand there twice.
     """

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from logitcache.errors import one_line
+from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, TOKENIZER_DIRECTORY, read_identity, read_manifest
 from logitcache.format.shards import ShardInfo
+from logitcache.format.tail_basis import check_tail_basis, read_tail_basis
 from logitcache.format.tail_groups import read_tail_groups
-from logitcache.format.tail_parts import TAIL_FILES, TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_BASIS_NAME, TAIL_FILES, TAIL_GROUPS_NAME
 from logitcache.maintenance.verify.findings import Finding
 from logitcache.maintenance.verify.manifest import Claims, check_manifest
 from logitcache.maintenance.verify.shard import Claimed, check_shard, fetched_sha256, shard_files
@@ -203,27 +206,41 @@ def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
         for name in [*folder.files(TOKENIZER_DIRECTORY), *stored]:
             if name not in claims.named:
                 yield Finding("foreign", name, "a reader would trust it")
-    if claims.layout is not None and claims.layout.tail_parts.groups:
-        if TAIL_GROUPS_NAME in stored:
-            yield from _check_tail_groups(folder, claims)
-        elif TAIL_GROUPS_NAME not in claims.files:
-            yield Finding("missing", TAIL_GROUPS_NAME, "the layout has tail groups, their file is not there")
+    if claims.layout is not None:
+        for name in claims.layout.tail_parts.files:
+            what, check = _TAIL_FILES[name]
+            try:
+                if name in stored:
+                    yield from check(BytesIO(folder.read(name)), claims.layout)
+                elif name not in claims.files:
+                    yield Finding("missing", name, f"the layout has {what}, their file is not there")
+            except Exception as error:  # Arrow has its own kinds
+                yield Finding("damaged", name, f"cannot be read ({one_line(error)})")
 
 
-def _check_tail_groups(folder: Folder, claims: Claims) -> Iterator[Finding]:
-    assert claims.layout is not None
-    vocab_size, num_groups = claims.layout.vocab_size, claims.layout.tail_parts.groups
-    try:
-        groups = read_tail_groups(BytesIO(folder.read(TAIL_GROUPS_NAME)))
-    except Exception as error:  # Arrow has its own kinds
-        yield Finding("damaged", TAIL_GROUPS_NAME, f"cannot be read ({one_line(error)})")
-        return
+def _check_tail_groups(file: BinaryIO, layout: Layout) -> Iterator[Finding]:
+    vocab_size, num_groups = layout.vocab_size, layout.tail_parts.groups
+    groups = read_tail_groups(file)
     if len(groups) != vocab_size:
         yield Finding("layout", TAIL_GROUPS_NAME, f"{len(groups):,} ids, the vocabulary has {vocab_size:,}")
     outside = np.flatnonzero(~((groups >= 0) & (groups < num_groups)))
     if len(outside):
         what = f"id {outside[0]} is in group {groups[outside[0]]}, there are {num_groups} ({len(outside):,} such ids)"
         yield Finding("layout", TAIL_GROUPS_NAME, what)
+
+
+def _check_tail_basis(file: BinaryIO, layout: Layout) -> Iterator[Finding]:
+    basis = read_tail_basis(file)
+    try:
+        check_tail_basis(basis, layout)
+    except ValueError as error:
+        yield Finding("layout", TAIL_BASIS_NAME, one_line(error))
+
+
+_TAIL_FILES: dict[str, tuple[str, Callable[[BinaryIO, Layout], Iterator[Finding]]]] = {
+    TAIL_GROUPS_NAME: ("tail groups", _check_tail_groups),
+    TAIL_BASIS_NAME: ("coefficients in a tail basis", _check_tail_basis),
+}
 
 
 def _check_unnamed(folder: Folder, present: list[str], claims: Claims) -> Iterator[Finding]:

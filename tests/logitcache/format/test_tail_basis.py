@@ -12,14 +12,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import logitcache
 from logitcache.format.layout import Layout
-from logitcache.format.tail_basis import TailBasis, read_tail_basis, write_tail_basis
+from logitcache.format.tail_basis import TailBasis, read_tail_basis, rebuilt, with_rank, write_tail_basis
 from logitcache.format.tail_parts import TAIL_BASIS_NAME, TailParts
 from logitcache.storage.atomic import file_sha256
 from logitcache.storage.folder import Folder
-from tests.helpers.smallcaches import COEFFICIENT_STEP, EVERYTHING, VOCAB, random_rows, tail_basis, write_cache
+from tests.helpers.smallcaches import (
+    COEFFICIENT_STEP,
+    EVERYTHING,
+    VOCAB,
+    full_distributions,
+    random_rows,
+    small,
+    sparse_targets,
+    tail_basis,
+    write_cache,
+)
 
 BASIS = tail_basis(EVERYTHING)
 
@@ -107,3 +119,37 @@ def test_a_cache_has_its_basis_and_refuses_another(tmp_path: Path) -> None:
     (root / TAIL_BASIS_NAME).write_bytes(b"altered")
     with pytest.raises(logitcache.UserError, match="SHA-256"):
         _ = logitcache.open(root).tail_basis
+
+
+def test_with_every_direction_the_whole_distribution_is_rebuilt() -> None:
+    layout = Layout(VOCAB, TailParts(rank=VOCAB - 1, probes=2), precision="exact")
+    full = full_distributions(np.random.default_rng(0), 5)
+    targets = sparse_targets(full, [0, 1, 8, VOCAB - 1, VOCAB], layout)
+    found = rebuilt(targets, tail_basis(layout))
+    assert found.dtype == np.float32 and found.shape == (5, VOCAB)
+    np.testing.assert_allclose(np.exp(found, dtype=np.float64).sum(axis=1), 1, atol=1e-5)
+    entries = targets.token_ids[targets.token_ids >= 0]
+    rows = np.repeat(np.arange(5), targets.num_entries)
+    assert np.array_equal(found[rows, entries], targets.logprobs[targets.token_ids >= 0])
+    divergence = (np.exp(full) * (full - found)).sum(axis=1)
+    assert (divergence <= 1e-4).all(), divergence  # directions are stored in half precision
+
+
+@small
+@given(rank=st.integers(1, 6), fewer=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
+def test_fewer_coefficients_leave_what_a_capture_with_fewer_leaves(rank: int, fewer: int, seed: int) -> None:
+    fewer = min(fewer, rank)
+    layout = Layout(VOCAB, TailParts(rank=rank, probes=3), precision="exact")
+    basis = tail_basis(layout)
+    full = full_distributions(np.random.default_rng(seed), 4)
+    targets = sparse_targets(full, [3] * 4, layout)
+    found = with_rank(targets, basis, fewer)
+    logits = full - basis.offset
+    logits -= (logits @ basis.weights)[:, None]
+    coefficients = logits * basis.weights @ basis.directions[:, :fewer]
+    left = logits - coefficients @ basis.directions[:, :fewer].T
+    assert targets.probe_ids is not None
+    assert found.probe_residuals is not None and found.tail_coefficients is not None
+    np.testing.assert_allclose(found.tail_coefficients, coefficients, atol=1e-5)
+    np.testing.assert_allclose(found.probe_residuals, np.take_along_axis(left, targets.probe_ids, axis=1), atol=1e-4)
+    assert found.probe_residuals.dtype == np.float32

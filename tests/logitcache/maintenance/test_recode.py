@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from logitcache.format.sequences import TokenSequence
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import find_defect
 from logitcache.format.truncation import nucleus, truncate
+from tests.helpers.exchanging import findings
 from tests.helpers.maintained import CAPTURE, assert_same_row, assert_same_targets, history, make_cache
 from tests.helpers.smallcaches import (
     EVERYTHING,
@@ -287,6 +289,8 @@ def test_what_comes_out_is_what_a_teacher_can_have_produced(tmp_path: Path, prec
         (["tail_samples"], {"sample_ids", "sample_logprobs"}),
         (["tail_entropy", "temperatures"], {"tail_entropy", "tail_log_norm_T0.5", "tail_log_norm_T2"}),
         (["tail_groups"], {"group_levels"}),
+        (["tail_probes"], {"probe_residuals"}),
+        (["tail_rank"], {"tail_coefficients", "probe_residuals"}),
         (["url", "flag"], {"url", "flag"}),
     ],
 )
@@ -300,6 +304,8 @@ def test_dropped_columns_are_gone_and_the_rest_stays(tmp_path: Path, drop: list[
     empty: dict[str, Any] = {"tail_samples": 0, "tail_entropy": False, "temperatures": [], "tail_groups": 0}
     assert {name: capture.get(name) for name in drop} == {name: empty.get(name) for name in drop}
     assert (tmp_path / "out/tail_groups.parquet").exists() == ("tail_groups" not in drop)
+    assert (tmp_path / "out/tail_basis.parquet").exists() == ("tail_rank" not in drop)
+    assert cache.manifest.fingerprint["format"]["version"] == (2 if "tail_rank" in drop else 3)
     for ours, theirs in zip(cache, source, strict=True):
         assert ours.columns == {name: value for name, value in theirs.columns.items() if name not in missing}
         assert np.array_equal(ours.targets.token_ids, theirs.targets.token_ids)
@@ -309,7 +315,7 @@ def test_dropped_columns_are_gone_and_the_rest_stays(tmp_path: Path, drop: list[
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "nothing to recode: give --top-k, --top-p, --min-k, --precision or --drop"),
+        ({}, "nothing to recode: give --top-k, --top-p, --min-k, --precision, --tail-rank or --drop"),
         ({"top_k": 9}, r"--top-k 9: the cache holds 8 entries of a position, choose 1…8"),
         ({"top_k": 0}, "--top-k 0"),
         ({"top_p": 1.5}, r"--top-p 1.5: choose a probability mass in \(0, 1\]"),
@@ -321,6 +327,12 @@ def test_dropped_columns_are_gone_and_the_rest_stays(tmp_path: Path, drop: list[
             r"--drop title: the cache holds tail_groups, temperatures, .* tail_rank, tail_probes, id, url, score, flag",
         ),
         ({"top_k": 2, "shard_positions": 0}, "--shard-positions 0: at least 1 is needed"),
+        ({"tail_rank": 4}, "--tail-rank 4: of 3 coefficients that are kept of a position, choose 1…3"),
+        ({"tail_rank": 0}, "--tail-rank 0: of 3"),
+        (
+            {"tail_rank": 1, "drop": ["tail_rank"]},
+            "--tail-rank 1: of 0 coefficients that are kept of a position, none would",
+        ),
     ],
 )
 def test_what_the_cache_does_not_hold_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -389,3 +401,28 @@ def test_the_tail_of_rounded_entries_never_exceeds_one(precision: str) -> None:
         logprobs = quantization.logprobs(int(levels.max()) + 1)[levels]
         targets = SparseTargets(np.arange(k, dtype=np.int32)[None], logprobs, np.array([-np.inf], np.float32))
         assert truncate(targets, np.array([1])).tail_logprob[0] < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRESETS)
+def test_fewer_coefficients_are_the_first_and_the_residuals_are_theirs(tmp_path: Path, precision: str) -> None:
+    layout = at_precision(EVERYTHING, precision)
+    source = make_cache(tmp_path / "source", random_rows(20, layout, seed=3), layout)
+    cache = logitcache.recode(source.path, tmp_path / "out", tail_rank=1)
+    assert cache.manifest.layout == replace(layout, tail_parts=replace(layout.tail_parts, rank=1))
+    assert cache.manifest.fingerprint["capture"]["tail_rank"] == 1
+    assert history(cache)[-1]["tail_rank"] == 1
+    assert source.tail_basis is not None and cache.tail_basis is not None
+    directions = source.tail_basis.directions
+    assert np.array_equal(cache.tail_basis.directions, directions[:, :1])
+    assert not findings(cache)
+    step = layout.quantization.probe_step if layout.quantization else 1e-5
+    for ours, theirs in zip(cache, source, strict=True):
+        found, held = (sequence.targets.to_torch() for sequence in (ours, theirs))
+        assert torch.equal(found["tail_coefficients"], held["tail_coefficients"][:, :1])
+        assert torch.equal(found["probe_ids"], held["probe_ids"]) and torch.equal(found["token_ids"], held["token_ids"])
+        dropped = torch.tensor(directions)[held["probe_ids"], 1:] @ held["tail_coefficients"][:, 1:, None]
+        given = held["probe_residuals"] + dropped[:, :, 0]
+        assert (found["probe_residuals"] - given).abs().max() <= step / 2 + 1e-5
+    same = logitcache.recode(cache.path, tmp_path / "again", tail_rank=1, top_k=4)
+    assert np.array_equal(same[3].targets.probe_residuals, cache[3].targets.probe_residuals)  # type: ignore[arg-type]

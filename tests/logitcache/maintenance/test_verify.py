@@ -27,12 +27,15 @@ from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.quantization import PRESETS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.shards import shard_name
-from logitcache.format.tail_parts import TAIL_GROUPS_NAME, TailParts
+from logitcache.format.tail_basis import TailBasis, write_tail_basis
+from logitcache.format.tail_parts import TAIL_BASIS_NAME, TAIL_GROUPS_NAME, TailParts
 from logitcache.maintenance.verify import verification
 from logitcache.maintenance.verify.findings import KINDS, SHOWN_PER_KIND, Finding, Report
 from logitcache.maintenance.verify.verification import Verification
+from logitcache.reading.cache import open_cache
 from logitcache.storage.atomic import file_sha256
-from tests.helpers.smallcaches import EVERYTHING, VOCAB, Row, at_precision, random_rows, small, write_cache
+from logitcache.storage.folder import Folder
+from tests.helpers.smallcaches import EVERYTHING, VOCAB, Row, at_precision, random_rows, small, tail_basis, write_cache
 
 EXACT = at_precision(EVERYTHING, "exact")
 ROWS = random_rows(30, EXACT)
@@ -664,6 +667,45 @@ def test_tail_groups_that_cannot_be_the_vocabularys_are_found(root: Path, groups
     pq.write_table(pa.table({"id": ids, "group": np.array(groups, np.int32)}), root / TAIL_GROUPS_NAME)
     edit(root, lambda data: data["files"].update({TAIL_GROUPS_NAME: sha256(root, TAIL_GROUPS_NAME)}))
     assert kinds(found(root)) == {("layout", TAIL_GROUPS_NAME)}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "what"),
+    [
+        (lambda basis: basis.first(2), "layout", "it has 2 directions of 50 ids in steps of 0.125, the cache 3 of 50"),
+        (lambda basis: tail_basis(replace(EVERYTHING, vocab_size=51)), "layout", "it has 3 directions of 51 ids"),
+        (lambda basis: replace(basis, weights=basis.weights * 2), "damaged", "not positive numbers of sum 1"),
+    ],
+)
+def test_a_basis_that_cannot_be_the_caches_is_found(
+    root: Path, change: Callable[[TailBasis], TailBasis], kind: str, what: str
+) -> None:
+    write_tail_basis(Folder(root), change(tail_basis(EVERYTHING)))
+    edit(root, lambda data: data["files"].update({TAIL_BASIS_NAME: sha256(root, TAIL_BASIS_NAME)}))
+    (finding,) = found(root)
+    assert (finding.kind, finding.file) == (kind, TAIL_BASIS_NAME) and what in finding.what
+
+
+def test_a_basis_that_the_layout_needs_is_missing(root: Path) -> None:
+    edit(root, lambda data: data["files"].pop(TAIL_BASIS_NAME))
+    (root / TAIL_BASIS_NAME).unlink()
+    (finding,) = found(root)
+    assert (finding.kind, finding.file) == ("missing", TAIL_BASIS_NAME)
+
+
+@pytest.mark.parametrize(
+    ("precision", "number", "residual", "what"),
+    [("exact", np.nan, np.inf, "that are not finite"), ("balanced", -(2**15), -(2**7), "below what is stored")],
+)
+def test_coefficients_and_residuals_outside_their_range_are_found(
+    tmp_path: Path, precision: str, number: float, residual: float, what: str
+) -> None:
+    write_cache(tmp_path, ROWS, at_precision(EVERYTHING, precision), rows_per_shard=10)
+    rewrite(tmp_path, 0, lambda table: with_row(table, "tail_coefficients", 3, lambda z: [number] * len(z)))
+    rewrite(tmp_path, 1, lambda table: with_row(table, "probe_residuals", 3, lambda e: [residual] * len(e)))
+    assert kinds(found(tmp_path)) == {("targets", FIRST), ("targets", SECOND)}
+    with pytest.raises(UserError, match=f"altered: tail_coefficients {what} at stored position 0 of row 3"):
+        _ = open_cache(tmp_path)[3]
 
 
 def test_everything_that_is_wrong_at_once_is_listed(root: Path) -> None:
