@@ -39,6 +39,7 @@ from trainer.losses.registry import divergence_names
 MIB, GIB = 2**20, 2**30
 KD_WEIGHT = 0.5
 TEMPERATURE = 2.0
+RANK = 64
 NUM_ENTRIES = (16, 64, 256)
 WARM_UP_POSITIONS = 64  # on a CPU; on CUDA the warm-up is a whole step, for which kernels are compiled and chosen
 
@@ -69,7 +70,13 @@ CORE = ("todi", "fkl", "rkl", "akl")
 FULL_LOGITS = ("cross-entropy, full logits", "top-k KL, full logits", "full-vocabulary KL, full logits")
 CPU_SHAPES = (
     Shape(151_936, 4096, 1024, 3, CORE),
-    Shape(151_936, 1024, 1024, 3, ("jsd", "jeffreys", "sfkl", "srkl", "tvd", "ab", "todi, *", *FULL_LOGITS)),
+    Shape(
+        151_936,
+        1024,
+        1024,
+        3,
+        ("jsd", "jeffreys", "sfkl", "srkl", "tvd", "ab", "todi, *", "*, low rank*", *FULL_LOGITS),
+    ),
     Shape(32_000, 1024, 1024, 3, (*CORE, "todi, groups*", *FULL_LOGITS)),
 )
 CUDA_SHAPES = (Shape(151_936, 8192, 4096, 10), Shape(151_936, 32_768, 4096, 10))
@@ -213,6 +220,14 @@ def rows_of(k: int, num_groups: int) -> dict[str, Row]:
         f"todi, groups G={num_groups}": ours("todi", k, "tail_groups", "group_logprobs", tail="groups"),
         f"todi, T={TEMPERATURE:g}": ours("todi", k, "tempered_tail", temperature=TEMPERATURE),
         "todi, cap": ours("todi", k, tail="cap"),
+        **{
+            f"{loss}, low rank R={RANK}": ours(
+                *(loss, k, "tail_coefficients", "tail_basis", "probe_ids", "probe_residuals"),
+                tail="low_rank",
+                residual_weight=0.5,
+            )
+            for loss in CORE
+        },
         "todi, samples": ours("todi", k, "sample_ids", "sample_logprobs", tail="samples"),
         **{f"todi, k={entries}": ours("todi", entries) for entries in others},
         "cross-entropy, full logits": Row(cross_entropy, full_tensors=3),
@@ -309,6 +324,7 @@ def table(shape: Shape, options: argparse.Namespace, device: str) -> Iterator[st
             (shape.vocab_size, shape.positions, shape.hidden_size),
             entries=entries,
             num_groups=options.groups,
+            rank=RANK,
             temperature=TEMPERATURE,
             dtype=dtype,
             device=device,

@@ -121,6 +121,7 @@ def main() -> None:
             (options.vocab, options.positions, options.hidden),
             entries=[options.k],
             num_groups=options.groups,
+            rank=1,
             temperature=1.0,
             dtype=dtype,
             device=options.device,

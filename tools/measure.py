@@ -34,6 +34,7 @@ TOKENS_PER_SEQUENCE = 257
 # Ids of rank below this come up about equally often.
 RANK_OFFSET = 16
 NUM_SAMPLES = 16
+NUM_PROBES = 2
 # Correlation of the teacher's logits with the student's; with the sharpness below KL is about one nat.
 AGREEMENT = 0.97
 # Standard deviation of the logits over √(2 ln V): the entropy is then about 1.5 nats, whatever V is.
@@ -162,6 +163,7 @@ class TrainingStep:
     labels: Tensor  # [N] int64, drawn from the teacher
     teacher_hidden: Tensor  # [N, D]
     tail_groups: Tensor  # [V] int64
+    basis: tuple[Tensor, ...]  # offset [V], directions [V, R] and weights [V] of a low-rank tail
     teacher: dict[int, dict[str, Tensor]]  # k → what is stored of the teacher, as the losses name it
 
     def first(self, positions: int) -> TrainingStep:
@@ -169,12 +171,15 @@ class TrainingStep:
         hidden, weight = (tensor.detach().requires_grad_() for tensor in (self.hidden[:positions], self.weight))
         teacher = {k: {name: tensor[:positions] for name, tensor in held.items()} for k, held in self.teacher.items()}
         return TrainingStep(
-            hidden, weight, self.labels[:positions], self.teacher_hidden[:positions], self.tail_groups, teacher
+            *(hidden, weight, self.labels[:positions], self.teacher_hidden[:positions]),
+            *(self.tail_groups, self.basis, teacher),
         )
 
     def stored(self, k: int, *more: str) -> dict[str, Any]:
         """What every loss needs of the teacher, and what some do, by their arguments' names."""
-        held = self.teacher[k] | {"tail_groups": self.tail_groups}
+        from trainer import TailBasis
+
+        held: dict[str, Any] = self.teacher[k] | {"tail_groups": self.tail_groups, "tail_basis": TailBasis(*self.basis)}
         return {name: held[name] for name in ("token_ids", "logprobs", "tail_logprob", *more)}
 
 
@@ -183,15 +188,19 @@ def synthetic_step(
     *,
     entries: Sequence[int],
     num_groups: int,
+    rank: int,
     temperature: float,
     dtype: torch.dtype,
     device: str,
 ) -> tuple[TrainingStep, float]:
     """A student and a teacher near it with peaked distributions, shape (V, N, D); and the teacher's mean entropy, nats.
 
-    What is stored of the teacher is exact, float32; its tempered tail is that of `temperature`.
+    What is stored of the teacher is exact, float32; its tempered tail is that of `temperature`. The low-rank tail has
+    directions at random.
     """
     import torch
+
+    from trainer import TailBasis
 
     vocab_size, positions, hidden_size = shape
     generator = torch.Generator(device).manual_seed(0)
@@ -206,11 +215,16 @@ def synthetic_step(
     mean = (teacher_hidden[:rows] @ weight.t()).float().softmax(1).mean(0)
     tail_groups = torch.from_numpy(rank_bands(mean.cpu().numpy(), num_groups)).long().to(device)
 
+    directions = torch.linalg.qr(normal(vocab_size, rank + 1)).Q
+    directions = vocab_size**0.5 * (directions[:, 1:] - directions[:, 1:].mean(0))
+    basis = mean.log(), directions, torch.full_like(mean, 1 / vocab_size)
+
     def stored(log_p: Tensor, k: int) -> dict[str, Tensor]:
         logprobs, token_ids = log_p.topk(k)
         rest = log_p.scatter(1, token_ids, -inf)
         probabilities = rest.exp()
         sample_ids = torch.multinomial(probabilities, NUM_SAMPLES, replacement=True, generator=generator)
+        probe_ids = torch.randint(vocab_size, (len(rest), NUM_PROBES), generator=generator, device=device)
         group_masses = probabilities.new_zeros(len(rest), num_groups).index_add_(1, tail_groups, probabilities)
         return {
             "token_ids": token_ids,
@@ -220,6 +234,9 @@ def synthetic_step(
             "group_logprobs": group_masses.log(),
             "sample_ids": sample_ids,
             "sample_logprobs": log_p.gather(1, sample_ids),
+            "tail_coefficients": TailBasis(*basis).project(log_p),
+            "probe_ids": probe_ids,
+            "probe_residuals": (log_p - basis[0]).gather(1, probe_ids),
         }
 
     labels, entropies, parts = [], [], []
@@ -229,7 +246,7 @@ def synthetic_step(
         labels.append(torch.multinomial(log_p.exp(), 1, replacement=True, generator=generator)[:, 0])
         parts.append({k: stored(log_p, k) for k in entries})
     teacher = {k: {name: torch.cat([part[k][name] for part in parts]) for name in parts[0][k]} for k in entries}
-    step = TrainingStep(hidden.to(dtype), weight, torch.cat(labels), teacher_hidden, tail_groups, teacher)
+    step = TrainingStep(hidden.to(dtype), weight, torch.cat(labels), teacher_hidden, tail_groups, basis, teacher)
     return step, float(torch.cat(entropies).mean())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from logitcache import CachedSequence
-from logitcache.format import tail_basis as format
+from logitcache.format.tail_basis import TailBasis as StoredBasis
 from logitcache.format.tail_parts import TailParts, rescaled
 from logitcache.format.targets import concatenate
 from trainer.losses.targets import TailBasis, TeacherTargets
@@ -149,7 +149,7 @@ class Collator:
         )
 
 
-def basis_tensors(basis: format.TailBasis, device: torch.device | str) -> TailBasis:
+def basis_tensors(basis: StoredBasis, device: torch.device | str) -> TailBasis:
     """Make the tensors of a cache's tail basis, float32 on a device."""
     return TailBasis(*(torch.tensor(part, device=device) for part in (basis.offset, basis.directions, basis.weights)))
 

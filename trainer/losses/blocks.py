@@ -25,7 +25,9 @@ from trainer.losses.transform import LogitTransform
 # On a CPU 4 MB at a time, which stay in its cache; on an accelerator enough to make the launches' cost vanish.
 BLOCK_ELEMENTS_CPU = 2**20
 BLOCK_ELEMENTS_ACCELERATOR = 2**27
-BLOCK_ELEMENTS_CPU_LOW_RANK = 2**23  # a tail whose products read a basis as large once a block
+# A low-rank tail reads a basis as large as this once a block, and makes some ten tensors of the size of a few rows.
+BLOCK_ELEMENTS_CPU_LOW_RANK = 2**23
+CACHED_ELEMENTS_CPU = 2**18
 BLOCK_ELEMENTS_DENSE = 2**24  # on an accelerator, for tails that make several tensors of the block's size
 
 
@@ -62,6 +64,15 @@ def row_blocks(logits: Tensor, tail: str) -> list[slice]:
         elements = BLOCK_ELEMENTS_CPU_LOW_RANK if tail == "low_rank" else BLOCK_ELEMENTS_CPU
     else:
         elements = BLOCK_ELEMENTS_DENSE if tail in DENSE_TAILS else BLOCK_ELEMENTS_ACCELERATOR
+    return _slices(logits, elements)
+
+
+def cached_rows(logits: Tensor) -> list[slice]:
+    """Cut a block [n, V] into rows of which several tensors stay in a CPU's cache; on an accelerator not at all."""
+    return _slices(logits, CACHED_ELEMENTS_CPU if logits.device.type == "cpu" else logits.numel())
+
+
+def _slices(logits: Tensor, elements: int) -> list[slice]:
     rows = max(1, elements // max(1, logits.shape[1]))
     return [slice(start, min(start + rows, len(logits))) for start in range(0, len(logits), rows)]
 

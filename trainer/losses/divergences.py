@@ -20,7 +20,8 @@ from torch import Tensor
 from trainer.losses.coarse import Coarse
 
 HEAD_MASS = 0.5  # μ of AKL: the share of the teacher's mass that makes up the head
-HEAD_SEARCH = 64  # tokens among which the head is looked for before all are sorted
+HEAD_SEARCH = 64  # tokens among which the first attempt looks for the head
+TOP_RANGE = 64  # tokens of whom a maximum is taken, in the search for the largest of a whole vocabulary
 
 
 def forward_kl(coarse: Coarse) -> tuple[Tensor, Tensor]:
@@ -140,12 +141,28 @@ def alpha_beta(coarse: Coarse, *, alpha: float = 0.2, beta: float = 0.7) -> tupl
 
 def _largest_entries(p: Tensor) -> tuple[Tensor, Tensor]:
     """Return probabilities [N, k] in descending order, and their columns: as many as the head may have, or all."""
-    if p.shape[1] > HEAD_SEARCH:
-        largest = p.topk(HEAD_SEARCH)
-        if bool((largest.values.sum(1) > HEAD_MASS).all()):
-            return largest.values, largest.indices
+    searched = HEAD_SEARCH
+    while searched < p.shape[1]:
+        entries, order = _topk(p, searched)
+        if bool((entries.sum(1) > HEAD_MASS).all()):
+            return entries, order
+        searched *= 8
     entries, order = p.sort(dim=1, descending=True, stable=True)
     return entries, order
+
+
+def _topk(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what p.topk(k) does of [N, V]: the k largest are in the k ranges whose maxima are the largest."""
+    whole = p.shape[1] // TOP_RANGE * TOP_RANGE
+    ranges = p[:, :whole].unflatten(1, (-1, TOP_RANGE))
+    if ranges.shape[1] < 2 * k:
+        return p.topk(k)
+    begins = ranges.amax(2).topk(k).indices * TOP_RANGE
+    columns = (begins[:, :, None] + torch.arange(TOP_RANGE, device=p.device)).flatten(1)
+    rest = torch.arange(whole, p.shape[1], device=p.device).expand(len(p), -1)
+    columns = torch.cat([columns, rest], 1)
+    largest = p.gather(1, columns).topk(k)
+    return largest.values, columns.gather(1, largest.indices)
 
 
 def _crossing_token_in_rest(cumulative_mass: Tensor) -> Tensor:

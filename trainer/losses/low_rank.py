@@ -16,7 +16,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from trainer.losses.blocks import row_blocks
+from trainer.losses.blocks import cached_rows
 from trainer.losses.coarse import Coarse
 from trainer.losses.registry import evaluate_divergence
 from trainer.losses.settings import LossSettings
@@ -47,28 +47,47 @@ class LowRankBlock:
         """See `terms.distillation_block`."""
         assert targets.tail_basis is not None
         self._raw, self._labels, self._settings, self._transform = raw, labels, settings, transform
-        self._logits = logits = _transformed(raw, transform)
-        self._teacher, products = rebuild(logits, targets.tail_basis, targets, settings.residual_weight)
-        self.largest, largest_ids = logits.max(1)
-        self.label_logits = None if labels is None else logits.gather(1, labels[:, None])[:, 0]
+        with torch.autocast(raw.device.type, enabled=False):
+            self._compute(targets)
+
+    def _compute(self, targets: TeacherTargets) -> None:
+        basis, coefficients, residual_weight = (
+            targets.tail_basis,
+            targets.tail_coefficients,
+            self._settings.residual_weight,
+        )
+        assert basis is not None and coefficients is not None
+        self._logits = logits = _transformed(self._raw, self._transform)
+        self.own_terms: dict[str, Tensor] = {}
+        if residual_weight or targets.probe_ids is not None:
+            of_student = basis.project(logits)
+            coefficients = coefficients - residual_weight * of_student
+            if targets.probe_ids is not None and targets.probe_residuals is not None:
+                self.own_terms["residual_products"] = _residual_products(
+                    logits, of_student, basis, targets.probe_ids, targets.probe_residuals
+                )
+        self._teacher = coefficients @ basis.directions.t()  # to which _diverge adds (1 − ρ)·m + ρ·s
+        self._offset = basis.offset * (1 - residual_weight)
+        self.label_logits = None if self._labels is None else logits.gather(1, self._labels[:, None])[:, 0]
         self._entries = logits.gather(1, targets.token_ids.clamp_min(0)).masked_fill_(targets.token_ids < 0, -inf)
-        self.kd, self._log_normaliser = torch.empty_like(self.largest), torch.empty_like(self.largest)
-        fkl, rkl, tail_mass = (torch.empty_like(self.largest) for _ in range(3))
-        for rows in row_blocks(logits, "bucket"):
+        self.kd, self.largest, self._log_normaliser, fkl, rkl, tail_mass = logits.new_empty(6, len(logits))
+        for rows in cached_rows(logits):
+            self.largest[rows], largest_ids = logits[rows].max(1)
             log_q = logits[rows].log_softmax(1)
-            self._log_normaliser[rows] = self.largest[rows] - log_q.gather(1, largest_ids[rows, None])[:, 0]
+            self._log_normaliser[rows] = self.largest[rows] - log_q.gather(1, largest_ids[:, None])[:, 0]
             at_one = self._diverge(rows, log_q, targets[rows])
             fkl[rows] = -torch.linalg.vecdot(at_one.p, at_one.log_ratio)
             rkl[rows] = torch.linalg.vecdot(at_one.q, at_one.log_ratio)
             tail_mass[rows] = _write_(at_one.q, targets.token_ids[rows], torch.zeros_like(self._entries[rows])).sum(1)
         self._tail = (tail_mass.log() + self._log_normaliser)[:, None]
-        self.own_terms = {"fkl": fkl, "rkl": rkl}
-        if products is not None:
-            self.own_terms["residual_products"] = products
+        self.own_terms |= {"fkl": fkl, "rkl": rkl}
 
     def _diverge(self, rows: slice, log_q: Tensor, targets: TeacherTargets) -> Coarse:
         """Compute the divergence of some rows, and its gradient in place of the teacher; return the coarse pair at T = 1."""
-        teacher, temperature = self._teacher[rows], self._settings.temperature
+        logits, teacher, temperature = self._logits[rows], self._teacher[rows], self._settings.temperature
+        teacher.add_(self._offset)
+        if self._settings.residual_weight:
+            teacher.add_(logits, alpha=self._settings.residual_weight)
         mask_tokens_(teacher, targets.token_ids)
         at_one = coarse = _every_token(teacher.log_softmax(1), log_q, targets, 1.0)
         if temperature != 1.0:
@@ -76,7 +95,7 @@ class LowRankBlock:
             if targets.tempered_tail is None:
                 tail = (targets.tail_logprob - teacher.logsumexp(1)) / temperature + tail_logits.logsumexp(1)
                 targets = replace(targets, tempered_tail=tail.masked_fill(teacher.amax(1) == -inf, -inf))
-            log_q = (self._logits[rows] / temperature).log_softmax(1)
+            log_q = (logits / temperature).log_softmax(1)
             coarse = _every_token(tail_logits.log_softmax(1), log_q, targets, temperature)
         self.kd[rows], slope = evaluate_divergence(self._settings.loss, coarse, self._settings.loss_args)
         torch.addcmul(slope, coarse.q, slope.sum(1, keepdim=True), value=-1, out=teacher)
@@ -88,7 +107,7 @@ class LowRankBlock:
 
     def write_gradient_(self, kd_weights: Tensor | None, ce_weights: Tensor | None) -> None:
         """See `terms.Block`."""
-        for rows in row_blocks(self._logits, "bucket"):
+        for rows in cached_rows(self._logits):
             logits, grad = self._logits[rows], self._teacher[rows]
             if kd_weights is None:
                 grad.zero_()
@@ -109,28 +128,9 @@ def _transformed(raw: Tensor, transform: LogitTransform) -> Tensor:
     if raw.dtype != dtype:
         return transform.apply(raw.to(dtype))
     if transform != LogitTransform():
-        for rows in row_blocks(raw, "bucket"):
+        for rows in cached_rows(raw):
             raw[rows] = transform.apply(raw[rows])
     return raw
-
-
-def rebuild(
-    student: Tensor, basis: TailBasis, targets: TeacherTargets, residual_weight: float
-) -> tuple[Tensor, Tensor | None]:
-    """Return the teacher's logits m + U z + ρ·e, [n, V] up to a shift per row, and the products of the residuals.
-
-    student: its logits, [n, V].
-    """
-    coefficients = targets.tail_coefficients
-    assert coefficients is not None
-    products = None
-    if residual_weight or targets.probe_ids is not None:
-        of_student = basis.project(student)
-        coefficients = coefficients - residual_weight * of_student
-        if targets.probe_ids is not None and targets.probe_residuals is not None:
-            products = _residual_products(student, of_student, basis, targets.probe_ids, targets.probe_residuals)
-    offset = basis.offset if not residual_weight else torch.lerp(basis.offset, student, residual_weight)
-    return torch.addmm(offset, coefficients, basis.directions.t()), products
 
 
 def _residual_products(

@@ -15,7 +15,7 @@ import trainer
 from tests.helpers import lossmaking
 from trainer.losses import registry
 from trainer.losses.coarse import Coarse
-from trainer.losses.divergences import AKL_SPLITS, DIVERGENCES
+from trainer.losses.divergences import AKL_SPLITS, DIVERGENCES, _largest_entries
 from trainer.losses.registry import (
     check_divergence,
     divergence_names,
@@ -274,6 +274,22 @@ def test_akl_does_not_depend_on_the_order_of_the_entries(split: str) -> None:
     shuffled_value, shuffled_slope = divergence("akl", shuffled, akl_split=split)
     torch.testing.assert_close(shuffled_value, value)
     torch.testing.assert_close(shuffled_slope, slope[:, order])
+
+
+@pytest.mark.parametrize("sharpness", [6.0, 3.0, 0.1])
+def test_akl_finds_its_head_among_a_whole_vocabulary(sharpness: float) -> None:
+    """Of ten, hundreds, and thousands of tokens, that anywhere may be."""
+    logits = sharpness * torch.randn(3, 9001, dtype=torch.float64, generator=lossmaking.seeded(0))
+    p, q = logits.softmax(1), logits.flip(1).softmax(1)
+    coarse = Coarse(p.log(), q.log(), torch.ones_like(p, dtype=torch.bool), 9001)
+    in_order, order = p.sort(dim=1, descending=True)
+    is_head = torch.zeros_like(p, dtype=torch.bool).scatter_(1, order, in_order.cumsum(1) <= 0.5)
+    gap = (p - q).abs()
+    w = (gap * is_head).sum(1) / gap.sum(1)
+    fkl, rkl = divergence("fkl", coarse)[0], divergence("rkl", coarse)[0]
+    torch.testing.assert_close(divergence("akl", coarse)[0], w * fkl + (1 - w) * rkl)
+    entries, columns = _largest_entries(p)
+    assert entries.equal(in_order[:, : entries.shape[1]]) and p.gather(1, columns).equal(entries)
 
 
 @pytest.mark.parametrize("split", AKL_SPLITS)

@@ -20,6 +20,8 @@ from tests.helpers.lossmaking import (
     reference_full,
     seeded,
 )
+from trainer.losses import registry
+from trainer.losses.coarse import Coarse
 from trainer.losses.fused import Mixture, Projection, fused_distillation_terms
 from trainer.losses.settings import LossSettings
 from trainer.losses.sparse import distillation_terms
@@ -210,6 +212,45 @@ def test_the_fused_loss_is_the_unfused_one_in_value_gradient_and_terms(
     torch.testing.assert_close(terms.fkl, (p * (p.log() - log_q)).sum(1), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(terms.rkl, (log_q.exp() * (log_q - p.log())).sum(1), rtol=1e-8, atol=1e-10)
     assert terms.residual_products is not None and terms.residual_products.shape == (9, 2)
+
+
+def test_under_autocast_the_teacher_is_rebuilt_in_full_precision() -> None:
+    generator = seeded(11)
+    hidden, weight = torch.randn(9, 16, generator=generator), torch.randn(60, 16, generator=generator)
+    teacher = 3 * random_logits(9, 60, 12)
+    targets = stored(teacher, [ids[:4] for ids in teacher.argsort(1, descending=True).tolist()], random_basis(60, 40))
+    options: dict[str, Any] = {"targets": targets.for_arithmetic(torch.float32), "loss": "rkl", "residual_weight": 0.3}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = trainer.fused_linear_divergence(hidden, weight, None, tail="low_rank", **options)
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
+    torch.testing.assert_close(found, loss_of(logits, **options).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_registered_divergence_is_taken_over_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+
+    @trainer.register_divergence("own_rkl")
+    def own_rkl(coarse: Coarse) -> Tensor:
+        assert coarse.counted.shape == coarse.log_q.shape
+        return (coarse.q * coarse.log_ratio).sum(1)
+
+    student, teacher = random_logits(5, 14, 13), random_logits(5, 14, 14)
+    targets = stored(teacher, [[0, 3]] * 5, random_basis(14, 4))
+    found, expected = (value_and_gradient(student, targets, loss=loss) for loss in ("own_rkl", "rkl"))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_mass_of_the_tail_at_a_temperature_is_that_which_is_stored() -> None:
+    student, teacher = random_logits(5, 14, 15), random_logits(5, 14, 16)
+    targets = stored(teacher, [[0, 3]] * 5, random_basis(14, 4))
+    tail = (teacher.log_softmax(1) / 2).index_fill(1, torch.tensor([0, 3]), -inf).logsumexp(1)
+    log_p, kept = rebuilt(student, targets, 0.0) / 2, torch.tensor([0, 3])
+    others = log_p.index_fill(1, kept, -inf).log_softmax(1) + tail[:, None]
+    p = others.index_copy(1, kept, log_p[:, kept]).softmax(1)
+    q = (student / 2).softmax(1)
+    found = loss_of(student, replace(targets, tempered_tail=tail), loss="rkl", temperature=2.0)
+    torch.testing.assert_close(found, (q * (q / p).log()).sum(1))
+    assert (found - loss_of(student, targets, loss="rkl", temperature=2.0)).abs().max() > 1e-3
 
 
 def test_what_is_missing_or_wrong_is_named() -> None:
