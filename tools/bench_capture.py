@@ -250,7 +250,7 @@ def measure_build(k: str, options: argparse.Namespace) -> dict[str, float]:
         job, plan = planned(Path(name), int(k), BUILD_PROMPTS, 1 << 13)
         worker = ShardWorker(job)
         worker.start()
-        worker.make_partition()
+        worker.calibrate()
         shards = range(len(plan.shards))
 
         def score() -> None:

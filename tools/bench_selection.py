@@ -21,6 +21,7 @@ import torch
 from measure import SHARPNESS, machine, peak_beyond, rank_bands
 from torch import Tensor
 
+from logitcache.capture.projection import DeviceBasis
 from logitcache.capture.selection import TailGroups, select, top_k
 from logitcache.capture.settings import CaptureSettings
 from logitcache.table import aligned
@@ -28,11 +29,13 @@ from logitcache.table import aligned
 ROWS = 1024
 NUM_GROUPS = 32
 NUM_SAMPLES = 16
+RANK, NUM_PROBES = 64, 2
 MORE: dict[str, dict[str, Any]] = {
     f"{NUM_GROUPS} tail groups": {"tail_groups": NUM_GROUPS},
     "one temperature": {"temperatures": (2.0,)},
     "tail entropy": {"tail_entropy": True},
     f"{NUM_SAMPLES} tail samples": {"tail_samples": NUM_SAMPLES},
+    f"rank {RANK}, {NUM_PROBES} probes": {"tail_rank": RANK, "tail_probes": NUM_PROBES},
 }
 Call = Callable[[Tensor], object]
 
@@ -51,12 +54,15 @@ def with_more(k: int, vocab_size: int, device: str) -> dict[str, Call]:
     group_of = rank_bands(np.random.default_rng(0).random(vocab_size), NUM_GROUPS)
     tail_groups = TailGroups(group_of, device)
     uniforms = torch.rand(ROWS, NUM_SAMPLES, dtype=torch.float64, device=device)
+    weights = np.full(vocab_size, 1 / vocab_size, np.float32)
+    directions = np.random.default_rng(0).standard_normal((vocab_size, RANK), np.float32)
+    tail_basis = DeviceBasis(directions, weights, weights, device)
+    probes = torch.randint(vocab_size, (ROWS, NUM_PROBES), device=device)
 
     def selecting(settings: dict[str, Any]) -> Call:
         drawn = uniforms if "tail_samples" in settings else None
-        return lambda logits: select(
-            logits, CaptureSettings.from_json(CaptureSettings(k).to_json() | settings), tail_groups, drawn
-        )
+        asked = CaptureSettings.from_json(CaptureSettings(k).to_json() | settings)
+        return lambda logits: select(logits, asked, tail_groups, drawn, tail_basis, probes)
 
     everything = {name: value for settings in MORE.values() for name, value in settings.items()}
     more = {**MORE, "all of these": everything, "cut at top_p": {"top_p": 0.95}}

@@ -17,7 +17,7 @@ from logitcache.capture.finish import finish_plan
 from logitcache.capture.generation.completions import complete_prompts
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
-from logitcache.capture.plan import PARTITION_NAME, BuildPlan, cache_layout, make_plan
+from logitcache.capture.plan import BuildPlan, cache_layout, calibration_files, make_plan
 from logitcache.capture.reuse import ReusedCaches
 from logitcache.capture.worker import Job, write_scored
 from logitcache.errors import UserError
@@ -105,6 +105,8 @@ def build(
         top_p: Only as many entries are stored as hold this probability mass; 1.0: always `top_k`.
         min_k: Entries that `top_p` leaves at least. None: 32, or `top_k`.
         tail_groups: Number of groups of the vocabulary in which the tail's mass is stored; 0: none.
+        tail_rank: Coefficients from which the logits of the whole tail are rebuilt; 0: none.
+        tail_probes: Random tokens of a position of which is stored what the coefficients leave. None: 2 with a rank.
         temperatures: Temperatures that training may use; the tail's normaliser is stored for each.
         tail_entropy: Stores the tail's entropy.
         tail_samples: Ids drawn from the tail of each position.
@@ -201,13 +203,14 @@ def _announce(plan: BuildPlan, job: Job) -> None:
         logger.info("left out: %s%s", counts, f"; first bad: {plan.first_bad}" if plan.first_bad else "")
     settings = job.settings
     logger.info(
-        "teacher: %s on %s, %s, vocabulary %s; up to %d entries per position%s, %s",
+        "teacher: %s on %s, %s, vocabulary %s; up to %d entries per position%s%s, %s",
         job.model.name,
         job.engine,
         job.model.dtype,
         f"{job.model.vocab_size:,}",
         settings.top_k,
         f" and the tail in {settings.tail_parts.groups} groups" if settings.tail_parts.groups else "",
+        f" and {settings.tail_parts.rank} coefficients" if settings.tail_parts.rank else "",
         settings.precision,
     )
 
@@ -221,8 +224,9 @@ def _capture(plan: BuildPlan, job: Job, placement: Placement) -> None:
         return
     if placement.shard_range is None:
         plan.folder.remove_leftovers("data")
-    if job.settings.tail_parts.groups and not placement.is_first:
-        _wait_for(plan.folder, PARTITION_NAME, "has made the tail groups")
+    if not placement.is_first:
+        for name in calibration_files(job.settings.tail_parts):
+            _wait_for(plan.folder, name, f"has made {name}")
     to_score = {index: plan.shards[index].num_tokens for index in missing}
     if job.reused:
         to_score = _copy(plan, job.reused, missing)
@@ -241,8 +245,7 @@ def _capture(plan: BuildPlan, job: Job, placement: Placement) -> None:
 
 def _copy(plan: BuildPlan, reused: ReusedCaches, shards: Sequence[int]) -> dict[int, int]:
     """Writes the shards without a row to score. Returns the other shards, each with its number of tokens to score."""
-    if plan.cache_layout.tail_parts.groups:
-        reused.take_tail_groups(plan.folder)
+    reused.take_calibration(plan.folder, plan.settings.tail_parts)
     to_score = reused.match(plan, shards)
     whole = [index for index in shards if not to_score[index]]
     if not whole:

@@ -1,19 +1,26 @@
-"""The tail groups of a cache: clusters of tokens that the teacher makes probable in the same places.
+"""The tail groups and the tail basis of a cache, made from the teacher's distributions at some of its first positions.
 
-Within a group the loss lets the student keep its own shape, so a group costs nothing if the teacher's and the student's
-log-probabilities of its tokens rise and fall together from position to position. A few dozen positions show which tokens
-rise and fall together for the teacher: `tools/bench_fidelity.py` compares these groups with bands of mean probability.
+Groups are clusters of tokens that the teacher makes probable in the same places. Within a group the loss lets the student
+keep its own shape, so a group costs nothing if the teacher's and the student's log-probabilities of its tokens rise and fall
+together from position to position. A few dozen positions show which tokens rise and fall together for the teacher:
+`tools/bench_fidelity.py` compares these groups with bands of mean probability.
+
+The basis is of the directions in which the teacher's logits vary most from position to position, by their weighted
+covariance. No [positions, V] and no [V, V] is needed: the teacher multiplies the covariance with a block of directions
+while it scores, and a few such products span a space (block Lanczos) that holds nearly all of what the best directions would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from logitcache.capture.teachers.base import LogitTeacher
 from logitcache.errors import UserError
+from logitcache.format.quantization import DEFAULT_PRECISION
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_basis import TailBasis
 
 CALIBRATION_POSITIONS = 64
 """Stored positions whose distributions are compared; 24 do nearly as well."""
@@ -22,6 +29,21 @@ HEAD_ENTRIES = 16
 ITERATIONS = 25
 LEAST_LOGPROB = -80.0
 """The least log-probability of a token, banned ones too, so that distances stay finite."""
+
+LEAST_POSITIONS_PER_DIRECTION = 2
+POSITIONS_PER_DIRECTION = 64
+LEAST_SEQUENCES = 32
+"""Sequences that the positions of a basis come from, if there are as many."""
+PRODUCTS = 4
+OVERSAMPLING = 16
+"""Directions of a block beyond those that are wanted."""
+NEGLIGIBLE = 1e-7
+"""A variance is nothing if it is this share of the largest one: float32 sums say no more."""
+INNER_ROWS = 1 << 14
+COEFFICIENT_BITS = {"exact": 4, "balanced": 4, "compact": 3}
+"""Bits of a coefficient of ±3 mean standard deviations, by precision: they fix the step."""
+HALF_LIMIT = 60_000.0
+"""Numbers beyond it do not fit in half precision."""
 
 
 def make_tail_groups(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:
@@ -93,3 +115,121 @@ def _fill_empty(groups: np.ndarray, costs: np.ndarray, num_groups: int) -> None:
         sizes[groups[moved]] -= 1
         groups[moved] = empty
         sizes[empty] = 1
+
+
+def make_tail_basis(
+    teacher: LogitTeacher, sequences: Sequence[TokenSequence], rank: int, precision: str = DEFAULT_PRECISION
+) -> TailBasis:
+    """Returns the `rank` directions in which the teacher's logits vary most at stored positions drawn at random.
+
+    A token's weight is the square root of its mean probability. Directions are rounded to half precision, as they are stored.
+    Raises UserError if there are too few positions, if the logits vary in fewer directions, or are no numbers.
+    """
+    available = sum(len(sequence.positions) for sequence in sequences)
+    if available < LEAST_POSITIONS_PER_DIRECTION * rank:
+        raise UserError(
+            f"--tail-rank {rank}: its basis is made from at least {LEAST_POSITIONS_PER_DIRECTION * rank} positions of the first "
+            f"shard, which offers {available}: choose at most {available // LEAST_POSITIONS_PER_DIRECTION}, or a longer corpus"
+        )
+    sequences = list(_some_positions(sequences, POSITIONS_PER_DIRECTION * rank))
+    probabilities = teacher.mean_probability(sequences)
+    if np.isnan(probabilities).any():
+        raise UserError("the teacher gives no log-probabilities that are numbers: try another --dtype")
+    weights = np.sqrt(probabilities)
+    weights = (weights / weights.sum()).astype(np.float32)
+    reference = np.log(np.maximum(probabilities, np.exp(LEAST_LOGPROB))).astype(np.float32)
+    offset = reference
+
+    def covariance(block: np.ndarray) -> np.ndarray:
+        nonlocal offset
+        sums = teacher.covariance_product(sequences, block, reference, weights)
+        count = sums[-1, -1]
+        products: np.ndarray = sums[:-1, :-1] / count
+        mean = sums[:-1, -1] / count
+        offset = reference + mean
+        products -= np.outer(mean, mean @ (weights[:, None] * block))
+        return products
+
+    directions, variances = leading_directions(covariance, weights, rank)
+    if len(variances) < rank:
+        raise UserError(
+            f"--tail-rank {rank}: the teacher's logits vary in {len(variances)} directions only, choose at most as many"
+        )
+    rounded = np.clip(directions, -HALF_LIMIT, HALF_LIMIT).astype(np.float16).astype(np.float32)
+    step = 6 * float(np.sqrt(variances.mean())) / 2 ** COEFFICIENT_BITS[precision]
+    return TailBasis(offset, rounded, weights, step, variances)
+
+
+def _some_positions(sequences: Sequence[TokenSequence], num_positions: int) -> Iterator[TokenSequence]:
+    """Yields sequences, in a random order, with so many stored positions in all if there are as many, drawn at random of each."""
+    random = np.random.default_rng(0)
+    different = list({sequence.row_id: sequence for sequence in sequences}.values())
+    share = -(-num_positions // min(LEAST_SEQUENCES, len(different)))
+    left = num_positions
+    for index in random.permutation(len(different)):
+        sequence = different[index]
+        drawn = np.sort(random.permutation(sequence.positions)[: min(share, left)])
+        if len(drawn):
+            mask = np.zeros(drawn[-1] + 2, dtype=bool)
+            mask[drawn + 1] = True
+            yield TokenSequence(sequence.input_ids[: len(mask)], mask)
+        left -= len(drawn)
+
+
+def leading_directions(
+    covariance: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the leading eigenvectors of a covariance under weights, [V, ≤ rank], and its variances along them, falling.
+
+    covariance: gives C · diag(w) · block for a block [V, B] that is centred and orthonormal under the weights w, float32 [V].
+    The eigenvectors are too, and fewer than `rank` only if there are no more. Block Lanczos with all blocks kept: Golub and
+    Underwood 1977; Musco and Musco 2015, arXiv 1504.05477.
+    """
+    vocab_size = len(weights)
+    block = np.random.default_rng(0).standard_normal((vocab_size, min(rank + OVERSAMPLING, vocab_size)), np.float32)
+    blocks = products = np.zeros((vocab_size, 0), np.float32)
+    for _ in range(PRODUCTS):
+        block = _orthonormal(block, weights, blocks)
+        if not block.shape[1]:
+            break
+        blocks = np.hstack([blocks, block])
+        block = covariance(block)
+        products = np.hstack([products, block])
+    within = _inner(blocks, products, weights)
+    variances, rotation = np.linalg.eigh((within + within.T) / 2)
+    found = min(rank, int((variances > NEGLIGIBLE * variances[-1]).sum()))
+    leading = slice(None, -found - 1, -1)
+    variances, rotation = variances[leading], rotation[:, leading]
+    # Times the covariance once more: the regression of each token's logits on the coefficients, also where its weight is nothing.
+    directions = _centred(products @ (rotation / variances).astype(np.float32), weights)
+    lower = np.linalg.cholesky(_inner(directions, directions, weights))
+    directions = directions @ np.linalg.inv(lower).T.astype(np.float32)
+    signs = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(found)])
+    return directions * signs, variances.astype(np.float32)
+
+
+def _orthonormal(block: np.ndarray, weights: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns as many directions as a block [V, B] adds to others [V, A], centred and orthonormal under the weights: [V, ≤ B]."""
+    block = _centred(block, weights)
+    rounding = (10 * NEGLIGIBLE) ** 2 * np.trace(_inner(block, block, weights))
+    for least in (rounding, 0.5):  # the first time leaves something of the others: of what is rounding, nearly all
+        block = block - others @ _inner(others, block, weights).astype(np.float32)
+        squares, vectors = np.linalg.eigh(_inner(block, block, weights))
+        kept = squares > least
+        block = _centred(block @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32), weights)
+    return block
+
+
+def _centred(block: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns a block [V, B] less its weighted mean."""
+    centred: np.ndarray = block - (weights.astype(np.float64) @ block).astype(np.float32)
+    return centred
+
+
+def _inner(left: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns leftᵀ diag(w) right, summed in float64: [A, B]."""
+    total = np.zeros((left.shape[1], right.shape[1]))
+    for start in range(0, len(weights), INNER_ROWS):
+        rows = slice(start, start + INNER_ROWS)
+        total += left[rows].T.astype(np.float64) @ (weights[rows, None] * right[rows])
+    return total

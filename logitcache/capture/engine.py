@@ -98,7 +98,7 @@ class Engine(ABC):
 
     @property
     def sees_logits(self) -> bool:
-        """Whether tail groups, other temperatures, tail entropy and tail samples can be captured."""
+        """Whether parts of the tail beside its mass can be captured."""
         return False
 
     def __str__(self) -> str:
@@ -271,8 +271,8 @@ def _choose_route(route: str, model: TeacherModel, beyond: Sequence[str], option
             f"{beyond[0]} needs the teacher's logits, and vLLM cannot hand them out: {reason}; use --backend transformers"
         )
     logger.warning(
-        "warning: vLLM's flat route, since %s. Lost: tail groups, other temperatures, tail entropy and samples; the tail "
-        "is 1 - sum p, at least 2^-24",
+        "warning: vLLM's flat route, since %s. Lost: tail groups and rank, other temperatures, tail entropy and samples; the "
+        "tail is 1 - sum p, at least 2^-24",
         reason,
     )
     return "flat"

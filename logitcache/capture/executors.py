@@ -35,7 +35,7 @@ class Placement:
     executor: "local", this process with one engine; or "ray", `engines` actors with an engine each in the cluster at
     `ray_address` (None: one is started on this machine; engines None: as many as its GPUs hold).
     shard_range: (i, n), this process is the i-th of n that share the folder: it scores shards i, i + n, … The first one
-    reads the corpus and makes the tail groups, the others wait for it.
+    reads the corpus and makes tail groups and tail basis, the others wait for it.
     """
 
     executor: str = "local"
@@ -73,7 +73,7 @@ def capture_here(job: Job, shards: Mapping[int, int], progress: Progress) -> Non
     worker = ShardWorker(job)
     worker.start()
     try:
-        worker.make_partition()
+        worker.calibrate()
         progress.start()
         worker.capture(list(shards), progress.advance)
     finally:
@@ -160,7 +160,7 @@ class _ActorPool:
         import ray
 
         self._start()
-        self._partition()
+        self._calibrate()
         self._progress.start()
         waiting = list(reversed(list(shards)))
         running: dict[Any, tuple[Any, int]] = {}
@@ -210,13 +210,13 @@ class _ActorPool:
             except EngineLost as error:
                 self._lose(actor, "going on with the others", error)
 
-    def _partition(self) -> None:
-        """Lets one engine make the tail groups for all."""
+    def _calibrate(self) -> None:
+        """Lets one engine make the tail groups and the tail basis for all."""
         for actor in list(self._actors):
             try:
-                return self._finished(actor.make_partition.remote())
+                return self._finished(actor.calibrate.remote())
             except EngineLost as error:
-                self._lose(actor, "another one makes the tail groups", error)
+                self._lose(actor, "another one calibrates", error)
 
     def _finished(self, reference: Any) -> None:
         """Waits for a call. An error that the user can mend arrives as UserError, a lost actor or engine as EngineLost."""

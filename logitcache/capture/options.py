@@ -68,6 +68,8 @@ class InputOptions(TeacherOptions, total=False):
     top_p: float
     min_k: int | None
     tail_groups: int
+    tail_rank: int
+    tail_probes: int | None
     temperatures: Sequence[float]
     tail_entropy: bool
     tail_samples: int

@@ -2,7 +2,7 @@
 
     OUT/.build/tokens/00000.parquet token sequences of shard 0, and so on
     OUT/.build/left_out/00000.json  rows of shard 0 for which the teacher gave NaN, only with --skip-bad
-    OUT/.build/tail_groups.parquet  the partition, once it is made
+    OUT/.build/tail_groups.parquet  the partition, once it is made; and tail_basis.parquet
     OUT/.build/ranges               locked by the processes of shard ranges
     OUT/.build/answers              what the teacher answered, see `completions`; only with --generate
     OUT/.build/places, copied       rows that are copied from other caches, see `reuse`; only with --reuse
@@ -19,6 +19,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -33,12 +34,14 @@ from logitcache.format.codec import flat
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import ColumnTypes, TokenSequence, columns_text, stored_columns
-from logitcache.format.tail_parts import TAIL_GROUPS_NAME
+from logitcache.format.tail_basis import TailBasis, read_tail_basis
+from logitcache.format.tail_parts import TAIL_BASIS_NAME, TAIL_GROUPS_NAME, TailParts
 from logitcache.progress import Progress
 from logitcache.storage.folder import Folder
 
 LEFT_OUT_NAME = f"{BUILD_DIRECTORY}/left_out"
 PARTITION_NAME = f"{BUILD_DIRECTORY}/{TAIL_GROUPS_NAME}"
+BASIS_NAME = f"{BUILD_DIRECTORY}/{TAIL_BASIS_NAME}"
 
 TOKENS_SCHEMA = pa.schema(
     {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_()), "columns": pa.string(), "where": pa.string()}
@@ -67,10 +70,21 @@ class BuildPlan(Plan):
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
+    def settings(self) -> CaptureSettings:
+        """The part of the teacher's distributions that is captured."""
+        return CaptureSettings.from_json(self.spec["capture"])
+
+    @property
     def cache_layout(self) -> Layout:
-        """The columns of every shard."""
-        capture = {name: value for name, value in self.spec["capture"].items() if name != "shard_positions"}
-        return cache_layout(CaptureSettings.from_json(capture), self.spec["teacher"]["vocab_size"], self.column_types)
+        """The columns of every shard; known once the tail basis is made, if the settings have a rank."""
+        layout = cache_layout(self.settings, self.spec["teacher"]["vocab_size"], self.column_types)
+        return layout.with_coefficient_step(self.tail_basis.step) if layout.tail_parts.rank else layout
+
+    @cached_property
+    def tail_basis(self) -> TailBasis:
+        """The basis of the coefficients, once it is made."""
+        with self.folder.open(BASIS_NAME) as file:
+            return read_tail_basis(file).first(self.settings.tail_parts.rank)
 
     def sequences(self, index: int) -> Iterator[TokenSequence]:
         """Yields the token sequences of a shard, in order."""
@@ -95,6 +109,11 @@ class BuildPlan(Plan):
         """Returns the rows that could not be scored, number to reason, by shard."""
         names = self.folder.names(LEFT_OUT_NAME)
         return {int(name[:5]): dict(json.loads(self.folder.read(f"{LEFT_OUT_NAME}/{name}"))) for name in sorted(names)}
+
+
+def calibration_files(parts: TailParts) -> list[str]:
+    """Lists the files of a build with what holds for all positions: the engine that starts first makes them."""
+    return [f"{BUILD_DIRECTORY}/{name}" for name in parts.files]
 
 
 def cache_layout(settings: CaptureSettings, vocab_size: int, column_types: Mapping[str, str]) -> Layout:

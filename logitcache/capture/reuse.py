@@ -4,8 +4,8 @@
     OUT/.build/copied/00000.json  what was copied to shard 0 and from where, once it is written
 
 Nothing of a row says whether it was copied, so `--reuse` is no setting that a resumed build must repeat: places are looked up
-anew by every call, for the shards that are left to it. The tail groups are the other cache's; a build that has its own
-already refuses a cache with different ones.
+anew by every call, for the shards that are left to it. Tail groups and tail basis are the other cache's; a build that has
+its own already refuses a cache with different ones.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from logitcache.assembly.resume import compared, first_of
-from logitcache.capture.plan import PARTITION_NAME, BuildPlan
+from logitcache.capture.plan import BuildPlan
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY, source_of
 from logitcache.format.sequences import CachedSequence
+from logitcache.format.tail_basis import TailBasis, read_tail_basis
 from logitcache.format.tail_groups import read_tail_groups
-from logitcache.format.tail_parts import TAIL_GROUPS_NAME
+from logitcache.format.tail_parts import TAIL_BASIS_NAME, TAIL_GROUPS_NAME, TailParts
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.reading.row_index import RowIndex, id_bytes
 from logitcache.storage.folder import Folder
@@ -78,22 +79,24 @@ class ReusedCaches:
                     f"--reuse {cache.path}: {what}. Its rows are not what this build would make: repeat its settings "
                     "(`logitcache recode` can bring it to fewer entries or a coarser precision) or leave --reuse out"
                 )
-            if layout.tail_parts.groups and not np.array_equal(_tail_groups(self.caches[0]), _tail_groups(cache)):
-                raise UserError(f"--reuse {self.caches[0].path} {cache.path}: their tail groups are not the same")
+            for kind in _calibrations(layout.tail_parts):
+                if not _same(kind.of(self.caches[0]), kind.of(cache)):
+                    raise UserError(f"--reuse {self.caches[0].path} {cache.path}: their {kind.words} not the same")
 
-    def take_tail_groups(self, folder: Folder) -> None:
-        """Makes the tail groups those of the build in `folder`, unless it has them. Raises UserError if it has others."""
+    def take_calibration(self, folder: Folder, parts: TailParts) -> None:
+        """Makes tail groups and basis those of the build in `folder`, unless it has them. Raises UserError if it has others."""
         source = self.caches[0]
-        theirs = _tail_groups(source)
-        if not folder.exists(PARTITION_NAME):
-            folder.write(PARTITION_NAME, source.folder.read(TAIL_GROUPS_NAME))
-            return
-        with folder.open(PARTITION_NAME) as file:
-            if not np.array_equal(read_tail_groups(file), theirs):
-                raise UserError(
-                    f"--reuse {source.path}: its tail groups are not those that {folder} was begun with: leave --reuse out, "
-                    "or choose another --out"
-                )
+        for kind in _calibrations(parts):
+            name, theirs = f"{BUILD_DIRECTORY}/{kind.name}", kind.of(source)
+            if not folder.exists(name):
+                folder.write(name, source.folder.read(kind.name))
+                continue
+            with folder.open(name) as file:
+                if not _same(kind.read(file), theirs):
+                    raise UserError(
+                        f"--reuse {source.path}: its {kind.words} not those that {folder} was begun with: leave --reuse out, "
+                        "or choose another --out"
+                    )
 
     def match(self, plan: BuildPlan, shards: Sequence[int]) -> dict[int, int]:
         """Looks the rows of shards up, writes down their places, and returns the tokens of each shard that are left to score.
@@ -205,10 +208,32 @@ def copied_history(folder: Folder) -> tuple[dict[str, Any], ...]:
     return (step,)
 
 
-def _tail_groups(cache: LogitCache) -> np.ndarray:
-    groups = cache.tail_groups
-    assert groups is not None
-    return groups
+class _Calibration(NamedTuple):
+    """A file beside the shards that holds for all rows.  of, read: of a cache and of a file, its content."""
+
+    name: str
+    words: str
+    of: Callable[[LogitCache], Any]
+    read: Callable[[BinaryIO], Any]
+
+
+def _calibrations(parts: TailParts) -> Iterator[_Calibration]:
+    """Yields those that a cache with these parts has."""
+    if parts.groups:
+        yield _Calibration(TAIL_GROUPS_NAME, "tail groups are", lambda cache: cache.tail_groups, read_tail_groups)
+    if parts.rank:
+        yield _Calibration(
+            TAIL_BASIS_NAME,
+            "tail basis is",
+            lambda cache: cache.tail_basis,
+            lambda file: read_tail_basis(file).first(parts.rank),
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, TailBasis):
+        return all(np.array_equal(values, vars(other)[name]) for name, values in vars(one).items())
+    return np.array_equal(one, other)
 
 
 def _opened(path: str) -> LogitCache:
@@ -222,12 +247,11 @@ def _comparable(fingerprint: Mapping[str, Any], layout: Layout) -> dict[str, Any
     """Returns what must be the same for rows to be the same."""
     # The layout says the precision, also of caches that were written before there was a choice.
     elsewhere = {"shard_positions", "precision"}
-    quantization = layout.quantization
     return {
         "teacher": fingerprint["teacher"],
         "tokenizer": fingerprint.get("tokenizer"),
         "precision": layout.precision,
-        "rounding": quantization.to_json() if quantization else None,
+        "rounding": layout.stored_format["rounding"],
         "capture": {name: value for name, value in fingerprint["capture"].items() if name not in elsewhere},
     }
 

@@ -1,4 +1,4 @@
-"""The choice of what is stored of logits, on their device: entries, tail mass, tail groups, tempered tails, samples.
+"""The choice of what is stored of logits, on their device: entries, tail mass, and all parts of the tail.
 
 Every pass over [N, V] counts here, so positions are taken in blocks: on a CPU as many as stay in its cache between passes,
 on a GPU as many as fill it while scratch memory stays independent of N.
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.capture.projection import DeviceBasis
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.wire_format import fields
 from logitcache.format.targets import PAD_ID, SparseTargets
@@ -70,29 +71,40 @@ def draw_uniforms(row_id: str, num_positions: int, num_samples: int) -> np.ndarr
 
 @torch.inference_mode()
 def select(
-    logits: Tensor, settings: CaptureSettings, tail_groups: TailGroups | None = None, uniforms: Tensor | None = None
+    logits: Tensor,
+    settings: CaptureSettings,
+    tail_groups: TailGroups | None = None,
+    uniforms: Tensor | None = None,
+    tail_basis: DeviceBasis | None = None,
+    probe_ids: Tensor | None = None,
 ) -> Tensor:
     """Returns the part of softmax(logits) that is stored, int32 [N, W], see `logitcache.capture.wire_format`.
 
     logits: [N, V], any float dtype, without padding columns; they are OVERWRITTEN.  uniforms: float64 [N, s] in [0, 1); the
     samples are the tail's inverse distribution function there, so that the caller's seed decides them on every device.
-    tail_groups and uniforms are needed if the settings have such parts. Sums run in float32 or better.
+    probe_ids: int64 [N, P]. What belongs to a part is needed if the settings have it. Sums run in float32 or better.
     """
+    described: dict[str, Tensor] = {}
+    if settings.tail_parts.rank:
+        assert tail_basis is not None
+        described = tail_basis.describe(logits, probe_ids if settings.tail_parts.probes else None)
     on_cpu = logits.device.type == "cpu"
     rows = max(1, (CPU_BLOCK_LOGITS if on_cpu else GPU_BLOCK_LOGITS) // logits.shape[1])
     blocks = logits.split(rows)
     numbers = [None] * len(blocks) if uniforms is None else uniforms.split(rows)
-    packed = [
+    selected = [
         # A CPU computes slowly in half precision; a GPU would only read and write more.
         _select(block.float() if on_cpu else block, drawn, settings, tail_groups)
         for block, drawn in zip(blocks, numbers, strict=True)
     ]
-    return torch.cat(packed)
+    packed = {name: _bits(values) for name, values in described.items()}
+    packed |= {name: torch.cat([of_block[name] for of_block in selected]) for name in selected[0]}
+    return torch.cat([packed[name] for name in fields(settings)], dim=1)
 
 
 def _select(
     logits: Tensor, uniforms: Tensor | None, settings: CaptureSettings, tail_groups: TailGroups | None
-) -> Tensor:
+) -> dict[str, Tensor]:
     vocab_size = logits.shape[1]
     k = settings.top_k
     # The entry after the last one tells how large the tail's largest logit is: no pass for its maximum.
@@ -146,7 +158,7 @@ def _select(
         # Σ (p / t) log p over the tail; an empty tail has none.
         products = relative.clamp_min_(NEGLIGIBLE_LOG).mul_(weights).sum(dim=1, keepdim=True)
         packed["tail_entropy"] = torch.where(mass == 0, 0, products / mass + offset)
-    return torch.cat([_bits(packed[name]) for name in fields(settings)], dim=1)
+    return {name: _bits(values) for name, values in packed.items()}
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

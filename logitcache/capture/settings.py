@@ -32,8 +32,8 @@ class CaptureSettings:
         temperatures = tuple(sorted({float(t) for t in self.tail_parts.temperatures} - {1.0}))
         object.__setattr__(self, "tail_parts", replace(self.tail_parts, temperatures=temperatures))
 
-    def check(self, vocab_size: int) -> None:
-        """Raises UserError for settings that a teacher with `vocab_size` tokens cannot meet."""
+    def check(self, vocab_size: int, hidden_size: int | None = None) -> None:
+        """Raises UserError for settings that a teacher with `vocab_size` tokens and such hidden states cannot meet."""
         check_precision(self.precision)
         for holds, message in [
             (
@@ -48,6 +48,13 @@ class CaptureSettings:
         for part, value in self.tail_parts.stored():
             for message in part.refusals(value, vocab_size):
                 raise UserError(message)
+        parts = self.tail_parts
+        if hidden_size is not None and parts.rank > hidden_size:
+            raise UserError(
+                f"--tail-rank {parts.rank}: choose 0…{hidden_size}, the width of the teacher's hidden states"
+            )
+        if parts.probes and not parts.rank:
+            raise UserError(f"--tail-probes {parts.probes} needs --tail-rank")
 
     @property
     def beyond_top_k(self) -> list[str]:

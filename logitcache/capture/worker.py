@@ -13,9 +13,9 @@ from typing import Self, cast
 import numpy as np
 
 from logitcache.assembly.write import StoredRow, write_shard
-from logitcache.capture.calibration import make_tail_groups
+from logitcache.capture.calibration import make_tail_basis, make_tail_groups
 from logitcache.capture.engine import Engine, start_teacher
-from logitcache.capture.plan import PARTITION_NAME, BuildPlan
+from logitcache.capture.plan import BASIS_NAME, PARTITION_NAME, BuildPlan, calibration_files
 from logitcache.capture.reuse import ReusedCaches, read_places, record_copied
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import LogitTeacher, Teacher, TeacherModel
@@ -23,12 +23,13 @@ from logitcache.errors import UserError
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import mass_tolerance
 from logitcache.format.sequences import CachedSequence, TokenSequence
+from logitcache.format.tail_basis import write_tail_basis
 from logitcache.format.tail_groups import read_tail_groups, write_tail_groups
 from logitcache.format.targets import SparseTargets, find_defect
 from logitcache.storage.folder import Folder
 
 CALIBRATION_SEQUENCES = 256
-"""Sequences of the first shard whose positions the tail groups are made from."""
+"""Sequences of the first shard whose positions the tail groups and the tail basis are made from."""
 WAITING_SEQUENCES = 16
 """Scored sequences that may wait to be written: then the engine waits."""
 
@@ -60,13 +61,18 @@ class ShardWorker:
             self._job.model, self._job.engine, self._plan.longest, self._job.settings.top_k
         )
 
-    def make_partition(self) -> None:
-        """Cuts the vocabulary into tail groups by the first positions of the corpus, unless that has been done."""
-        if not self._job.settings.tail_parts.groups or self._plan.folder.exists(PARTITION_NAME):
+    def calibrate(self) -> None:
+        """Makes the tail groups and the tail basis by the first positions of the corpus, unless that has been done."""
+        folder, settings, parts = self._plan.folder, self._job.settings, self._job.settings.tail_parts
+        missing = [name for name in calibration_files(parts) if not folder.exists(name)]
+        if not missing:
             return
         first = list(islice(self._plan.sequences(0), CALIBRATION_SEQUENCES))
-        groups = make_tail_groups(cast(LogitTeacher, self._teacher), first, self._job.settings.tail_parts.groups)
-        write_tail_groups(self._plan.folder, groups, PARTITION_NAME)
+        teacher = cast(LogitTeacher, self._teacher)
+        if PARTITION_NAME in missing:
+            write_tail_groups(folder, make_tail_groups(teacher, first, parts.groups), PARTITION_NAME)
+        if BASIS_NAME in missing:
+            write_tail_basis(folder, make_tail_basis(teacher, first, parts.rank, settings.precision), BASIS_NAME)
 
     def capture(self, shards: Sequence[int], advance: Callable[[int], None] = lambda tokens: None) -> None:
         """Scores shards one after the other, without a pause between them, and records each when it is complete.
@@ -77,6 +83,8 @@ class ShardWorker:
         if self._job.settings.tail_parts.groups:
             with self._plan.folder.open(PARTITION_NAME) as file:
                 cast(LogitTeacher, self._teacher).set_tail_groups(read_tail_groups(file))
+        if self._job.settings.tail_parts.rank:
+            cast(LogitTeacher, self._teacher).set_tail_basis(self._plan.tail_basis)
         plan, reused = self._plan, self._job.reused
         to_score = (
             sequence

@@ -89,6 +89,18 @@ def input_options(parser: argparse.ArgumentParser) -> None:
         help="mass of the tail in G groups of the vocabulary (default 0; `logitcache plan` shows what 32 would give)",
     )
     group.add_argument(
+        "--tail-rank",
+        type=int,
+        metavar="R",
+        help="R coefficients from which the whole tail is rebuilt, in a basis made from the first positions (default 0)",
+    )
+    group.add_argument(
+        "--tail-probes",
+        type=int,
+        metavar="P",
+        help="P random tokens of which is stored what the coefficients leave (default 2 with --tail-rank)",
+    )
+    group.add_argument(
         "--precision",
         choices=PRESETS,
         help="exact: as captured, columns that any reader reads as they are; balanced (default): a third of the bytes, "

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from logitcache.capture.calibration import make_tail_groups
+from logitcache.capture.calibration import make_tail_basis, make_tail_groups
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
 from logitcache.capture.engine import start_teacher
 from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
@@ -213,6 +213,10 @@ def estimate(
 
     lengths = [len(sequence.input_ids) for sequence in sequences]
     timed = _first(sequences, lengths, max(tokens_per_s * TIMED_S, _num_tokens(priced)))
+    if settings.tail_parts.rank:
+        basis = make_tail_basis(cast(LogitTeacher, teacher), priced, settings.tail_parts.rank, settings.precision)
+        cast(LogitTeacher, teacher).set_tail_basis(basis)
+        layout = layout.with_coefficient_step(basis.step)
     began = time.monotonic()
     results = teacher.score(timed, settings)
     kept = list(islice(results, len(priced)))

@@ -13,6 +13,7 @@ import numpy as np
 from logitcache.capture.settings import CaptureSettings
 from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_basis import TailBasis
 from logitcache.format.targets import SparseTargets
 from logitcache.format.tokenizer import tokenizer_fingerprint
 
@@ -37,13 +38,28 @@ class Teacher(Protocol):
 
 
 class LogitTeacher(Teacher, Protocol):
-    """A teacher that sees the logits, and so can give tail groups, tempered tails, tail entropy and tail samples."""
+    """A teacher that sees the logits, and so can give all parts of the tail."""
 
     def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
-        """Returns the mean over the stored positions of the full next-token distribution, float64 [V]."""
+        """Returns the mean over the stored positions of the full next-token distribution, float64 [V].
+
+        Positions whose logits are not numbers do not count; NaN if there is no other.
+        """
+
+    def covariance_product(
+        self, sequences: Iterable[TokenSequence], block: np.ndarray, offset: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """Returns Σ xᵀ (x diag(w) block) [V, B], beside it Σ x, and below both the number of x, float32 [V + 1, B + 1].
+
+        x: the logits of a stored position less the offset, centred under the weights w; those that are not numbers do not
+        count.  block: float32 [V, B], centred under the weights.  offset, weights: float32 [V].
+        """
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
         """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_parts.groups`."""
+
+    def set_tail_basis(self, basis: TailBasis) -> None:
+        """Sets the basis of the coefficients. It comes before scoring with `settings.tail_parts.rank`."""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,15 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
+from logitcache.capture.projection import CovarianceProduct, DeviceBasis, summed_probabilities
 from logitcache.capture.selection import TailGroups, draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.wire_format import position_width, unpack
 from logitcache.errors import UserError, one_line
+from logitcache.format.probes import probe_ids
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_basis import TailBasis
 from logitcache.format.targets import SparseTargets
 
 LOGITS_PER_BATCH = 1 << 26
@@ -59,10 +62,15 @@ class TransformersTeacher:
         self._model.eval().to(self._device)
         self._batch_tokens = max(LOGITS_PER_BATCH // model.num_logits, 1)
         self._tail_groups: TailGroups | None = None
+        self._tail_basis: DeviceBasis | None = None
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
         """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_parts.groups`."""
         self._tail_groups = TailGroups(tail_groups, self._device)
+
+    def set_tail_basis(self, basis: TailBasis) -> None:
+        """Sets the basis of the coefficients. It comes before scoring with `settings.tail_parts.rank`."""
+        self._tail_basis = DeviceBasis(basis.directions, basis.offset, basis.weights, self._device)
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
         """Yields the targets of each sequence, in order. About `WINDOW_TOKENS` tokens are read ahead."""
@@ -74,20 +82,37 @@ class TransformersTeacher:
                 draw_uniforms(sequence.row_id, len(sequence.positions), settings.tail_parts.samples)
                 for sequence in window
             ]
+            probes = [
+                probe_ids(sequence.row_id, sequence.positions, settings.tail_parts.probes, self._vocab_size)
+                for sequence in window
+            ]
             for i, rows, logits in self._logits(window):
                 drawn = torch.from_numpy(uniforms[i][rows]).to(self._device)
-                packed[i][rows] = select(logits, settings, self._tail_groups, drawn).cpu().numpy()
+                probed = torch.from_numpy(probes[i][rows]).long().to(self._device)
+                selected = select(logits, settings, self._tail_groups, drawn, self._tail_basis, probed)
+                packed[i][rows] = selected.cpu().numpy()
             for targets in packed:
                 yield unpack(targets, settings)
 
     def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
-        """Returns the mean over the stored positions of the full next-token distribution, float64 [V]."""
-        total, count = torch.zeros(self._vocab_size, dtype=torch.float64), 0
+        """Returns the mean over the stored positions of the full next-token distribution, float64 [V]; see `LogitTeacher`."""
+        total = torch.zeros(self._vocab_size, dtype=torch.float64)
         for window in _windows(sequences):
             for _, _, logits in self._logits(window):
-                total += logits.float().softmax(dim=-1).sum(dim=0).double().cpu()
-                count += len(logits)
-        return (total / count).numpy()
+                total += summed_probabilities(logits).cpu()
+        mean: np.ndarray = (total / total.sum()).numpy()
+        return mean
+
+    def covariance_product(
+        self, sequences: Iterable[TokenSequence], block: np.ndarray, offset: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """Returns the product of the logits' covariance and a block of directions, see `LogitTeacher`."""
+        product = CovarianceProduct(block, offset, weights, self._device)
+        for window in _windows(sequences):
+            for _, _, logits in self._logits(window):
+                product.add(logits)
+        sums: np.ndarray = product.result().cpu().numpy()
+        return sums
 
     def _logits(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """Yields (sequence, slice of its stored positions, their logits [≤ POSITIONS_PER_SELECTION, V]), sequences by length.

@@ -69,6 +69,7 @@ def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distrib
     teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
     extras: dict[str, Any] = {"tail_groups": 8, "temperatures": (1, 2), "tail_entropy": True, "tail_samples": 3}
+    extras |= {"tail_rank": 64}  # the width of the teacher's hidden states
     sequence = (cache := build(teacher, corpus, tmp_path / "c", precision="exact", **extras))[5]
     full = full_logprobs(teacher, sequence.input_ids)[sequence.positions.astype(np.int64)]
     targets = sequence.targets
@@ -84,6 +85,14 @@ def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distrib
     assert targets.sample_ids is not None and targets.sample_logprobs is not None
     drawn = tail.gather(1, torch.from_numpy(targets.sample_ids.astype(np.int64))).numpy()
     assert np.allclose(targets.sample_logprobs, drawn, atol=1e-4)
+    assert cache.tail_basis is not None and targets.tail_coefficients is not None
+    rebuilt = torch.from_numpy(cache.tail_basis.offset + targets.tail_coefficients @ cache.tail_basis.directions.T)
+    rebuilt = rebuilt.double().masked_fill(tail.isneginf(), -torch.inf).log_softmax(dim=-1)
+    rebuilt += tail.logsumexp(dim=-1, keepdim=True)
+    divergence = torch.where(tail.isneginf(), 0.0, tail.exp() * (tail - rebuilt)).sum(dim=-1)
+    assert divergence.max() <= 1e-5
+    assert targets.probe_residuals is not None and targets.probe_residuals.shape == (len(targets), 2)
+    assert np.abs(targets.probe_residuals).max() <= 0.01
 
 
 @pytest.mark.slow
@@ -120,7 +129,7 @@ def test_top_p_gives_ragged_entries_with_a_floor(teacher: Path, corpus: Path, tm
 def test_an_interrupted_build_continues_to_the_same_cache(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"tail_groups": 4, "tail_samples": 2}
+    settings: dict[str, Any] = {"tail_groups": 4, "tail_samples": 2, "tail_rank": 4}
     whole = build(teacher, corpus, tmp_path / "whole", **settings)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -221,6 +230,9 @@ def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpu
         ({"top_k": 8, "min_k": 9}, "--min-k 9"),
         ({"temperatures": (1, -2)}, "--temperatures"),
         ({"backend": "vllm", "capture_route": "flat", "tail_groups": 4}, "--tail-groups needs the teacher's logits"),
+        ({"backend": "vllm", "capture_route": "flat", "tail_rank": 4}, "--tail-rank needs the teacher's logits"),
+        ({"tail_rank": 65}, "--tail-rank 65: choose 0…64, the width"),
+        ({"tail_probes": 2}, "--tail-probes 2 needs --tail-rank"),
         ({"capture_route": "flat"}, "--capture-route flat is a route of vLLM"),
         ({"backend": "vllm", "capture_route": "straight"}, "--capture-route straight: choose auto"),
         ({"base_url": "http://x/v1"}, "--base-url needs --backend openai"),

@@ -57,7 +57,7 @@ def test_an_architecture_that_cannot_be_wrapped_takes_the_flat_route_with_one_wa
     assert choose(model, backend="vllm") == VllmEngine(route="flat")
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "XLM has no logits" in warning
-    assert "Lost: tail groups, other temperatures, tail entropy and samples" in warning
+    assert "Lost: tail groups and rank, other temperatures, tail entropy and samples" in warning
 
 
 def test_what_the_flat_route_would_lose_is_refused_where_it_was_asked_for(

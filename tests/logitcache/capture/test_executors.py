@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import logitcache
-from logitcache import UserError
+from logitcache import SparseTargets, UserError
 from logitcache.assembly.workspace import lock_range
 from logitcache.capture import executors
 from logitcache.capture.finish import finish
@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "precision": "exact",
     "tail_groups": 4,
     "tail_samples": 2,
+    "tail_rank": 4,
     "shard_positions": 150,
 }
 
@@ -57,13 +58,22 @@ def assert_same(ours: logitcache.LogitCache, whole: logitcache.LogitCache) -> No
     assert [s.name for s in ours.manifest.shards] == [s.name for s in whole.manifest.shards]
     assert ours.tail_groups is not None and whole.tail_groups is not None
     assert np.array_equal(ours.tail_groups, whole.tail_groups)
+    assert ours.tail_basis is not None and whole.tail_basis is not None
     for a, b in zip(ours, whole, strict=True):
         assert a.row_id == b.row_id
         assert np.array_equal(a.targets.token_ids, b.targets.token_ids)
         assert a.targets.sample_ids is not None and b.targets.sample_ids is not None
         assert np.array_equal(a.targets.sample_ids, b.targets.sample_ids)
         assert np.allclose(a.targets.logprobs, b.targets.logprobs, atol=1e-4)
+        assert np.allclose(rebuilt(ours, a.targets), rebuilt(whole, b.targets), atol=0.01)
         assert np.allclose(np.exp(a.targets.tail_logprob), np.exp(b.targets.tail_logprob), atol=1e-6)
+
+
+def rebuilt(cache: logitcache.LogitCache, targets: SparseTargets) -> np.ndarray:
+    """The logits but for a shift, up to the basis' rounding to half precision."""
+    assert cache.tail_basis is not None and targets.tail_coefficients is not None
+    logits = cache.tail_basis.offset + targets.tail_coefficients @ cache.tail_basis.directions.T
+    return np.asarray(logits - logits.mean(axis=1, keepdims=True))
 
 
 def actors() -> list[psutil.Process]:

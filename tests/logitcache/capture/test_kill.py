@@ -25,6 +25,7 @@ def settings(out: Path) -> dict[str, Any]:
         "top_k": 16,
         "precision": "exact",
         "tail_groups": 4,
+        "tail_rank": 4,
         "shard_positions": 60,
     }
 
@@ -64,3 +65,5 @@ def test_kills_and_then_the_same_rows_as_an_uninterrupted_build(teacher: Path, c
         assert np.array_equal(ours.targets.token_ids, theirs.targets.token_ids)
         assert np.allclose(ours.targets.tail_logprob, theirs.targets.tail_logprob, atol=1e-4)
         assert np.allclose(ours.targets.logprobs, theirs.targets.logprobs, atol=1e-4)
+        assert ours.targets.tail_coefficients is not None and theirs.targets.tail_coefficients is not None
+        assert np.allclose(ours.targets.tail_coefficients, theirs.targets.tail_coefficients, atol=0.01)

@@ -40,7 +40,13 @@ from tests.helpers.processes import FORKED
 from tests.helpers.smallcaches import random_rows, small, write_cache
 from tests.helpers.underway import num_finished_shards
 
-EVERYTHING: dict[str, Any] = {"tail_groups": 4, "temperatures": (1, 2), "tail_entropy": True, "tail_samples": 2}
+EVERYTHING: dict[str, Any] = {
+    "tail_groups": 4,
+    "temperatures": (1, 2),
+    "tail_entropy": True,
+    "tail_samples": 2,
+    "tail_rank": 4,
+}
 
 
 def build(teacher: Path, documents: Path, out: Path, **settings: Any) -> LogitCache:
@@ -107,6 +113,7 @@ def stop_at_shard(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def arrays(row: CachedSequence) -> list[Any]:
     targets = row.targets
     extras = [targets.group_logprobs, targets.tail_entropy, targets.sample_logprobs, *targets.tempered_tail.values()]
+    extras += [targets.tail_coefficients, targets.probe_residuals]
     return [
         row.row_id,
         row.input_ids.tolist(),
@@ -173,7 +180,8 @@ def test_of_a_corpus_that_grew_only_what_is_new_is_scored_and_the_tail_groups_st
         cache = build(teacher, corpus, tmp_path / "c", reuse=old.path, **EVERYTHING)
     assert scored == [row.row_id for row in cache][25:]
     assert_copied_unchanged(cache, old)
-    assert (tmp_path / "c/tail_groups.parquet").read_bytes() == (Path(old.path) / "tail_groups.parquet").read_bytes()
+    for name in ("tail_groups.parquet", "tail_basis.parquet"):
+        assert (tmp_path / "c" / name).read_bytes() == (Path(old.path) / name).read_bytes()
     share = round(100 * old.num_positions / cache.num_positions)
     assert f"reusing 25 of 40 sequences ({share} % of the positions) from {old.path}" in caplog.text
 
@@ -374,7 +382,8 @@ def test_a_teacher_that_stops_early_leaves_no_half_shard(
 ) -> None:
     class Tired:
         def __init__(self, teacher: Any) -> None:
-            self.set_tail_groups, self.close, self._teacher = teacher.set_tail_groups, teacher.close, teacher
+            self.set_tail_groups, self.set_tail_basis = teacher.set_tail_groups, teacher.set_tail_basis
+            self.close, self._teacher = teacher.close, teacher
 
         def score(self, sequences: Any, settings: Any) -> Iterator[SparseTargets]:
             yield from list(self._teacher.score(sequences, settings))[:-1]

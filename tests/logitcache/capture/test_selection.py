@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from logitcache import SparseTargets, UserError
 from logitcache.capture import selection
+from logitcache.capture.projection import DeviceBasis
 from logitcache.capture.selection import TailGroups, draw_uniforms, select, select_from_top_k, top_k
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.wire_format import position_width, unpack
+from logitcache.capture.wire_format import fields, position_width, unpack
 from logitcache.format.layout import Layout
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import concatenate, find_defect
@@ -50,16 +51,37 @@ def selected(
     group_of: np.ndarray | None = None,
     uniforms: np.ndarray | None = None,
 ) -> SparseTargets:
-    """What `select` packs, on a copy that it may overwrite."""
+    """What `select` packs, on a copy that it may overwrite; with `basis_of` and `probes_of` if the settings have a rank."""
+    parts = settings.tail_parts
     packed = select(
         logits.clone(),
         settings,
         None if group_of is None else TailGroups(group_of, "cpu"),
         None if uniforms is None else torch.from_numpy(uniforms),
+        DeviceBasis(*basis_of(logits.shape[1], parts.rank), "cpu") if parts.rank else None,
+        torch.from_numpy(probes_of(logits, parts.probes)) if parts.probes else None,
     )
     assert packed.dtype == torch.int32
     assert packed.shape == (len(logits), position_width(settings))
     return unpack(packed.numpy(), settings)
+
+
+def basis_of(vocab_size: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Directions [V, R], orthonormal and centred under the weights, offset [V] and weights [V]: float32."""
+    random = np.random.default_rng(vocab_size)
+    weights = random.random(vocab_size) ** 3
+    weights /= weights.sum()
+    directions = random.standard_normal((vocab_size, rank))
+    directions -= weights @ directions
+    directions = np.linalg.qr(directions * np.sqrt(weights)[:, None])[0] / np.sqrt(weights)[:, None]
+    arrays = directions, random.standard_normal(vocab_size), weights
+    return tuple(array.astype(np.float32) for array in arrays)  # type: ignore[return-value]
+
+
+def probes_of(logits: torch.Tensor, count: int) -> np.ndarray:
+    """Tokens that depend on the logits alone, however they are cut up: int64 [N, P]."""
+    digits = (logits[:, :1].double() * 1e4).long().abs().numpy()
+    return np.asarray((digits + 7 * np.arange(count)) % logits.shape[1])
 
 
 def counts_under_top_p(logprobs: np.ndarray, settings: CaptureSettings) -> list[int]:
@@ -111,9 +133,42 @@ def test_everything_is_that_of_the_full_distribution(seed: int, positions: int, 
     assert find_defect(found, vocab_size, mass_tolerance=1e-5) is None
 
 
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(2, 60), st.floats(-30, 30), st.data())
+@small
+def test_coefficients_and_residuals_are_by_their_definition(
+    seed: int, positions: int, vocab_size: int, shift: float, data: Any
+) -> None:
+    rank = data.draw(st.integers(1, vocab_size - 1))
+    logits = random_logits(seed, positions, vocab_size)
+    settings = captured(top_k=1, tail_rank=rank, tail_probes=3)
+    found = selected(logits, settings)
+    directions, offset, weights = (array.astype(np.float64) for array in basis_of(vocab_size, rank))
+    differences = logits.double().numpy() - offset
+    coefficients = differences @ (weights[:, None] * directions)
+    left = differences - (differences @ weights)[:, None] - coefficients @ directions.T
+    largest = np.abs(directions).max()
+    assert_close(found.tail_coefficients, coefficients.astype(np.float32))
+    residuals = np.take_along_axis(left, probes_of(logits, 3), axis=1)
+    assert_close(found.probe_residuals, residuals.astype(np.float32), 1e-4 * largest)
+    shifted = selected(logits + shift, captured(top_k=1, tail_rank=rank))
+    assert_close(shifted.tail_coefficients, coefficients.astype(np.float32), 1e-4)
+
+
+def test_banned_tokens_leave_coefficients_finite() -> None:
+    logits = random_logits(0, 3, 20)
+    logits[1, 5] = -torch.inf
+    found = selected(logits, captured(tail_rank=2, tail_probes=4))
+    assert found.tail_coefficients is not None and found.probe_residuals is not None
+    assert np.isfinite(found.tail_coefficients).all() and np.isfinite(found.probe_residuals).all()
+    others = [0, 2]
+    expected = selected(logits[others], captured(tail_rank=2))
+    assert_close(found.tail_coefficients[others], expected.tail_coefficients)
+
+
 def test_what_is_not_asked_for_is_not_captured() -> None:
     found = selected(random_logits(0, 3, 20), captured())
     assert found.group_logprobs is found.tail_entropy is found.sample_ids is found.sample_logprobs is None
+    assert found.tail_coefficients is found.probe_residuals is found.probe_ids is None
     assert found.tempered_tail == {}
 
 
@@ -307,7 +362,14 @@ def test_the_two_stages_of_top_k_find_what_one_stage_finds(
     assert all(len(set(row)) == k for row in ids.tolist())
 
 
-EVERYTHING: dict[str, Any] = {"tail_groups": 3, "temperatures": (0.5, 2.0), "tail_entropy": True, "tail_samples": 4}
+EVERYTHING: dict[str, Any] = {
+    "tail_groups": 3,
+    "temperatures": (0.5, 2.0),
+    "tail_entropy": True,
+    "tail_samples": 4,
+    "tail_rank": 5,
+    "tail_probes": 2,
+}
 
 
 def assert_same(found: SparseTargets, expected: SparseTargets) -> None:
@@ -316,6 +378,8 @@ def assert_same(found: SparseTargets, expected: SparseTargets) -> None:
     assert found.sample_ids.tolist() == expected.sample_ids.tolist()
     for name in ("logprobs", "tail_logprob", "group_logprobs", "tail_entropy", "sample_logprobs"):
         assert_close(getattr(found, name), getattr(expected, name), 1e-6)
+    for name in ("tail_coefficients", "probe_residuals"):
+        assert_close(getattr(found, name), getattr(expected, name))
     for temperature, values in expected.tempered_tail.items():
         assert_close(found.tempered_tail[temperature], values, 1e-6)
 
@@ -343,8 +407,12 @@ def test_half_precision_logits_give_what_their_float32_copies_give(
     group_of = np.arange(400) % 3
     expected = selected(logits.float(), settings, group_of, uniforms)
     if stays_half:
+        basis = DeviceBasis(*basis_of(400, 5), "cpu")
+        described = basis.describe(logits, torch.from_numpy(probes_of(logits, 2)))
         packed = selection._select(logits, torch.from_numpy(uniforms), settings, TailGroups(group_of, "cpu"))
-        assert_same(unpack(packed.numpy(), settings), expected)
+        packed |= {name: values.view(torch.int32) for name, values in described.items()}
+        columns = torch.cat([packed[name] for name in fields(settings)], dim=1)
+        assert_same(unpack(columns.numpy(), settings), expected)
     else:
         assert_same(selected(logits, settings, group_of, uniforms), expected)
 
@@ -424,11 +492,15 @@ def test_an_engines_tail_is_never_smaller_than_the_rounding_of_one() -> None:
         ({"temperatures": (1.0, 0.5, 0.0)}, r"--temperatures 0\.0, 0\.5: all must be positive and finite"),
         ({"temperatures": (float("inf"),)}, "--temperatures inf"),
         ({"tail_samples": -1}, "--tail-samples -1: must not be negative"),
+        ({"tail_rank": 50}, "--tail-rank 50: choose 0…49"),
+        ({"tail_rank": 41}, "--tail-rank 41: choose 0…40, the width of the teacher's hidden states"),
+        ({"tail_rank": 4, "tail_probes": 256}, "--tail-probes 256: choose 0…255"),
+        ({"tail_probes": 2}, "--tail-probes 2 needs --tail-rank"),
     ],
 )
 def test_settings_that_no_teacher_can_meet_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        CaptureSettings.from_json(CaptureSettings(8).to_json() | settings).check(50)
+        CaptureSettings.from_json(CaptureSettings(8).to_json() | settings).check(50, 40)
 
 
 def test_settings_take_their_canonical_form() -> None:

@@ -24,10 +24,20 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces_base import is_text_generation_model
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from logitcache.capture.projection import CovarianceProduct, DeviceBasis, summed_probabilities
 from logitcache.capture.selection import TailGroups, draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.teachers.vllm.protocol import TAIL_GROUPS, TASK, ScoringRequest
+from logitcache.capture.teachers.vllm.protocol import (
+    COVARIANCE,
+    PROBABILITIES,
+    TAIL_BASIS,
+    TAIL_GROUPS,
+    TASK,
+    ScoringRequest,
+    from_bytes,
+)
 from logitcache.capture.wire_format import position_width
+from logitcache.format.probes import probe_ids
 from logitcache.format.tail_parts import TailParts
 
 POSITIONS_PER_CHUNK = 1024
@@ -38,12 +48,14 @@ POSITIONS_PER_CHUNK = 1024
 class Piece:
     """A sequence's share of one step.
 
-    rows: the indices of its stored positions among the step's hidden states, int64 [n].  first, total: they are number
-    first … of total stored positions.  results: those of its earlier pieces, and then of this one.
+    rows: the indices of its stored positions among the step's hidden states, int64 [n].  positions: their places in the
+    sequence, int64 [n].  first, total: they are number first … of total stored positions.  results: those of its earlier
+    pieces, and then of this one.
     """
 
     request: ScoringRequest
     rows: np.ndarray
+    positions: np.ndarray
     first: int
     total: int
     results: list[torch.Tensor]
@@ -51,6 +63,10 @@ class Piece:
     def uniforms(self, num_samples: int) -> np.ndarray:
         """Returns the numbers that decide its tail samples, float64 [n, s]: the same however the sequence is cut up."""
         return draw_uniforms(self.request.row_id, self.total, num_samples)[self.first : self.first + len(self.rows)]
+
+    def probe_ids(self, num_probes: int) -> np.ndarray:
+        """Returns its probe tokens, int64 [n, P]."""
+        return probe_ids(self.request.row_id, self.positions, num_probes, self.request.vocab_size).astype(np.int64)
 
 
 class PositionPooler(Pooler):  # type: ignore[misc]
@@ -65,6 +81,9 @@ class PositionPooler(Pooler):  # type: ignore[misc]
         self._num_logits = num_logits
         self._is_first_rank = get_tensor_model_parallel_rank() == 0
         self._tail_groups: TailGroups | None = None
+        self._tail_basis: DeviceBasis | None = None
+        self._product: CovarianceProduct | None = None
+        self._num_added: dict[str, int] = {}
 
     def get_supported_tasks(self) -> Set[Any]:
         """Returns the one task under which requests come."""
@@ -80,30 +99,49 @@ class PositionPooler(Pooler):  # type: ignore[misc]
         ends = cursor.seq_lens_cpu.tolist()
         if pooling_metadata.pooling_params[0].extra_kwargs is None:
             return self._warm_up(hidden_states, scheduled)
-        pieces: list[Piece | None] = []
+        pieces: list[Piece | torch.Tensor] = []
         offset = 0
         for params, state, count, end in zip(
             pooling_metadata.pooling_params, pooling_metadata.pooling_states, scheduled, ends, strict=True
         ):
             asked = params.extra_kwargs or {}
-            if TAIL_GROUPS in asked:
-                groups = np.frombuffer(asked[TAIL_GROUPS], dtype=np.int32)
-                self._tail_groups = TailGroups(groups, hidden_states.device)
-                pieces.append(None)
-            else:
+            if "settings" in asked:
                 pieces.append(_piece(ScoringRequest(**asked), end - count, end, offset, state.hidden_states_cache))
+            else:
+                pieces.append(self._prepare(asked, hidden_states.device))
             offset += count
-        alike: dict[tuple[str | None, int], list[Piece]] = {}
-        for piece in filter(None, pieces):
-            alike.setdefault((piece.request.settings, piece.request.vocab_size), []).append(piece)
+        alike: dict[tuple[str, int], list[Piece]] = {}
+        for piece in pieces:
+            if isinstance(piece, Piece):
+                alike.setdefault((piece.request.settings, piece.request.vocab_size), []).append(piece)
         for (settings, vocab_size), group in alike.items():
-            if settings is None:
+            if settings == PROBABILITIES:
                 self._sum(hidden_states, group, vocab_size)
+            elif settings == COVARIANCE:
+                self._add(hidden_states, group, vocab_size)
             else:
                 parsed = CaptureSettings.from_json(json.loads(settings))
-                self._select(hidden_states, group, vocab_size, parsed, self._tail_groups)
+                self._select(hidden_states, group, vocab_size, parsed, self._tail_groups, self._tail_basis)
         finished = [end == length for end, length in zip(ends, pooling_metadata.prompt_lens.tolist(), strict=True)]
         return [self._result(piece) if done else None for piece, done in zip(pieces, finished, strict=True)]
+
+    def _prepare(self, asked: dict[str, Any], device: torch.device) -> torch.Tensor:
+        """Sets what later requests build on, and returns the answer, often empty. Only the first rank has logits to use it on."""
+        answer = torch.zeros(0)
+        if COVARIANCE in asked:
+            self._num_added.clear()
+        if not self._is_first_rank:
+            return answer
+        if TAIL_GROUPS in asked:
+            self._tail_groups = TailGroups(np.frombuffer(asked[TAIL_GROUPS], dtype=np.int32), device)
+        elif TAIL_BASIS in asked:
+            self._tail_basis = DeviceBasis(*from_bytes(asked[TAIL_BASIS]), device)
+        elif asked[COVARIANCE]:
+            self._product = CovarianceProduct(*from_bytes(asked[COVARIANCE]), device)
+        else:
+            assert self._product is not None
+            answer, self._product = self._product.result(), None
+        return answer
 
     def _select(
         self,
@@ -112,14 +150,19 @@ class PositionPooler(Pooler):  # type: ignore[misc]
         vocab_size: int,
         settings: CaptureSettings,
         tail_groups: TailGroups | None,
+        tail_basis: DeviceBasis | None,
     ) -> None:
-        uniforms: list[torch.Tensor] | None = None
-        if settings.tail_parts.samples:
-            drawn = np.concatenate([piece.uniforms(settings.tail_parts.samples) for piece in pieces])
-            uniforms = list(torch.from_numpy(drawn).to(hidden_states.device).split(POSITIONS_PER_CHUNK))
+        def chunks(of_pieces: list[np.ndarray]) -> tuple[torch.Tensor, ...]:
+            joined = torch.from_numpy(np.concatenate(of_pieces)).to(hidden_states.device)
+            return tuple(
+                joined[i : i + POSITIONS_PER_CHUNK] for i in range(0, max(len(joined), 1), POSITIONS_PER_CHUNK)
+            )
+
+        uniforms = chunks([piece.uniforms(settings.tail_parts.samples) for piece in pieces])
+        probes = chunks([piece.probe_ids(settings.tail_parts.probes) for piece in pieces])
         rows = np.concatenate([piece.rows for piece in pieces])
         packed = [
-            select(logits, settings, tail_groups, None if uniforms is None else uniforms[chunk])
+            select(logits, settings, tail_groups, uniforms[chunk], tail_basis, probes[chunk])
             for chunk, logits in enumerate(self._logits(hidden_states, rows, vocab_size))
         ]
         if not self._is_first_rank:
@@ -133,8 +176,18 @@ class PositionPooler(Pooler):  # type: ignore[misc]
         for piece in pieces:
             total = torch.zeros(vocab_size, dtype=torch.float64, device=hidden_states.device)
             for logits in self._logits(hidden_states, piece.rows, vocab_size):
-                total += logits.float().softmax(dim=-1).sum(dim=0).double()
+                total += summed_probabilities(logits)
             piece.results[:] = [total + piece.results[0] if piece.results else total]
+
+    def _add(self, hidden_states: torch.Tensor, pieces: list[Piece], vocab_size: int) -> None:
+        """Adds positions to the product; those of a sequence that was preempted, and began anew, only once."""
+        for piece in pieces:
+            known = self._num_added.get(piece.request.row_id, 0)
+            for logits in self._logits(hidden_states, piece.rows[max(known - piece.first, 0) :], vocab_size):
+                assert self._product is not None
+                self._product.add(logits)
+            self._num_added[piece.request.row_id] = max(known, piece.first + len(piece.rows))
+            piece.results[:] = [torch.zeros(0)]
 
     def _logits(self, hidden_states: torch.Tensor, rows: np.ndarray, vocab_size: int) -> Iterator[torch.Tensor]:
         """Yields logits [≤ POSITIONS_PER_CHUNK, vocab_size] of hidden states; every rank computes, the first alone gets any."""
@@ -145,11 +198,11 @@ class PositionPooler(Pooler):  # type: ignore[misc]
                 assert logits is not None
                 yield logits[:, :vocab_size]
 
-    def _result(self, piece: Piece | None) -> torch.Tensor | None:
+    def _result(self, piece: Piece | torch.Tensor) -> torch.Tensor | None:
         if not self._is_first_rank:
             return None
-        if piece is None:
-            return torch.zeros(0)
+        if isinstance(piece, torch.Tensor):
+            return piece
         result = piece.results[0] if len(piece.results) == 1 else torch.cat(piece.results)
         piece.results.clear()
         return result
@@ -158,14 +211,20 @@ class PositionPooler(Pooler):  # type: ignore[misc]
         """Does all that can be asked for on every hidden state: by this trial step vLLM learns how much memory to leave."""
         settings = CaptureSettings(
             top_k=min(256, self._num_logits),
-            tail_parts=TailParts(groups=min(32, self._num_logits), temperatures=(2.0,), entropy=True, samples=8),
+            tail_parts=TailParts(
+                groups=min(32, self._num_logits), temperatures=(2.0,), entropy=True, samples=8, rank=128, probes=2
+            ),
         )
         tail_groups = TailGroups(
             np.arange(self._num_logits, dtype=np.int32) % settings.tail_parts.groups, hidden_states.device
         )
-        request = ScoringRequest(None, self._num_logits, b"", "")
-        piece = Piece(request, np.arange(len(hidden_states)), 0, len(hidden_states), [])
-        self._select(hidden_states, [piece], self._num_logits, settings, tail_groups)
+        offset = np.zeros(self._num_logits, dtype=np.float32)
+        directions = np.zeros((self._num_logits, settings.tail_parts.rank), dtype=np.float32)
+        tail_basis = DeviceBasis(directions, offset, offset, hidden_states.device)
+        everything = np.arange(len(hidden_states))
+        request = ScoringRequest(PROBABILITIES, self._num_logits, b"", "")
+        piece = Piece(request, everything, everything, 0, len(hidden_states), [])
+        self._select(hidden_states, [piece], self._num_logits, settings, tail_groups, tail_basis)
         return list(piece.results[0].split(scheduled)) if self._is_first_rank else [None] * len(scheduled)
 
 
@@ -175,7 +234,8 @@ def _piece(request: ScoringRequest, start: int, end: int, offset: int, results: 
         results.clear()  # a sequence that was preempted begins anew
     positions = np.flatnonzero(np.unpackbits(np.frombuffer(request.stored, dtype=np.uint8)))
     first, last = np.searchsorted(positions, (start, end))
-    return Piece(request, positions[first:last] - start + offset, int(first), len(positions), results)
+    positions, total = positions[first:last], len(positions)
+    return Piece(request, positions - start + offset, positions, int(first), total, results)
 
 
 @cache

@@ -18,11 +18,21 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.vllm.engine import EngineProcesses, check_prompt, engine_arguments, hidden_log
 from logitcache.capture.teachers.vllm.plugin import prepare_engine
-from logitcache.capture.teachers.vllm.protocol import SCORE_LOGITS, TAIL_GROUPS, TASK, ScoringRequest
+from logitcache.capture.teachers.vllm.protocol import (
+    COVARIANCE,
+    PROBABILITIES,
+    SCORE_LOGITS,
+    TAIL_BASIS,
+    TAIL_GROUPS,
+    TASK,
+    ScoringRequest,
+    to_bytes,
+)
 from logitcache.capture.wire_format import unpack
 from logitcache.engines.vllm_process import brief, environment, set_environment
 from logitcache.errors import UserError
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_basis import TailBasis
 from logitcache.format.targets import SparseTargets
 
 COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -44,17 +54,25 @@ class VllmPoolingTeacher:
         self._processes.watch(self._engine)
         self._request_ids = map(str, itertools.count())
         self._arrived: dict[str, np.ndarray] = {}
-        self._has_tail_groups = False
+        self._prepared: set[str] = set()
 
     def set_tail_groups(self, tail_groups: np.ndarray) -> None:
         """Sets the group of each id, int [V]. It comes before scoring with `settings.tail_parts.groups`."""
-        request_id = self._submit([0], {TAIL_GROUPS: tail_groups.astype(np.int32).tobytes()})
-        self._wait_for(request_id)
-        self._has_tail_groups = True
+        self._prepare(TAIL_GROUPS, tail_groups.astype(np.int32).tobytes())
+
+    def set_tail_basis(self, basis: TailBasis) -> None:
+        """Sets the basis of the coefficients. It comes before scoring with `settings.tail_parts.rank`."""
+        self._prepare(TAIL_BASIS, to_bytes(basis.directions, basis.offset, basis.weights))
+
+    def _prepare(self, key: str, content: Any) -> np.ndarray:
+        """Lets the engine know what later requests build on. Returns its answer."""
+        self._prepared.add(key)
+        return self._wait_for(self._submit([0], {key: content}))
 
     def score(self, sequences: Iterable[TokenSequence], settings: CaptureSettings) -> Iterator[SparseTargets]:
         """Yields the targets of each sequence, in order. Raises UserError if positions are missing."""
-        assert self._has_tail_groups or not settings.tail_parts.groups, "set_tail_groups comes first"
+        assert TAIL_GROUPS in self._prepared or not settings.tail_parts.groups, "set_tail_groups comes first"
+        assert TAIL_BASIS in self._prepared or not settings.tail_parts.rank, "set_tail_basis comes first"
         for sequence, rows in self._results(sequences, json.dumps(settings.to_json())):
             if len(rows) != len(sequence.positions):
                 raise UserError(
@@ -64,20 +82,28 @@ class VllmPoolingTeacher:
             yield unpack(rows, settings)
 
     def mean_probability(self, sequences: Iterable[TokenSequence]) -> np.ndarray:
-        """Returns the mean over the stored positions of the full next-token distribution, float64 [V]."""
-        total, count = np.zeros(self._model.vocab_size), 0
-        for sequence, summed in self._results(sequences, None):
+        """Returns the mean over the stored positions of the full next-token distribution, float64 [V]; see `LogitTeacher`."""
+        total = np.zeros(self._model.vocab_size)
+        for _, summed in self._results(sequences, PROBABILITIES):
             total += summed
-            count += len(sequence.positions)
-        return total / count
+        with np.errstate(invalid="ignore"):
+            mean: np.ndarray = total / total.sum()
+        return mean
+
+    def covariance_product(
+        self, sequences: Iterable[TokenSequence], block: np.ndarray, offset: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """Returns the product of the logits' covariance and a block of directions, see `LogitTeacher`."""
+        self._prepare(COVARIANCE, to_bytes(block, offset, weights))
+        for _ in self._results(sequences, COVARIANCE):
+            pass
+        return self._prepare(COVARIANCE, [])
 
     def close(self) -> None:
         """Ends the engine's process."""
         del self._engine
 
-    def _results(
-        self, sequences: Iterable[TokenSequence], settings: str | None
-    ) -> Iterator[tuple[TokenSequence, np.ndarray]]:
+    def _results(self, sequences: Iterable[TokenSequence], settings: str) -> Iterator[tuple[TokenSequence, np.ndarray]]:
         """Yields each sequence with the engine's result, in order, while later ones are being computed."""
         waiting: deque[tuple[str, TokenSequence]] = deque()
         tokens = 0

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import logitcache
-from logitcache.capture.calibration import make_tail_groups
+from logitcache.capture.calibration import make_tail_basis, make_tail_groups
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.sample import sample_corpus
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
@@ -214,7 +214,7 @@ def of_corpus(teacher: Teacher, corpus: Path, tokenizer: Any, settings: CaptureS
 
 @pytest.fixture(scope="module")
 def estimated(engine: TransformersTeacher, corpus: Path, teacher_tokenizer: Any) -> Estimate:
-    settings = CaptureSettings(top_k=40, tail_parts=TailParts(groups=16, temperatures=(2.0,)))
+    settings = CaptureSettings(top_k=40, tail_parts=TailParts(groups=16, temperatures=(2.0,), rank=4, probes=2))
     return of_corpus(engine, corpus, teacher_tokenizer, settings, sees_logits=True)
 
 
@@ -248,7 +248,9 @@ def test_bytes_and_time_follow_from_what_was_scored_as_the_build_will(
     estimated: Estimate, engine: TransformersTeacher
 ) -> None:
     sequences, settings = estimated.sample.sequences, estimated.settings
-    layout = Layout(V, TailParts(groups=16, temperatures=(2.0,)))
+    basis = make_tail_basis(engine, sequences, settings.tail_parts.rank)
+    engine.set_tail_basis(basis)
+    layout = Layout(V, settings.tail_parts).with_coefficient_step(basis.step)
     targets = list(engine.score(sequences, settings))
     positions = len(concatenate(targets))
     assert estimated.bytes_per_position == pytest.approx(stored_bytes(sequences, targets, layout) / positions, rel=0.05)

@@ -16,13 +16,17 @@ import psutil
 import pytest
 import torch
 
+from logitcache.capture.calibration import POSITIONS_PER_DIRECTION, _some_positions, make_tail_basis
 from logitcache.capture.engine import EngineChoice, choose_engine
+from logitcache.capture.projection import DeviceBasis
 from logitcache.capture.selection import draw_uniforms, select
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.wire_format import position_width, unpack
 from logitcache.errors import UserError
+from logitcache.format.probes import probe_ids
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_basis import TailBasis
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from tests.helpers.processes import vllm_core_here
@@ -35,14 +39,16 @@ from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates  # noqa: E402
 from logitcache.capture.teachers.vllm import model as vllm_model  # noqa: E402
 from logitcache.capture.teachers.vllm import pooling as vllm_pooling  # noqa: E402
 from logitcache.capture.teachers.vllm.pooling import VllmPoolingTeacher, why_not_pooling  # noqa: E402
-from logitcache.capture.teachers.vllm.protocol import SCORE_LOGITS  # noqa: E402
+from logitcache.capture.teachers.vllm.protocol import COVARIANCE, PROBABILITIES, SCORE_LOGITS, TAIL_BASIS, to_bytes  # noqa: E402
 from logitcache.engines.vllm_process import OWNER_PID  # noqa: E402
 
 VOCAB_SIZE = 512
 PADDED_SIZE = 640
 LONGEST = 200
 GROUPS = (np.arange(VOCAB_SIZE) * 7 % 5).astype(np.int32)
-EVERYTHING = CaptureSettings(top_k=16, tail_parts=TailParts(groups=5, temperatures=(2.0,), entropy=True, samples=3))
+EVERYTHING = CaptureSettings(
+    top_k=16, tail_parts=TailParts(groups=5, temperatures=(2.0,), entropy=True, samples=3, rank=6, probes=2)
+)
 CHUNKED = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 """Fewer tokens a step than most sequences have."""
 
@@ -93,13 +99,16 @@ def assert_agrees(
     path: Path,
     sequences: list[TokenSequence],
     scored: list[SparseTargets],
+    basis: TailBasis,
     tolerance: float = 1e-4,
     tail_tolerance: float = 1e-6,
 ) -> None:
     """Every captured quantity is the one that the full distribution gives for the entries chosen.
 
-    tolerance: of logarithms.  tail_tolerance: of the tail mass itself.
+    basis: of the engine.  tolerance: of logarithms, and of coefficients in steps.  tail_tolerance: of the tail mass itself.
     """
+    centred = basis.directions.astype(np.float64)
+    centred -= basis.weights @ centred
     for sequence, targets in zip(sequences, scored, strict=True):
         full = full_logprobs(path, sequence)
         ids = torch.from_numpy(targets.token_ids).long()
@@ -121,6 +130,30 @@ def assert_agrees(
         samples = torch.from_numpy(targets.sample_ids).long()
         close(targets.sample_logprobs, full.gather(1, samples), tolerance)
         assert not (samples[:, :, None] == ids[:, None, :]).any(), "a tail sample is an entry"
+        differences = full.numpy() - basis.offset
+        differences -= (differences @ basis.weights)[:, None]
+        coefficients = differences @ (basis.weights[:, None] * centred)
+        assert targets.tail_coefficients is not None and targets.probe_residuals is not None
+        close(targets.tail_coefficients, torch.from_numpy(coefficients), tolerance * basis.step)
+        probes = probe_ids(sequence.row_id, sequence.positions, 2, VOCAB_SIZE)
+        left = np.take_along_axis(differences - coefficients @ centred.T, probes.astype(np.int64), axis=1)
+        close(targets.probe_residuals, torch.from_numpy(left), tolerance)
+
+
+def assert_leading(path: Path, basis: TailBasis) -> None:
+    """The basis holds as much variance as the leading eigenvectors of the covariance under its weights, which are ours."""
+    positions = _some_positions(SEQUENCES, EVERYTHING.tail_parts.rank * POSITIONS_PER_DIRECTION)
+    full = torch.cat([full_logprobs(path, sequence) for sequence in positions]).numpy()
+    weights = np.sqrt(np.exp(full).mean(axis=0))
+    weights /= weights.sum()
+    assert np.abs(basis.weights - weights).max() <= 1e-6
+    centred = full - (full @ weights)[:, None]
+    mean = centred.mean(axis=0)
+    assert np.ptp(basis.offset - mean) <= 1e-4
+    wanted = np.linalg.svd((centred - mean) * np.sqrt(weights), compute_uv=False)[: basis.rank] ** 2 / len(full)
+    held = ((centred - mean) @ (weights[:, None] * basis.directions)).var(axis=0)
+    assert np.allclose(basis.variances, wanted, rtol=1e-3)
+    assert np.allclose(held, wanted, rtol=1e-3)
 
 
 def close(captured: np.ndarray, expected: torch.Tensor, tolerance: float) -> None:
@@ -147,9 +180,18 @@ def engine(llama_model: TeacherModel) -> Iterator[VllmPoolingTeacher]:
     started.close()
 
 
-def test_everything_captured_is_that_of_transformers(engine: VllmPoolingTeacher, llama: Path) -> None:
+@pytest.fixture(scope="module")
+def basis(engine: VllmPoolingTeacher) -> TailBasis:
+    """The engine's own."""
+    made = make_tail_basis(engine, SEQUENCES, EVERYTHING.tail_parts.rank)
+    engine.set_tail_basis(made)
+    return made
+
+
+def test_everything_captured_is_that_of_transformers(engine: VllmPoolingTeacher, llama: Path, basis: TailBasis) -> None:
     assert max(len(sequence.input_ids) for sequence in SEQUENCES) > CHUNKED["max_num_batched_tokens"]
-    assert_agrees(llama, SEQUENCES, list(engine.score(SEQUENCES, EVERYTHING)))
+    assert_agrees(llama, SEQUENCES, list(engine.score(SEQUENCES, EVERYTHING)), basis)
+    assert_leading(llama, basis)
 
 
 def test_the_mean_probability_is_that_of_transformers(engine: VllmPoolingTeacher, llama: Path) -> None:
@@ -159,7 +201,7 @@ def test_the_mean_probability_is_that_of_transformers(engine: VllmPoolingTeacher
     close(mean, expected, 1e-7)
 
 
-def test_the_order_of_sequences_changes_nothing(engine: VllmPoolingTeacher) -> None:
+def test_the_order_of_sequences_changes_nothing(engine: VllmPoolingTeacher, basis: TailBasis) -> None:
     once = list(engine.score(SEQUENCES, EVERYTHING))
     again = list(engine.score(SEQUENCES[::-1], EVERYTHING))[::-1]
     for one, other in zip(once, again, strict=True):
@@ -248,18 +290,18 @@ def test_input_is_read_as_the_engine_needs_it_and_leaving_early_does_no_harm(
 
 
 def test_sequences_may_be_scored_while_others_are(
-    engine: VllmPoolingTeacher, llama: Path, monkeypatch: pytest.MonkeyPatch
+    engine: VllmPoolingTeacher, llama: Path, basis: TailBasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_pooling, "TOKENS_IN_FLIGHT", 500)
     first = engine.score(SEQUENCES, EVERYTHING)
     scored = [next(first)]
     engine.set_tail_groups(GROUPS)
-    assert_agrees(llama, SEQUENCES[:3], list(engine.score(SEQUENCES[:3], EVERYTHING)))
+    assert_agrees(llama, SEQUENCES[:3], list(engine.score(SEQUENCES[:3], EVERYTHING)), basis)
     abandoned: Any = engine.score(SEQUENCES, EVERYTHING)
     next(abandoned)
     scored += first
     abandoned.close()
-    assert_agrees(llama, SEQUENCES, scored)
+    assert_agrees(llama, SEQUENCES, scored, basis)
     assert not engine._arrived
 
 
@@ -315,9 +357,9 @@ class Steps:
         packed: list[torch.Tensor | None] = self.pooler(hidden, metadata)
         return packed
 
-    def wanted(self, i: int, settings: CaptureSettings | None) -> dict[str, Any]:
+    def wanted(self, i: int, settings: CaptureSettings | str) -> dict[str, Any]:
         return {
-            "settings": None if settings is None else json.dumps(settings.to_json()),
+            "settings": settings if isinstance(settings, str) else json.dumps(settings.to_json()),
             "vocab_size": VOCAB_SIZE,
             "stored": np.packbits(SEQUENCES[i].loss_mask[1:]).tobytes(),
             "row_id": SEQUENCES[i].row_id,
@@ -330,22 +372,44 @@ class Steps:
 def test_chunks_preemption_and_mixed_requests_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_model, "POSITIONS_PER_CHUNK", 7)
     steps = Steps(monkeypatch)
-    settings = CaptureSettings(top_k=5, tail_parts=TailParts(temperatures=(2.0,), samples=2)), CaptureSettings(top_k=3)
-    long, short, summed = np.argsort([-len(sequence.input_ids) for sequence in SEQUENCES])[[0, 1, 2]]
-    wants = [steps.wanted(long, settings[0]), steps.wanted(short, settings[1]), steps.wanted(summed, None)]
-    ends = [len(SEQUENCES[i].input_ids) for i in (long, short, summed)]
+    random = np.random.default_rng(0)
+    arrays = random.standard_normal((VOCAB_SIZE, 3)), random.standard_normal(VOCAB_SIZE), random.random(VOCAB_SIZE)
+    block, offset, weights = (array.astype(np.float32) for array in arrays)
+    weights /= weights.sum()
+    block -= weights @ block
+    settings = (
+        CaptureSettings(top_k=5, tail_parts=TailParts(temperatures=(2.0,), samples=2, rank=3, probes=1)),
+        CaptureSettings(top_k=3),
+    )
+    long, short, summed, added = np.argsort([-len(sequence.input_ids) for sequence in SEQUENCES])[:4]
+    wants = [
+        steps.wanted(long, settings[0]),
+        steps.wanted(short, settings[1]),
+        steps.wanted(summed, PROBABILITIES),
+        steps.wanted(added, COVARIANCE),
+    ]
+    ends = [len(SEQUENCES[i].input_ids) for i in (long, short, summed, added)]
 
-    assert steps((long, wants[0], 0, 30), (short, wants[1], 0, 50)) == [None, None]
+    prepared = steps(
+        (long, {TAIL_BASIS: to_bytes(block, offset, weights)}, 0, ends[0]),
+        (added, {COVARIANCE: to_bytes(block, offset, weights)}, 0, ends[3]),
+    )
+    assert [answer is not None and answer.numel() for answer in prepared] == [0, 0]
+    assert steps((long, wants[0], 0, 30), (short, wants[1], 0, 50), (added, wants[3], 0, 35)) == [None, None, None]
     assert steps((summed, wants[2], 0, 40), (long, wants[0], 30, 61)) == [None, None]
-    assert steps((long, wants[0], 0, 45), (summed, wants[2], 0, 20)) == [None, None]  # both were preempted
+    # All three are preempted.
+    assert steps((long, wants[0], 0, 45), (summed, wants[2], 0, 20), (added, wants[3], 0, 15)) == [None, None, None]
     first = steps((long, wants[0], 45, ends[0]), (short, wants[1], 50, ends[1]), (summed, wants[2], 20, 33))
-    last = steps((summed, wants[2], 33, ends[2]))
+    last = steps((summed, wants[2], 33, ends[2]), (added, wants[3], 15, ends[3]))
+    (sums,) = steps((added, {COVARIANCE: []}, 0, ends[3]))
 
     assert first[2] is None
     for i, packed, asked in ((long, first[0], settings[0]), (short, first[1], settings[1])):
         assert packed is not None
         drawn = draw_uniforms(SEQUENCES[i].row_id, len(SEQUENCES[i].positions), asked.tail_parts.samples)
-        expected = unpack(select(steps.logits(i), asked, None, torch.from_numpy(drawn)).numpy(), asked)
+        probes = probe_ids(SEQUENCES[i].row_id, SEQUENCES[i].positions, asked.tail_parts.probes, VOCAB_SIZE)
+        tensors = torch.from_numpy(drawn), DeviceBasis(block, offset, weights, "cpu"), torch.from_numpy(probes).long()
+        expected = unpack(select(steps.logits(i), asked, None, *tensors).numpy(), asked)
         found = unpack(packed.numpy(), asked)
         assert np.array_equal(found.token_ids, expected.token_ids)
         assert np.allclose(found.logprobs, expected.logprobs, atol=1e-5)
@@ -353,17 +417,29 @@ def test_chunks_preemption_and_mixed_requests_change_nothing(monkeypatch: pytest
         if asked.tail_parts.samples:
             assert found.sample_ids is not None and expected.sample_ids is not None
             assert np.array_equal(found.sample_ids, expected.sample_ids)
-    assert last[0] is not None
+            assert found.tail_coefficients is not None and expected.tail_coefficients is not None
+            assert np.allclose(found.tail_coefficients, expected.tail_coefficients, atol=1e-5)
+            assert found.probe_residuals is not None and expected.probe_residuals is not None
+            assert np.allclose(found.probe_residuals, expected.probe_residuals, atol=1e-4)
+    assert last[0] is not None and sums is not None
     close(last[0].numpy(), steps.logits(summed).double().softmax(dim=1).sum(dim=0), 1e-5)
+    differences = steps.logits(added).double().numpy() - offset
+    differences -= (differences @ weights)[:, None]
+    assert np.allclose(sums[:-1, :3], differences.T @ (differences @ (weights[:, None] * block)), rtol=1e-4, atol=1e-3)
+    assert np.allclose(sums[:-1, 3], differences.sum(axis=0), rtol=1e-4, atol=1e-3)
+    assert (sums[-1] == len(SEQUENCES[added].positions)).all()
 
 
 def assert_route_agrees(path: Path, options: dict[str, Any]) -> None:
     with vllm_core_here() as placed:
         engine = VllmPoolingTeacher(TeacherModel.load(str(path), None, "float32", False), LONGEST, options | placed)
     engine.set_tail_groups(GROUPS)
+    basis = make_tail_basis(engine, SEQUENCES, EVERYTHING.tail_parts.rank)
+    engine.set_tail_basis(basis)
     scored = list(engine.score(SEQUENCES, EVERYTHING))
     engine.close()
-    assert_agrees(path, SEQUENCES, scored)
+    assert_agrees(path, SEQUENCES, scored, basis)
+    assert_leading(path, basis)
 
 
 def test_tied_heads_and_tensor_parallelism_change_nothing(tmp_path: Path, teacher_tokenizer: Any) -> None:
@@ -392,7 +468,9 @@ def test_bfloat16_through_the_transformers_backend_and_an_engine_that_dies(
     before = set(psutil.Process().children(recursive=True))
     engine = VllmPoolingTeacher(model, LONGEST, CHUNKED | {"model_impl": "transformers"})
     engine.set_tail_groups(GROUPS)
-    assert_agrees(path, SEQUENCES, list(engine.score(SEQUENCES, EVERYTHING)), 0.3, 0.02)
+    basis = make_tail_basis(engine, SEQUENCES, EVERYTHING.tail_parts.rank)
+    engine.set_tail_basis(basis)
+    assert_agrees(path, SEQUENCES, list(engine.score(SEQUENCES, EVERYTHING)), basis, 0.3, 0.02)
     started = set(psutil.Process().children(recursive=True)) - before
     # The process that computes has no children: on a CPU a worker, on a GPU the engine's core.
     for process in [process for process in started if not process.children()]:
