@@ -146,7 +146,8 @@ def test_losses_import_nothing_but_each_other_and_torch() -> None:
 def test_the_readmes_format_section_names_every_column() -> None:
     section = README.split(f"## Format {FORMAT_VERSION}")[1].split("## Architecture")[0]
     for precision in PRESETS:
-        layout = Layout(10, TailParts(groups=2, temperatures=(2.0,), entropy=True, samples=1), precision=precision)
+        parts = TailParts(groups=2, temperatures=(2.0,), entropy=True, samples=1, rank=2, probes=1)
+        layout = Layout(10, parts, precision=precision)
         for column in layout.schema().names:
             assert f"`{column}`" in section, column
 

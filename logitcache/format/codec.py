@@ -27,8 +27,8 @@ and of a balanced or compact one
     levels_above_lowest list<int32>   [Σ num_entries]   levels from the position's least probable entry up to this one
     lowest_level        list<int32>   [M]               level of that entry
     group_levels        list<int32>   [M·G]             share of the tail, as difference from the profile
-    tail_coefficients   list<int16>   [M·R]             in steps of the layout's rounding
-    probe_residuals     list<int8>    [M·P]             in quarters of a nat
+    tail_coefficients   list<uint16>  [M·R]             in steps of the layout's rounding, zigzag code
+    probe_residuals     list<uint8>   [M·P]             in quarters of a nat, zigzag code
 
 where `codebook` says what a rank and the profile are, `quantization` what a level is. Why so: the set of entries costs a third of
 the bytes when it is stored in ascending order of an order in which frequent ids come first; the order of probability then

@@ -120,6 +120,12 @@ class Layout:
         BYTE_STREAM_SPLIT puts the low bytes of a column together and the high ones, mostly zero, elsewhere, which zstd's
         entropy coder then sees apart. `tools/bench_codec.py` compares it with the other encodings, and zstd's levels.
         """
+        levels = {name: column.level for name, column in self.tail_columns.items()}
+        level: int | dict[str, int] = 6
+        if any(other != level for other in levels.values()):
+            types = {field.name: field.type for field in self.schema()}
+            path = {name: f"{name}.list.element" if pa.types.is_list(of) else name for name, of in types.items()}
+            level = {path[name]: levels.get(name, 6) for name in types}
         split = [
             name
             for name, values in zip(self.schema().names, self.schema().types, strict=True)
@@ -127,7 +133,7 @@ class Layout:
         ]
         return {
             "compression": "zstd",
-            "compression_level": 6,
+            "compression_level": level,
             "use_dictionary": ["num_entries.list.element"],
             "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split},
             "write_statistics": ["row_id"],

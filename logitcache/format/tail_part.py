@@ -21,11 +21,12 @@ Defects = Iterator[tuple[str, np.ndarray]]
 
 
 class Column(NamedTuple):
-    """A Parquet column. width: its values per stored position. meaning: for people who read the file."""
+    """A Parquet column. width: its values per stored position. meaning: for people who read the file.  level: zstd's."""
 
     arrow_type: pa.DataType
     width: int
     meaning: str
+    level: int = 6
 
 
 class Field(NamedTuple):

@@ -242,9 +242,11 @@ class _Samples(TailPart):
 
 
 class _Integers(TailPart):
-    """A field of the whole vocabulary's logits, stored as small integers, and in an exact cache as it is.
+    """A field of the whole vocabulary's logits, stored in zigzag code as small integers, and in an exact cache as it is.
 
-    counts: what the integers count, for people who read the file.
+    Zstd finds repetitions in them that cost more to describe than they save: its lowest level, which looks for few, gives the
+    fewest bytes but for levels 18 and above, which take thirty times as long.  counts: what the integers count, for people who
+    read the file.
     """
 
     since = 3
@@ -254,18 +256,18 @@ class _Integers(TailPart):
     def columns(self, value: int, quantization: Rounding) -> dict[str, Column]:
         if quantization is None:
             return super().columns(value, quantization)
-        return {f.name: Column(self.stored_type, value, f"{f.meaning}, in {self.counts}") for f in self.fields}
+        return {f.name: Column(self.stored_type, value, f"{f.meaning}, {self.counts}", level=1) for f in self.fields}
 
     def encode(self, targets: SparseTargets, quantization: Rounding, codebook: Codebook) -> dict[str, np.ndarray]:
         name, step, *_ = self.fields[0]
         values = getattr(targets, name)
         if quantization is None:
             return {name: values}
-        counted = getattr(quantization, step)
+        counted, unsigned = getattr(quantization, step), np.dtype(self.stored_type.to_pandas_dtype())
         assert counted, "Layout.with_coefficient_step comes first"
-        dtype = self.stored_type.to_pandas_dtype()
-        most = np.iinfo(dtype).max
-        return {name: np.rint(values / np.float32(counted)).clip(-most, most).astype(dtype)}
+        most, bits = np.iinfo(unsigned).max >> 1, 8 * unsigned.itemsize
+        steps = np.rint(values / np.float32(counted)).clip(-most, most).astype(f"i{unsigned.itemsize}")
+        return {name: ((steps << 1) ^ (steps >> (bits - 1))).view(unsigned)}
 
     def decode(
         self, columns: Arrays, value: int, tail_logprob: np.ndarray, quantization: Rounding, codebook: Codebook | None
@@ -273,7 +275,9 @@ class _Integers(TailPart):
         name, step, *_ = self.fields[0]
         if quantization is None:
             return self.unpack(columns, value)
-        return {name: np.multiply(columns[name], np.float32(getattr(quantization, step)), dtype=np.float32)}
+        codes = columns[name]
+        steps = ((codes >> 1) ^ -(codes & 1)).view(f"i{codes.itemsize}")
+        return {name: np.multiply(steps, np.float32(getattr(quantization, step)), dtype=np.float32)}
 
     def defects(self, targets: SparseTargets, quantization: Rounding) -> Defects:
         name, step, *_ = self.fields[0]
@@ -281,7 +285,7 @@ class _Integers(TailPart):
         if quantization is None:
             yield f"{name} that are not finite", ~np.isfinite(values).all(axis=1)
         else:
-            most = np.iinfo(self.stored_type.to_pandas_dtype()).max * getattr(quantization, step)
+            most = (np.iinfo(self.stored_type.to_pandas_dtype()).max >> 1) * getattr(quantization, step)
             yield f"{name} below what is stored", values.min(axis=1) < -most * (1 + 1e-6)
 
 
@@ -290,7 +294,7 @@ class _LowRank(_Integers):
 
     name, option, layout_key = "rank", "tail_rank", "tail_rank"
     file = TAIL_BASIS_NAME
-    stored_type, counts = pa.int16(), "steps that the layout's rounding has"
+    stored_type, counts = pa.uint16(), "zigzag code of steps that the layout has"
     fields = (Field("tail_coefficients", "coefficient_step", "coefficients of the logits in `tail_basis.parquet`"),)
 
     def refusals(self, value: int, vocab_size: int) -> Iterator[str]:
@@ -312,7 +316,7 @@ class _Probes(_Integers):
     """What the coefficients leave of the logits at P tokens that row and position determine."""
 
     name, option, layout_key, needs = "probes", "tail_probes", "tail_probes", "tail_rank"
-    stored_type, counts = pa.int8(), "quarters of a nat"
+    stored_type, counts = pa.uint8(), "zigzag code of quarters of a nat"
     fields = (Field("probe_residuals", "probe_step", "what the coefficients leave of the logits of the probe tokens"),)
 
     def refusals(self, value: int, vocab_size: int) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import numpy as np
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from logitcache.format.probes import probe_ids, probe_ids_of_rows
 from tests.helpers.smallcaches import EVERYTHING, VOCAB, random_rows, small
+from tests.test_architecture import README
 
 
 def documented(row_id: str, position: int, j: int, vocab_size: int) -> int:
@@ -50,3 +52,12 @@ def test_rows_have_the_same_probes_together_as_alone() -> None:
 def test_every_token_is_drawn_equally_often() -> None:
     counts = np.bincount(probe_ids("0" * 32, np.arange(50_000), 2, VOCAB).reshape(-1), minlength=VOCAB)
     assert ((counts - 2000) ** 2 / 2000).sum() < 95  # chi square of 49 degrees of freedom: 1 in 10,000
+
+
+def test_the_readmes_test_vectors_are_right() -> None:
+    rows = re.findall(r"^\| `([0-9a-f]{32})` \| (\d+) \| (\d+) \| ([\d, ]+) \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for row_id, position, vocab_size, ids in rows:
+        found = probe_ids(row_id, np.array([int(position)]), 3, int(vocab_size))
+        assert found.tolist() == [[int(token) for token in ids.split(", ")]]
+        assert found.tolist() == [[documented(row_id, int(position), j, int(vocab_size)) for j in range(3)]]

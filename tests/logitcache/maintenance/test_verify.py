@@ -695,7 +695,7 @@ def test_a_basis_that_the_layout_needs_is_missing(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "number", "residual", "what"),
-    [("exact", np.nan, np.inf, "that are not finite"), ("balanced", -(2**15), -(2**7), "below what is stored")],
+    [("exact", np.nan, np.inf, "that are not finite"), ("balanced", 2**16 - 1, 2**8 - 1, "below what is stored")],
 )
 def test_coefficients_and_residuals_outside_their_range_are_found(
     tmp_path: Path, precision: str, number: float, residual: float, what: str
