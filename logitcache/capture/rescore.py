@@ -4,7 +4,8 @@ Two engines, or two runs of one, differ in the last bits of their arithmetic, so
 mean |Δ log p| over stored entries with p > 1e-3. Single entries differ by a multiple of the mean, so it is the mean that is
 judged, of every row by itself: one wrong row among many shows. Per dtype it is some five times what engines that agree
 differ by (float32 includes TF32 products of GPUs), plus half of what the precision rounds an entry of p = 1e-3 by at most.
-Another teacher's row differs by half a nat and more.
+Another teacher's row differs by half a nat and more. Coefficients in a tail basis are nats, too, and judged alike; of the tail
+that they rebuild, the divergence is estimated by samples of the teacher's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, cast
 
 import numpy as np
 
@@ -21,10 +22,12 @@ from logitcache.assembly.resume import compared, first_of
 from logitcache.capture.engine import Engine, EngineChoice, choose_engine, start_teacher
 from logitcache.capture.options import EngineOptions
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.teachers.base import TeacherModel
+from logitcache.capture.teachers.base import LogitTeacher, TeacherModel
 from logitcache.errors import UserError
 from logitcache.format.manifest import Manifest
 from logitcache.format.sequences import CachedSequence, TokenSequence
+from logitcache.format.tail_basis import TailBasis
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import PAD_ID, SparseTargets
 from logitcache.maintenance.verify.findings import Finding
 from logitcache.reading.cache import LogitCache, opened
@@ -35,6 +38,10 @@ logger = logging.getLogger("logitcache")
 TOLERANCE_NATS = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
 JUDGED_PROBABILITY = 1e-3
 OFFSETS = (-1, 0, 1)
+TAIL_SAMPLES = 32
+"""Of each position, by which the divergence of a rebuilt tail is estimated."""
+POSITIONS_REBUILT = 64
+"""Tails that are rebuilt at a time."""
 SHIFT_RATIO = 0.5
 """Targets stand at the right positions if they are less than this share as far from the teacher's as at any other offset."""
 
@@ -113,12 +120,16 @@ class Rescoring:
         rows = [self.cache[number] for number in numbers]
         k = max(max(row.targets.token_ids.shape[1] for row in rows), 1)
         logger.info("scoring %d rows again with %s on %s", len(rows), self.model.name, self.engine)
+        basis = self.cache.tail_basis if self.engine.sees_logits else None
+        parts = TailParts(samples=TAIL_SAMPLES, rank=basis.rank) if basis else TailParts()
         teacher = start_teacher(self.model, self.engine, self.cache.manifest.longest, k)
         try:
-            again = list(teacher.score(map(_all_positions, rows), CaptureSettings(top_k=k)))
+            if basis:
+                cast(LogitTeacher, teacher).set_tail_basis(basis)
+            again = list(teacher.score(map(_all_positions, rows), CaptureSettings(top_k=k, tail_parts=parts)))
         finally:
             teacher.close()
-        compared_rows = [_compare(row, targets) for row, targets in zip(rows, again, strict=True)]
+        compared_rows = [_compare(row, targets, basis) for row, targets in zip(rows, again, strict=True)]
         layout = self.cache.manifest.layout
         rounding = float(layout.quantization.bound(np.log([JUDGED_PROBABILITY]))[0]) if layout.quantization else 0.0
         recorded = self.cache.manifest.fingerprint.get("teacher", {})
@@ -128,6 +139,7 @@ class Rescoring:
             places=tuple(self._place(number) for number in numbers),
             tolerance_nats=max(_tolerance_nats(recorded.get("dtype")), _tolerance_nats(self.model.dtype))
             + rounding / 2,
+            coefficient_step=basis.step if basis and layout.quantization else 0.0,
             other_weights="content_sha256" in recorded
             and recorded["content_sha256"] != own.get("content_sha256", recorded["content_sha256"]),
         )
@@ -147,7 +159,9 @@ class ComparedRow:
 
     differences_nats: |Δ log p| of every entry of both with p > 1e-3, float64.  tail_differences: of the tail's mass at each
     position.  same_best: positions whose most probable token is the same, bool.  distances: mean over the positions of
-    Σ |Δp| over the stored entries, by offset; nan if no position has a neighbour there.
+    Σ |Δp| over the stored entries, by offset; nan if no position has a neighbour there.  coefficient_differences: |Δ| of the
+    coefficients in the tail basis, float64 [M, R].  tail_divergences: of each position with a tail, from the teacher's to the
+    rebuilt one, both outside the teacher's entries. Both are empty without coefficients.
     """
 
     row_id: str
@@ -155,6 +169,8 @@ class ComparedRow:
     tail_differences: np.ndarray
     same_best: np.ndarray
     distances: dict[int, float]
+    coefficient_differences: np.ndarray
+    tail_divergences: np.ndarray
 
     @property
     def mean_nats(self) -> float:
@@ -166,12 +182,14 @@ class ComparedRow:
 class Rescored:
     """The result of a rescoring.
 
-    places: file and number there, of each row.  other_weights: the teacher is not the recorded one.
+    places: file and number there, of each row.  coefficient_step: of the coefficients' rounding, 0 without.  other_weights: the
+    teacher is not the recorded one.
     """
 
     rows: Sequence[ComparedRow]
     places: Sequence[tuple[str, int]]
     tolerance_nats: float
+    coefficient_step: float = 0.0
     other_weights: bool = False
 
     @property
@@ -191,6 +209,10 @@ class Rescored:
                 yield Finding("teacher", file, what, row=number, row_id=row.row_id)
             elif not row.same_best.any() and not len(row.differences_nats):
                 yield Finding("teacher", file, "no entry in common with the teacher's", row=number, row_id=row.row_id)
+            coefficients = row.coefficient_differences
+            if coefficients.size and coefficients.mean() > self.tolerance_nats + self.coefficient_step / 2:
+                what = f"mean |Δ coefficient| {coefficients.mean():.3f}, in steps of {self.coefficient_step:.3f}"
+                yield Finding("teacher", file, what, row=number, row_id=row.row_id)
         distances = self.distances
         others = {offset: value for offset, value in distances.items() if offset and np.isfinite(value)}
         if others:
@@ -217,6 +239,11 @@ class Rescored:
             ("mean |Δ tail mass|", f"{tails.mean() if len(tails) else 0:.6f}"),
             ("same most probable token", f"{best.mean() if len(best) else 1:.2%}"),
         ]
+        if any(row.coefficient_differences.size for row in self.rows):
+            coefficients = np.concatenate([row.coefficient_differences for row in self.rows])
+            divergences = np.concatenate([row.tail_divergences for row in self.rows])
+            cells.append(("mean |Δ coefficient|", f"{coefficients.mean():.5f}, step {self.coefficient_step:.5f}"))
+            cells.append(("KL of the rebuilt tail", f"{divergences.mean() if len(divergences) else 0:.4f} nats"))
         for offset, distance in self.distances.items():
             cells.append((f"Σ|Δp| at offset {offset:+d}" if offset else "Σ|Δp| at offset 0", f"{distance:.4f}"))
         note = (
@@ -239,8 +266,8 @@ def _all_positions(row: CachedSequence) -> TokenSequence:
     return TokenSequence(np.array(row.input_ids), mask)
 
 
-def _compare(row: CachedSequence, again: SparseTargets) -> ComparedRow:
-    """Returns the comparison of a row. again: the targets of each of its positions."""
+def _compare(row: CachedSequence, again: SparseTargets, basis: TailBasis | None) -> ComparedRow:
+    """Returns the comparison of a row. again: the targets of each of its positions.  basis: if there are coefficients."""
     stored, positions = row.targets, row.positions.astype(np.int64)
     own = again[positions]
     is_entry = stored.token_ids != PAD_ID
@@ -260,6 +287,11 @@ def _compare(row: CachedSequence, again: SparseTargets) -> ComparedRow:
         probs = np.where(is_entry[inside], np.exp(stored.logprobs[inside], dtype=np.float64), 0)
         distance = np.abs(probs - np.where(found & is_entry[inside], np.exp(now), 0)).sum(axis=1)
         distances[offset] = float(distance.mean()) if inside.any() else float("nan")
+    coefficient_differences = divergences = np.zeros(0)
+    if basis is not None:
+        assert stored.tail_coefficients is not None and own.tail_coefficients is not None
+        coefficient_differences = np.abs(stored.tail_coefficients.astype(np.float64) - own.tail_coefficients)
+        divergences = _tail_divergences(stored.tail_coefficients, own, basis)
     return ComparedRow(
         row_id=row.row_id,
         differences_nats=differences,
@@ -268,7 +300,28 @@ def _compare(row: CachedSequence, again: SparseTargets) -> ComparedRow:
         if stored.token_ids.shape[1]
         else np.ones(len(stored), dtype=bool),
         distances=distances,
+        coefficient_differences=coefficient_differences,
+        tail_divergences=divergences,
     )
+
+
+def _tail_divergences(coefficients: np.ndarray, teacher: SparseTargets, basis: TailBasis) -> np.ndarray:
+    """Returns the divergence of the tails that coefficients [M, R] rebuild from the teacher's, at positions that have one."""
+    samples, logprobs = teacher.sample_ids, teacher.sample_logprobs
+    assert samples is not None and logprobs is not None
+    found = []
+    for start in range(0, len(teacher), POSITIONS_REBUILT):
+        rows = slice(start, start + POSITIONS_REBUILT)
+        rebuilt = (basis.offset + coefficients[rows] @ basis.directions.T).astype(np.float64)
+        entries, drawn = teacher.token_ids[rows], samples[rows]
+        position, entry = np.nonzero(entries != PAD_ID)
+        rebuilt[position, entries[position, entry]] = -np.inf
+        has_tail = drawn[:, 0] != PAD_ID
+        rebuilt, drawn = rebuilt[has_tail], drawn[has_tail]
+        log_shares = np.take_along_axis(rebuilt, drawn, axis=1) - np.logaddexp.reduce(rebuilt, axis=1, keepdims=True)
+        own_shares = (logprobs[rows] - teacher.tail_logprob[rows, None])[has_tail]
+        found.append((own_shares - log_shares).mean(axis=1))
+    return np.concatenate(found)
 
 
 def _looked_up(token_ids: np.ndarray, targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:

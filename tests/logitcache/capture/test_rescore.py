@@ -70,6 +70,36 @@ def test_the_teacher_gives_again_what_it_gave(built: Path, teacher: Path) -> Non
 
 
 @pytest.mark.slow
+def test_coefficients_are_compared_and_the_tail_that_they_rebuild(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    cache = logitcache.build(
+        str(teacher), str(corpus), tmp_path / "c", backend="transformers", top_k=24, precision="compact", tail_rank=20
+    )
+    result = rescored(tmp_path / "c", teacher)
+    assert list(result.findings()) == []
+    basis = cache.tail_basis
+    assert basis is not None
+    for one in result.rows:
+        assert one.coefficient_differences.shape == (len(one.tail_divergences), 20)
+        assert one.coefficient_differences.max() <= basis.step / 2 + 1e-3
+    expected = []
+    for row in cache:
+        if row.row_id in {one.row_id for one in result.rows}:
+            logprobs = full_logprobs(teacher, row.input_ids)[row.positions.astype(np.int64)].double()
+            best = logprobs.topk(24).indices
+            tail = logprobs.scatter(1, best, -torch.inf).log_softmax(dim=1)
+            assert row.targets.tail_coefficients is not None
+            rebuilt = torch.tensor(basis.offset + row.targets.tail_coefficients @ basis.directions.T).double()
+            rebuilt = rebuilt.scatter(1, best, -torch.inf).log_softmax(dim=1)
+            expected.append(torch.where(tail.isneginf(), 0.0, tail.exp() * (tail - rebuilt)).sum(dim=1).numpy())
+    found = np.concatenate([row.tail_divergences for row in result.rows])
+    assert found.mean() == pytest.approx(np.concatenate(expected).mean(), rel=0.1)
+    assert f"{found.mean():.4f} nats" in result.table().split("KL of the rebuilt tail")[1]
+
+    vars(cache)["tail_basis"] = replace(basis, directions=-basis.directions)
+    assert "mean |Δ coefficient|" in next(iter(rescored(cache, teacher).findings())).what  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["balanced", "compact"])
 def test_rounding_is_no_finding(built: Path, teacher: Path, tmp_path: Path, precision: str) -> None:
     layout = replace(logitcache.open(built).manifest.layout, precision=precision, quantization=None)
