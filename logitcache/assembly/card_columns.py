@@ -20,14 +20,23 @@ def decoding(layout: Layout) -> tuple[str, str]:
     """Explains how the columns are read: in words, and as SQL for DuckDB."""
     quantization = layout.quantization
     if quantization is None:
-        return _EXACT, _EXACT_SQL
+        return _EXACT + _low_rank(layout), _EXACT_SQL
     names = asdict(quantization) | {
         "u": quantization.uniform_from,
         "n": quantization.square_root_steps,
         "D": quantization.uniform_step,
     }
     names["half"] = f"{quantization.bound(np.log([1e-3]))[0]:.3f}"
-    return _ROUNDED.format(**names), _ROUNDED_SQL.format(**names)
+    return _ROUNDED.format(**names) + _low_rank(layout), _ROUNDED_SQL.format(**names)
+
+
+def _low_rank(layout: Layout) -> str:
+    """Explains how the tail is rebuilt from its coefficients; empty without these."""
+    rank, quantization = layout.tail_parts.rank, layout.quantization
+    if not rank:
+        return ""
+    number = "v" if quantization is None else f"xor(v::INT >> 1, -(v::INT & 1)) * {quantization.coefficient_step!r}"
+    return _LOW_RANK.format(rank=rank, number=number)
 
 
 _MEANINGS = {
@@ -60,6 +69,22 @@ number of entries before. The token of rank r is
 the file metadata of each shard, under the key `logitcache.codebook`. `group_levels` is 0 for an empty group; from level v > 0,
 the log of the group's share of the tail is (profile + z)·{group_step:g}, z = (v − 1)/2 for odd v and −v/2 for even v. The tail,
 its normalisers and its entropy are rounded to multiples of {tail_step:g}, sampled log-probabilities to {sample_step:g}."""
+
+_LOW_RANK = """
+
+
+A position has {rank} `tail_coefficients`. With `tail_basis.parquet`, a row per token in the order of their ids, they give the
+logits of the whole vocabulary, about and up to a shift: offset + directions · coefficients. Outside the entries a token's
+probability is then the tail's times the softmax, over the tail, of these. The logits of all tokens in SQL, here for the first
+position of the first row (position p has the coefficients {rank}·(p − 1) + 1 to {rank}·p):
+
+```sql
+WITH position AS (
+  SELECT [{number} FOR v IN tail_coefficients[1:{rank}]] AS z FROM 'data/*.parquet' LIMIT 1
+)
+SELECT file_row_number AS token_id, "offset" + list_dot_product(directions[1:{rank}], z) AS logit
+FROM read_parquet('tail_basis.parquet', file_row_number = true), position;
+```"""
 
 _ROUNDED_SQL = """\
 WITH books AS (

@@ -18,7 +18,7 @@ from logitcache.assembly.card import write_card
 from logitcache.format.manifest import CARD_NAME, TOKENIZER_DIRECTORY
 from logitcache.format.quantization import PRESETS
 from logitcache.storage.folder import Folder
-from tests.helpers.smallcaches import EVERYTHING, at_precision, random_rows, write_cache
+from tests.helpers.smallcaches import EVERYTHING, VOCAB, at_precision, random_rows, write_cache
 
 
 @pytest.fixture(scope="module", params=PRESETS)
@@ -66,6 +66,8 @@ def assert_same(row: dict[str, Any], stored: dict[str, Any], sequence: CachedSeq
         expected["token_ids"] = targets.token_ids[held]
         expected["logprobs"] = targets.logprobs[held]
         expected["group_logprobs"] = flattened(targets.group_logprobs)
+        expected["tail_coefficients"] = flattened(targets.tail_coefficients)
+        expected["probe_residuals"] = flattened(targets.probe_residuals)
     for name, value in expected.items():
         assert row[name] == (value.tolist() if isinstance(value, np.ndarray) else value), name
 
@@ -118,6 +120,18 @@ def test_the_sql_of_the_card_gives_every_entry(cache: LogitCache, monkeypatch: p
         if token >= 0
     }
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_second_sql_of_the_card_rebuilds_the_logits(cache: LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cache.path)
+    *_, sql = re.findall(r"```sql\n(.*?)```", Path(CARD_NAME).read_text(encoding="utf-8"), re.DOTALL)
+    answer, basis = duckdb.sql(sql), cache.tail_basis
+    assert answer is not None and basis is not None
+    ids, logits = zip(*answer.order("token_id").fetchall(), strict=True)
+    assert list(ids) == list(range(VOCAB))
+    coefficients = cache[0].targets.tail_coefficients
+    assert coefficients is not None
+    np.testing.assert_allclose(logits, basis.offset + basis.directions @ coefficients[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_python_of_the_card_runs(cache: LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
