@@ -223,12 +223,15 @@ function distribution(targets, token, place) {
     const size = data.group_sizes[group];
     return line("", [`Group ${group}${size ? `, ${count(size)} ids` : ""}`], mass, "sum group");
   });
+  const rebuilt = targets.rebuilt.map((entry) => line("≈", visible(entry, false), entry.mass, "rebuilt"));
   return [
     figures,
     make("p", { class: "remark" }, `Position ${count(place - 1)}, which has seen tokens 0 to ${count(place - 1)}, expected:`),
     make("ol", { class: "entries" }, ...lines),
     ...(groups.length ? [make("p", { class: "remark" }, "Heaviest groups of the tail")] : []),
     ...(groups.length ? [make("ol", { class: "entries" }, ...groups)] : []),
+    ...(rebuilt.length ? [make("p", { class: "remark" }, "Most probable in the tail, rebuilt from its coefficients, not stored")] : []),
+    ...(rebuilt.length ? [make("ol", { class: "entries" }, ...rebuilt)] : []),
   ];
 }
 

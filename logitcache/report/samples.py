@@ -12,7 +12,8 @@ import numpy as np
 
 from logitcache.errors import UserError
 from logitcache.format.sequences import CachedSequence
-from logitcache.format.targets import SparseTargets
+from logitcache.format.tail_basis import TailBasis, rebuilt
+from logitcache.format.targets import PAD_ID, SparseTargets
 from logitcache.reading.cache import LogitCache
 from logitcache.report.statistics import entropies, evenly_spread
 
@@ -21,6 +22,9 @@ PAGE_TOKENS = 16_384
 MOST_ROWS = 256
 SHOWN_ENTRIES = 16
 SHOWN_GROUPS = 4
+SHOWN_REBUILT = 4
+REBUILT_LOGITS = 1 << 28
+"""Of all positions of a page: of a large vocabulary those of the first tokens of each row alone are shown."""
 SHOWN_CHARACTERS = 256
 """Of a kept column's value, and of a token."""
 SHOWN_COLUMNS = 16
@@ -36,7 +40,7 @@ class Samples:
     """The rows on a page.
 
     rows: of each its number, id, columns and sizes, plain JSON types.  arrays: all rows' numbers, one row after the other, by
-    their names in `_arrays`.  ids: token ids that occur, ascending; `tokens` and `entries` count in it.
+    their names in `_arrays`.  ids: token ids that occur, ascending; `tokens`, `entries` and `rebuilt` count in it.
     """
 
     rows: list[dict[str, Any]]
@@ -86,8 +90,12 @@ def read_samples(cache: LogitCache, numbers: Sequence[int]) -> Samples:
     sequences = [cache[number] for number in numbers]
     lengths = fair_lengths([len(sequence.input_ids) for sequence in sequences], PAGE_TOKENS)
     rows, parts = [], []
-    for number, sequence, length in zip(numbers, sequences, lengths, strict=True):
+    basis = cache.tail_basis
+    most = fair_lengths([len(sequence.positions) for sequence in sequences], REBUILT_LOGITS // cache.vocab_size)
+    for number, sequence, length, num_rebuilt in zip(numbers, sequences, lengths, most, strict=True):
         part = _arrays(sequence, length)
+        if basis is not None:
+            part |= _rebuilt_tail(sequence.targets[: len(part["entropy"])], basis, num_rebuilt)
         parts.append(part)
         columns = [(name, value) for name, value in sequence.columns.items() if value is not None]
         rows.append(
@@ -104,10 +112,11 @@ def read_samples(cache: LogitCache, numbers: Sequence[int]) -> Samples:
         )
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     # Ids become places in the list of those that occur; −1 stays for "none" as the highest number of its type.
-    ids = np.unique(np.concatenate([arrays["tokens"], arrays["entries"].ravel()]))
+    of_tokens = [name for name in ("tokens", "entries", "rebuilt") if name in arrays]
+    ids = np.unique(np.concatenate([arrays[name].ravel() for name in of_tokens]))
     ids = ids[ids >= 0]
     small = np.uint16 if len(ids) < NOTHING else np.uint32
-    for name in ("tokens", "entries"):
+    for name in of_tokens:
         places = np.searchsorted(ids, arrays[name])
         arrays[name] = np.where(arrays[name] < 0, np.iinfo(small).max, places).astype(small)
     return Samples(rows, arrays, ids.astype(np.uint32))
@@ -179,6 +188,21 @@ def _arrays(sequence: CachedSequence, length: int) -> dict[str, np.ndarray]:
         "groups": groups,
         "group_logprobs": group_logprobs,
     }
+
+
+def _rebuilt_tail(targets: SparseTargets, basis: TailBasis, most: int) -> dict[str, np.ndarray]:
+    """Returns the tokens that the coefficients say are the tail's most probable, [M, 4], with logprobs; none beyond `most`."""
+    ids = np.full((len(targets), SHOWN_REBUILT), -1)
+    logprobs = np.full(ids.shape, -np.inf)
+    for position in range(min(most, len(targets))):
+        found = rebuilt(targets[position : position + 1], basis)[0]
+        found[targets.token_ids[position][targets.token_ids[position] != PAD_ID]] = -np.inf
+        count = min(SHOWN_REBUILT, len(found))
+        largest = np.argpartition(-found, count - 1)[:count]
+        ordered = largest[np.argsort(-found[largest], kind="stable")]
+        shown = ordered[np.isfinite(found[ordered])]
+        ids[position, : len(shown)], logprobs[position, : len(shown)] = shown, found[shown]
+    return {"rebuilt": ids, "rebuilt_logprobs": _steps(logprobs)}
 
 
 def _heaviest_groups(targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:

@@ -113,9 +113,9 @@ class Rows {
   targets(i) {
     const m = this.positionOf[i];
     if (m < 0) return null;
-    const { entries, groups, num_entries: numEntries, rank } = this.arrays;
+    const { entries, groups, rebuilt = [], num_entries: numEntries, rank } = this.arrays;
     const positions = this.arrays.entropy.length;
-    const [width, numGroups] = [entries.length / positions, groups.length / positions];
+    const [width, numGroups, numRebuilt] = [entries, groups, rebuilt].map((values) => values.length / positions);
     const range = (length) => Array.from({ length }, (_, j) => j);
     return {
       entropy: this.nats("entropy", m),
@@ -131,6 +131,10 @@ class Rows {
       groups: range(numGroups)
         .map((j) => ({ group: groups[m * numGroups + j], mass: Math.exp(-this.nats("group_logprobs", m * numGroups + j)) }))
         .filter(({ mass }) => mass > 0),
+      rebuilt: range(numRebuilt)
+        .map((j) => ({ id: rebuilt[m * numRebuilt + j], mass: Math.exp(-this.nats("rebuilt_logprobs", m * numRebuilt + j)) }))
+        .filter(({ mass }) => mass > 0)
+        .map(({ id, mass }) => ({ ...this.vocabulary(id), mass })),
     };
   }
 

@@ -24,6 +24,7 @@ from logitcache import LogitCache, UserError
 from logitcache.cli import main
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
+from logitcache.format.tail_basis import rebuilt
 from logitcache.format.tail_parts import TailParts
 from logitcache.report.page import view
 from logitcache.report.samples import MOST_ROWS, PAGE_TOKENS, SHOWN_CHARACTERS, chosen_rows, fair_lengths, read_samples
@@ -252,6 +253,8 @@ def test_numbers_of_a_page_are_those_of_the_targets_that_predicted_each_token(tm
     numbers = [1, 4]
     samples = read_samples(cache, numbers)
     arrays, ids = samples.arrays, samples.ids
+    basis = cache.tail_basis
+    assert basis is not None
     token = position = 0
     for number in numbers:
         sequence = cache[number]
@@ -278,6 +281,12 @@ def test_numbers_of_a_page_are_those_of_the_targets_that_predicted_each_token(tm
             assert targets.group_logprobs is not None
             heaviest = np.argsort(-targets.group_logprobs[m], kind="stable").tolist()
             assert arrays["groups"][position][:3].tolist() == heaviest
+            dealt = rebuilt(targets[m : m + 1], basis)[0]
+            outside = sorted(set(range(60)) - set(entries), key=lambda token: -dealt[token])[:4]
+            assert ids[arrays["rebuilt"][position][: len(outside)]].tolist() == outside
+            assert arrays["rebuilt_logprobs"][position][: len(outside)].tolist() == [
+                round(-p * 1000) for p in dealt[outside].tolist()
+            ]
             position += 1
     assert position == len(arrays["entropy"])
 

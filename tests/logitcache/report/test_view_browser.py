@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import exp
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("playwright")
@@ -17,6 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from logitcache import LogitCache
 from logitcache.format.layout import Layout
 from logitcache.format.manifest import Manifest
+from logitcache.format.tail_basis import rebuilt
 from logitcache.format.tail_parts import TailParts
 from logitcache.report.page import view
 from logitcache.report.samples import PAGE_TOKENS
@@ -24,12 +26,13 @@ from logitcache.report.statistics import ENTROPY_BARS
 from logitcache.storage.folder import Folder
 from tests.helpers.browser import needs_browser, opened, running_browser
 from tests.helpers.readable import HOSTILE, page_data, readable_cache, write_tokenizer, write_tokenizer_json
-from tests.helpers.smallcaches import EVERYTHING, VOCAB
+from tests.helpers.smallcaches import COEFFICIENT_STEP, EVERYTHING, VOCAB
 from tests.helpers.tokenizing import byte_level
 
 pytestmark = [needs_browser, pytest.mark.programs]
 WORDS = [f" word{i}" for i in range(50)] + ["\n", " Fox", " fox"]
-LAYOUT = Layout(len(WORDS), TailParts(groups=3, entropy=True), columns={"source": "string"})
+PARTS = TailParts(groups=3, entropy=True, rank=2)
+LAYOUT = Layout(len(WORDS), PARTS, columns={"source": "string"}).with_coefficient_step(COEFFICIENT_STEP)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,12 @@ def check_distribution(page: Page, cache: LogitCache, place: int) -> None:
         assert figures(page)["Rank"] == f"> {count}"
     assert targets.group_logprobs is not None
     assert page.locator("li.group").count() == (targets.group_logprobs[0] > -1e9).sum()
+    basis = cache.tail_basis
+    assert basis is not None
+    outside = np.delete(np.exp(rebuilt(targets, basis)[0]), ids)
+    shares = [share(line.inner_text()) for line in page.locator("li.rebuilt .mass").all()]
+    assert shares == pytest.approx(np.sort(outside)[:-5:-1], rel=0.01, abs=1e-4)
+    expect(page.locator("#panel")).to_contain_text("rebuilt from its coefficients, not stored")
 
 
 def test_a_prompt_token_says_that_nothing_is_stored_and_looks_other_than_by_colour(page: Page) -> None:
