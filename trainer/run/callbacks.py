@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from logitcache import UserError
 from trainer.config.metrics import JUDGED
@@ -22,6 +21,7 @@ TRAINING = (
     *("loss", "ce", "fkl", "rkl", "aux_loss", "teacher_tail", "student_tail", "residual_weight"),
     *("grad_norm", "learning_rate"),
 )
+RESIDUALS = "residual_weight"
 RESIDUALS_KEPT = 0.95  # of the sums over the probes, from one optimizer step to the next
 
 
@@ -132,11 +132,11 @@ class EarlyStopping(EarlyStoppingCallback):
         control.should_training_stop = count >= self.early_stopping_patience
 
 
-class ResidualWeight(TrainerCallback, ExportableState):
+class ResidualWeight(TrainerCallback):
     """Estimates ρ of the low-rank tail from the residuals at the probes of the steps so far, the same on all ranks.
 
     ρ = Σ ε_p ε_q / Σ ε_q² within 0 … 1, and 0 before the first step. Both sums forget: after a step RESIDUALS_KEPT of
-    them is left, and that of the step is added. Checkpoints hold them under the name of this class.
+    them is left, and that of the step is added. The states of checkpoints hold them under RESIDUALS.
     """
 
     def __init__(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
@@ -154,18 +154,14 @@ class ResidualWeight(TrainerCallback, ExportableState):
         if products is not None:
             self._of_step.append(products.sum(0))  # which stays on the device until the step ends
 
-    def state(self) -> dict[str, Any]:
-        """Return the sums as the state of a checkpoint holds them."""
-        return {"args": {}, "attributes": {"sums": [self._shared, self._own]}}
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the sums of the checkpoint. Raises UserError if it holds none."""
+        """Begin with the sums of the checkpoint. Raises UserError if it holds none."""
+        self._shared = self._own = 0.0
         self._of_step.clear()
         if not state.global_step:
-            self._shared = self._own = 0.0
             return
         try:
-            self._shared, self._own = map(float, state.stateful_callbacks[type(self).__name__]["attributes"]["sums"])
+            self._shared, self._own = map(float, state.stateful_callbacks[RESIDUALS]["sums"])
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(
                 "the checkpoint does not hold the sums of the low-rank tail's residuals: continue from another one"
@@ -180,6 +176,7 @@ class ResidualWeight(TrainerCallback, ExportableState):
         self._shared = RESIDUALS_KEPT * self._shared + shared
         self._own = RESIDUALS_KEPT * self._own + own
         self._of_step.clear()
+        state.stateful_callbacks[RESIDUALS] = {"sums": [self._shared, self._own]}
 
 
 class ThroughputCallback(TrainerCallback):

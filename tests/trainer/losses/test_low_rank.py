@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import trainer
+from tests.helpers.largest_tensors import LargestTensors
 from tests.helpers.lossmaking import (
     F_DIVERGENCES,
     LOSSES,
@@ -212,6 +213,23 @@ def test_the_fused_loss_is_the_unfused_one_in_value_gradient_and_terms(
     torch.testing.assert_close(terms.fkl, (p * (p.log() - log_q)).sum(1), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(terms.rkl, (log_q.exp() * (log_q - p.log())).sum(1), rtol=1e-8, atol=1e-10)
     assert terms.residual_products is not None and terms.residual_products.shape == (9, 2)
+
+
+@either_temperature
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_one_tensor_is_formed_that_is_as_large_as_the_logits(
+    softcap: float | None, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.losses.blocks.CACHED_ELEMENTS_CPU", 2 * 500)
+    teacher = random_logits(8, 500, 17)
+    targets = stored(teacher, [[0, 3]] * 8, random_basis(500, 4), num_probes=2)
+    hidden, weight = torch.randn(8, 4, dtype=torch.float64), torch.randn(500, 4, dtype=torch.float64)
+    with LargestTensors(8 * 500) as largest:
+        trainer.fused_linear_divergence(
+            hidden.requires_grad_(), weight.requires_grad_(), None, labels=torch.arange(8), targets=targets,
+            tail="low_rank", temperature=temperature, residual_weight=0.3, logit_softcap=softcap,
+        ).backward()  # fmt: skip
+    assert largest.allocations == 2, "the logits and the teacher"
 
 
 def test_under_autocast_the_teacher_is_rebuilt_in_full_precision() -> None:

@@ -119,7 +119,8 @@ def test_a_resumed_run_has_the_weights_and_losses_of_an_uninterrupted_one(tmp_pa
     through = DistillTrainer(near_teacher(), low_rank, config(tmp_path, **settings))
     through.train()
     assert len(set(logs(through, WEIGHTS))) == 12
-    resumed = DistillTrainer(near_teacher(), low_rank, config(tmp_path, **settings))
+    also = {"restore_callback_states_from_checkpoint": True}
+    resumed = DistillTrainer(near_teacher(), low_rank, config(tmp_path, **settings, **also))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     for name in (WEIGHTS, "loss", "rkl"):
         assert logs(resumed, name) == logs(through, name)
