@@ -64,7 +64,7 @@ def test_a_row_without_numbers_is_named_by_file_and_row(broken: Path, rows: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{}, {"tail_groups": 4}, {"top_p": 0.5}, {"tail_samples": 2, "tail_entropy": True}]
+    "settings", [{}, {"tail_groups": 4, "tail_rank": 2}, {"top_p": 0.5}, {"tail_samples": 2, "tail_entropy": True}]
 )
 def test_skip_bad_leaves_it_out_and_counts_it(
     broken: Path, teacher: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
@@ -123,8 +123,8 @@ def test_rows_that_are_copied_stay_where_others_are_left_out(broken: Path, rows:
 
 def test_a_shard_of_which_nothing_can_be_scored_is_refused(broken: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
-    data.write_text(json.dumps({"input_ids": [BROKEN, 5]}) + "\n")
-    for settings in ({}, {"tail_groups": 4}):
+    data.write_text(json.dumps({"input_ids": [BROKEN, 5, 6]}) + "\n")
+    for settings in ({}, {"tail_groups": 4}, {"tail_rank": 1, "tail_groups": 0}):
         with pytest.raises(
             UserError, match=r"no row of it could be scored; .*line 1|gives no log-probabilities that are"
         ):
