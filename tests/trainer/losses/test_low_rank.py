@@ -125,6 +125,15 @@ def test_all_components_are_the_whole_teacher(loss: str, temperature: float) -> 
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_in_single_precision_all_components_are_the_whole_teacher_too() -> None:
+    teacher = 4 * random_logits(20, 300, 1)
+    kept = [ids[:3] for ids in teacher.argsort(1, descending=True).tolist()]
+    targets = stored(teacher, kept, random_basis(300, 299)).for_arithmetic(torch.float32)
+    for transform in (torch.clone, lambda logits: logits + 20):  # a shift is none of the softmax
+        terms = distillation_terms(transform(teacher).float(), targets, settings=LossSettings("fkl", "low_rank"))
+        assert terms.fkl.abs().max() < 1e-5 and terms.rkl.abs().max() < 1e-5
+
+
 @every_loss
 @either_temperature
 @FEW

@@ -19,9 +19,11 @@ from tests.helpers.distilling import CatchGradient, config, near_teacher
 from tests.helpers.processes import on_two_ranks
 from tests.helpers.smallcaches import tail_basis
 from tests.helpers.two_ranks import train_three_steps
+from trainer.config.config import DistillConfig
 from trainer.data.training_data import open_training_data
 from trainer.evaluation.evaluate import evaluate
 from trainer.run.distill_trainer import DistillTrainer
+from trainer.run.prepare import prepare
 
 RANK = 10
 WEIGHTS = "residual_weight"
@@ -89,6 +91,15 @@ def test_the_gradient_is_that_of_the_definition(
     assert logs(trainer, "fkl") == pytest.approx([torch.cat(fkl).mean().item()], rel=1e-5)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(catch.gradient[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_it_is_said_that_the_tail_was_chosen(tmp_path: Path, low_rank: LogitCache, student_folder: str) -> None:
+    def said(**settings: Any) -> str:
+        common: dict[str, Any] = {"cache": low_rank.path, "student": student_folder, "output_dir": str(tmp_path)}
+        return prepare(DistillConfig(**common, use_cpu=True, **settings)).choices["tail"]
+
+    assert said() == said(temperature=3.0) == "low_rank (chosen: the cache holds coefficients)"
+    assert said(tail="low_rank") == "low_rank"
 
 
 def test_the_weight_of_the_residuals_is_that_of_the_probes(tmp_path: Path, low_rank: LogitCache) -> None:
