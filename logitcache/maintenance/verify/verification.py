@@ -206,16 +206,18 @@ def _check_files(folder: Folder, claims: Claims) -> Iterator[Finding]:
         for name in [*folder.files(TOKENIZER_DIRECTORY), *stored]:
             if name not in claims.named:
                 yield Finding("foreign", name, "a reader would trust it")
-    if claims.layout is not None:
-        for name in claims.layout.tail_parts.files:
-            what, check = _TAIL_FILES[name]
+    if (layout := claims.layout) is None:
+        return
+    for name, (what, check) in _TAIL_FILES.items():
+        if name not in layout.tail_parts.files:
+            continue
+        if name in stored:
             try:
-                if name in stored:
-                    yield from check(BytesIO(folder.read(name)), claims.layout)
-                elif name not in claims.files:
-                    yield Finding("missing", name, f"the layout has {what}, their file is not there")
+                yield from check(BytesIO(folder.read(name)), layout)
             except Exception as error:  # Arrow has its own kinds
                 yield Finding("damaged", name, f"cannot be read ({one_line(error)})")
+        elif name not in claims.files:
+            yield Finding("missing", name, f"the layout has {what}, their file is not there")
 
 
 def _check_tail_groups(file: BinaryIO, layout: Layout) -> Iterator[Finding]:
