@@ -25,7 +25,15 @@ import pyarrow.parquet as pq
 from logitcache.capture.calibration import make_tail_basis, make_tail_groups
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
 from logitcache.capture.engine import start_teacher
-from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
+from logitcache.capture.estimate.fidelity import (
+    SLOPES,
+    STUDENTS,
+    Outcomes,
+    gradient_errors,
+    rebuilt_outcomes,
+    stand_in,
+    tail_divergence,
+)
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
 from logitcache.capture.plan import cache_layout
@@ -36,7 +44,9 @@ from logitcache.errors import UserError
 from logitcache.format.codebook import Codebook
 from logitcache.format.codec import encode
 from logitcache.format.layout import Layout
+from logitcache.format.quantization import rounded
 from logitcache.format.sequences import ColumnTypes, TokenSequence, columns_text, stored_columns
+from logitcache.format.tail_basis import TailBasis
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets, concatenate
 from logitcache.format.truncation import nucleus, truncate
@@ -102,7 +112,8 @@ class Choice:
     """The price and the worth of storing `top_k` entries and the masses of `tail_groups` (0: of the whole tail).
 
     mass_covered: mean probability of the entries.  gradient_error: (loss, stage) → relative error of the summed gradient
-    for a student that stands in for a real one of that stage; empty if the teacher gives only its top-k.
+    for a student that stands in for a real one of that stage; empty if the teacher gives only its top-k.  tail_rank: its
+    coefficients in place of groups, or 0.  tail_divergence: mean divergence of the tail that they rebuild, nats, or None.
     """
 
     top_k: int
@@ -110,11 +121,13 @@ class Choice:
     bytes_per_position: float
     mass_covered: float
     gradient_error: Mapping[tuple[str, str], float]
+    tail_rank: int = 0
+    tail_divergence: float | None = None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A build's cost, and what other choices of k and of tail groups would cost and keep.
+    """A build's cost, and what other choices of k, of tail groups and of a rank would cost and keep.
 
     bytes_per_position: encoded with `settings`, input ids and kept columns included.  tokens_per_s: scored with them, by
     one engine.  not_told_apart: mean probability beyond the entries that stand for the full vocabulary in gradient errors.
@@ -161,20 +174,26 @@ class Estimate:
             lines.append(
                 "Relative error of the gradient summed over positions, for stand-ins of an early and a late student; "
                 f"{self.not_told_apart:.2%} of the probability is known by group only."
+                + " With a rank, before the student's own residuals are used."
+                * bool(settings.tail_parts.rank)
             )
         return "\n".join(lines)
 
     def _heading(self) -> list[str]:
         errors = [f"{loss} {stage}" for loss, stage in self.choices[0].gradient_error]
-        return ["stored", "bytes/position", "cache", "mass covered", *errors]
+        divergence = ["KL of tail"] * bool(self.settings.tail_parts.rank)
+        return ["stored", "bytes/position", "cache", "mass covered", *divergence, *errors]
 
     def _cells(self, choice: Choice) -> list[str]:
         tail = f" + {choice.tail_groups} groups" if choice.tail_groups else ""
+        tail += f" + rank {choice.tail_rank}" if choice.tail_rank else ""
+        divergence = "" if choice.tail_divergence is None else f"{choice.tail_divergence:.3f}"
         return [
             f"k = {choice.top_k}{tail}",
             f"{choice.bytes_per_position:,.0f}",
             _size(choice.bytes_per_position * self.sample.num_positions.value),
             f"{choice.mass_covered:.2%}",
+            *[divergence] * bool(self.settings.tail_parts.rank),
             *(f"{error:.3f}" for error in choice.gradient_error.values()),
         ]
 
@@ -198,25 +217,29 @@ def estimate(
     ks = sorted({k for k in CANDIDATE_KS if k <= most} | {settings.top_k})
     logger.info("scoring %d sequences of the sample", len(priced))
     priced = _with_numbers(teacher, priced, skip_bad)
-    judgement, num_groups = None, 0
+    judgement, parts = None, TailParts()
     if sees_logits:
         num_groups = settings.tail_parts.groups or min(SHOWN_TAIL_GROUPS, layout.vocab_size)
-        judgement = _judge(cast(LogitTeacher, teacher), priced, num_groups, layout.vocab_size, ks)
+        parts = TailParts(groups=num_groups, rank=settings.tail_parts.rank, probes=settings.tail_parts.probes)
+        basis = None
+        if parts.rank:
+            basis = make_tail_basis(cast(LogitTeacher, teacher), priced, parts.rank, settings.precision)
+            cast(LogitTeacher, teacher).set_tail_basis(basis)
+            layout = layout.with_coefficient_step(basis.step)
+        judgement = _judge(cast(LogitTeacher, teacher), priced, parts, layout, basis, ks)
     began = time.monotonic()
-    scored = list(teacher.score(priced, CaptureSettings(top_k=ks[-1], tail_parts=TailParts(groups=num_groups))))
+    scored = list(teacher.score(priced, CaptureSettings(top_k=ks[-1], tail_parts=parts)))
     tokens_per_s = _num_tokens(priced) / (time.monotonic() - began)
     choices = []
     for k in ks:
-        choices.append(_choice(priced, scored, k, layout, None, judgement))
+        choices.append(_choice(priced, scored, k, layout, TailParts(), judgement))
         if judgement:
-            choices.append(_choice(priced, scored, k, layout, judgement.tail_groups, judgement))
+            choices.append(_choice(priced, scored, k, layout, TailParts(groups=parts.groups), judgement))
+        if parts.rank:
+            choices.append(_choice(priced, scored, k, layout, replace(parts, groups=0), judgement))
 
     lengths = [len(sequence.input_ids) for sequence in sequences]
     timed = _first(sequences, lengths, max(tokens_per_s * TIMED_S, _num_tokens(priced)))
-    if settings.tail_parts.rank:
-        basis = make_tail_basis(cast(LogitTeacher, teacher), priced, settings.tail_parts.rank, settings.precision)
-        cast(LogitTeacher, teacher).set_tail_basis(basis)
-        layout = layout.with_coefficient_step(basis.step)
     began = time.monotonic()
     results = teacher.score(timed, settings)
     kept = list(islice(results, len(priced)))
@@ -246,27 +269,45 @@ def _with_numbers(teacher: Teacher, sequences: Sequence[TokenSequence], skip_bad
 
 class _Judgement(NamedTuple):
     tail_groups: np.ndarray  # int [V]
-    gradient_error: Mapping[tuple[int, bool], Mapping[tuple[str, str], float]]  # (k, grouped) → Choice.gradient_error
+    gradient_error: Mapping[tuple[int, str], Mapping[tuple[str, str], float]]  # (k, tail) → Choice.gradient_error
+    tail_divergence: Mapping[int, float]  # k → Choice.tail_divergence
     not_told_apart: float
 
 
 def _judge(
-    teacher: LogitTeacher, priced: Sequence[TokenSequence], num_groups: int, vocab_size: int, ks: Sequence[int]
+    teacher: LogitTeacher,
+    priced: Sequence[TokenSequence],
+    parts: TailParts,
+    layout: Layout,
+    basis: TailBasis | None,
+    ks: Sequence[int],
 ) -> _Judgement:
-    """Returns the gradient errors, on some of the positions, of every k with one bucket and with groups."""
+    """Returns the gradient errors, on some of the positions, of every k with one bucket, with groups and with a rank."""
     mean_probability = teacher.mean_probability(priced)
-    tail_groups = make_tail_groups(teacher, priced, num_groups)
+    tail_groups = make_tail_groups(teacher, priced, parts.groups)
     teacher.set_tail_groups(tail_groups)
-    wide = CaptureSettings(top_k=max(min(vocab_size, JUDGED_ENTRIES), ks[-1]), tail_parts=TailParts(groups=num_groups))
+    wide = CaptureSettings(
+        top_k=max(min(layout.vocab_size, JUDGED_ENTRIES), ks[-1]), tail_parts=replace(parts, probes=0)
+    )
     targets = concatenate(list(teacher.score(thinned(priced, JUDGED_POSITIONS), wide)))
     outcomes = Outcomes.of_targets(targets, mean_probability, tail_groups)
     students = {stage: stand_in(outcomes, stage) for stage in STUDENTS}
-    found: dict[tuple[int, bool], Mapping[tuple[str, str], float]] = {}
-    for grouped in (False, True):
-        errors = {stage: gradient_errors(outcomes, students[stage], ks, grouped=grouped) for stage in STUDENTS}
+    rebuilt = None
+    if basis is not None:
+        assert targets.tail_coefficients is not None
+        step = layout.quantization.coefficient_step if layout.quantization else None
+        rebuilt = rebuilt_outcomes(outcomes, basis, rounded(targets.tail_coefficients, step), tail_groups)
+    found: dict[tuple[int, str], Mapping[tuple[str, str], float]] = {}
+    for tail in ("bucket", "groups", "rank"):
+        if tail == "rank" and rebuilt is None:
+            continue
+        known: dict[str, Any] = {"grouped": tail == "groups", "rebuilt": rebuilt if tail == "rank" else None}
+        errors = {stage: gradient_errors(outcomes, students[stage], ks, **known) for stage in STUDENTS}
         for i, k in enumerate(ks):
-            found[k, grouped] = {(loss, stage): errors[stage][i][loss] for loss in SLOPES for stage in STUDENTS}
-    return _Judgement(tail_groups, found, float(np.exp(targets.tail_logprob, dtype=np.float64).mean()))
+            found[k, tail] = {(loss, stage): errors[stage][i][loss] for loss in SLOPES for stage in STUDENTS}
+    divergences = {} if rebuilt is None else {k: tail_divergence(outcomes, rebuilt, k) for k in ks}
+    not_told_apart = float(np.exp(targets.tail_logprob, dtype=np.float64).mean())
+    return _Judgement(tail_groups, found, divergences, not_told_apart)
 
 
 def _choice(
@@ -274,19 +315,23 @@ def _choice(
     scored: Sequence[SparseTargets],
     k: int,
     layout: Layout,
-    tail_groups: np.ndarray | None,
+    parts: TailParts,
     judgement: _Judgement | None,
 ) -> Choice:
-    num_groups = 0 if tail_groups is None else int(tail_groups.max()) + 1
+    tail_groups = judgement.tail_groups if judgement and parts.groups else None
     stored = [truncate_to_top_k(targets, k, tail_groups) for targets in scored]
-    num_bytes = stored_bytes(
-        sequences,
-        stored,
-        Layout(layout.vocab_size, TailParts(groups=num_groups), columns=layout.columns, precision=layout.precision),
-    )
+    num_bytes = stored_bytes(sequences, stored, replace(layout, tail_parts=parts))
     tail_mass = np.concatenate([np.exp(targets.tail_logprob, dtype=np.float64) for targets in stored]).mean()
-    errors = judgement.gradient_error[k, tail_groups is not None] if judgement else {}
-    return Choice(k, num_groups, num_bytes / _num_positions(sequences), 1 - float(tail_mass), errors)
+    tail = "rank" if parts.rank else "groups" if parts.groups else "bucket"
+    return Choice(
+        top_k=k,
+        tail_groups=parts.groups,
+        bytes_per_position=num_bytes / _num_positions(sequences),
+        mass_covered=1 - float(tail_mass),
+        gradient_error=judgement.gradient_error[k, tail] if judgement else {},
+        tail_rank=parts.rank,
+        tail_divergence=judgement.tail_divergence[k] if judgement and parts.rank else None,
+    )
 
 
 def stored_bytes(sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets], layout: Layout) -> int:

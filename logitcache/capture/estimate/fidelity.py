@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from logitcache.format.tail_basis import TailBasis
 from logitcache.format.targets import PAD_ID, SparseTargets
 
 VALUES_PER_CHUNK = 1 << 21
@@ -124,12 +125,14 @@ def gradient_errors(
     *,
     grouped: bool,
     group_step_nats: float = 0.0,
+    rebuilt: np.ndarray | None = None,
 ) -> list[dict[str, float]]:
     """Returns ‖Σ g_stored − Σ g_full‖ / ‖Σ g_full‖ by loss, for each choice of entries; sums over positions, norms over logits.
 
     student_logprobs: float64 [N, E].  entries: for each choice k, or the outcomes that are stored by themselves, bool [N, E].
     grouped: whether the tail's mass is known by group.  group_step_nats: the logs of the groups' shares of the tail are rounded
-    to multiples of it (0: not at all), and the groups then scaled to the tail, as the loss does.
+    to multiples of it (0: not at all), and the groups then scaled to the tail, as the loss does.  rebuilt: the teacher's logits
+    as they are known in the tail, float64 [N, E]; the loss then scales their shares to the tail, and knows no groups.
     """
     num_rows, width = outcomes.logprobs.shape
     sums = np.zeros((1 + len(entries), len(SLOPES), int(outcomes.ids.max()) + 1))
@@ -145,15 +148,59 @@ def gradient_errors(
             alone = np.arange(width) < stored if isinstance(stored, int) else stored[rows]
             alone = np.broadcast_to(alone, q.shape)
             known = log_ratio
-            if not alone.all():
+            if rebuilt is not None:
+                known = np.where(
+                    alone, log_ratio, _scaled_to(p * ~alone, rebuilt[rows], alone) - np.where(q > 0, log_q, 0.0)
+                )
+            elif not alone.all():
                 known = np.where(alone, log_ratio, _of_groups(p * ~alone, q * ~alone, groups, group_step_nats))
-            head = alone & _head(p)
+            head = (alone | (rebuilt is not None)) & _head(p)
             for loss, slope in enumerate(SLOPES.values()):
                 slopes = slope(known, q, head)
                 gradient = weight * (slopes - (q * slopes).sum(axis=1, keepdims=True))
                 sums[choice, loss] += np.bincount(ids, gradient.ravel(), sums.shape[2])
     errors = np.linalg.norm(sums[1:] - sums[0], axis=2) / np.linalg.norm(sums[0], axis=1)
     return [dict(zip(SLOPES, row.tolist(), strict=True)) for row in errors]
+
+
+def rebuilt_outcomes(
+    outcomes: Outcomes, basis: TailBasis, coefficients: np.ndarray, tail_groups: np.ndarray
+) -> np.ndarray:
+    """Returns the logits that coefficients [N, R] rebuild, of outcomes: float64 [N, E].  tail_groups: of each id, int [V]."""
+    vocab_size, num_groups = len(tail_groups), int(tail_groups.max()) + 1
+    rebuilt = np.empty(outcomes.logprobs.shape)
+    for start in range(0, len(rebuilt), step := max(VALUES_PER_CHUNK // vocab_size, 1)):
+        rows = slice(start, start + step)
+        ids, groups, sizes = outcomes.ids[rows], outcomes.groups[rows], outcomes.sizes[rows]
+        logits = (basis.offset + coefficients[rows] @ basis.directions.T).astype(np.float64)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        is_token = ids < vocab_size
+        of_tokens = np.take_along_axis(weights, np.where(is_token, ids, 0), axis=1)
+        rests = group_sums(weights, np.broadcast_to(tail_groups, weights.shape), num_groups)
+        rests -= group_sums(of_tokens * (is_token & (sizes == 1)), groups, num_groups)
+        of_rests = np.take_along_axis(np.maximum(rests, np.finfo(float).tiny), groups, axis=1)
+        rebuilt[rows] = np.log(np.maximum(np.where(is_token, of_tokens, of_rests), np.finfo(float).tiny))
+    return rebuilt
+
+
+def tail_divergence(outcomes: Outcomes, rebuilt: np.ndarray, k: int) -> float:
+    """Returns the mean divergence of the rebuilt tails from the teacher's beyond k entries.  rebuilt: [N, E]."""
+    p = np.exp(outcomes.logprobs)
+    alone = np.broadcast_to(np.arange(p.shape[1]) < k, p.shape)
+    tail = p * ~alone
+    known = _scaled_to(tail, rebuilt, alone)
+    terms = np.where(tail > 0, tail * (np.where(tail > 0, outcomes.logprobs, 0.0) - known), 0.0).sum(axis=1)
+    mass = tail.sum(axis=1)
+    return float((terms / np.where(mass > 0, mass, 1.0)).mean())
+
+
+def _scaled_to(tail: np.ndarray, logits: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    """Returns log-probabilities of outcomes that are not known alone, as the logits share out the tail's mass: [N, E]."""
+    shares = np.where(alone, -np.inf, logits)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_mass = np.log(tail.sum(axis=1, keepdims=True))
+        known = logits - np.logaddexp.reduce(shares, axis=1, keepdims=True) + log_mass
+    return np.where(np.isfinite(known), known, 0.0)
 
 
 def group_sums(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:

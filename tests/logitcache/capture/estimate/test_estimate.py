@@ -221,9 +221,11 @@ def estimated(engine: TransformersTeacher, corpus: Path, teacher_tokenizer: Any)
 @pytest.mark.slow
 def test_every_choice_has_its_bytes_mass_and_errors(estimated: Estimate) -> None:
     ks = [8, 16, 32, 40, 64, 128, 256]
-    assert [(c.top_k, c.tail_groups) for c in estimated.choices] == [(k, g) for k in ks for g in (0, 16)]
-    for groups in (0, 16):
-        choices = [c for c in estimated.choices if c.tail_groups == groups]
+    tails = [(0, 0), (16, 0), (0, 4)]
+    assert [(c.top_k, c.tail_groups, c.tail_rank) for c in estimated.choices] == [(k, *t) for k in ks for t in tails]
+    for tail in tails:
+        choices = [c for c in estimated.choices if (c.tail_groups, c.tail_rank) == tail]
+        assert all((c.tail_divergence is None) == (not c.tail_rank) for c in choices)
         for figures in zip(*(c.gradient_error.values() for c in choices), strict=True):
             assert 0 < figures[-1] < figures[0]
         sizes = [c.bytes_per_position for c in choices]
@@ -264,7 +266,7 @@ def test_the_table_is_aligned_and_says_what_its_errors_are(estimated: Estimate) 
     rows = [line for line in text.splitlines() if line.startswith(("stored", "k = "))]
     assert len(rows) == 1 + len(estimated.choices)
     assert len({len(row) for row in rows}) == 1
-    assert "k = 40 + 16 groups" in text
+    assert "k = 40 + 16 groups" in text and "k = 40 + rank 4" in text and "KL of tail" in text
     assert f"{estimated.sample.num_positions.value:,.0f}" in text
     assert "gradient" in text
 

@@ -7,8 +7,20 @@ import pytest
 import torch
 
 from logitcache.capture.estimate import fidelity
-from logitcache.capture.estimate.fidelity import SLOPES, STUDENTS, Outcomes, gradient_errors, stand_in
+from logitcache.capture.estimate.fidelity import (
+    SLOPES,
+    STUDENTS,
+    Outcomes,
+    gradient_errors,
+    rebuilt_outcomes,
+    stand_in,
+    tail_divergence,
+)
+from logitcache.format.layout import Layout
+from logitcache.format.tail_basis import TailBasis
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import PAD_ID, SparseTargets
+from tests.helpers.smallcaches import sparse_targets
 
 N, V, G = 7, 60, 5
 
@@ -222,3 +234,52 @@ def test_impossible_tokens_and_absent_entries_count_for_nothing() -> None:
     student = np.insert(Q.numpy()[:, : plain.logprobs.shape[1]], [20, 20], -np.inf, axis=1)
     expected = gradient_errors(plain, np.delete(student, [20, 21], axis=1), [4], grouped=True)
     assert gradient_errors(wider, student, [4], grouped=True)[0] == pytest.approx(expected[0], rel=1e-12)
+
+
+def test_rebuilt_logits_of_outcomes_are_those_of_their_tokens() -> None:
+    random = np.random.default_rng(3)
+    vocab_size, groups = 40, (np.arange(40) * 7 % 3).astype(np.int32)
+    basis = TailBasis(
+        random.standard_normal(vocab_size).astype(np.float32),
+        random.standard_normal((vocab_size, 2)).astype(np.float32),
+        np.full(vocab_size, 1 / vocab_size, np.float32),
+        0.1,
+        np.ones(2, np.float32),
+    )
+    coefficients = random.standard_normal((5, 2)).astype(np.float32)
+    logits = basis.offset + coefficients @ basis.directions.T
+    full = random.standard_normal((5, vocab_size))
+    full -= np.logaddexp.reduce(full, axis=1, keepdims=True)
+    mean = np.exp(full).mean(axis=0)
+    every = Outcomes.of_logprobs(full, mean, groups)
+    rebuilt = rebuilt_outcomes(every, basis, coefficients, groups)
+    assert np.allclose(np.ptp(rebuilt - np.take_along_axis(logits, every.ids, axis=1), axis=1), 0, atol=1e-5)
+
+    layout = Layout(vocab_size, TailParts(groups=3))
+    some = Outcomes.of_targets(sparse_targets(full, [6] * 5, layout, groups), mean, groups)
+    rebuilt = rebuilt_outcomes(some, basis, coefficients, groups)
+    for row in range(5):
+        entries = some.ids[row, :6]
+        rest = np.setdiff1d(np.arange(vocab_size), entries)
+        sums = [np.logaddexp.reduce(logits[row, rest[groups[rest] == group]]) for group in range(3)]
+        assert np.ptp(rebuilt[row] - [*logits[row, entries], *sums]) <= 1e-5
+
+
+def test_a_tail_that_is_rebuilt_as_it_is_leaves_no_error_and_another_what_it_diverges() -> None:
+    random = np.random.default_rng(4)
+    full = 2 * random.standard_normal((20, 50))
+    full -= np.logaddexp.reduce(full, axis=1, keepdims=True)
+    outcomes = Outcomes.of_logprobs(full, np.exp(full).mean(axis=0), np.zeros(50, np.int32))
+    student = stand_in(outcomes, "early")
+    shifted = outcomes.logprobs + 3
+    (errors,) = gradient_errors(outcomes, student, [4], grouped=False, rebuilt=shifted)
+    assert max(errors.values()) < 1e-12
+    assert abs(tail_divergence(outcomes, shifted, 4)) < 1e-12
+
+    others = outcomes.logprobs + random.standard_normal(full.shape)
+    (some,) = gradient_errors(outcomes, student, [4], grouped=False, rebuilt=others)
+    assert min(some.values()) > 0.01
+    tail, wrong = (
+        values[:, 4:] - np.logaddexp.reduce(values[:, 4:], axis=1)[:, None] for values in (outcomes.logprobs, others)
+    )
+    assert tail_divergence(outcomes, others, 4) == pytest.approx((np.exp(tail) * (tail - wrong)).sum(axis=1).mean())
