@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import logitcache
@@ -19,11 +20,14 @@ from logitcache.format.codebook import Codebook
 from logitcache.format.codec import DecodedRows, encode
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import PRESETS
+from logitcache.format.sequences import TokenSequence
+from logitcache.format.shards import ShardWriter
 from logitcache.format.soundness import find_wrong
 from logitcache.format.tail_part import TailPart
 from logitcache.format.tail_parts import PARTS, TailParts, parts_of, rescaled, shared_parts
 from logitcache.format.targets import concatenate
 from logitcache.report.description import origin
+from logitcache.storage.folder import Folder
 from tests.helpers.exchanging import findings
 from tests.helpers.maintained import arrays_of, assert_same_row, assert_same_targets, make_cache
 from tests.helpers.smallcaches import (
@@ -180,3 +184,33 @@ def test_other_settings_are_refused_by_the_options_name(part: TailPart) -> None:
         impossible = replace(TailParts(), **{part.name: value})
         with pytest.raises(logitcache.UserError, match=f"{part.flag} -1"):
             CaptureSettings(8, tail_parts=impossible).check(VOCAB)
+
+
+@pytest.mark.slow
+def test_coefficients_take_little_more_than_their_entropy(tmp_path: Path) -> None:
+    layout = Layout(VOCAB, TailParts(rank=32)).with_coefficient_step(COEFFICIENT_STEP)
+    random = np.random.default_rng(0)
+    deviations = COEFFICIENT_STEP * np.array([9, 6, 4, *[2] * 29])
+    coefficients = (random.normal(size=(4000, 32)) * deviations).astype(np.float32)
+    ids = np.zeros((4000, 1), np.int32)
+    targets = SparseTargets(ids, np.zeros((4000, 1), np.float32), np.full(4000, -np.inf, np.float32))
+    with ShardWriter(Folder(tmp_path), "shard.parquet", layout) as writer:
+        sequence = TokenSequence(np.zeros(4001, np.int32), np.arange(4001) > 0)
+        writer.write(sequence, replace(targets, tail_coefficients=coefficients))
+    metadata = pq.read_metadata(tmp_path / "shard.parquet")
+    chunks = [metadata.row_group(0).column(i) for i in range(metadata.num_columns)]
+    taken = {chunk.path_in_schema.split(".")[0]: 8 * chunk.total_compressed_size for chunk in chunks}
+    counts = np.unique(np.rint(coefficients / COEFFICIENT_STEP), return_counts=True)[1]
+    entropy = -(counts * np.log2(counts / counts.sum())).sum()
+    assert entropy <= taken["tail_coefficients"] <= 1.1 * entropy
+
+
+def test_a_layout_of_rounded_coefficients_has_their_step() -> None:
+    described = Layout(VOCAB, TailParts(rank=2)).with_coefficient_step(COEFFICIENT_STEP).to_json()
+    assert described["rounding"]["coefficient_step"] == COEFFICIENT_STEP
+    del described["rounding"]["coefficient_step"]
+    with pytest.raises(ValueError, match="no step of the coefficients"):
+        Layout.from_json(described)
+    exact = Layout(VOCAB, TailParts(rank=2), precision="exact")
+    assert exact.with_coefficient_step(COEFFICIENT_STEP) == exact == Layout.from_json(exact.to_json())
+    assert Layout(VOCAB).parquet_options()["compression_level"] == 6
