@@ -366,13 +366,13 @@ def command(teacher: Path, prompts: Path, out: Path) -> list[str]:
     return [
         *("logitcache", "build", "--generate", "--sampling-params", sampling, "--keep", "id"),
         *("--teacher", str(teacher), "--data", str(prompts), "--out", str(out), "--backend", "vllm"),
-        *("--top-k", "16", "--max-length", "64", "--max-num-seqs", "32"),
+        *("--top-k", "16", "--tail-rank", "8", "--max-length", "64", "--max-num-seqs", "32"),
     ]
 
 
 def settled(teacher: Path, prompts: Path) -> Any:
     """What `command` asks for."""
-    settings: dict[str, Any] = {"backend": "vllm", "keep": ["id"], "top_k": 16, **LIMITS}
+    settings: dict[str, Any] = {"backend": "vllm", "keep": ["id"], "top_k": 16, "tail_rank": 8, **LIMITS}
     return resolve_inputs(str(teacher), str(prompts), SAMPLING, **settings)
 
 
