@@ -12,6 +12,7 @@ from logitcache.assembly.plan import PLAN_NAME, SHARD_POSITIONS
 from logitcache.assembly.resume import begun_plan, finished_cache
 from logitcache.assembly.workspace import lock_range, workspace
 from logitcache.assembly.write import complete_shards
+from logitcache.capture.calibration import check_positions
 from logitcache.capture.executors import Placement, capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
 from logitcache.capture.generation.completions import complete_prompts
@@ -232,6 +233,8 @@ def _capture(plan: BuildPlan, job: Job, placement: Placement) -> None:
         to_score = _copy(plan, job.reused, missing)
     if not to_score:
         return
+    if not all(plan.folder.exists(name) for name in calibration_files(job.settings.tail_parts)):
+        check_positions(plan.shards[0].num_positions, job.settings.tail_parts.rank)
     done = sum(plan.shards[index].num_tokens for index in mine if index not in to_score)
     progress = Progress("scoring", done + sum(to_score.values()), done, "tokens")
     try:

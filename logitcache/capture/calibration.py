@@ -126,12 +126,7 @@ def make_tail_basis(
     A token's weight is the square root of its mean probability. Directions are rounded to half precision, as they are stored.
     Raises UserError if there are too few positions, if the logits vary in fewer directions, or are no numbers.
     """
-    available = sum(len(sequence.positions) for sequence in sequences)
-    if available < LEAST_POSITIONS_PER_DIRECTION * rank:
-        raise UserError(
-            f"--tail-rank {rank}: its basis is made from at least {LEAST_POSITIONS_PER_DIRECTION * rank} positions of the first "
-            f"shard, which offers {available}: choose at most {available // LEAST_POSITIONS_PER_DIRECTION}, or a longer corpus"
-        )
+    check_positions(sum(len(sequence.positions) for sequence in sequences), rank)
     sequences = list(_some_positions(sequences, POSITIONS_PER_DIRECTION * rank))
     probabilities = teacher.mean_probability(sequences)
     if np.isnan(probabilities).any():
@@ -159,6 +154,15 @@ def make_tail_basis(
     rounded = np.clip(directions, -HALF_LIMIT, HALF_LIMIT).astype(np.float16).astype(np.float32)
     step = 6 * float(np.sqrt(variances.mean())) / 2 ** COEFFICIENT_BITS[precision]
     return TailBasis(offset, rounded, weights, step, variances)
+
+
+def check_positions(available: int, rank: int) -> None:
+    """Raises UserError if so many positions are too few for a basis."""
+    if available < LEAST_POSITIONS_PER_DIRECTION * rank:
+        raise UserError(
+            f"--tail-rank {rank}: its basis is made from at least {LEAST_POSITIONS_PER_DIRECTION * rank} positions of the first "
+            f"shard, which offers {available}: choose at most {available // LEAST_POSITIONS_PER_DIRECTION}, or a longer corpus"
+        )
 
 
 def _some_positions(sequences: Sequence[TokenSequence], num_positions: int) -> Iterator[TokenSequence]:

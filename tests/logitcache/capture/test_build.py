@@ -117,6 +117,16 @@ def test_padding_columns_are_no_part_of_the_distribution(teacher: Path, corpus: 
     assert_scores_agree(cache, teacher, [3])
 
 
+def test_a_corpus_that_is_too_short_for_a_basis_is_refused_before_the_weights_load(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "start_teacher", lambda *_: pytest.fail("weights were loaded"))
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"input_ids": [1, 2, 3, 4, 5, 6]}')
+    with pytest.raises(UserError, match=r"--tail-rank 3: .* at least 6 positions .* offers 5: choose at most 2"):
+        build(teacher, data, tmp_path / "c", tail_rank=3)
+
+
 def test_top_p_gives_ragged_entries_with_a_floor(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     cache = build(teacher, corpus, tmp_path / "cache", top_k=64, top_p=0.3, min_k=4)
     counts = np.concatenate([s.targets.num_entries for s in cache])
