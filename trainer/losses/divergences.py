@@ -26,13 +26,12 @@ TOP_RANGE = 64  # tokens of whom a maximum is taken, in the search for the large
 
 def forward_kl(coarse: Coarse) -> tuple[Tensor, Tensor]:
     """FKL, Σ p log(p/q). Hinton et al. 2015, arXiv 1503.02531."""
-    return -(coarse.p * coarse.log_ratio).sum(1), -coarse.p
+    return coarse.fkl, -coarse.p
 
 
 def reverse_kl(coarse: Coarse) -> tuple[Tensor, Tensor]:
     """RKL, Σ q log(q/p). Gu et al. 2024 (MiniLLM), arXiv 2306.08543."""
-    q, r = coarse.q, coarse.log_ratio
-    return (q * r).sum(1), q * (1 + r)
+    return coarse.rkl, coarse.q * (1 + coarse.log_ratio)
 
 
 def jeffreys(coarse: Coarse) -> tuple[Tensor, Tensor]:
@@ -51,7 +50,7 @@ def adaptive_kl(coarse: Coarse, *, akl_split: str = "official") -> tuple[Tensor,
     if akl_split not in AKL_SPLITS:
         raise ValueError(f"akl_split is {akl_split!r}; accepted are {', '.join(AKL_SPLITS)}")
     k = coarse.num_entries
-    gap = (coarse.p - coarse.q).abs().detach()  # [N, C]
+    gap = (coarse.p - coarse.q).detach().abs_()  # [N, C]
     entry_p, order = _largest_entries(coarse.p[:, :k])
     entry_gap = gap.gather(1, order)
     head = AKL_SPLITS[akl_split](entry_p.cumsum(1))

@@ -72,31 +72,29 @@ class LowRankBlock:
         self._entries = logits.gather(1, targets.token_ids.clamp_min(0)).masked_fill_(targets.token_ids < 0, -inf)
         self.kd, self.largest, self._log_normaliser, fkl, rkl, tail_mass = logits.new_empty(6, len(logits))
         for rows in cached_rows(logits):
-            self.largest[rows], largest_ids = logits[rows].max(1)
-            log_q = logits[rows].log_softmax(1)
-            self._log_normaliser[rows] = self.largest[rows] - log_q.gather(1, largest_ids[:, None])[:, 0]
-            at_one = self._diverge(rows, log_q, targets[rows])
-            fkl[rows] = -torch.linalg.vecdot(at_one.p, at_one.log_ratio)
-            rkl[rows] = torch.linalg.vecdot(at_one.q, at_one.log_ratio)
+            student = _Softmax(logits[rows])
+            self.largest[rows], self._log_normaliser[rows] = student.largest, student.log_normaliser
+            at_one = self._diverge(rows, student, targets[rows])
+            fkl[rows], rkl[rows] = at_one.fkl, at_one.rkl
             tail_mass[rows] = _write_(at_one.q, targets.token_ids[rows], torch.zeros_like(self._entries[rows])).sum(1)
         self._tail = (tail_mass.log() + self._log_normaliser)[:, None]
         self.own_terms |= {"fkl": fkl, "rkl": rkl}
 
-    def _diverge(self, rows: slice, log_q: Tensor, targets: TeacherTargets) -> Coarse:
+    def _diverge(self, rows: slice, student: "_Softmax", targets: TeacherTargets) -> Coarse:
         """Compute the divergence of some rows, and its gradient in place of the teacher; return the coarse pair at T = 1."""
         logits, teacher, temperature = self._logits[rows], self._teacher[rows], self._settings.temperature
         teacher.add_(self._offset)
         if self._settings.residual_weight:
             teacher.add_(logits, alpha=self._settings.residual_weight)
         mask_tokens_(teacher, targets.token_ids)
-        at_one = coarse = _every_token(teacher.log_softmax(1), log_q, targets, 1.0)
+        tail = _Softmax(teacher)
+        at_one = coarse = _every_token(tail, student, targets, 1.0)
         if temperature != 1.0:
-            tail_logits = teacher / temperature
+            hot = _Softmax(teacher / temperature)
             if targets.tempered_tail is None:
-                tail = (targets.tail_logprob - teacher.logsumexp(1)) / temperature + tail_logits.logsumexp(1)
-                targets = replace(targets, tempered_tail=tail.masked_fill(teacher.amax(1) == -inf, -inf))
-            log_q = (logits / temperature).log_softmax(1)
-            coarse = _every_token(tail_logits.log_softmax(1), log_q, targets, temperature)
+                estimate = (targets.tail_logprob - tail.log_normaliser) / temperature + hot.log_normaliser
+                targets = replace(targets, tempered_tail=estimate.masked_fill(tail.largest == -inf, -inf))
+            coarse = _every_token(hot, _Softmax(logits / temperature), targets, temperature)
         self.kd[rows], slope = evaluate_divergence(self._settings.loss, coarse, self._settings.loss_args)
         torch.addcmul(slope, coarse.q, slope.sum(1, keepdim=True), value=-1, out=teacher)
         return at_one
@@ -144,15 +142,27 @@ def _residual_products(
     return torch.stack([(own * probe_residuals).sum(1), own.square().sum(1)], 1)
 
 
-def _every_token(log_p: Tensor, log_q: Tensor, targets: TeacherTargets, temperature: float) -> Coarse:
-    """Return both distributions over all V tokens at T.
+class _Softmax:
+    """The softmax of logits [n, V], and its logarithm; not numbers in a row that is −inf throughout."""
 
-    log_p: each token's share of the teacher's tail, [n, V]; becomes the log-probability of every token.
-    """
+    def __init__(self, logits: Tensor) -> None:
+        self.largest = logits.amax(1)
+        self.log_p = logits - self.largest[:, None]
+        self.p = self.log_p.exp()
+        total = self.p.sum(1)
+        self.p.div_(total[:, None])
+        self.log_p.sub_(total.log()[:, None])
+        self.log_normaliser = self.largest + total.log()
+
+
+def _every_token(teacher: _Softmax, student: _Softmax, targets: TeacherTargets, temperature: float) -> Coarse:
+    """Return both distributions over all V tokens at T. teacher: over the tail alone; becomes that over all tokens."""
     entries, tail, _ = tempered(targets, temperature)
-    _write_(log_p.add_(tail.clamp_min(LOG_TAIL_FLOOR)[:, None]), targets.token_ids, entries)
-    counted = torch.ones(1, 1, dtype=torch.bool, device=log_p.device).expand_as(log_p)
-    return Coarse(log_p, log_q, counted, log_p.shape[1], all_count=True)
+    tail = tail.clamp_min(LOG_TAIL_FLOOR)[:, None]
+    _write_(teacher.log_p.add_(tail), targets.token_ids, entries)
+    _write_(teacher.p.mul_(tail.exp()), targets.token_ids, entries.exp())
+    counted = torch.ones(1, 1, dtype=torch.bool, device=tail.device).expand_as(teacher.p)
+    return Coarse(teacher.log_p, student.log_p, counted, counted.shape[1], whole=(teacher.p, student.p))
 
 
 def _write_(values: Tensor, token_ids: Tensor, new: Tensor) -> Tensor:
