@@ -60,7 +60,7 @@ def adaptive_kl(coarse: Coarse, *, akl_split: str = "official") -> tuple[Tensor,
 
     forward, forward_slope = forward_kl(coarse)
     reverse, reverse_slope = reverse_kl(coarse)
-    return w * forward + (1 - w) * reverse, w[:, None] * forward_slope + (1 - w[:, None]) * reverse_slope
+    return w * forward + (1 - w) * reverse, torch.lerp(reverse_slope, forward_slope, w[:, None])
 
 
 def token_wise_kl(coarse: Coarse, *, beta: float = 1.0) -> tuple[Tensor, Tensor]:
