@@ -13,9 +13,9 @@ test: setup
 	tools/setup_browser.sh
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	@echo "five parts, three at a time, 10 to 25 minutes; each is shown when it is done"
+	@echo "five parts, three at a time, about ten minutes; each is shown when it is done"
 	@$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target \
-		test-engines test-trainer test-programs test-logitcache test-types
+		test-engines test-logitcache test-trainer test-programs test-types
 
 # Real vLLM engines, gigabytes each, and Ray: one after the other, and so the longest part, to which the others give way.
 # Only files that have such tests are collected.

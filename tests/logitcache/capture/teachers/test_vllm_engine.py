@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -83,15 +84,14 @@ def test_rows_are_those_of_a_build_with_transformers(
         assert np.allclose(np.exp(ours.targets.tail_logprob), np.exp(theirs.targets.tail_logprob), atol=1e-5)
 
 
-def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "cache"
-    with started_command(*command(teacher, corpus, out)) as run:
+def test_ctrl_c_ends_build_and_engine_with_one_line(teacher: Path, texts: list[str], tmp_path: Path) -> None:
+    out, many = tmp_path / "cache", tmp_path / "many.jsonl"  # so many that it is not done before it is told
+    many.write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(100) for text in texts))
+    with started_command(*command(teacher, many, out)) as run:
         while run.is_alive() and not num_finished_shards(out):
             time.sleep(0.001)
-        os.kill(run.pid, signal.SIGSTOP)  # so that it is not done before it is told
         children = psutil.Process(run.pid).children(recursive=True)
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the build and its engine
-        os.kill(run.pid, signal.SIGCONT)
     errors = run.said[1]
     assert run.exitcode == 130, errors
     own = [line for line in errors.splitlines() if "resource_tracker" not in line]  # which vLLM's end may make complain
