@@ -6,6 +6,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -116,6 +117,7 @@ def _enter(folder: str, env: Mapping[str, str]) -> None:
 
 def _command(folder: str, program: str, arguments: tuple[str, ...], cwd: Path, env: Mapping[str, str]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in the background
     _enter(folder, env)
     if "vllm" in sys.modules:
         vllm_forks.fork_processes(vllm_forks.Forks)
