@@ -45,17 +45,13 @@ class LowRankBlock:
         transform: LogitTransform,
     ) -> None:
         """See `terms.distillation_block`."""
-        assert targets.tail_basis is not None
         self._raw, self._labels, self._settings, self._transform = raw, labels, settings, transform
         with torch.autocast(raw.device.type, enabled=False):
             self._compute(targets)
 
     def _compute(self, targets: TeacherTargets) -> None:
-        basis, coefficients, residual_weight = (
-            targets.tail_basis,
-            targets.tail_coefficients,
-            self._settings.residual_weight,
-        )
+        basis, coefficients = targets.tail_basis, targets.tail_coefficients
+        residual_weight = self._settings.residual_weight
         assert basis is not None and coefficients is not None
         self._logits = logits = _transformed(self._raw, self._transform)
         self.own_terms: dict[str, Tensor] = {}
