@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from logitcache.assembly.plan import PLAN_NAME, P
 from logitcache.assembly.workspace import ANSWERS_NAME, PROMPTS_NAME, remove_former
 from logitcache.errors import UserError
-from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME
+from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, read_manifest
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.storage.folder import Folder
 
@@ -52,6 +53,17 @@ def _without_result(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return {**fingerprint, "corpus": corpus}
 
 
+def made_with(folder: Folder, overwrite: bool) -> Mapping[str, Any] | None:
+    """Returns the settings of the cache in `folder` that the same command opens or continues; None without one.
+
+    overwrite: a finished one is not opened.
+    """
+    if folder.exists(MANIFEST_NAME) and not overwrite:
+        with suppress(UserError):  # `finished_cache` reports it
+            return read_manifest(folder).fingerprint
+    return recorded_spec(folder)
+
+
 def recorded_spec(folder: Folder) -> dict[str, Any] | None:
     """Returns the settings that an unfinished cache was begun with; None if it was interrupted before they were recorded."""
     for name in (PLAN_NAME, PROMPTS_NAME):
@@ -66,11 +78,19 @@ def continues(folder: Folder, spec: Mapping[str, Any], overwrite: bool) -> bool:
 
     Raises UserError if it was begun with others, which `overwrite` may replace.
     """
-    recorded = recorded_spec(folder)
+    recorded = _begun_with(folder, spec)
     if recorded is None or (overwrite and differences(recorded, spec)):
         return False
     refuse_changes(recorded, spec, folder, "an unfinished cache")
     return folder.exists(PLAN_NAME)
+
+
+def _begun_with(folder: Folder, spec: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the settings of an unfinished cache; without a plan, its answers serve whatever `spec` captures of them."""
+    recorded = recorded_spec(folder)
+    if recorded is None or folder.exists(PLAN_NAME):
+        return recorded
+    return {**recorded, **{name: spec[name] for name in ("capture", "format") if name in spec}}
 
 
 def begun_plan(kind: type[P], folder: Folder, spec: Mapping[str, Any], overwrite: bool) -> P | None:
@@ -79,7 +99,7 @@ def begun_plan(kind: type[P], folder: Folder, spec: Mapping[str, Any], overwrite
     The completions of a build that `overwrite` replaces are removed.
     """
     if not continues(folder, spec, overwrite):
-        if differences(recorded_spec(folder) or spec, spec):
+        if differences(_begun_with(folder, spec) or spec, spec):
             folder.remove(ANSWERS_NAME)
         return None
     if overwrite and folder.exists(MANIFEST_NAME):

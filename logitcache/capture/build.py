@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, overload
 
 from logitcache.assembly.plan import PLAN_NAME, SHARD_POSITIONS
-from logitcache.assembly.resume import begun_plan, finished_cache
+from logitcache.assembly.resume import begun_plan, finished_cache, made_with
 from logitcache.assembly.workspace import lock_range, workspace
 from logitcache.assembly.write import complete_shards
-from logitcache.capture.calibration import check_positions
 from logitcache.capture.executors import Placement, capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
 from logitcache.capture.generation.completions import complete_prompts
-from logitcache.capture.inputs import resolve_inputs
+from logitcache.capture.inputs import Inputs, resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
 from logitcache.capture.plan import BuildPlan, cache_layout, calibration_files, make_plan
 from logitcache.capture.reuse import ReusedCaches
 from logitcache.capture.worker import Job, write_scored
 from logitcache.errors import UserError
+from logitcache.format.manifest import MANIFEST_NAME
 from logitcache.format.tokenizer import save_tokenizer
 from logitcache.progress import Progress
 from logitcache.ranges import one_or_more
@@ -84,8 +86,9 @@ def build(
 ) -> LogitCache | None:
     """Runs a teacher once over a corpus and writes its sparse targets to a cache.
 
-    The same call continues an interrupted build. vLLM runs in a process of its own: call this under
-    `if __name__ == "__main__":`.
+    The same call continues an interrupted build. Options from `top_k` to `precision` that are None have the values of the build
+    that is continued, or else those of the first cache of `reuse`, or else their defaults. vLLM runs in a process of its own:
+    call this under `if __name__ == "__main__":`.
 
     Args:
         teacher: Model name or folder. With backend "openai" it is where the tokenizer is found, by default where the server
@@ -103,15 +106,15 @@ def build(
         generate: The documents are prompts, which the teacher answers first; then its answers are scored.
         sampling_params: Fields of vLLM's SamplingParams under their own names, with `generate`.
         top_k: Entries of a position. None: 64, or the whole of a smaller vocabulary.
-        top_p: Only as many entries are stored as hold this probability mass; 1.0: always `top_k`.
+        top_p: Only as many entries are stored as hold this probability mass. None: 1.0, always `top_k`.
         min_k: Entries that `top_p` leaves at least. None: 32, or `top_k`.
-        tail_groups: Number of groups of the vocabulary in which the tail's mass is stored; 0: none.
-        tail_rank: Coefficients from which the logits of the whole tail are rebuilt; 0: none.
+        tail_groups: Number of groups of the vocabulary in which the tail's mass is stored. None: 0.
+        tail_rank: Coefficients from which the logits of the whole tail are rebuilt. None: 0.
         tail_probes: Random tokens of a position of which is stored what the coefficients leave. None: 2 with a rank.
-        temperatures: Temperatures that training may use; the tail's normaliser is stored for each.
-        tail_entropy: Stores the tail's entropy.
-        tail_samples: Ids drawn from the tail of each position.
-        precision: "exact", "balanced" or "compact": how finely all that is stored.
+        temperatures: Temperatures that training may use; the tail's normaliser is stored for each. None: 1 alone.
+        tail_entropy: Stores the tail's entropy. None: not.
+        tail_samples: Ids drawn from the tail of each position. None: 0.
+        precision: "exact", "balanced" or "compact": how finely all that is stored. None: "balanced".
         backend: "vllm", "transformers", "openai" (a running vLLM server), or "auto": vLLM if it is installed.
         capture_route: Of vLLM: "pooling" sees the logits, "flat" gets top-k only, "auto": pooling if it is possible.
         base_url: Address of the server, with backend "openai".
@@ -149,22 +152,25 @@ def build(
     reused = _reused(one_or_more(reuse), folder)
     inputs = resolve_inputs(teacher, data, (sampling_params or {}) if generate else None, **options)
     with workspace(folder, shared=shard_range is not None), space_needed(out):
+        if not placement.is_first and not folder.exists(MANIFEST_NAME):
+            _wait_for(folder, PLAN_NAME, "has the answers" if inputs.generation else "reads the corpus")
+        inputs = _following(inputs, folder, reused, overwrite)
         spec = inputs.spec(shard_positions)
         if not overwrite and (finished := finished_cache(folder, spec)):
             return finished
         if reused:
             reused.check(spec, cache_layout(inputs.settings, inputs.model.vocab_size, {}))
-        if not placement.is_first:
-            _wait_for(folder, PLAN_NAME, "has the answers" if inputs.generation else "reads the corpus")
         with lock_range(folder, shard_range):
             plan = begun_plan(BuildPlan, folder, spec, overwrite)
             if plan is None:
                 logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
                 corpus = complete_prompts(folder, spec, inputs) if inputs.generation else inputs.corpus()
-                plan = make_plan(folder, spec, corpus, shard_positions)
+                # The basis of a reused cache is there already.
+                fit = None if reused else partial(_fitted, inputs=inputs)
+                plan = make_plan(folder, spec, corpus, shard_positions, fit)
             if placement.is_first:
                 save_tokenizer(folder, inputs.model.tokenizer)
-            job = Job(str(folder.local or out), inputs.model, inputs.engine, inputs.settings, reused)
+            job = Job(str(folder.local or out), inputs.model, inputs.engine, plan.settings, reused)
             _announce(plan, job)
             _capture(plan, job, placement)
         if shard_range is None:
@@ -178,6 +184,25 @@ def _reused(paths: Sequence[str | Path], out: Folder) -> ReusedCaches | None:
     for folder in folders:
         refuse_overlap(f"--out {out}", out, folder, "the cache of --reuse")
     return ReusedCaches([str(folder.local or folder.path) for folder in folders]) if folders else None
+
+
+def _following(inputs: Inputs, folder: Folder, reused: ReusedCaches | None, overwrite: bool) -> Inputs:
+    """Returns the inputs with what was not given as the cache has it that is continued, or else the one that is reused."""
+    begun = made_with(folder, overwrite)
+    if begun is not None:
+        continued = inputs.following(begun.get("capture", {}), str(folder), defaults_only=overwrite)
+        if continued is not inputs or not overwrite:
+            return continued
+    if reused:
+        return inputs.following(reused.capture, f"--reuse {reused.paths[0]}")
+    return inputs
+
+
+def _fitted(plan: BuildPlan, inputs: Inputs) -> BuildPlan:
+    if not inputs.settings.tail_parts.rank:
+        return plan
+    fitted = inputs.fitted(plan.calibration_sequences())
+    return replace(plan, spec=fitted.spec(plan.spec["capture"]["shard_positions"]))
 
 
 def _wait_for(folder: Folder, name: str, what: str) -> None:
@@ -233,8 +258,6 @@ def _capture(plan: BuildPlan, job: Job, placement: Placement) -> None:
         to_score = _copy(plan, job.reused, missing)
     if not to_score:
         return
-    if not all(plan.folder.exists(name) for name in calibration_files(job.settings.tail_parts)):
-        check_positions(plan.shards[0].num_positions, job.settings.tail_parts.rank)
     done = sum(plan.shards[index].num_tokens for index in mine if index not in to_score)
     progress = Progress("scoring", done + sum(to_score.values()), done, "tokens")
     try:

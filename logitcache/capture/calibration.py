@@ -12,7 +12,7 @@ while it scores, and a few such products span a space (block Lanczos) that holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from logitcache.format.quantization import DEFAULT_PRECISION
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.tail_basis import TailBasis
 
+CALIBRATION_SEQUENCES = 256
+"""Sequences at the beginning of a corpus that tail groups and tail basis are made from; more for a basis, if they are short."""
 CALIBRATION_POSITIONS = 64
 """Stored positions whose distributions are compared; 24 do nearly as well."""
 HEAD_ENTRIES = 16
@@ -45,6 +47,18 @@ COEFFICIENT_BITS = {"exact": 4, "balanced": 4, "compact": 3}
 """Bits of a coefficient of ±3 mean standard deviations, by precision: they fix the step."""
 HALF_LIMIT = 60_000.0
 """Numbers beyond it do not fit in half precision."""
+
+
+def calibration_sequences(corpus: Iterable[TokenSequence], rank: int) -> list[TokenSequence]:
+    """Returns the first sequences of a corpus that is long enough for a basis of this rank, whatever the size of its shards."""
+    first: list[TokenSequence] = []
+    num_positions = 0
+    for sequence in corpus:
+        first.append(sequence)
+        num_positions += len(sequence.positions)
+        if len(first) >= CALIBRATION_SEQUENCES and num_positions >= POSITIONS_PER_DIRECTION * rank:
+            break
+    return first
 
 
 def make_tail_groups(teacher: LogitTeacher, sequences: Sequence[TokenSequence], num_groups: int) -> np.ndarray:
@@ -126,7 +140,7 @@ def make_tail_basis(
     A token's weight is the square root of its mean probability. Directions are rounded to half precision, as they are stored.
     Raises UserError if there are too few positions, if the logits vary in fewer directions, or are no numbers.
     """
-    check_positions(sum(len(sequence.positions) for sequence in sequences), rank)
+    check_positions(sequences, rank)
     sequences = list(_some_positions(sequences, POSITIONS_PER_DIRECTION * rank))
     probabilities = teacher.mean_probability(sequences)
     if np.isnan(probabilities).any():
@@ -156,19 +170,24 @@ def make_tail_basis(
     return TailBasis(offset, rounded, weights, step, variances)
 
 
-def check_positions(available: int, rank: int) -> None:
-    """Raises UserError if so many positions are too few for a basis."""
-    if available < LEAST_POSITIONS_PER_DIRECTION * rank:
+def check_positions(sequences: Sequence[TokenSequence], rank: int) -> None:
+    """Raises UserError if the different ones of the sequences have too few positions for a basis."""
+    available, least = sum(len(sequence.positions) for sequence in _different(sequences)), LEAST_POSITIONS_PER_DIRECTION
+    if available < least * rank:
         raise UserError(
-            f"--tail-rank {rank}: its basis is made from at least {LEAST_POSITIONS_PER_DIRECTION * rank} positions of the first "
-            f"shard, which offers {available}: choose at most {available // LEAST_POSITIONS_PER_DIRECTION}, or a longer corpus"
+            f"--tail-rank {rank}: its basis is made from at least {least * rank} different positions, and there are {available}: "
+            f"choose at most {available // least}, or a longer corpus"
         )
+
+
+def _different(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    return list({sequence.row_id: sequence for sequence in sequences}.values())
 
 
 def _some_positions(sequences: Sequence[TokenSequence], num_positions: int) -> Iterator[TokenSequence]:
     """Yields sequences, in a random order, with so many stored positions in all if there are as many, drawn at random of each."""
     random = np.random.default_rng(0)
-    different = list({sequence.row_id: sequence for sequence in sequences}.values())
+    different = _different(sequences)
     share = -(-num_positions // min(LEAST_SEQUENCES, len(different)))
     left = num_positions
     for index in random.permutation(len(different)):

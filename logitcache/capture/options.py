@@ -65,15 +65,15 @@ class InputOptions(TeacherOptions, total=False):
     """Options that decide what a cache will hold, see `logitcache.build`."""
 
     top_k: int | None
-    top_p: float
+    top_p: float | None
     min_k: int | None
-    tail_groups: int
-    tail_rank: int
+    tail_groups: int | None
+    tail_rank: int | None
     tail_probes: int | None
-    temperatures: Sequence[float]
-    tail_entropy: bool
-    tail_samples: int
-    precision: str
+    temperatures: Sequence[float] | None
+    tail_entropy: bool | None
+    tail_samples: int | None
+    precision: str | None
     layout: str | None
     chat_template: str | None
     turns: str

@@ -17,9 +17,10 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 
 from logitcache.assembly.plan import Plan, PlannedShard, new_plan
 from logitcache.assembly.workspace import ANSWERS_NAME
+from logitcache.capture.calibration import calibration_sequences
 from logitcache.capture.settings import CaptureSettings
 from logitcache.errors import UserError
 from logitcache.format.codec import flat
@@ -91,6 +93,11 @@ class BuildPlan(Plan):
         with self.folder.open(_tokens_name(index)) as source:
             for sequence in read_tokens(source):
                 yield replace(sequence, columns=stored_columns(self.column_types, sequence.columns))
+
+    def calibration_sequences(self) -> list[TokenSequence]:
+        """Returns the first sequences of the corpus, from which the tail groups and the tail basis are made."""
+        corpus = chain.from_iterable(map(self.sequences, range(len(self.shards))))
+        return calibration_sequences(corpus, self.settings.tail_parts.rank)
 
     @property
     def skips_bad(self) -> bool:
@@ -182,13 +189,24 @@ class ReadCorpus(Protocol):
     def __iter__(self) -> Iterator[TokenSequence]: ...
 
 
-def make_plan(folder: Folder, spec: Mapping[str, Any], corpus: ReadCorpus, shard_positions: int) -> BuildPlan:
+def make_plan(
+    folder: Folder,
+    spec: Mapping[str, Any],
+    corpus: ReadCorpus,
+    shard_positions: int,
+    fit: Callable[[BuildPlan], BuildPlan] | None = None,
+) -> BuildPlan:
     """Tokenises the corpus into `folder` and cuts it into shards of about `shard_positions` positions.
 
-    Raises UserError for bad documents and for a corpus in which nothing can be trained.
+    fit: sees the plan before it is written, and may replace it or raise UserError. Raises UserError for bad documents and for
+    a corpus in which nothing can be trained.
     """
-    keep = ANSWERS_NAME if "generation" in spec else None
-    return new_plan(folder, lambda: _cut(folder, spec, corpus, shard_positions), keep)
+
+    def cut() -> BuildPlan:
+        plan = _cut(folder, spec, corpus, shard_positions)
+        return fit(plan) if fit else plan
+
+    return new_plan(folder, cut, keep=ANSWERS_NAME if "generation" in spec else None)
 
 
 def check_read(corpus: ReadCorpus, found: bool, what: str) -> None:

@@ -64,6 +64,12 @@ class ReusedCaches:
         """The caches. Raises UserError for one that is not finished, or damaged."""
         return [_opened(path) for path in self.paths]
 
+    @property
+    def capture(self) -> Mapping[str, Any]:
+        """The settings that the first cache was captured with."""
+        manifest = self.caches[0].manifest
+        return {"precision": manifest.layout.precision, **manifest.fingerprint.get("capture", {})}
+
     @cached_property
     def _first_places(self) -> np.ndarray:
         return np.cumsum([0] + [len(cache) for cache in self.caches])

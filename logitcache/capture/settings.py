@@ -10,6 +10,15 @@ from logitcache.errors import UserError
 from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
 from logitcache.format.tail_parts import TailParts
 
+DEFAULT_RANK = 0
+"""Coefficients of a position if --tail-rank is not given and the teacher's logits are seen. Otherwise there are none."""
+BUCKET_TOP_K = 64
+"""Entries of a position if --top-k is not given and there are no coefficients."""
+LOW_RANK_TOP_K = 64
+"""The same beside coefficients."""
+LOW_RANK_PROBES = 2
+"""Probe tokens of a position beside coefficients."""
+
 
 @dataclass(frozen=True)
 class CaptureSettings:
@@ -21,7 +30,7 @@ class CaptureSettings:
     exact, balanced or compact (`logitcache.format.quantization`).
     """
 
-    top_k: int = 64
+    top_k: int = BUCKET_TOP_K
     top_p: float = 1.0
     min_k: int = None  # type: ignore[assignment]  # becomes a number at once
     tail_parts: TailParts = field(default_factory=TailParts)
@@ -31,6 +40,22 @@ class CaptureSettings:
         object.__setattr__(self, "min_k", min(32, self.top_k) if self.min_k is None else self.min_k)
         temperatures = tuple(sorted({float(t) for t in self.tail_parts.temperatures} - {1.0}))
         object.__setattr__(self, "tail_parts", replace(self.tail_parts, temperatures=temperatures))
+
+    @classmethod
+    def of_options(cls, given: Mapping[str, Any], vocab_size: int, most_rank: int) -> CaptureSettings:
+        """Returns the settings of a build with these options, and with the defaults of all others.
+
+        given: the options that have a value, by the names of `to_json`.  most_rank: of the default; 0 where no logits are seen.
+        """
+        rank = given.get("tail_rank", min(DEFAULT_RANK, most_rank))
+        top_k = max(LOW_RANK_TOP_K if rank else BUCKET_TOP_K, given.get("min_k", 0))
+        defaults = {
+            "top_k": min(top_k, vocab_size),
+            "min_k": None,
+            "tail_rank": rank,
+            "tail_probes": LOW_RANK_PROBES if rank else 0,
+        }
+        return cls.from_json({**cls().to_json(), **defaults, **given})
 
     def check(self, vocab_size: int, hidden_size: int | None = None) -> None:
         """Raises UserError for settings that a teacher with `vocab_size` tokens and such hidden states cannot meet."""

@@ -6,14 +6,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from types import TracebackType
 from typing import Self, cast
 
 import numpy as np
 
 from logitcache.assembly.write import StoredRow, write_shard
-from logitcache.capture.calibration import make_tail_basis, make_tail_groups
+from logitcache.capture.calibration import CALIBRATION_SEQUENCES, make_tail_basis, make_tail_groups
 from logitcache.capture.engine import Engine, start_teacher
 from logitcache.capture.plan import BASIS_NAME, PARTITION_NAME, BuildPlan, calibration_files
 from logitcache.capture.reuse import ReusedCaches, read_places, record_copied
@@ -28,8 +27,6 @@ from logitcache.format.tail_groups import read_tail_groups, write_tail_groups
 from logitcache.format.targets import SparseTargets, find_defect
 from logitcache.storage.folder import Folder
 
-CALIBRATION_SEQUENCES = 256
-"""Sequences of the first shard whose positions the tail groups and the tail basis are made from."""
 WAITING_SEQUENCES = 16
 """Scored sequences that may wait to be written: then the engine waits."""
 
@@ -67,10 +64,12 @@ class ShardWorker:
         missing = [name for name in calibration_files(parts) if not folder.exists(name)]
         if not missing:
             return
-        first = list(islice(self._plan.sequences(0), CALIBRATION_SEQUENCES))
+        first = self._plan.calibration_sequences()
         teacher = cast(LogitTeacher, self._teacher)
         if PARTITION_NAME in missing:
-            write_tail_groups(folder, make_tail_groups(teacher, first, parts.groups), PARTITION_NAME)
+            write_tail_groups(
+                folder, make_tail_groups(teacher, first[:CALIBRATION_SEQUENCES], parts.groups), PARTITION_NAME
+            )
         if BASIS_NAME in missing:
             write_tail_basis(folder, make_tail_basis(teacher, first, parts.rank, settings.precision), BASIS_NAME)
 

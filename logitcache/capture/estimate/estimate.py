@@ -90,6 +90,7 @@ def plan(teacher: str | None, data: str | Sequence[str], **options: Unpack[Input
     inputs = resolve_inputs(teacher, data, **given)
     logger.info("reading %s", ", ".join(source.name for source in inputs.sources))
     sample = sample_corpus(inputs.sources, inputs.model.tokenizer, inputs.model.vocab_size, inputs.corpus_settings)
+    inputs = inputs.fitted(sample.sequences)
     types = ColumnTypes()
     for sequence in sample.sequences:
         types.see(sequence.columns)

@@ -123,8 +123,11 @@ def test_a_corpus_that_is_too_short_for_a_basis_is_refused_before_the_weights_lo
     monkeypatch.setattr(worker, "start_teacher", lambda *_: pytest.fail("weights were loaded"))
     data = tmp_path / "rows.jsonl"
     data.write_text('{"input_ids": [1, 2, 3, 4, 5, 6]}')
-    with pytest.raises(UserError, match=r"--tail-rank 3: .* at least 6 positions .* offers 5: choose at most 2"):
+    with pytest.raises(
+        UserError, match=r"--tail-rank 3: .* at least 6 different positions, .* are 5: choose at most 2"
+    ):
         build(teacher, data, tmp_path / "c", tail_rank=3)
+    assert not (tmp_path / "c").exists()
 
 
 def test_top_p_gives_ragged_entries_with_a_floor(teacher: Path, corpus: Path, tmp_path: Path) -> None:
@@ -242,7 +245,7 @@ def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpu
         ({"backend": "vllm", "capture_route": "flat", "tail_groups": 4}, "--tail-groups needs the teacher's logits"),
         ({"backend": "vllm", "capture_route": "flat", "tail_rank": 4}, "--tail-rank needs the teacher's logits"),
         ({"tail_rank": 65}, "--tail-rank 65: choose 0…64, the width"),
-        ({"tail_probes": 2}, "--tail-probes 2 needs --tail-rank"),
+        ({"tail_rank": 0, "tail_probes": 2}, "--tail-probes 2 needs --tail-rank"),
         ({"capture_route": "flat"}, "--capture-route flat is a route of vLLM"),
         ({"backend": "vllm", "capture_route": "straight"}, "--capture-route straight: choose auto"),
         ({"base_url": "http://x/v1"}, "--base-url needs --backend openai"),

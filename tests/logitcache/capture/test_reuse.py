@@ -493,9 +493,10 @@ def test_a_cache_of_format_1_is_an_exact_one(
     as_format_1(build(teacher, documents, tmp_path / "old", precision="exact"))
     source = logitcache.open(tmp_path / "old")
     with pytest.raises(UserError, match="precision is exact there, balanced here"):
-        build(teacher, corpus, tmp_path / "c", reuse=source.path)
+        build(teacher, corpus, tmp_path / "c", precision="balanced", reuse=source.path)
     scored.clear()
-    cache = build(teacher, corpus, tmp_path / "c", precision="exact", reuse=source.path)
+    cache = build(teacher, corpus, tmp_path / "c", reuse=source.path)
+    assert cache.manifest.layout.precision == "exact"
     assert len(scored) == 10
     assert_copied_unchanged(cache, source)
 

@@ -291,6 +291,17 @@ class TestBuild:
         with pytest.raises(UserError, match=r"a finished cache made otherwise: generation\.n was 1, now 2"):
             build(teacher, prompts, out)
 
+    def test_answers_serve_whatever_is_captured_of_them(
+        self, teacher: Path, tmp_path: Path, echo: type[Echo], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompts = write(tmp_path / "p.jsonl", [{"prompt": "A student", "id": 1}])
+        monkeypatch.setattr("logitcache.capture.teachers.vllm.pooling.why_not_pooling", lambda *_: None)
+        options: dict[str, Any] = {"capture_route": "pooling", "top_k": None}
+        with pytest.raises(UserError, match=r"--tail-rank 60: .* choose at most 2"):
+            build(teacher, prompts, tmp_path / "c", tail_rank=60, **options)
+        cache = build(teacher, prompts, tmp_path / "c", tail_rank=2, **options)
+        assert (len(cache), echo.asked, cache.manifest.layout.tail_parts.rank) == (2, 1, 2)
+
     @pytest.mark.slow
     def test_overwriting_keeps_the_old_cache_until_everything_is_answered(
         self, teacher: Path, prompts: Path, tmp_path: Path, echo: type[Echo], monkeypatch: pytest.MonkeyPatch
