@@ -62,13 +62,13 @@ class Stage(NamedTuple):
     wall_s: float
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """A byte-level BPE without any normalisation, so that every text survives the round trip."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[END, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -84,7 +84,29 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def source_batches(files: list[list[int]], epochs: int, rng: random.Random) -> list[Batch]:
+def new_model(tokenizer: PreTrainedTokenizerFast, shape: dict[str, Any]) -> LlamaForCausalLM:
+    """Random weights for the tokenizer's vocabulary, embeddings tied."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **shape,
+        )
+    )
+
+
+def encode_sources(sources: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of each file, end of text included."""
+    return [[*tokenizer(source, verbose=False).input_ids, tokenizer.eos_token_id] for source in sources]
+
+
+def source_batches(
+    files: list[list[int]], epochs: int, rng: random.Random, tokens_per_step: int = TOKENS_PER_STEP
+) -> list[Batch]:
     """Whole files in random order, packed into blocks of `MAX_LENGTH` tokens."""
     blocks: list[torch.Tensor] = []
     for _ in range(epochs):
@@ -93,7 +115,7 @@ def source_batches(files: list[list[int]], epochs: int, rng: random.Random) -> l
         epoch = list(stream.unfold(0, MAX_LENGTH + 1, MAX_LENGTH))
         rng.shuffle(epoch)
         blocks += epoch
-    rows = TOKENS_PER_STEP // MAX_LENGTH
+    rows = tokens_per_step // MAX_LENGTH
     stacked = [torch.stack(blocks[i : i + rows]) for i in range(0, len(blocks) - rows + 1, rows)]
     return [(block[:, :-1], block[:, 1:]) for block in stacked]
 
@@ -146,15 +168,23 @@ def count_labels(batches: list[Batch]) -> int:
     return sum(int((labels != IGNORED).sum()) for _, labels in batches)
 
 
-def train(model: LlamaForCausalLM, batches: list[Batch], peak_lr: float, warmup_steps: int) -> Iterator[str]:
-    """One stage of AdamW with warm-up and cosine; yields a line of progress after every step."""
+def train(
+    model: LlamaForCausalLM, batches: list[Batch], peak_lr: float, warmup_steps: int, limit_s: float = math.inf
+) -> Iterator[str]:
+    """One stage of AdamW with warm-up and cosine; yields a line of progress after every step.
+
+    limit_s: wall time at which it ends with the batches it has seen, the cosine at its end by then.
+    """
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=BETAS)
     started, tokens = time.monotonic(), 0
     for step, batch in enumerate(batches):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+        done = max(step / len(batches), (time.monotonic() - started) / limit_s)
+        if done >= 1:
+            return
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
         lr = peak_lr * min(1.0, (step + 1) / warmup_steps) * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -239,18 +269,8 @@ def main() -> None:
     else:
         sources = [source for module, source in modules().items() if not is_heldout(module)]
         tokenizer = train_tokenizer(sources)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCAB_SIZE,
-                max_position_embeddings=MAX_LENGTH,
-                tie_word_embeddings=True,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                **SHAPE,
-            )
-        )
-        files = [[*tokenizer(source, verbose=False).input_ids, tokenizer.eos_token_id] for source in sources]
+        model = new_model(tokenizer, SHAPE)
+        files = encode_sources(sources, tokenizer)
         stages.append(("source", source_batches(files, SOURCE_EPOCHS, rng), SOURCE_LR, SOURCE_WARMUP_STEPS))
     batches = pair_batches(encode_pairs(train_pairs, tokenizer), PAIR_EPOCHS, rng)
     stages.append(("pairs", batches, PAIR_LR, PAIR_WARMUP_STEPS))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from logitcache import CachedSequence, LogitCache
 
-ROWS_AT_A_TIME = 32
+ROWS_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)

@@ -54,19 +54,19 @@ def prepare(rows: str, names: Iterable[str]) -> None:
     What is there is left as it is.
     """
     if not (PAIRS / "train.jsonl").exists() or not (PAIRS / "heldout.jsonl").exists():
-        _run(str(DEMO / "extract_pairs.py"), "--out", str(PAIRS))
+        run(str(DEMO / "extract_pairs.py"), "--out", str(PAIRS))
     for split in ("train", "heldout"):
-        if not _finished(CACHES / split):
+        if not finished(CACHES / split):
             source = ["--teacher", str(TEACHER), "--data", str(PAIRS / f"{split}.jsonl"), "--out", str(CACHES / split)]
-            _run(
+            run(
                 "-m", "logitcache", "build", "--backend", "transformers", "--dtype", "float32", *source, *WIDEST.split()
             )
     if not (START / "model.safetensors").exists():
         source = ["--cache", str(_narrowed("train", "k8")), "--student", str(STUDENT), "--output_dir", str(START)]
-        _run("-m", "trainer", "fit", *source, *START_OPTIONS.split())
-    if rows == "subset" and not _finished(CACHES / rows):
+        run("-m", "trainer", "fit", *source, *START_OPTIONS.split())
+    if rows == "subset" and not finished(CACHES / rows):
         taken = ["--rows", f"0:{SUBSET_ROWS}", "--out", str(CACHES / rows)]
-        _run("-m", "logitcache", "slice", str(CACHES / "train"), *taken)
+        run("-m", "logitcache", "slice", str(CACHES / "train"), *taken)
     for name in names:
         _narrowed(rows, name)
 
@@ -102,10 +102,10 @@ def student() -> PreTrainedModel:
 
 def _narrowed(rows: str, name: str) -> Path:
     out = CACHES / f"{rows},{name}"
-    if not _finished(out):
+    if not finished(out):
         stored = STORED[name]
         dropped = ",".join(extra for extra in EXTRAS if extra not in stored.keeps)
-        _run(
+        run(
             "-m",
             "logitcache",
             "recode",
@@ -119,10 +119,12 @@ def _narrowed(rows: str, name: str) -> Path:
     return out
 
 
-def _finished(path: Path) -> bool:
+def finished(path: Path) -> bool:
+    """Whether a cache is there and complete."""
     return (path / "logitcache.json").exists()
 
 
-def _run(*arguments: str) -> None:
+def run(*arguments: str) -> None:
+    """Prints a command of Python and runs it."""
     print("$ python", *arguments, flush=True)
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
