@@ -20,7 +20,7 @@ from logitcache.capture.teachers.base import LogitTeacher
 from logitcache.errors import UserError
 from logitcache.format.quantization import DEFAULT_PRECISION
 from logitcache.format.sequences import TokenSequence
-from logitcache.format.tail_basis import TailBasis
+from logitcache.format.tail_basis import TailBasis, centred
 
 CALIBRATION_SEQUENCES = 256
 """Sequences at the beginning of a corpus that tail groups and tail basis are made from; more for a basis, if they are short."""
@@ -167,7 +167,7 @@ def make_tail_basis(
         )
     rounded = np.clip(directions, -HALF_LIMIT, HALF_LIMIT).astype(np.float16).astype(np.float32)
     step = 6 * float(np.sqrt(variances.mean())) / 2 ** COEFFICIENT_BITS[precision]
-    return TailBasis(offset, rounded, weights, step, variances)
+    return TailBasis(offset, centred(rounded, weights), weights, step, variances)
 
 
 def check_positions(sequences: Sequence[TokenSequence], rank: int) -> None:
@@ -225,7 +225,7 @@ def leading_directions(
     leading = slice(None, -found - 1, -1)
     variances, rotation = variances[leading], rotation[:, leading]
     # Times the covariance once more: the regression of each token's logits on the coefficients, also where its weight is nothing.
-    directions = _centred(products @ (rotation / variances).astype(np.float32), weights)
+    directions = centred(products @ (rotation / variances).astype(np.float32), weights)
     lower = np.linalg.cholesky(_inner(directions, directions, weights))
     directions = directions @ np.linalg.inv(lower).T.astype(np.float32)
     signs = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(found)])
@@ -234,20 +234,14 @@ def leading_directions(
 
 def _orthonormal(block: np.ndarray, weights: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Returns as many directions as a block [V, B] adds to others [V, A], centred and orthonormal under the weights: [V, ≤ B]."""
-    block = _centred(block, weights)
+    block = centred(block, weights)
     rounding = (10 * NEGLIGIBLE) ** 2 * np.trace(_inner(block, block, weights))
     for least in (rounding, 0.5):  # the first time leaves something of the others: of what is rounding, nearly all
         block = block - others @ _inner(others, block, weights).astype(np.float32)
         squares, vectors = np.linalg.eigh(_inner(block, block, weights))
         kept = squares > least
-        block = _centred(block @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32), weights)
+        block = centred(block @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32), weights)
     return block
-
-
-def _centred(block: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns a block [V, B] less its weighted mean."""
-    centred: np.ndarray = block - (weights.astype(np.float64) @ block).astype(np.float32)
-    return centred
 
 
 def _inner(left: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -23,11 +23,8 @@ class DeviceBasis:
     def __init__(
         self, directions: np.ndarray, offset: np.ndarray, weights: np.ndarray, device: torch.device | str
     ) -> None:
-        weights_there = tensor(weights, device)
-        stored = tensor(directions, device)
-        # Half precision has moved their weighted mean, by which a shift of the logits would change the coefficients.
-        self._directions, self._offset = stored - weights_there @ stored, tensor(offset, device)
-        self._projection = _projection(self._directions, weights_there)
+        self._directions, self._offset = tensor(directions, device), tensor(offset, device)
+        self._projection = _projection(self._directions, tensor(weights, device))
         self._of_offset = self._offset @ self._projection
 
     def describe(self, logits: Tensor, probe_ids: Tensor | None) -> dict[str, Tensor]:

@@ -35,9 +35,9 @@ UNIT_TOLERANCE = 1e-2
 class TailBasis:
     """The basis in which all positions of a cache have their coefficients.
 
-    offset: m, float32 [V].  directions: U, float32 [V, R], whose numbers half precision holds; centred and orthonormal under
-    the weights, in falling order of importance, so that any first ones are a basis too.  weights: w, float32 [V], ≥ 0, of sum 1.
-    step: of all coefficients, where they are rounded.  variances: of each coefficient where it was calibrated, float32 [R].
+    offset: m, float32 [V].  directions: U, float32 [V, R], centred and orthonormal under the weights, in falling order of
+    importance, so that any first ones are a basis too.  weights: w, float32 [V], ≥ 0, of sum 1.  step: of all coefficients,
+    where they are rounded.  variances: of each coefficient where it was calibrated, float32 [R].
     """
 
     offset: np.ndarray
@@ -80,7 +80,10 @@ def write_tail_basis(folder: Folder, basis: TailBasis, name: str = TAIL_BASIS_NA
 
 
 def read_tail_basis(file: BinaryIO) -> TailBasis:
-    """Reads a basis. Raises ValueError if the file holds anything else, or what is no basis."""
+    """Reads a basis. Its directions, whose weighted mean half precision has moved, are centred again.
+
+    Raises ValueError if the file holds anything else, or what is no basis.
+    """
     footer = read_footer(file, file.seek(0, os.SEEK_END))
     for group in footer.row_groups:
         check_pages(file, group)
@@ -98,7 +101,13 @@ def read_tail_basis(file: BinaryIO) -> TailBasis:
     except (OSError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
         raise ValueError(one_line(error)) from error
     _check(basis)
-    return basis
+    return replace(basis, directions=centred(basis.directions, basis.weights))
+
+
+def centred(directions: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns directions [V, R] less their weighted mean, so that a shift of the logits changes no coefficient."""
+    result: np.ndarray = directions - (weights.astype(np.float64) @ directions).astype(np.float32)
+    return result
 
 
 def with_rank(targets: SparseTargets, basis: TailBasis, rank: int) -> SparseTargets:

@@ -150,13 +150,8 @@ class Collator:
 
 
 def basis_tensors(basis: StoredBasis, device: torch.device | str) -> TailBasis:
-    """Make the tensors of a cache's tail basis, float32 on a device, with directions that are centred as in capture.
-
-    Half precision has moved their weighted mean, by which a shift of the logits would change the student's coefficients.
-    """
-    parts = basis.offset, basis.directions, basis.weights
-    offset, directions, weights = (torch.tensor(part, device=device) for part in parts)
-    return TailBasis(offset, directions - weights @ directions, weights)
+    """Make the tensors of a cache's tail basis, float32 on a device."""
+    return TailBasis(*(torch.tensor(part, device=device) for part in (basis.offset, basis.directions, basis.weights)))
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -151,7 +151,11 @@ def test_the_step_depends_on_the_precision() -> None:
 @pytest.mark.parametrize(
     ("logits", "rank", "message"),
     [
-        (LOGITS, 40, r"--tail-rank 40: its basis is made from at least 80 positions .* offers 54: choose at most 27,"),
+        (
+            LOGITS,
+            40,
+            r"--tail-rank 40: its basis is made from at least 80 different positions.* are 54: choose at most 27,",
+        ),
         (LOGITS[:, :4], 4, "--tail-rank 4: the teacher's logits vary in 3 directions only"),
         (np.full((200, 50), np.nan), 6, "the teacher gives no log-probabilities that are numbers"),
     ],

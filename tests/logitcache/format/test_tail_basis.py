@@ -46,7 +46,10 @@ def assert_same_basis(read: TailBasis, written: TailBasis) -> None:
     for name in ("offset", "directions", "weights", "variances"):
         ours, theirs = getattr(read, name), getattr(written, name)
         assert ours.dtype == theirs.dtype == np.float32
-        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+        np.testing.assert_allclose(ours, theirs, atol=2e-3 if name == "directions" else 0, rtol=0, err_msg=name)
+    assert (
+        np.abs(read.weights.astype(np.float64) @ read.directions).max() <= 1e-7
+    )  # centred, whatever half precision does
 
 
 @pytest.mark.parametrize(("vocab_size", "rank"), [(VOCAB, 3), (2, 1), (40_000, 5)])
