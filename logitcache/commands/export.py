@@ -25,6 +25,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of the file")
     parser.add_argument("--out", required=True, metavar="FILE", help="a path or URL that ends with .parquet or .jsonl")
     parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="entries per position; those beyond what the cache stores are rebuilt from its coefficients, and a column "
+        "exact_entries has the number of the others (default: as stored)",
+    )
+    parser.add_argument(
         "--logprobs-field", metavar="NAME", help="Axolotl's logprobs_field: the column of the lists (default logprobs)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")

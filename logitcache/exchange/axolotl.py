@@ -45,6 +45,17 @@ def table_v2(rows: DecodedRows, logprobs_field: str) -> pa.Table:
     )
 
 
+def exact_entries(rows: DecodedRows) -> pa.Array:
+    """Returns the number of entries of each position in the lists of the tables, without what only fills them up."""
+    counts = []
+    for number, row in enumerate(rows):
+        first = int(row.positions[0]) if len(row.positions) else len(row.input_ids) - 1
+        of_row = np.zeros(len(row.input_ids) - 1 - first, np.int32)
+        of_row[row.positions - first] = rows.num_entries[rows.offsets[number] : rows.offsets[number + 1]]
+        counts.append(of_row)
+    return lists_of(pa.array(np.concatenate(counts)), [len(of_row) for of_row in counts])
+
+
 def as_it_was(value: Any) -> Any:
     """Returns a kept value; a list of objects (messages, tools) that the cache holds as JSON text becomes such a list again.
 

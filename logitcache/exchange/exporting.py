@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from logitcache.errors import UserError, one_line
 from logitcache.exchange import axolotl, topk
 from logitcache.format.codec import DecodedRows
+from logitcache.format.tail_basis import extended
 from logitcache.progress import Progress
 from logitcache.reading.cache import LogitCache, opened
 from logitcache.storage.folder import Folder
@@ -29,19 +31,21 @@ logger = logging.getLogger("logitcache")
 class TargetFormat:
     """A format of files.  table: rows of a cache and the name of the field for log-probabilities → the columns that hold them.
 
+    exact_entries: the same rows → the numbers of their entries, in lists as those of `table`.
     restored: kept lists of objects are written as such, not as the JSON text that the cache holds.  named: whether the field's
     name can be chosen.
     """
 
     table: Callable[[DecodedRows, str], pa.Table]
+    exact_entries: Callable[[DecodedRows], pa.Array]
     restored: bool
     named: bool
 
 
 FORMATS = {
-    "topk": TargetFormat(lambda rows, _: topk.table(rows), restored=False, named=False),
-    "axolotl": TargetFormat(axolotl.table_v1, restored=True, named=True),
-    "axolotl-v2": TargetFormat(axolotl.table_v2, restored=True, named=True),
+    "topk": TargetFormat(lambda rows, _: topk.table(rows), topk.exact_entries, restored=False, named=False),
+    "axolotl": TargetFormat(axolotl.table_v1, axolotl.exact_entries, restored=True, named=True),
+    "axolotl-v2": TargetFormat(axolotl.table_v2, axolotl.exact_entries, restored=True, named=True),
 }
 """By the name that --to takes."""
 LOGPROBS_FIELD = "logprobs"
@@ -64,6 +68,7 @@ def export(
     out: str | Path,
     *,
     to: str,
+    top_k: int | None = None,
     logprobs_field: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
@@ -75,6 +80,8 @@ def export(
         cache: A cache, or its folder or URL.
         out: A path or URL that ends with .parquet or .jsonl.
         to: "topk", "axolotl" or "axolotl-v2".
+        top_k: Entries of a position, at least as many as the cache stores. Those beyond are rebuilt from its coefficients and
+            approximate: the column "exact_entries" has, for each position, how many first ones are not. None: as stored.
         logprobs_field: Column of Axolotl's lists. None: "logprobs".
         overwrite: Replaces the file.
 
@@ -90,7 +97,7 @@ def export(
     if logprobs_field is not None and not target.named:
         raise UserError(f"--logprobs-field {logprobs_field}: only Axolotl's rows have such a field")
     field = LOGPROBS_FIELD if logprobs_field is None else logprobs_field
-    if field in ("", ROW_ID, axolotl.IDS):
+    if field in ("", ROW_ID, axolotl.IDS, topk.EXACT):
         raise UserError(f"--logprobs-field {field!r}: choose a name that no other column has, such as {LOGPROBS_FIELD}")
     cache = opened(cache)
     folder, name = _split(str(out))
@@ -101,6 +108,7 @@ def export(
         raise UserError(f"--out {out} exists: choose another name, or replace it with --overwrite")
     if folder.local and (folder.local / name).is_dir():
         raise UserError(f"--out {out}: this is a folder; name a file in it")
+    _check_top_k(cache, top_k)
     if to != "topk" and not cache.manifest.layout.columns:
         logger.warning(
             "warning: %s keeps no column of its source: Axolotl needs the chat messages (build and import keep them with --keep)",
@@ -109,7 +117,7 @@ def export(
     try:
         with folder.writing(name) as path:
             with _writer(path, cache, target, name) as write:
-                num_rows, num_positions = _write(cache, target, field, write)
+                num_rows, num_positions = _write(cache, target, field, top_k, write)
             if not num_rows:
                 raise UserError(f"{cache.path} holds no row with a trained token: nothing to export")
             num_bytes = path.stat().st_size
@@ -122,14 +130,48 @@ Write = Callable[[pa.Table, dict[str, list[Any]]], None]
 """Takes the next rows: their targets, and the values of each kept column."""
 
 
-def _write(cache: LogitCache, target: TargetFormat, field: str, write: Write) -> tuple[int, int]:
+def _check_top_k(cache: LogitCache, top_k: int | None) -> None:
+    """Raises UserError for a number of entries that the cache cannot give, and says that others than its own are approximate."""
+    if top_k is None:
+        return
+    if not cache.manifest.layout.tail_parts.rank:
+        raise UserError(
+            f"--top-k {top_k}: {cache.path} has no coefficients (--tail-rank) from which more could be rebuilt"
+        )
+    if not 0 < top_k <= cache.vocab_size:
+        raise UserError(
+            f"--top-k {top_k}: the teacher's vocabulary has {cache.vocab_size} tokens, choose 1…{cache.vocab_size}"
+        )
+    logger.info(
+        "entries beyond those of the cache are rebuilt from its coefficients, approximately: column %s has the number of its own",
+        topk.EXACT,
+    )
+
+
+def _extended(rows: DecodedRows, cache: LogitCache, top_k: int) -> DecodedRows:
+    """Returns rows whose positions have `top_k` entries."""
+    stored = int(rows.num_entries.max(initial=0))
+    if top_k < stored:
+        raise UserError(f"--top-k {top_k}: {cache.path} stores up to {stored}, `logitcache recode --top-k` keeps fewer")
+    assert cache.tail_basis is not None
+    result = copy(rows)
+    result.targets = extended(rows.targets, cache.tail_basis, top_k)
+    result.num_entries = result.targets.num_entries
+    return result
+
+
+def _write(cache: LogitCache, target: TargetFormat, field: str, top_k: int | None, write: Write) -> tuple[int, int]:
     num_rows = num_positions = 0
     approximate = "tail" in cache.manifest.fingerprint.get("capture", {})
     progress = Progress("exporting", cache.num_positions, 0, "positions")
     try:
         for rows in cache.iter_row_groups():
             trained = np.diff(rows.offsets) > 0
-            table = target.table(rows, field)
+            if top_k is None:
+                table = target.table(rows, field)
+            else:
+                table = target.table(_extended(rows, cache, top_k), field)
+                table = table.append_column(topk.EXACT, target.exact_entries(rows))
             if approximate and topk.TAIL in table.column_names:
                 table = table.drop_columns([topk.TAIL])  # whoever reads it would take it for the teacher's
             table = table.append_column(ROW_ID, pa.array(rows.row_ids, pa.string()))

@@ -52,7 +52,7 @@ def _distillkit(sources: Sequence[Source], config: str | None) -> SourceFormat:
 def _topk(sources: Sequence[Source], config: str | None) -> SourceFormat:
     if config is not None:
         raise UserError("--config is of DistillKit's data only: --from distillkit")
-    columns = (topk.IDS, topk.LOGPROBS, topk.TAIL)
+    columns = (topk.IDS, topk.LOGPROBS, topk.TAIL, topk.EXACT)
     return SourceFormat("topk", columns, topk.read_entries, topk.MASK, None, {}, most_mass=1.05)
 
 

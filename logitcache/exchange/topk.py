@@ -16,6 +16,7 @@ from logitcache.format.codec import DecodedRows, lists_of
 from logitcache.format.targets import PAD_ID
 
 IDS, LOGPROBS, TAIL, MASK = "topk_ids", "topk_logprobs", "tail_logprob", "loss_mask"
+EXACT = "exact_entries"
 
 
 def read_entries(
@@ -23,8 +24,10 @@ def read_entries(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns ids int64 [N, k], log-probabilities float32 [N, k], and tail float32 [N] or None, of some positions of a row.
 
-    Raises BadRow for lists that do not belong together and for log-probabilities above 0.
+    Raises BadRow for lists that do not belong together, for log-probabilities above 0, and for entries that were rebuilt.
     """
+    if row.has(EXACT):
+        raise BadRow(f"entries beyond {EXACT} are no teacher's: export the rows without --top-k")
     ids, logprobs = ragged(row.value(IDS), IDS, "iu"), ragged(row.value(LOGPROBS), LOGPROBS, "fiu")
     check_length(ids, IDS, num_tokens)
     if len(logprobs.lengths) != len(ids.lengths):
@@ -61,16 +64,13 @@ def _tail(row: SourceRow, positions: np.ndarray, count: int) -> np.ndarray | Non
 
 def table(rows: DecodedRows) -> pa.Table:
     """Returns a row group of a cache as plain top-k rows, with T − 1 lists each."""
-    lengths = np.diff(rows.token_offsets)
-    predicted = np.ones(len(rows.input_ids), dtype=bool)
-    predicted[rows.token_offsets[:-1][lengths > 0]] = False
-    stored = rows.loss_mask[predicted]  # of every token but the first of its row
+    stored, per_row = _predicted(rows)
     counts = np.zeros(len(stored), dtype=np.int64)
     present = np.isfinite(rows.targets.logprobs)  # one of probability 0 says no more than one that is not there
     counts[stored] = present.sum(axis=1)
     tails = np.full(len(stored), -np.inf, dtype=np.float32)
     tails[stored] = rows.targets.tail_logprob
-    per_row = np.maximum(lengths - 1, 0)
+    lengths = np.diff(rows.token_offsets)
     columns = {
         "input_ids": lists_of(pa.array(rows.input_ids, pa.int32()), lengths),
         MASK: lists_of(pa.array(rows.loss_mask, pa.bool_()), lengths),
@@ -79,3 +79,19 @@ def table(rows: DecodedRows) -> pa.Table:
         TAIL: lists_of(pa.array(tails, pa.float32(), mask=np.isneginf(tails)), per_row),
     }
     return pa.table(columns)
+
+
+def exact_entries(rows: DecodedRows) -> pa.Array:
+    """Returns the number of entries of each position in the lists of `table`."""
+    stored, per_row = _predicted(rows)
+    counts = np.zeros(len(stored), dtype=np.int32)
+    counts[stored] = np.isfinite(rows.targets.logprobs).sum(axis=1)
+    return lists_of(pa.array(counts), per_row)
+
+
+def _predicted(rows: DecodedRows) -> tuple[np.ndarray, np.ndarray]:
+    """Returns of every token but the first of each row whether it is trained, and the number of such tokens of each row."""
+    lengths = np.diff(rows.token_offsets)
+    predicted = np.ones(len(rows.input_ids), dtype=bool)
+    predicted[rows.token_offsets[:-1][lengths > 0]] = False
+    return rows.loss_mask[predicted], np.maximum(lengths - 1, 0)

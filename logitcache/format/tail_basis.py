@@ -25,6 +25,8 @@ from logitcache.storage.folder import Folder
 MAX_TAIL_BASIS_BYTES = 1 << 28
 """Of the file: 500 directions of a vocabulary of 262 144 tokens."""
 ROWS_WRITTEN_AT_ONCE = 1 << 14
+REBUILT_AT_ONCE = 1 << 24
+"""Log-probabilities of rebuilt distributions that are held at a time."""
 WEIGHT_TOLERANCE = 1e-3
 """By how much the weights' sum may miss 1."""
 UNIT_TOLERANCE = 1e-2
@@ -133,6 +135,34 @@ def rebuilt(targets: SparseTargets, basis: TailBasis) -> np.ndarray:
         logits += (targets.tail_logprob - np.log(np.exp(logits).sum(axis=1)))[:, None]
     logits[rows, ids] = targets.logprobs[rows, places]
     return logits
+
+
+def extended(targets: SparseTargets, basis: TailBasis, top_k: int) -> SparseTargets:
+    """Returns `top_k` entries of each position: its own, then the likeliest of the tail as the basis rebuilds it.
+
+    The tail keeps its rest; of its other parts nothing is returned.
+    """
+    num_positions, width = targets.token_ids.shape
+    ids = np.full((num_positions, top_k), PAD_ID, np.int32)
+    logprobs = np.full(ids.shape, -np.inf, np.float32)
+    ids[:, :width], logprobs[:, :width] = targets.token_ids, targets.logprobs
+    for start in range(0, num_positions, step := max(REBUILT_AT_ONCE // len(basis.offset), 1)):
+        part = targets[start : start + step]
+        of_tail = rebuilt(part, basis)
+        rows, places = np.nonzero(part.token_ids != PAD_ID)
+        of_tail[rows, part.token_ids[rows, places]] = -np.inf
+        best = np.argpartition(-of_tail, top_k - 1, axis=1)[:, :top_k]
+        values = np.take_along_axis(of_tail, best, axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        best, values = np.take_along_axis(best, order, axis=1), np.take_along_axis(values, order, axis=1)
+        from_tail = np.arange(top_k) - part.num_entries[:, None]
+        rows, places = np.nonzero((from_tail >= 0) & np.isfinite(np.take_along_axis(values, from_tail, axis=1)))
+        taken = from_tail[rows, places]
+        ids[start + rows, places], logprobs[start + rows, places] = best[rows, taken], values[rows, taken]
+    added = np.exp(logprobs, dtype=np.float64).sum(axis=1) - np.exp(targets.logprobs, dtype=np.float64).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        rest = np.log(np.maximum(np.exp(targets.tail_logprob, dtype=np.float64) - added, 0)).astype(np.float32)
+    return SparseTargets(ids, logprobs, rest)
 
 
 def check_tail_basis(basis: TailBasis, layout: Layout) -> None:

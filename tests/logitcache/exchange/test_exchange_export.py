@@ -22,11 +22,14 @@ from logitcache.exchange.exporting import export
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import PRESETS
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_basis import extended, rebuilt
+from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
 from tests.helpers.exchanging import findings, import_topk, write_tokenizer
 from tests.helpers.maintained import CAPTURE, assert_same_targets, make_cache
 from tests.helpers.objectstore import bucket, s3_endpoint  # noqa: F401  (fixtures)
 from tests.helpers.smallcaches import (
+    COEFFICIENT_STEP,
     VOCAB,
     Row,
     full_distributions,
@@ -273,6 +276,80 @@ class TestAxolotl:
         assert lines(tmp_path / "a.jsonl")[0]["logprobs"] == [[0.0, NOTHING_NATS]]
         export(cache, tmp_path / "b.jsonl", to="topk")
         assert lines(tmp_path / "b.jsonl")[0]["tail_logprob"] == [None]
+
+
+class TestMoreEntriesThanStored:
+    """Of a cache with up to three entries a position and coefficients."""
+
+    @pytest.fixture
+    def low_rank_cache(self, tmp_path: Path) -> LogitCache:
+        layout = Layout(VOCAB, TailParts(rank=3), columns=LAYOUT.columns).with_coefficient_step(COEFFICIENT_STEP)
+        kept = {"id": 1, "messages": json.dumps(CHAT)}
+        rows = random_rows(12, replace(layout, columns={}), max_entries=3)
+        return make_cache(
+            tmp_path / "low_rank", [(replace(tokens, columns=kept), targets) for tokens, targets in rows], layout
+        )
+
+    @pytest.mark.parametrize("top_k", [3, 7, VOCAB])
+    def test_they_are_the_likeliest_of_the_rebuilt_tail_behind_the_caches_own(
+        self, low_rank_cache: LogitCache, tmp_path: Path, top_k: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level("INFO", "logitcache"):
+            export(low_rank_cache, tmp_path / "rows.jsonl", to="topk", top_k=top_k)
+        assert "rebuilt from its coefficients, approximately: column exact_entries has the number" in caplog.text
+        assert low_rank_cache.tail_basis is not None
+        for row, sequence in zip(lines(tmp_path / "rows.jsonl"), low_rank_cache, strict=True):
+            full = rebuilt(sequence.targets, low_rank_cache.tail_basis)
+            of_position = dict(zip(sequence.positions.tolist(), range(len(full)), strict=True))
+            for position, (ids, logprobs, exact) in enumerate(
+                zip(row["topk_ids"], row["topk_logprobs"], row["exact_entries"], strict=True)
+            ):
+                if position not in of_position:
+                    assert (ids, logprobs, exact) == ([], [], 0)
+                    continue
+                number = of_position[position]
+                targets = sequence.targets[number : number + 1]
+                assert exact == targets.num_entries[0]
+                assert ids[:exact] == targets.token_ids[0, :exact].tolist()
+                assert logprobs[:exact] == pytest.approx(targets.logprobs[0, :exact].tolist())
+                others = np.setdiff1d(np.arange(VOCAB), ids[:exact])
+                likeliest = others[np.argsort(-full[number, others], kind="stable")][: top_k - exact]
+                assert ids[exact:] == likeliest.tolist()
+                assert logprobs[exact:] == pytest.approx(full[number, likeliest].tolist(), rel=1e-5)
+                rest = row["tail_logprob"][position]
+                assert np.exp(logprobs).sum() + np.exp(-np.inf if rest is None else rest) == pytest.approx(1, abs=2e-3)
+
+    def test_they_are_taken_for_nobodys_when_they_are_imported(
+        self, low_rank_cache: LogitCache, tmp_path: Path, tokenizer: Path
+    ) -> None:
+        export(low_rank_cache, tmp_path / "rows.parquet", to="topk", top_k=7)
+        with pytest.raises(UserError, match=r"row 0: entries beyond exact_entries are no teacher's: export the rows"):
+            import_topk(tmp_path / "rows.parquet", tmp_path / "again", tokenizer)
+
+    @pytest.mark.parametrize("to", ["axolotl", "axolotl-v2"])
+    def test_axolotl_has_them_too(self, low_rank_cache: LogitCache, tmp_path: Path, to: str) -> None:
+        export(low_rank_cache, tmp_path / "rows.jsonl", to=to, top_k=7)
+        assert low_rank_cache.tail_basis is not None
+        for row, sequence in zip(lines(tmp_path / "rows.jsonl"), low_rank_cache, strict=True):
+            targets = extended(sequence.targets, low_rank_cache.tail_basis, 7)
+            seen = replace(sequence, targets=targets)
+            assert_axolotl_sees(as_axolotl_reads(row, "logprobs", len(sequence.input_ids)), seen)
+            exact = np.zeros(len(row["logprobs"]), int)
+            exact[sequence.positions - sequence.positions[0]] = sequence.targets.num_entries
+            assert row["exact_entries"] == exact.tolist()
+
+    def test_what_cannot_be_given_is_refused(
+        self, low_rank_cache: LogitCache, cache: LogitCache, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "rows.jsonl"
+        with pytest.raises(UserError, match=r"--top-k 7: .* has no coefficients \(--tail-rank\)"):
+            export(cache, out, to="topk", top_k=7)
+        with pytest.raises(UserError, match=r"--top-k 2: .* stores up to 3, `logitcache recode --top-k` keeps fewer"):
+            export(low_rank_cache, out, to="topk", top_k=2)
+        for wrong in (0, VOCAB + 1):
+            with pytest.raises(UserError, match=f"--top-k {wrong}: the teacher's vocabulary has 50 tokens"):
+                export(low_rank_cache, out, to="topk", top_k=wrong)
+        assert not out.exists()
 
 
 @pytest.fixture
