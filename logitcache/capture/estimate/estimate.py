@@ -16,24 +16,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from logitcache.capture.calibration import make_tail_basis, make_tail_groups
+from logitcache.capture.calibration import make_tail_basis
 from logitcache.capture.corpus.sample import CorpusSample, sample_corpus
 from logitcache.capture.engine import start_teacher
-from logitcache.capture.estimate.fidelity import (
-    SLOPES,
-    STUDENTS,
-    Outcomes,
-    gradient_errors,
-    rebuilt_outcomes,
-    stand_in,
-    tail_divergence,
-)
+from logitcache.capture.estimate.judgement import Judgement, judge, with_probe_ids
 from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.options import InputOptions, passes_on_to
 from logitcache.capture.plan import cache_layout
@@ -44,9 +36,8 @@ from logitcache.errors import UserError
 from logitcache.format.codebook import Codebook
 from logitcache.format.codec import encode
 from logitcache.format.layout import Layout
-from logitcache.format.quantization import rounded
 from logitcache.format.sequences import ColumnTypes, TokenSequence, columns_text, stored_columns
-from logitcache.format.tail_basis import TailBasis
+from logitcache.format.tail_basis import TailBasis, with_rank
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets, concatenate
 from logitcache.format.truncation import nucleus, truncate
@@ -55,9 +46,6 @@ from logitcache.table import aligned
 
 PRICED_POSITIONS = 4096
 """Stored positions, at least, whose encoded bytes are measured and whose mean probability orders the vocabulary."""
-JUDGED_POSITIONS = 512
-"""The most of those positions that are scored with `JUDGED_ENTRIES` entries each, 32 KiB."""
-JUDGED_ENTRIES = 4096
 CANDIDATE_KS = (8, 16, 32, 64, 128, 256)
 SHOWN_TAIL_GROUPS = 32
 """Beside every k, unless the build asks for another number."""
@@ -114,7 +102,8 @@ class Choice:
 
     mass_covered: mean probability of the entries.  gradient_error: (loss, stage) → relative error of the summed gradient
     for a student that stands in for a real one of that stage; empty if the teacher gives only its top-k.  tail_rank: its
-    coefficients in place of groups, or 0.  tail_divergence: mean divergence of the tail that they rebuild, nats, or None.
+    coefficients in place of groups, or 0.  variance_captured: their share of the variance of the logits.  tail_divergence: mean
+    divergence of the tail that they rebuild, nats. None without coefficients.
     """
 
     top_k: int
@@ -123,6 +112,7 @@ class Choice:
     mass_covered: float
     gradient_error: Mapping[tuple[str, str], float]
     tail_rank: int = 0
+    variance_captured: float | None = None
     tail_divergence: float | None = None
 
 
@@ -175,26 +165,32 @@ class Estimate:
             lines.append(
                 "Relative error of the gradient summed over positions, for stand-ins of an early and a late student; "
                 f"{self.not_told_apart:.2%} of the probability is known by group only."
-                + " With a rank, before the student's own residuals are used."
-                * bool(settings.tail_parts.rank)
             )
+            if settings.tail_parts.rank:
+                lines.append(
+                    "With a rank: the share of the logits' variance at random tokens, the KL of the rebuilt tail, errors with "
+                    "the student's residuals as in training."
+                )
         return "\n".join(lines)
 
     def _heading(self) -> list[str]:
         errors = [f"{loss} {stage}" for loss, stage in self.choices[0].gradient_error]
-        divergence = ["KL of tail"] * bool(self.settings.tail_parts.rank)
-        return ["stored", "bytes/position", "cache", "mass covered", *divergence, *errors]
+        low_rank = ["variance", "KL of tail"] * bool(self.settings.tail_parts.rank)
+        return ["stored", "bytes/position", "cache", "mass covered", *low_rank, *errors]
 
     def _cells(self, choice: Choice) -> list[str]:
         tail = f" + {choice.tail_groups} groups" if choice.tail_groups else ""
         tail += f" + rank {choice.tail_rank}" if choice.tail_rank else ""
-        divergence = "" if choice.tail_divergence is None else f"{choice.tail_divergence:.3f}"
+        of_rank = [
+            "" if choice.variance_captured is None else f"{choice.variance_captured:.1%}",
+            "" if choice.tail_divergence is None else f"{choice.tail_divergence:.3f}",
+        ]
         return [
             f"k = {choice.top_k}{tail}",
             f"{choice.bytes_per_position:,.0f}",
             _size(choice.bytes_per_position * self.sample.num_positions.value),
             f"{choice.mass_covered:.2%}",
-            *[divergence] * bool(self.settings.tail_parts.rank),
+            *of_rank * bool(self.settings.tail_parts.rank),
             *(f"{error:.3f}" for error in choice.gradient_error.values()),
         ]
 
@@ -218,26 +214,29 @@ def estimate(
     ks = sorted({k for k in CANDIDATE_KS if k <= most} | {settings.top_k})
     logger.info("scoring %d sequences of the sample", len(priced))
     priced = _with_numbers(teacher, priced, skip_bad)
-    judgement, parts = None, TailParts()
+    judgement, parts, basis = None, TailParts(), None
+    tails = [parts]
     if sees_logits:
         num_groups = settings.tail_parts.groups or min(SHOWN_TAIL_GROUPS, layout.vocab_size)
         parts = TailParts(groups=num_groups, rank=settings.tail_parts.rank, probes=settings.tail_parts.probes)
-        basis = None
+        tails = [
+            *tails,
+            TailParts(groups=num_groups),
+            *(replace(parts, groups=0, rank=rank) for rank in _ranks(parts.rank)),
+        ]
         if parts.rank:
             basis = make_tail_basis(cast(LogitTeacher, teacher), priced, parts.rank, settings.precision)
             cast(LogitTeacher, teacher).set_tail_basis(basis)
             layout = layout.with_coefficient_step(basis.step)
-        judgement = _judge(cast(LogitTeacher, teacher), priced, parts, layout, basis, ks)
+        judgement = judge(cast(LogitTeacher, teacher), priced, parts, layout, basis, ks, _ranks(parts.rank))
     began = time.monotonic()
     scored = list(teacher.score(priced, CaptureSettings(top_k=ks[-1], tail_parts=parts)))
     tokens_per_s = _num_tokens(priced) / (time.monotonic() - began)
-    choices = []
-    for k in ks:
-        choices.append(_choice(priced, scored, k, layout, TailParts(), judgement))
-        if judgement:
-            choices.append(_choice(priced, scored, k, layout, TailParts(groups=parts.groups), judgement))
-        if parts.rank:
-            choices.append(_choice(priced, scored, k, layout, replace(parts, groups=0), judgement))
+    if basis is not None:
+        scored = with_probe_ids(priced, scored, layout.vocab_size)
+    choices = [
+        _choice(priced, scored, k, replace(layout, tail_parts=tail), basis, judgement) for k in ks for tail in tails
+    ]
 
     lengths = [len(sequence.input_ids) for sequence in sequences]
     timed = _first(sequences, lengths, max(tokens_per_s * TIMED_S, _num_tokens(priced)))
@@ -268,47 +267,9 @@ def _with_numbers(teacher: Teacher, sequences: Sequence[TokenSequence], skip_bad
     return [sequence for sequence, reason in zip(sequences, wrong, strict=True) if not reason]
 
 
-class _Judgement(NamedTuple):
-    tail_groups: np.ndarray  # int [V]
-    gradient_error: Mapping[tuple[int, str], Mapping[tuple[str, str], float]]  # (k, tail) → Choice.gradient_error
-    tail_divergence: Mapping[int, float]  # k → Choice.tail_divergence
-    not_told_apart: float
-
-
-def _judge(
-    teacher: LogitTeacher,
-    priced: Sequence[TokenSequence],
-    parts: TailParts,
-    layout: Layout,
-    basis: TailBasis | None,
-    ks: Sequence[int],
-) -> _Judgement:
-    """Returns the gradient errors, on some of the positions, of every k with one bucket, with groups and with a rank."""
-    mean_probability = teacher.mean_probability(priced)
-    tail_groups = make_tail_groups(teacher, priced, parts.groups)
-    teacher.set_tail_groups(tail_groups)
-    wide = CaptureSettings(
-        top_k=max(min(layout.vocab_size, JUDGED_ENTRIES), ks[-1]), tail_parts=replace(parts, probes=0)
-    )
-    targets = concatenate(list(teacher.score(thinned(priced, JUDGED_POSITIONS), wide)))
-    outcomes = Outcomes.of_targets(targets, mean_probability, tail_groups)
-    students = {stage: stand_in(outcomes, stage) for stage in STUDENTS}
-    rebuilt = None
-    if basis is not None:
-        assert targets.tail_coefficients is not None
-        step = layout.quantization.coefficient_step if layout.quantization else None
-        rebuilt = rebuilt_outcomes(outcomes, basis, rounded(targets.tail_coefficients, step), tail_groups)
-    found: dict[tuple[int, str], Mapping[tuple[str, str], float]] = {}
-    for tail in ("bucket", "groups", "rank"):
-        if tail == "rank" and rebuilt is None:
-            continue
-        known: dict[str, Any] = {"grouped": tail == "groups", "rebuilt": rebuilt if tail == "rank" else None}
-        errors = {stage: gradient_errors(outcomes, students[stage], ks, **known) for stage in STUDENTS}
-        for i, k in enumerate(ks):
-            found[k, tail] = {(loss, stage): errors[stage][i][loss] for loss in SLOPES for stage in STUDENTS}
-    divergences = {} if rebuilt is None else {k: tail_divergence(outcomes, rebuilt, k) for k in ks}
-    not_told_apart = float(np.exp(targets.tail_logprob, dtype=np.float64).mean())
-    return _Judgement(tail_groups, found, divergences, not_told_apart)
+def _ranks(rank: int) -> list[int]:
+    """Returns the first coefficients of `rank` that are shown by themselves."""
+    return sorted({rank // 4, rank // 2, rank} - {0})
 
 
 def _choice(
@@ -316,22 +277,25 @@ def _choice(
     scored: Sequence[SparseTargets],
     k: int,
     layout: Layout,
-    parts: TailParts,
-    judgement: _Judgement | None,
+    basis: TailBasis | None,
+    judgement: Judgement | None,
 ) -> Choice:
+    """Prices k entries and the tail parts of a layout.  scored: with at least as many of each."""
+    parts = layout.tail_parts
     tail_groups = judgement.tail_groups if judgement and parts.groups else None
+    if basis is not None and parts.rank:
+        scored = [with_rank(targets, basis, parts.rank) for targets in scored]
     stored = [truncate_to_top_k(targets, k, tail_groups) for targets in scored]
-    num_bytes = stored_bytes(sequences, stored, replace(layout, tail_parts=parts))
     tail_mass = np.concatenate([np.exp(targets.tail_logprob, dtype=np.float64) for targets in stored]).mean()
-    tail = "rank" if parts.rank else "groups" if parts.groups else "bucket"
     return Choice(
         top_k=k,
         tail_groups=parts.groups,
-        bytes_per_position=num_bytes / _num_positions(sequences),
+        bytes_per_position=stored_bytes(sequences, stored, layout) / _num_positions(sequences),
         mass_covered=1 - float(tail_mass),
-        gradient_error=judgement.gradient_error[k, tail] if judgement else {},
+        gradient_error=judgement.gradient_error[k, parts.groups, parts.rank] if judgement else {},
         tail_rank=parts.rank,
-        tail_divergence=judgement.tail_divergence[k] if judgement and parts.rank else None,
+        variance_captured=judgement.variance_captured[parts.rank] if judgement and parts.rank else None,
+        tail_divergence=judgement.tail_divergence[k, parts.rank] if judgement and parts.rank else None,
     )
 
 
@@ -349,22 +313,6 @@ def truncate_to_top_k(targets: SparseTargets, k: int, tail_groups: np.ndarray | 
     """Returns the first k entries; the others join the tail and, with `tail_groups`, int [V], the groups."""
     known = targets if tail_groups is not None else replace(targets, group_logprobs=None)
     return truncate(known, nucleus(targets.logprobs, top_k=k, top_p=1.0, min_k=k).sum(axis=1), tail_groups)
-
-
-def thinned(sequences: Sequence[TokenSequence], num_positions: int) -> list[TokenSequence]:
-    """Returns the sequences with at most `num_positions` stored positions in all, drawn at random.
-
-    Sequences without any are left out.
-    """
-    owners = np.repeat(np.arange(len(sequences)), [len(sequence.positions) for sequence in sequences])
-    positions = np.concatenate([sequence.positions for sequence in sequences])
-    drawn = np.random.default_rng(0).permutation(len(owners))[:num_positions]
-    result = []
-    for index in np.unique(owners[drawn]):
-        mask = np.zeros_like(sequences[index].loss_mask)
-        mask[positions[drawn[owners[drawn] == index]] + 1] = True
-        result.append(TokenSequence(sequences[index].input_ids, mask))
-    return result
 
 
 def _first(sequences: Sequence[TokenSequence], sizes: Sequence[int], enough: float) -> Sequence[TokenSequence]:

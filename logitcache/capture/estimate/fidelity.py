@@ -183,6 +183,35 @@ def rebuilt_outcomes(
     return rebuilt
 
 
+def known_residual(
+    outcomes: Outcomes,
+    student_logprobs: np.ndarray,
+    stage: str,
+    basis: TailBasis,
+    coefficients: np.ndarray,
+    targets: SparseTargets,
+    mean_probability: np.ndarray,
+    tail_groups: np.ndarray,
+) -> np.ndarray:
+    """Returns what the loss adds to rebuilt logits for the student of a stage, ρ·e as training estimates it: [N, E].
+
+    The stand-in's logits are a·l + b·log(mean of p) + σ·noise, l the teacher's, so that its coefficients and its residuals e at
+    the probe tokens follow from the teacher's, but for the noise in its coefficients.  targets: with the teacher's residuals.
+    """
+    of_teacher, of_mean, deviation = STUDENTS[stage]
+    least = np.finfo(np.float32).tiny
+    constant = (of_teacher - 1) * basis.offset + of_mean * np.log(np.maximum(mean_probability, least))
+    weighted = basis.weights[:, None] * basis.directions
+    of_constant = constant @ weighted
+    rest = constant - constant @ basis.weights - basis.directions @ of_constant
+    assert targets.probe_residuals is not None
+    of_probes = targets.probe_residuals.astype(np.float64)
+    own = of_teacher * of_probes + rest[targets.probe_ids]
+    share = float(np.clip((of_probes * own).mean() / ((own**2).mean() + deviation**2), 0, 1))
+    of_student = rebuilt_outcomes(outcomes, basis, of_teacher * coefficients + of_constant, tail_groups)
+    return share * np.where(np.isfinite(student_logprobs), student_logprobs - of_student, 0.0)
+
+
 def tail_divergence(outcomes: Outcomes, rebuilt: np.ndarray, k: int) -> float:
     """Returns the mean divergence of the rebuilt tails from the teacher's beyond k entries.  rebuilt: [N, E]."""
     p = np.exp(outcomes.logprobs)

@@ -19,7 +19,8 @@ from logitcache.capture.calibration import make_tail_basis, make_tail_groups
 from logitcache.capture.corpus.documents import find_sources
 from logitcache.capture.corpus.sample import sample_corpus
 from logitcache.capture.corpus.tokenize import Corpus, CorpusSettings
-from logitcache.capture.estimate.estimate import Estimate, estimate, plan, stored_bytes, thinned, truncate_to_top_k
+from logitcache.capture.estimate.estimate import Estimate, estimate, plan, stored_bytes, truncate_to_top_k
+from logitcache.capture.estimate.judgement import thinned
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teachers.base import Teacher, TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
@@ -221,17 +222,21 @@ def estimated(engine: TransformersTeacher, corpus: Path, teacher_tokenizer: Any)
 @pytest.mark.slow
 def test_every_choice_has_its_bytes_mass_and_errors(estimated: Estimate) -> None:
     ks = [8, 16, 32, 40, 64, 128, 256]
-    tails = [(0, 0), (16, 0), (0, 4)]
+    tails = [(0, 0), (16, 0), (0, 1), (0, 2), (0, 4)]
     assert [(c.top_k, c.tail_groups, c.tail_rank) for c in estimated.choices] == [(k, *t) for k in ks for t in tails]
     for tail in tails:
         choices = [c for c in estimated.choices if (c.tail_groups, c.tail_rank) == tail]
         assert all((c.tail_divergence is None) == (not c.tail_rank) for c in choices)
+        assert all((c.variance_captured is None) == (not c.tail_rank) for c in choices)
         for figures in zip(*(c.gradient_error.values() for c in choices), strict=True):
             assert 0 < figures[-1] < figures[0]
         sizes = [c.bytes_per_position for c in choices]
         assert sizes == sorted(sizes)
         masses = [c.mass_covered for c in choices]
         assert masses == sorted(masses)
+    of_ranks = {c.tail_rank: (c.variance_captured, c.tail_divergence) for c in estimated.choices if c.top_k == 8}
+    assert 0 < of_ranks[1][0] < of_ranks[2][0] < of_ranks[4][0] < 1  # type: ignore[operator]
+    assert of_ranks[1][1] > of_ranks[2][1] > of_ranks[4][1] > 0  # type: ignore[operator]
     assert estimated.not_told_apart == 0, "the vocabulary is smaller than the entries that stand for it"
 
 
@@ -266,7 +271,12 @@ def test_the_table_is_aligned_and_says_what_its_errors_are(estimated: Estimate) 
     rows = [line for line in text.splitlines() if line.startswith(("stored", "k = "))]
     assert len(rows) == 1 + len(estimated.choices)
     assert len({len(row) for row in rows}) == 1
-    assert "k = 40 + 16 groups" in text and "k = 40 + rank 4" in text and "KL of tail" in text
+    assert (
+        "k = 40 + 16 groups" in text
+        and "k = 40 + rank 4" in text
+        and "KL of tail" in text
+        and "k = 8 + rank 1 " in text
+    )
     assert f"{estimated.sample.num_positions.value:,.0f}" in text
     assert "gradient" in text
 

@@ -12,6 +12,7 @@ from logitcache.capture.estimate.fidelity import (
     STUDENTS,
     Outcomes,
     gradient_errors,
+    known_residual,
     rebuilt_outcomes,
     stand_in,
     tail_divergence,
@@ -20,7 +21,7 @@ from logitcache.format.layout import Layout
 from logitcache.format.tail_basis import TailBasis
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import PAD_ID, SparseTargets
-from tests.helpers.smallcaches import sparse_targets
+from tests.helpers.smallcaches import VOCAB, full_distributions, sparse_targets, tail_basis
 
 N, V, G = 7, 60, 5
 
@@ -283,3 +284,42 @@ def test_a_tail_that_is_rebuilt_as_it_is_leaves_no_error_and_another_what_it_div
         values[:, 4:] - np.logaddexp.reduce(values[:, 4:], axis=1)[:, None] for values in (outcomes.logprobs, others)
     )
     assert tail_divergence(outcomes, others, 4) == pytest.approx((np.exp(tail) * (tail - wrong)).sum(axis=1).mean())
+
+
+def test_the_residual_that_a_student_knows_itself_is_what_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STUDENTS, "late", (1.4, 0.1, 0.0))
+    layout = Layout(VOCAB, TailParts(rank=4, probes=60), precision="exact")
+    basis = tail_basis(layout)
+    full = full_distributions(np.random.default_rng(8), 300)
+    mean = np.exp(full).mean(axis=0)
+    groups = np.zeros(VOCAB, np.int32)
+    targets = sparse_targets(full, [4] * 300, layout)
+    assert targets.tail_coefficients is not None and targets.probe_ids is not None
+    outcomes = Outcomes.of_logprobs(full, mean, groups)
+    student = stand_in(outcomes, "late")
+    known = known_residual(outcomes, student, "late", basis, targets.tail_coefficients, targets, mean, groups)
+
+    weighted = basis.weights[:, None] * basis.directions
+    by_token = np.empty_like(full)
+    np.put_along_axis(by_token, outcomes.ids, student, axis=1)
+    residuals = []
+    for logits in (full, by_token):
+        centred = logits - basis.offset
+        centred -= (centred @ basis.weights)[:, None]
+        residuals.append(centred - centred @ weighted @ basis.directions.T)
+    probed, own = (np.take_along_axis(each, targets.probe_ids, axis=1) for each in residuals)
+    share = (probed * own).mean() / (own**2).mean()
+    assert 0.2 < share < 0.98
+    expected = np.take_along_axis(share * residuals[1], outcomes.ids, axis=1)
+    assert np.ptp(known - expected, axis=1).max() <= 1e-4
+    better, worse = (
+        gradient_errors(
+            outcomes,
+            student,
+            [4],
+            grouped=False,
+            rebuilt=rebuilt_outcomes(outcomes, basis, targets.tail_coefficients, groups) + extra,
+        )[0]
+        for extra in (known, 0)
+    )
+    assert all(better[loss] < worse[loss] for loss in ("fkl", "rkl", "akl", "todi"))
