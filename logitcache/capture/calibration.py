@@ -18,7 +18,7 @@ import numpy as np
 
 from logitcache.capture.teachers.base import LogitTeacher
 from logitcache.errors import UserError
-from logitcache.format.quantization import DEFAULT_PRECISION
+from logitcache.format.quantization import FINEST_COEFFICIENT_BITS
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.tail_basis import TailBasis, centred
 
@@ -43,8 +43,6 @@ OVERSAMPLING = 16
 NEGLIGIBLE = 1e-7
 """A variance is nothing if it is this share of the largest one: float32 sums say no more."""
 INNER_ROWS = 1 << 14
-COEFFICIENT_BITS = {"exact": 4, "balanced": 4, "compact": 3}
-"""Bits of a coefficient of ±3 mean standard deviations, by precision: they fix the step."""
 HALF_LIMIT = 60_000.0
 """Numbers beyond it do not fit in half precision."""
 
@@ -132,9 +130,7 @@ def _fill_empty(groups: np.ndarray, costs: np.ndarray, num_groups: int) -> None:
         sizes[empty] = 1
 
 
-def make_tail_basis(
-    teacher: LogitTeacher, sequences: Sequence[TokenSequence], rank: int, precision: str = DEFAULT_PRECISION
-) -> TailBasis:
+def make_tail_basis(teacher: LogitTeacher, sequences: Sequence[TokenSequence], rank: int) -> TailBasis:
     """Returns the `rank` directions in which the teacher's logits vary most at stored positions drawn at random.
 
     A token's weight is the square root of its mean probability. Directions are rounded to half precision, as they are stored.
@@ -166,7 +162,7 @@ def make_tail_basis(
             f"--tail-rank {rank}: the teacher's logits vary in {len(variances)} directions only, choose at most as many"
         )
     rounded = np.clip(directions, -HALF_LIMIT, HALF_LIMIT).astype(np.float16).astype(np.float32)
-    step = 6 * float(np.sqrt(variances.mean())) / 2 ** COEFFICIENT_BITS[precision]
+    step = 6 * float(np.sqrt(variances.mean())) / 2**FINEST_COEFFICIENT_BITS
     return TailBasis(offset, centred(rounded, weights), weights, step, variances)
 
 

@@ -139,7 +139,7 @@ class Rescoring:
             places=tuple(self._place(number) for number in numbers),
             tolerance_nats=max(_tolerance_nats(recorded.get("dtype")), _tolerance_nats(self.model.dtype))
             + rounding / 2,
-            coefficient_step=basis.step if basis and layout.quantization else 0.0,
+            coefficient_step=layout.quantization.coefficient_step or 0.0 if layout.quantization else 0.0,
             other_weights="content_sha256" in recorded
             and recorded["content_sha256"] != own.get("content_sha256", recorded["content_sha256"]),
         )

@@ -60,7 +60,7 @@ class ShardWorker:
 
     def calibrate(self) -> None:
         """Makes the tail groups and the tail basis by the first positions of the corpus, unless that has been done."""
-        folder, settings, parts = self._plan.folder, self._job.settings, self._job.settings.tail_parts
+        folder, parts = self._plan.folder, self._job.settings.tail_parts
         missing = [name for name in calibration_files(parts) if not folder.exists(name)]
         if not missing:
             return
@@ -71,7 +71,7 @@ class ShardWorker:
                 folder, make_tail_groups(teacher, first[:CALIBRATION_SEQUENCES], parts.groups), PARTITION_NAME
             )
         if BASIS_NAME in missing:
-            write_tail_basis(folder, make_tail_basis(teacher, first, parts.rank, settings.precision), BASIS_NAME)
+            write_tail_basis(folder, make_tail_basis(teacher, first, parts.rank), BASIS_NAME)
 
     def capture(self, shards: Sequence[int], advance: Callable[[int], None] = lambda tokens: None) -> None:
         """Scores shards one after the other, without a pause between them, and records each when it is complete.

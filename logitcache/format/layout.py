@@ -11,7 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from logitcache.errors import UserError
-from logitcache.format.quantization import DEFAULT_PRECISION, PRESETS, QuantizationSpec, check_precision
+from logitcache.format.quantization import (
+    COEFFICIENT_BITS,
+    DEFAULT_PRECISION,
+    FINEST_COEFFICIENT_BITS,
+    PRESETS,
+    QuantizationSpec,
+    check_precision,
+)
 from logitcache.format.tail_part import Column
 from logitcache.format.tail_parts import PARTS, TEMPERED_PREFIX, TailParts
 
@@ -53,9 +60,10 @@ class Layout:
         return {"version": self.format_version, "rounding": preset}
 
     def with_coefficient_step(self, step: float) -> Layout:
-        """Returns the layout with the step of a tail basis; an exact cache's stays as it is."""
+        """Returns the layout with the step of a tail basis, or the multiple of its precision; an exact cache's stays as it is."""
         if self.quantization is None:
             return self
+        step *= 2.0 ** (FINEST_COEFFICIENT_BITS - COEFFICIENT_BITS[self.precision])
         return replace(self, quantization=replace(self.quantization, coefficient_step=step))
 
     def to_json(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class QuantizationSpec:
 
     square_root_steps: n.  uniform_step: D, nats.  tail_step: nats, of tails, tempered tails and the tail's entropy.
     group_step: nats, of the log of a group's share of the tail.  sample_step: nats, of sampled log-probabilities.
-    coefficient_step: of the coefficients in the cache's tail basis, which says it; None in a cache without.
+    coefficient_step: of the coefficients in the cache's tail basis, by its step; None in a cache without.
     """
 
     square_root_steps: int
@@ -98,6 +98,12 @@ PRESETS: dict[str, QuantizationSpec | None] = {
     "compact": QuantizationSpec(320, 2.0**-1, tail_step=2.0**-14, group_step=1.0, sample_step=2.0**-4),
 }
 """Precisions by name, finest first. exact: float32 as captured, columns that read as they are."""
+
+
+COEFFICIENT_BITS = {"exact": 4, "balanced": 4, "compact": 3}
+"""Bits of a coefficient of ±3 mean standard deviations, by precision: they fix its step, but for exact caches."""
+FINEST_COEFFICIENT_BITS = max(COEFFICIENT_BITS.values())
+"""Those of the step that a tail basis has, whatever the precision of the cache."""
 
 
 def check_precision(precision: str) -> None:

@@ -83,7 +83,8 @@ def _comparable(cache: LogitCache) -> dict[str, Any]:
     manifest, fingerprint = cache.manifest, cache.manifest.fingerprint
     layout = {part.layout_key: part.absent for part in PARTS} | manifest.layout.to_json()
     del layout["format_version"]
-    layout["rounding"] = manifest.layout.stored_format["rounding"]  # what the basis says is of the basis
+    quantization = manifest.layout.quantization
+    layout["rounding"] = manifest.layout.stored_format["rounding"]  # the step comes last, as it is by the basis
     # The layout says it too, or it is no matter of content.
     elsewhere = {"precision", *(part.option for part in PARTS), "shard_positions"}
     return {
@@ -94,6 +95,7 @@ def _comparable(cache: LogitCache) -> dict[str, Any]:
         "capture": {name: value for name, value in fingerprint["capture"].items() if name not in elsewhere},
         **layout,
         **{Path(part.file).stem: manifest.files.get(part.file) for part in PARTS if part.file},
+        "coefficient_step": quantization.coefficient_step if quantization else None,
     }
 
 

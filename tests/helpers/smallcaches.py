@@ -241,7 +241,9 @@ def assert_holds(cached: CachedSequence, row: Row, layout: Layout = EVERYTHING) 
         assert read.sample_ids is not None
         assert read.sample_ids.tolist() == written.sample_ids.tolist()
     assert_within(read.sample_logprobs, written.sample_logprobs, sample_step / 2)
-    assert_within(read.tail_coefficients, written.tail_coefficients, COEFFICIENT_STEP / 2 if quantization else 0.0)
+    assert_within(
+        read.tail_coefficients, written.tail_coefficients, ((quantization and quantization.coefficient_step) or 0.0) / 2
+    )
     assert_within(read.probe_residuals, written.probe_residuals, quantization.probe_step / 2 if quantization else 0.0)
     assert np.array_equal(read.probe_ids, written.probe_ids)  # type: ignore[arg-type]
 

@@ -225,7 +225,7 @@ def estimate(
             *(replace(parts, groups=0, rank=rank) for rank in _ranks(parts.rank)),
         ]
         if parts.rank:
-            basis = make_tail_basis(cast(LogitTeacher, teacher), priced, parts.rank, settings.precision)
+            basis = make_tail_basis(cast(LogitTeacher, teacher), priced, parts.rank)
             cast(LogitTeacher, teacher).set_tail_basis(basis)
             layout = layout.with_coefficient_step(basis.step)
         judgement = judge(cast(LogitTeacher, teacher), priced, parts, layout, basis, ks, _ranks(parts.rank))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from logitcache.capture.calibration import leading_directions, make_tail_basis, 
 from logitcache.capture.projection import CovarianceProduct, summed_probabilities
 from logitcache.capture.teachers.base import TeacherModel
 from logitcache.capture.teachers.hf import TransformersTeacher
+from logitcache.format.layout import Layout
+from logitcache.format.quantization import PRESETS
 from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_basis import check_tail_basis
+from logitcache.format.tail_parts import TailParts
 from tests.helpers.smallcaches import small
 
 
@@ -121,8 +126,8 @@ def random_sequences(count: int, length: int, seed: int = 0) -> list[TokenSequen
     return [TokenSequence(random.integers(0, 200, length, dtype=np.int32), mask) for _ in range(count)]
 
 
-def basis_of(logits: np.ndarray, sequences: list[TokenSequence], rank: int, precision: str = "balanced") -> Any:
-    return make_tail_basis(Given(logits), sequences, rank, precision)  # type: ignore[arg-type]
+def basis_of(logits: np.ndarray, sequences: list[TokenSequence], rank: int) -> Any:
+    return make_tail_basis(Given(logits), sequences, rank)  # type: ignore[arg-type]
 
 
 LOGITS = np.random.default_rng(5).standard_normal((200, 30)) @ np.random.default_rng(6).standard_normal((30, 50))
@@ -141,11 +146,15 @@ def test_rows_without_numbers_and_banned_tokens_do_not_spoil_the_basis() -> None
     assert basis.offset[3] < basis.offset.max() - 1000
 
 
-def test_the_step_depends_on_the_precision() -> None:
-    sequences = random_sequences(20, 60)
-    balanced, compact = (basis_of(LOGITS, sequences, 6, precision) for precision in ("balanced", "compact"))
-    assert balanced.step == pytest.approx(6 * np.sqrt(balanced.variances.mean()) / 16)
-    assert compact.step == pytest.approx(2 * balanced.step)
+def test_the_step_is_of_four_bits_and_of_three_in_a_compact_cache() -> None:
+    basis = basis_of(LOGITS, random_sequences(20, 60), 6)
+    assert basis.step == pytest.approx(6 * np.sqrt(basis.variances.mean()) / 16)
+    steps = {}
+    for precision in PRESETS:
+        layout = Layout(200, TailParts(rank=6), precision=precision).with_coefficient_step(basis.step)
+        check_tail_basis(replace(basis, offset=np.zeros(200)), layout)
+        steps[precision] = layout.quantization and layout.quantization.coefficient_step
+    assert steps == {"exact": None, "balanced": basis.step, "compact": 2 * basis.step}
 
 
 @pytest.mark.parametrize(

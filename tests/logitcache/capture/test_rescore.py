@@ -80,7 +80,7 @@ def test_coefficients_are_compared_and_the_tail_that_they_rebuild(teacher: Path,
     assert basis is not None
     for one in result.rows:
         assert one.coefficient_differences.shape == (len(one.tail_divergences), 20)
-        assert one.coefficient_differences.max() <= basis.step / 2 + 1e-3
+        assert one.coefficient_differences.max() <= basis.step + 1e-3  # half of a compact cache's
     expected = []
     for row in cache:
         if row.row_id in {one.row_id for one in result.rows}:

@@ -51,6 +51,19 @@ def test_rows_follow_each_other_cache_after_cache(tmp_path: Path) -> None:
     assert (tmp_path / "out/tokenizer/tokenizer.json").read_text() == '{"model": {}}'
 
 
+@pytest.mark.slow
+def test_parts_that_became_coarser_are_merged_to_what_the_whole_becomes(tmp_path: Path) -> None:
+    parts = [make_cache(tmp_path / str(i), random_rows(9, EVERYTHING, seed=i), EVERYTHING) for i in range(2)]
+    change: dict[str, Any] = {"precision": "compact", "tail_rank": 2, "drop": ["tail_samples"]}
+    coarser = [logitcache.recode(part, f"{part.path}-coarser", **change) for part in parts]
+    merged = logitcache.merge(coarser, tmp_path / "merged")
+    whole = logitcache.recode(logitcache.merge(parts, tmp_path / "whole"), tmp_path / "recoded", **change)
+    assert merged.manifest.layout == whole.manifest.layout
+    assert merged.manifest.files == whole.manifest.files
+    for ours, theirs in zip(merged, whole, strict=True):
+        assert_same_row(ours, theirs)
+
+
 def test_of_rows_with_one_id_the_first_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = random_rows(30, LAYOUT)
     renamed = [(replace(sequence, columns={"url": "second"}), targets) for sequence, targets in rows]

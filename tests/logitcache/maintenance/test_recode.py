@@ -17,7 +17,7 @@ import logitcache
 from logitcache import LogitCache, SparseTargets, UserError
 from logitcache.cli import main
 from logitcache.format.layout import Layout
-from logitcache.format.quantization import PRESETS, mass_tolerance
+from logitcache.format.quantization import PRESETS, mass_tolerance, rounded
 from logitcache.format.sequences import TokenSequence
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import find_defect
@@ -25,6 +25,7 @@ from logitcache.format.truncation import nucleus, truncate
 from tests.helpers.exchanging import findings
 from tests.helpers.maintained import CAPTURE, assert_same_row, assert_same_targets, history, make_cache
 from tests.helpers.smallcaches import (
+    COEFFICIENT_STEP,
     EVERYTHING,
     VOCAB,
     Row,
@@ -426,3 +427,21 @@ def test_fewer_coefficients_are_the_first_and_the_residuals_are_theirs(tmp_path:
         assert (found["probe_residuals"] - given).abs().max() <= step / 2 + 1e-5
     same = logitcache.recode(cache.path, tmp_path / "again", tail_rank=1, top_k=4)
     assert np.array_equal(same[3].targets.probe_residuals, cache[3].targets.probe_residuals)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step"), [("exact", "balanced", 1), ("exact", "compact", 2), ("balanced", "compact", 2)]
+)
+def test_coefficients_have_the_step_of_the_new_precision(tmp_path: Path, before: str, after: str, step: int) -> None:
+    layout = at_precision(EVERYTHING, before)
+    source = make_cache(tmp_path / "source", random_rows(20, layout, seed=3), layout)
+    cache = logitcache.recode(source.path, tmp_path / "out", precision=after)
+    assert cache.manifest.layout == at_precision(EVERYTHING, after)
+    assert cache.manifest.layout.quantization is not None and source.tail_basis is not None
+    assert cache.manifest.layout.quantization.coefficient_step == step * source.tail_basis.step
+    assert cache.manifest.files["tail_basis.parquet"] == source.manifest.files["tail_basis.parquet"]
+    assert not findings(cache)
+    for ours, theirs in zip(cache, source, strict=True):
+        found, held = ours.targets.tail_coefficients, theirs.targets.tail_coefficients
+        assert found is not None and held is not None
+        assert np.array_equal(found, rounded(held, step * COEFFICIENT_STEP))
