@@ -301,6 +301,10 @@ class _LowRank(_Integers):
         if not 0 <= value < vocab_size:
             yield f"--tail-rank {value}: choose 0…{vocab_size - 1}, less than the teacher's vocabulary"
 
+    def shared(self, values: Sequence[int]) -> int:
+        """Returns how many first coefficients all of several caches hold."""
+        return min(values)
+
     def describe(self, value: int) -> str:
         return f"rank {value}"
 

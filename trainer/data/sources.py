@@ -115,7 +115,10 @@ def _check_same_ids(first: LogitCache, cache: LogitCache) -> None:
 
 
 def common_tail_parts(caches: Sequence[LogitCache]) -> TailParts:
-    """Returns the parts of the tail that all caches hold: groups of the same partition, coefficients in the same basis."""
+    """Returns the parts of the tail that all caches hold: groups of the same partition, coefficients in the same basis.
+
+    Of caches with more coefficients than others, the first count.
+    """
     parts = shared_parts([cache.manifest.layout.tail_parts for cache in caches])
     groups = caches[0].tail_groups
     others = [cache.tail_groups for cache in caches[1:]]
@@ -126,10 +129,11 @@ def common_tail_parts(caches: Sequence[LogitCache]) -> TailParts:
 
 
 def basis_that_differs(caches: Sequence[LogitCache]) -> LogitCache | None:
-    """Find a cache whose tail basis is not that of the first; None if a cache has no basis."""
-    first, *others = (cache.tail_basis for cache in caches)
-    if first is None or None in others:
+    """Find a cache whose tail basis, as far as all have one, is not that of the first; None if a cache has no basis."""
+    bases = [basis for cache in caches if (basis := cache.tail_basis) is not None]
+    if len(bases) < len(caches):
         return None
+    first, *others = (basis.first(min(basis.rank for basis in bases)) for basis in bases)
     for cache, other in zip(caches[1:], others, strict=True):
         for name in ("offset", "directions", "weights"):
             if not np.array_equal(getattr(first, name), getattr(other, name)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 
 import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
-from logitcache.format.tail_basis import TailBasis
+from logitcache.format.tail_basis import TailBasis, with_rank
 from logitcache.format.tail_parts import TailParts
 from logitcache.reading.cache import SequenceStream
 from trainer.data.averaging import TeacherTargetsById, averaged
@@ -113,7 +114,8 @@ class TrainingData:
     @property
     def tail_basis(self) -> TailBasis | None:
         """The basis of the coefficients, if `tail_parts` has a rank."""
-        return self.caches[0].tail_basis if self.tail_parts.rank else None
+        basis = self.caches[0].tail_basis if self.tail_parts.rank else None
+        return basis and basis.first(self.tail_parts.rank)
 
     def check_rows(self) -> None:
         """Raises UserError if a cache of `averaged_with` lacks a row, or if a weight is too small for one row."""
@@ -160,12 +162,23 @@ class TrainingData:
         order = SmoothOrder(counts)
         first = epoch * counts + order.before(min(start, len(order)))
         streams = [
-            repeated.rows(begin)
-            for repeated, begin in zip(self._repeated_caches(shuffle, seed, shard), first.tolist(), strict=True)
+            self._with_shared_rank(repeated.rows(begin), cache)
+            for cache, repeated, begin in zip(
+                self.caches, self._repeated_caches(shuffle, seed, shard), first.tolist(), strict=True
+            )
         ]
         for block in order.blocks(min(start, len(order))):
             for number in block.tolist():
                 yield next(streams[number])
+
+    def _with_shared_rank(self, rows: Iterator[CachedSequence], cache: LogitCache) -> Iterator[CachedSequence]:
+        """Give rows the coefficients that all caches hold, and the residuals that these leave."""
+        rank = self.tail_parts.rank
+        if rank in (0, cache.manifest.layout.tail_parts.rank):
+            return rows
+        basis = cache.tail_basis
+        assert basis is not None
+        return (replace(row, targets=with_rank(row.targets, basis, rank)) for row in rows)
 
     def _repeated_caches(self, shuffle: bool, seed: int, shard: tuple[int, int]) -> list[RepeatedCache]:
         weighted = self._shares is not None

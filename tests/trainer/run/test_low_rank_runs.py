@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import logitcache
 from logitcache import CachedSequence, LogitCache, UserError
 from logitcache.format.layout import Layout
 from logitcache.format.tail_basis import TailBasis
 from logitcache.format.tail_parts import TailParts
+from logitcache.storage.folder import Folder
 from tests.helpers.cachemaking import VOCAB, llama, random_sequences, write_cache
 from tests.helpers.distilling import CatchGradient, config, near_teacher
 from tests.helpers.processes import on_two_ranks
-from tests.helpers.smallcaches import tail_basis
+from tests.helpers.smallcaches import FINGERPRINT, tail_basis
 from tests.helpers.two_ranks import train_three_steps
 from trainer.config.config import DistillConfig
 from trainer.data.training_data import open_training_data
@@ -192,6 +196,32 @@ def test_caches_of_several_bases_are_refused_by_name(tmp_path: Path, low_rank: L
         tail(low_rank, heldout, tail="low_rank")
     with pytest.raises(UserError, match="the mean of several teachers is known by its entries and the mass"):
         tail(low_rank, average_with=(averaged.path,), tail="low_rank")
+
+
+def test_caches_with_different_numbers_of_coefficients_count_as_with_the_fewest(
+    tmp_path: Path, low_rank: LogitCache
+) -> None:
+    other = write_cache(tmp_path / "other", random_sequences(6, seed=6), tail_basis=basis())
+    fewer: list[LogitCache] = []
+    for cache in (low_rank, other):
+        copy = Folder(shutil.copytree(cache.path, tmp_path / f"copy{len(fewer)}"))
+        fingerprint = {**cache.manifest.fingerprint, **FINGERPRINT}
+        replace(cache.manifest, fingerprint=fingerprint).write(copy)
+        fewer.append(logitcache.recode(copy.path, tmp_path / f"fewer{len(fewer)}", tail_rank=4))
+    expected = open_training_data([cache.path for cache in fewer])
+    for caches in ([low_rank, fewer[1]], [fewer[0], other]):
+        data = open_training_data([cache.path for cache in caches])
+        assert data.tail_parts == expected.tail_parts and data.tail_parts.rank == 4
+        assert data.tail_basis is not None and data.tail_basis.directions.shape == (VOCAB, 4)
+        found, wanted = ([*one.stream(0, shuffle=False, seed=0)] for one in (data, expected))
+        assert len(found) == len(wanted) == 29
+        for ours, theirs in zip(found, wanted, strict=True):
+            a, b = data.tail_parts.of(ours.targets).to_torch(), data.tail_parts.of(theirs.targets).to_torch()
+            assert a.keys() == b.keys() >= {"tail_coefficients", "probe_residuals"}
+            assert all(torch.equal(a[name], b[name]) for name in a if name != "tempered_tail")
+        assert DistillTrainer(near_teacher(), data, config(tmp_path)).tail == "low_rank"
+    mixed = DistillTrainer(near_teacher(), data, config(tmp_path, max_steps=2))
+    mixed.train()
 
 
 def test_a_student_is_measured_against_the_rebuilt_distribution(tmp_path: Path, low_rank: LogitCache) -> None:
