@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from logitcache.assembly.card import read_card
+from logitcache.errors import UserError, one_line
 from logitcache.format.manifest import Manifest
 from logitcache.format.shards import ShardInfo
 from logitcache.reading.cache import LogitCache, opened
@@ -24,8 +25,8 @@ BAR_WIDTH = 32
 def info(cache: LogitCache | str | Path) -> str:
     """Describes what a cache holds and what it was made from, without reading its rows.
 
-    It reads the footers of at most `footers.READ_SHARDS` shards, and their column num_entries if positions have different
-    numbers of entries.
+    It reads the tail groups, the tail basis and the footers of at most `footers.READ_SHARDS` shards, and their column num_entries
+    if positions have different numbers of entries.
 
     Args:
         cache: A cache, or its folder or URL.
@@ -45,6 +46,7 @@ def info(cache: LogitCache | str | Path) -> str:
                 ("cache", cache.path),
                 ("identity", cache.identity),
                 *origin(manifest),
+                *_damaged(cache),
                 *_licenses(folder),
                 *_last_steps(manifest),
             ]
@@ -54,6 +56,15 @@ def info(cache: LogitCache | str | Path) -> str:
         _bytes_by_column(manifest, folder, chosen),
     ]
     return "\n\n".join(paragraphs)
+
+
+def _damaged(cache: LogitCache) -> Iterator[tuple[str, str]]:
+    """Says which of the files that all positions need is missing or damaged."""
+    for read in (lambda: cache.tail_groups, lambda: cache.tail_basis):
+        try:
+            read()
+        except UserError as error:
+            yield "damaged", one_line(error)
 
 
 def _licenses(folder: Folder) -> Iterator[tuple[str, str]]:

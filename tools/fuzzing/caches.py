@@ -30,9 +30,10 @@ def manifests(trial: Trial) -> list[Command]:
 
 
 def shards(trial: Trial) -> list[Command]:
-    """A shard damaged in its bytes, mostly in its footer, or written anew with other values."""
+    """A shard, or the file of tail groups or tail basis, damaged in its bytes, mostly in its footer, or with other values."""
     cache = _copy(trial)
-    shard = trial.choose(sorted((cache / "data").iterdir()))
+    beside = sorted(cache.glob("tail_*.parquet"))
+    shard = trial.choose(beside if beside and trial.maybe(0.25) else sorted((cache / "data").iterdir()))
     if trial.maybe(0.5):
         _rewrite(trial, shard)
     else:
@@ -92,6 +93,7 @@ def readers(trial: Trial, cache: Path) -> list[Command]:
             path,
             "--to",
             trial.choose(["topk", "axolotl", "axolotl-v2"]),
+            *["--top-k", "9"] * trial.maybe(0.3),
             "--out",
             str(trial.path(".parquet")),
         ],
@@ -160,6 +162,10 @@ def _rewrite(trial: Trial, shard: Path) -> None:
 
 
 def _altered(trial: Trial, column: Any) -> Any:
+    if pa.types.is_fixed_size_list(column.type) and trial.maybe(0.7):
+        return pa.FixedSizeListArray.from_arrays(_odd_values(trial, column.flatten()), column.type.list_size)
+    if pa.types.is_primitive(column.type) and trial.maybe(0.7):
+        return _odd_values(trial, column)
     if not pa.types.is_list(column.type):
         return pa.array([None if trial.maybe(0.5) else value for value in column.to_pylist()], column.type)
     what = trial.choose(["values", "values", "values", "lengths", "nulls", "type"])
@@ -172,12 +178,18 @@ def _altered(trial: Trial, column: Any) -> Any:
         return pa.array(lists, column.type)
     if what == "type":
         return pa.array([list(map(str, value)) for value in column.to_pylist()], pa.list_(pa.string()))
-    values = column.values.to_numpy(zero_copy_only=False).copy()
+    return pa.ListArray.from_arrays(column.offsets, _odd_values(trial, column.values))
+
+
+def _odd_values(trial: Trial, column: Any) -> Any:
+    """Gives some numbers, or all, another value."""
+    values = column.to_numpy(zero_copy_only=False).copy()
     chosen = np.array([trial.maybe(trial.choose([0.01, 1])) for _ in range(len(values))], dtype=bool)
     odd = trial.choose(
         ODD_IDS
-        if values.dtype.kind == "i"
+        if values.dtype.kind in "iu"
         else [number for number in ODD_NUMBERS if abs(number) < 1e39 or number != number]
     )
-    values[chosen] = bool(odd) if values.dtype == bool else odd
-    return pa.ListArray.from_arrays(column.offsets, pa.array(values, column.type.value_type))
+    with np.errstate(over="ignore"):
+        values[chosen] = np.array(bool(odd) if values.dtype == bool else odd).astype(values.dtype)
+    return pa.array(values, column.type)

@@ -112,6 +112,7 @@ def make_material(root: Path) -> None:
         "temperatures": (2.0,),
         "tail_entropy": True,
         "tail_samples": 2,
+        "tail_rank": 4,
         "shard_positions": 300,
     }
     logitcache.build(str(root / "teacher"), str(documents), root / "cache", **common, **rich)

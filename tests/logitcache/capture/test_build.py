@@ -18,6 +18,7 @@ from logitcache.capture import worker
 from logitcache.capture.finish import finish
 from logitcache.format.quantization import PRESETS
 from logitcache.format.shards import ShardWriter
+from logitcache.format.tail_basis import rebuilt
 from logitcache.storage.folder import Folder
 from tests.helpers.references import assert_scores_agree, full_logprobs
 
@@ -93,6 +94,30 @@ def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distrib
     assert divergence.max() <= 1e-5
     assert targets.probe_residuals is not None and targets.probe_residuals.shape == (len(targets), 2)
     assert np.abs(targets.probe_residuals).max() <= 0.01
+
+
+def test_a_teacher_that_bans_tokens_gives_finite_coefficients(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = PhiForCausalLM(PhiConfig(vocab_size=512, initializer_range=0.3, bos_token_id=None, eos_token_id=0, **sizes))
+    banned = [7, 8, 300]
+    with torch.no_grad():
+        model.lm_head.bias[banned] = -torch.inf
+    model.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "teacher")
+    cache = build(tmp_path / "teacher", corpus, tmp_path / "c", tail_rank=8, tail_probes=4)
+    assert cache.tail_basis is not None and not logitcache.verify(cache)
+    probed = 0
+    for sequence in cache:
+        targets = sequence.targets
+        assert targets.tail_coefficients is not None and targets.probe_residuals is not None
+        assert np.isfinite(targets.tail_coefficients).all() and np.abs(targets.tail_coefficients).max() < 100
+        assert np.isfinite(targets.probe_residuals).all()
+        probed += int(np.isin(targets.probe_ids, banned).sum())
+        assert (rebuilt(targets, cache.tail_basis)[:, banned] < -1000).all()
+    assert probed > 10
 
 
 @pytest.mark.slow
@@ -244,6 +269,10 @@ def test_a_changed_corpus_and_a_changed_teacher_are_refused(teacher: Path, corpu
         ({"temperatures": (1, -2)}, "--temperatures"),
         ({"backend": "vllm", "capture_route": "flat", "tail_groups": 4}, "--tail-groups needs the teacher's logits"),
         ({"backend": "vllm", "capture_route": "flat", "tail_rank": 4}, "--tail-rank needs the teacher's logits"),
+        (
+            {"backend": "openai", "base_url": "http://127.0.0.1:1/v1", "tail_rank": 4},
+            "--tail-rank needs the teacher's logits, a server gives its top-k only",
+        ),
         ({"tail_rank": 65}, "--tail-rank 65: choose 0…64, the width"),
         ({"tail_rank": 0, "tail_probes": 2}, "--tail-probes 2 needs --tail-rank"),
         ({"capture_route": "flat"}, "--capture-route flat is a route of vLLM"),

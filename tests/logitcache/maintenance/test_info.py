@@ -202,3 +202,18 @@ def test_the_digest_of_a_fingerprint_ignores_the_order_of_its_keys() -> None:
     assert fingerprint_digest(one) == fingerprint_digest(other)
     assert fingerprint_digest(one) != fingerprint_digest({**one, "a": 2})
     assert re.fullmatch("[0-9a-f]{64}", fingerprint_digest(one))
+
+
+@pytest.mark.parametrize("name", ["tail_basis.parquet", "tail_groups.parquet"])
+def test_a_file_that_all_positions_need_is_missed(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "cache"
+    write_cache(root, random_rows(3, EVERYTHING), EVERYTHING)
+    assert "damaged" not in info(root)
+    content = bytearray((root / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (root / name).write_bytes(content)
+    (line,) = (line for line in info(root).splitlines() if line.startswith("damaged"))
+    assert name in line and "SHA-256" in line
+    (root / name).unlink()
+    (line,) = (line for line in info(root).splitlines() if line.startswith("damaged"))
+    assert name in line
