@@ -3,7 +3,8 @@
     python tools/bench_read.py
 
 Encoding ends with a shard on disk, checksum included; decoding with numpy arrays of every row: token ids and
-log-probabilities [M, k] and the tail [M], all rows of a row group at once under "row groups". `datasets` and polars read
+log-probabilities [M, k] and the tail [M], all rows of a row group at once under "row groups"; in the row with a rank R,
+coefficients and residuals with their tokens as well. `datasets` and polars read
 the same files at precision exact: of the other precisions they give the columns, from which the values are still to be
 computed. "checks" is the time that the checks of a decoded row group take (ids, masks, masses), by that of reading and decoding
 it, best of 30. Each other measurement runs in a process of its own with one thread beside ours that read ahead, all on one
@@ -19,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,31 @@ from measure import machine, peak_mib, synthetic_rows, write_synthetic_cache
 
 from logitcache.format.layout import Layout
 from logitcache.format.quantization import PRESETS
+from logitcache.format.sequences import TokenSequence
+from logitcache.format.tail_parts import TailParts
+from logitcache.format.targets import SparseTargets
+from logitcache.format.truncation import truncate
 from logitcache.table import aligned
 
 K = 64
 VOCAB = 128_000
+LOW_RANK_K, RANK, PROBES, COEFFICIENT_STEP = 16, 64, 2, 0.125
 POSITIONS_PER_SHARD = 1 << 17
 PASSES = 3
 CHECKED = 30
+
+
+def low_rank_rows(rows: Sequence[tuple[TokenSequence, SparseTargets]]) -> list[tuple[TokenSequence, SparseTargets]]:
+    """The same rows with the first entries, and with coefficients and residuals at random, as a falling spectrum has them."""
+    random = np.random.default_rng(1)
+    deviations = 16 * COEFFICIENT_STEP / 6 * np.sqrt(RANK / np.arange(1, RANK + 1) / np.log(RANK))
+    few = []
+    for sequence, targets in rows:
+        coefficients = random.normal(scale=deviations, size=(len(targets), RANK)).astype(np.float32)
+        residuals = random.normal(scale=0.5, size=(len(targets), PROBES)).astype(np.float32)
+        cut = truncate(targets, np.full(len(targets), LOW_RANK_K))
+        few.append((sequence, replace(cut, tail_coefficients=coefficients, probe_residuals=residuals)))
+    return few
 
 
 def write(root: Path) -> Iterator[int]:
@@ -43,6 +63,8 @@ def write(root: Path) -> Iterator[int]:
 
     rows = synthetic_rows(POSITIONS_PER_SHARD, K, VOCAB)
     layout = logitcache.open(root).manifest.layout
+    if layout.tail_parts.rank:
+        rows = low_rank_rows(rows)
     with tempfile.TemporaryDirectory() as folder:
         yield 0  # the clock starts
         write_synthetic_cache(Path(folder), rows, layout, copies=1)
@@ -160,9 +182,13 @@ def main() -> None:
     by_precision = [["precision", "bytes per position", *WAYS, "peak MiB, shuffled", "checks"]]
     by_reader = [["reader, precision exact", "positions/s", "ratio", "peak MiB"]]
     with tempfile.TemporaryDirectory() as folder:
-        for precision in PRESETS:
+        layouts = {precision: Layout(VOCAB, precision=precision) for precision in PRESETS}
+        low_rank = Layout(VOCAB, TailParts(rank=RANK, probes=PROBES)).with_coefficient_step(COEFFICIENT_STEP)
+        layouts[f"{low_rank.precision}, k = {LOW_RANK_K}, R = {RANK}"] = low_rank
+        for precision, layout in layouts.items():
             root = Path(folder) / precision
-            write_synthetic_cache(root, rows, Layout(VOCAB, precision=precision), options.shards)
+            stored = low_rank_rows(rows) if layout is low_rank else rows
+            write_synthetic_cache(root, stored, layout, options.shards)
             num_bytes = sum(path.stat().st_size for path in root.glob("data/*")) / options.shards
             figures = {name: measured(name, root) for name in WAYS}
             rates = [f"{rate:,.0f}" for rate, _ in figures.values()]

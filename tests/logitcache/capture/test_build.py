@@ -100,7 +100,12 @@ def test_a_teacher_that_bans_tokens_gives_finite_coefficients(teacher: Path, cor
     from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = PhiForCausalLM(PhiConfig(vocab_size=512, initializer_range=0.3, bos_token_id=None, eos_token_id=0, **sizes))
     banned = [7, 8, 300]
     with torch.no_grad():
@@ -113,6 +118,7 @@ def test_a_teacher_that_bans_tokens_gives_finite_coefficients(teacher: Path, cor
     for sequence in cache:
         targets = sequence.targets
         assert targets.tail_coefficients is not None and targets.probe_residuals is not None
+        assert targets.probe_ids is not None
         assert np.isfinite(targets.tail_coefficients).all() and np.abs(targets.tail_coefficients).max() < 100
         assert np.isfinite(targets.probe_residuals).all()
         probed += int(np.isin(targets.probe_ids, banned).sum())
