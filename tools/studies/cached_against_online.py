@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import task
-from common import COLOURS, MARKERS, NAMES, finish, options
-from definitions import LOSSES
+from common import COLOURS, MARKERS, finish, options
+from definitions import LOSSES, NAMES
 from results import Results, cell, mean_and_interval
 from students import HARD, ONLINE, Student
 from task import FOLDER

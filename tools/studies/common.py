@@ -24,7 +24,6 @@ JUDGED_ROWS = 128
 
 # Okabe and Ito's colours, told apart by the colour-blind too.
 COLOURS = {"fkl": "#0072B2", "rkl": "#D55E00", "akl": "#009E73", "todi": "#CC79A7"}
-NAMES = {"fkl": "FKL", "rkl": "RKL", "akl": "AKL", "todi": "ToDi"}
 MARKERS = {"fkl": "o", "rkl": "s", "akl": "^", "todi": "D"}
 
 
@@ -43,7 +42,7 @@ def finish(students: Iterable[Student], jobs: int, temperatures: Sequence[float]
     wanted = list(dict.fromkeys(students))
     missing = [student for student in wanted if student not in results]
     for rows in sorted({student.rows for student in wanted}):
-        sources = {student.source for student in wanted if student.rows == rows} - {ONLINE, HARD}
+        sources = {student.source for student in wanted if student.rows == rows} - {ONLINE, HARD} | {task.NARROWEST}
         task.prepare(rows, sorted(sources))
     if not missing:
         return results
@@ -76,8 +75,8 @@ def _train_and_judge(student: Student, temperatures: tuple[float, ...]) -> Recor
     judges = {"heldout": _judge("heldout", temperatures)}
     if student.rows != "train":
         judges[student.rows] = _judge(student.rows, temperatures)
-    cache = task.cache(student.rows, None if student.source in (ONLINE, HARD) else student.source)
-    return judged(student, task.student, cache, teacher, judges)
+    cache = task.cache(student.rows, task.NARROWEST if student.source in (ONLINE, HARD) else student.source)
+    return judged(student, lambda: task.student(student.start), cache, teacher, judges)
 
 
 @lru_cache

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LOSSES = ("fkl", "rkl", "akl", "todi")
+NAMES = {"fkl": "FKL", "rkl": "RKL", "akl": "AKL", "todi": "ToDi"}
 HEAD_MASS = 0.5  # μ of AKL
 
 

@@ -24,8 +24,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from common import COLOURS, MARKERS, NAMES, finish, options
-from definitions import LOSSES
+from common import COLOURS, MARKERS, finish, options
+from definitions import LOSSES, NAMES
 from results import Results, cell, mean_and_interval
 from students import ONLINE, Student
 from task import FOLDER, SUBSET_ROWS

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from definitions import LOSSES, divergence
+from definitions import LOSSES, NAMES, divergence
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from logitcache.format.sequences import TokenSequence
 from logitcache.format.tail_basis import TailBasis as StoredBasis
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import SparseTargets
+from logitcache.table import aligned
 from trainer.data.collator import basis_tensors
 from trainer.losses.settings import LossSettings
 from trainer.losses.sparse import distillation_terms
@@ -28,6 +30,7 @@ from trainer.losses.targets import TailBasis, TeacherTargets
 
 WIDEST_K, PROBES, PROBE_STEP = 64, 2, 0.25
 POSITIONS_AT_A_TIME = 256
+NOISE_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,15 @@ class KnownTeacher:
         return stored_bytes(sequences, of_rows, layout) / start
 
 
+def noisy(teacher: PreTrainedModel, deviation: float) -> PreTrainedModel:
+    """The teacher with noise in each weight, of so many standard deviations of its matrix."""
+    model, random = deepcopy(teacher), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.add_(torch.randn(weights.shape, generator=random), alpha=deviation * float(weights.std()))
+    return model
+
+
 def blocks(num_positions: int) -> Iterator[slice]:
     """Few positions at a time."""
     for start in range(0, num_positions, POSITIONS_AT_A_TIME):
@@ -223,3 +235,25 @@ def forward_kl(known: KnownTeacher, student: Tensor) -> float:
         for rows in blocks(len(student))
     ]
     return float(torch.cat(values).mean())
+
+
+def gradient_table(known: KnownTeacher, student: Tensor, every: Sequence[Stored]) -> str:
+    """The errors of a student's gradients, a row for each of what is stored.  student: logits [N, V]."""
+    full = full_gradients(known, student)
+    rows = [["stored", "bytes", *(NAMES[loss] for loss in full), "ρ"]]
+    for stored in every:
+        errors, weight = gradient_errors(known, student, full, stored)
+        num_bytes = f"{known.bytes_per_position(stored):.0f}" if stored.rank is None or stored.bits else ""
+        shown = "" if stored.rank is None else f"{weight:.2f}"
+        rows.append([stored.name, num_bytes, *(f"{error:.3f}" for error in errors), shown])
+    return aligned(rows)
+
+
+def with_noise(known: KnownTeacher, teacher: PreTrainedModel, fkl: float) -> Tensor:
+    """Logits of the teacher with as much noise as puts it so far from itself: float32 [N, V]."""
+    low, high = 1e-3, 1.0
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        near = forward_kl(known, known.of(noisy(teacher, middle), NOISE_ROWS)) < fkl
+        low, high = (middle, high) if near else (low, middle)
+    return known.of(noisy(teacher, low))

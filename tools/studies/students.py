@@ -8,14 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from definitions import divergence
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from logitcache import LogitCache
+from logitcache import CachedSequence, LogitCache
 from trainer import DistillConfig, DistillTrainer
-from trainer.data.collator import Batch
+from trainer.data.collator import Batch, Collator
+from trainer.run.callbacks import ResidualWeight
 
 ONLINE = "online"
 HARD = "hard labels"
@@ -29,8 +33,9 @@ class Student:
     """One student to train.
 
     source: a cache of task.STORED, ONLINE or HARD.  rows: train or subset, which it learns from.  tail: as of
-    `trainer fit`.  power_tail: the teacher's tail at T is taken for t^(1/T), wrong on purpose.  judged_at: steps after which
-    it is judged, 0 before the first; by default after the last.  The seed draws the order of the rows.
+    `trainer fit`.  power_tail: the teacher's tail at T is taken for t^(1/T), wrong on purpose.  start: of `task.student`.
+    kd_weight: λ of what is not HARD.  residual_weight: ρ of the low-rank tail in place of that of the probes.  judged_at:
+    steps after which it is judged, 0 before the first; by default after the last.  The seed draws the order of the rows.
     """
 
     source: str
@@ -45,16 +50,19 @@ class Student:
     learning_rate: float = 2e-3
     warmup_steps: int = 10
     schedule: str = "cosine"
+    start: str = "trained"
+    kd_weight: float = 1.0
+    residual_weight: float | None = None
     judged_at: tuple[int, ...] = ()
 
 
-def trainer_of(student: Student, model: PreTrainedModel, cache: LogitCache, teacher: PreTrainedModel) -> DistillTrainer:
+def trainer_of(student: Student, model: PreTrainedModel, cache: LogitCache, teacher: PreTrainedModel) -> StudyTrainer:
     """The trainer of a student. cache: what it learns from; an online student takes the rows alone from it."""
     cached = student.source not in (ONLINE, HARD)
     config = DistillConfig(
         output_dir=tempfile.gettempdir(),  # nothing is written
         loss=student.loss,
-        kd_weight=0.0 if student.source == HARD else 1.0,
+        kd_weight=0.0 if student.source == HARD else student.kd_weight,
         tail=student.tail if cached else "bucket",
         ablation=True,
         temperature=student.temperature if cached else 1.0,
@@ -72,12 +80,45 @@ def trainer_of(student: Student, model: PreTrainedModel, cache: LogitCache, teac
     )
     if student.source == ONLINE:
         return OnlineTrainer(model, cache, config, teacher=teacher, loss=student.loss, temperature=student.temperature)
-    if student.power_tail:
-        return PowerTailTrainer(model, cache, config)
-    return DistillTrainer(model, cache, config)
+    trainer = (PowerTailTrainer if student.power_tail else StudyTrainer)(model, cache, config)
+    if student.residual_weight is not None:
+        trainer._residuals = FixedResidualWeight(student.residual_weight)
+    return trainer
 
 
-class OnlineTrainer(DistillTrainer):
+class StudyTrainer(DistillTrainer):
+    """Takes rows in an order that the seed alone draws: in a stream of a cache it depends on what the cache stores, too."""
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:  # type: ignore[override]
+        """One epoch of all steps."""
+        args = self.args
+        [cache] = self._data.caches
+        batches = BatchesOfRows(cache, args.max_steps, args.per_device_train_batch_size, args.seed)
+        return DataLoader(batches, batch_size=None, collate_fn=Collator(self._needed_tail_parts()))
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Of the epoch."""
+        return self.args.max_steps * self.args.per_device_train_batch_size
+
+
+class BatchesOfRows(Dataset[list[CachedSequence]]):
+    """The rows of each step: all rows of a cache in an order drawn from the seed, and again in others while steps are left."""
+
+    def __init__(self, cache: LogitCache, steps: int, batch_size: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        epochs = -(-steps * batch_size // len(cache))
+        drawn = np.concatenate([random.permutation(len(cache)) for _ in range(epochs)])
+        self._rows = drawn[: steps * batch_size].reshape(steps, batch_size)
+        self._sequences = {row: cache[row] for row in np.unique(self._rows).tolist()}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, step: int) -> list[CachedSequence]:
+        return [self._sequences[row] for row in self._rows[step].tolist()]
+
+
+class OnlineTrainer(StudyTrainer):
     """Runs the teacher on every batch and takes the divergence over the whole vocabulary, by definitions.py."""
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, loss: str, temperature: float, **options: Any) -> None:
@@ -96,11 +137,13 @@ class OnlineTrainer(DistillTrainer):
             log_p = (_stored_logits(self._teacher, inputs) / self._temperature).log_softmax(1)
         log_q = (_stored_logits(model, inputs) / self._temperature).log_softmax(1)
         positions = inputs.num_positions if num_items_in_batch is None else num_items_in_batch
-        loss = self._temperature**2 * divergence(self._loss, log_p, log_q).sum() / positions
+        kd = self._temperature**2 * divergence(self._loss, log_p, log_q)
+        ce = cross_entropy(log_q, inputs.labels, reduction="none")
+        loss = (self.args.kd_weight * kd + (1 - self.args.kd_weight) * ce).sum() / positions
         return (loss, None) if return_outputs else loss
 
 
-class PowerTailTrainer(DistillTrainer):
+class PowerTailTrainer(StudyTrainer):
     """Takes the tail at T for one token of the mass t, so t^(1/T) before both parts are normalised."""
 
     def compute_loss(  # type: ignore[override]
@@ -114,6 +157,22 @@ class PowerTailTrainer(DistillTrainer):
         one_token = inputs.targets.tail_logprob / self.args.temperature
         wrong = replace(inputs, tempered_tail=dict.fromkeys(inputs.tempered_tail, one_token))
         return super().compute_loss(model, wrong, return_outputs, num_items_in_batch)
+
+
+class FixedResidualWeight(ResidualWeight):
+    """ρ as it is given, whatever the probes say."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__(lambda sums: sums)
+        self._weight = weight
+
+    @property
+    def weight(self) -> float:
+        """ρ of every step."""
+        return self._weight
+
+    def add(self, products: Tensor | None) -> None:
+        """Takes no note of a batch."""
 
 
 class _JudgeAtSteps(TrainerCallback):

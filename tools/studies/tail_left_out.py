@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 import cached_against_online
 from cached_against_online import Gains
-from common import NAMES, finish, options
-from definitions import LOSSES
+from common import finish, options
+from definitions import LOSSES, NAMES
 from results import Results, cell
 from students import HARD, ONLINE, Student
 

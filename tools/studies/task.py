@@ -10,12 +10,16 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from rebuilding import noisy
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import logitcache
 from logitcache import LogitCache
+from logitcache.capture.calibration import COEFFICIENT_BITS
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 TEACHER, STUDENT = DEMO / "teacher", DEMO / "student"
@@ -23,28 +27,51 @@ FOLDER = Path("studies")
 PAIRS, CACHES, START = FOLDER / "pairs", FOLDER / "caches", FOLDER / "start"
 
 # What the widest caches hold; every other one is recoded from them.
-WIDEST = "--top-k 256 --tail-groups 32 --temperatures 2 --tail-entropy --tail-samples 16"
-EXTRAS = ("tail_groups", "temperatures", "tail_entropy", "tail_samples")
+WIDEST = (
+    "--precision exact --top-k 256 --tail-groups 32 --temperatures 2 --tail-entropy --tail-samples 16 --tail-rank 128"
+)
+EXTRAS = ("tail_groups", "temperatures", "tail_entropy", "tail_samples", "tail_rank")
+PRECISION = "balanced"
+NARROWEST = "k8"
 SUBSET_ROWS = 150
+
+TRAINED = "trained"
+"""Begins with the demo's student after 400 steps on hard labels, from random weights."""
+RANDOM = "random"
+"""Begins with the demo's student with random weights."""
+DAMAGED = "damaged"
+"""Begins with the teacher itself, but with noise in its weights, which puts it a quarter of a nat from itself."""
+DAMAGE = 0.2
 START_OPTIONS = """--from_scratch true --kd_weight 0 --max_steps 400 --per_device_train_batch_size 8 --learning_rate 3e-3
 --lr_scheduler_type cosine --warmup_steps 20 --save_strategy no --logging_steps 100"""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a cache keeps of a position. options: of `logitcache recode`.  keeps: which of EXTRAS."""
+    """What a cache keeps of a position.
 
-    options: str
+    options: of `logitcache.recode`.  keeps: which of EXTRAS.  bits: of a coefficient; None for those of PRECISION.
+    """
+
+    options: dict[str, Any]
     keeps: tuple[str, ...] = ()
+    bits: int | None = None
+
+
+def _low_rank(k: int, rank: int, bits: int | None = None) -> Stored:
+    return Stored({"top_k": k, "tail_rank": rank}, ("tail_rank",), bits)
 
 
 STORED = {
-    **{f"k{k}": Stored(f"--top-k {k}") for k in (8, 16, 32, 64, 128, 256)},
-    "k16+32g": Stored("--top-k 16", ("tail_groups",)),
-    "k16+16s": Stored("--top-k 16", ("tail_samples",)),
-    "p.8≥8": Stored("--top-p 0.8 --min-k 8"),
-    "k32,T=2": Stored("--top-k 32", ("temperatures",)),
-    "k32,entropy": Stored("--top-k 32", ("tail_entropy",)),
+    **{f"k{k}": Stored({"top_k": k}) for k in (8, 16, 32, 64, 128, 256)},
+    **{f"k16+{rank}r": _low_rank(16, rank) for rank in (8, 16, 32, 64, 128)},
+    **{f"k16+64r{bits}": _low_rank(16, 64, bits) for bits in (2, 3, 5, 6)},
+    **{f"k{k}+64r": _low_rank(k, 64) for k in (4, 8, 32, 64)},
+    "k16+32g": Stored({"top_k": 16}, ("tail_groups",)),
+    "k16+16s": Stored({"top_k": 16}, ("tail_samples",)),
+    "p.8≥8": Stored({"top_p": 0.8, "min_k": 8}),
+    "k32,T=2": Stored({"top_k": 32}, ("temperatures",)),
+    "k32,entropy": Stored({"top_k": 32}, ("tail_entropy",)),
 }
 
 
@@ -62,7 +89,7 @@ def prepare(rows: str, names: Iterable[str]) -> None:
                 "-m", "logitcache", "build", "--backend", "transformers", "--dtype", "float32", *source, *WIDEST.split()
             )
     if not (START / "model.safetensors").exists():
-        source = ["--cache", str(_narrowed("train", "k8")), "--student", str(STUDENT), "--output_dir", str(START)]
+        source = ["--cache", str(_narrowed("train", NARROWEST)), "--student", str(STUDENT), "--output_dir", str(START)]
         run("-m", "trainer", "fit", *source, *START_OPTIONS.split())
     if rows == "subset" and not finished(CACHES / rows):
         taken = ["--rows", f"0:{SUBSET_ROWS}", "--out", str(CACHES / rows)]
@@ -95,8 +122,17 @@ def teacher() -> PreTrainedModel:
     return model
 
 
-def student() -> PreTrainedModel:
-    """The demo's student as every run begins with it: trained from random weights on hard labels for 400 steps."""
+def student(start: str) -> PreTrainedModel:
+    """A student as a run begins with it. start: TRAINED, RANDOM or DAMAGED."""
+    if start == DAMAGED:
+        damaged = noisy(teacher(), DAMAGE)
+        damaged.requires_grad_(True)
+        return damaged
+    if start == RANDOM:
+        drawn: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(STUDENT), dtype=torch.float32
+        )
+        return drawn
     return AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32)
 
 
@@ -104,18 +140,10 @@ def _narrowed(rows: str, name: str) -> Path:
     out = CACHES / f"{rows},{name}"
     if not finished(out):
         stored = STORED[name]
-        dropped = ",".join(extra for extra in EXTRAS if extra not in stored.keeps)
-        run(
-            "-m",
-            "logitcache",
-            "recode",
-            str(CACHES / rows),
-            *stored.options.split(),
-            "--drop",
-            dropped,
-            "--out",
-            str(out),
-        )
+        print(f"{CACHES / rows} → {out}", flush=True)
+        with patch.dict(COEFFICIENT_BITS, {PRECISION: stored.bits or COEFFICIENT_BITS[PRECISION]}):
+            dropped = [extra for extra in EXTRAS if extra not in stored.keeps]
+            logitcache.recode(CACHES / rows, out, precision=PRECISION, drop=dropped, **stored.options)
     return out
 
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import NAMES, finish, options
+from common import finish, options
+from definitions import NAMES
 from results import Results, cell
 from students import ONLINE, Student
 

@@ -19,15 +19,13 @@ begin anew.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
 import wide_task
 from cached_against_online import Gains
-from common import NAMES, describe
-from definitions import LOSSES
+from common import describe
+from definitions import LOSSES, NAMES
 from judging import Judge
 from rebuilding import (
     WIDEST_K,
@@ -35,19 +33,18 @@ from rebuilding import (
     Stored,
     explained,
     forward_kl,
-    full_gradients,
-    gradient_errors,
+    gradient_table,
     tail_divergence,
+    with_noise,
 )
 from results import Results
 from students import HARD, ONLINE, Student, judged
-from torch import Tensor
 from transformers import PreTrainedModel
 from wide_task import FOLDER, WIDEST_RANK
 
 from logitcache.table import aligned
 
-ROWS, NOISE_ROWS, JUDGED_ROWS = 8, 2, 24
+ROWS, JUDGED_ROWS = 8, 24
 RANKS = (0, 8, 16, 32, 64, 128, WIDEST_RANK)
 BITS = 4
 LATE_FKL = (0.25, 0.06, 0.015)
@@ -75,36 +72,6 @@ def tail_table(heldout: KnownTeacher, width: int) -> str:
             cells += [f"{exact[0]:.3f}", f"{exact[1]:.4f}", f"{rounded:.3f}"]
         rows.append(cells)
     return aligned(rows)
-
-
-def gradient_table(heldout: KnownTeacher, student: Tensor) -> str:
-    """A row for each of STORED."""
-    full = full_gradients(heldout, student)
-    rows = [["stored", "bytes", *(NAMES[loss] for loss in full), "ρ"]]
-    for stored in STORED:
-        errors, weight = gradient_errors(heldout, student, full, stored)
-        num_bytes = f"{heldout.bytes_per_position(stored):.0f}" if stored.rank is None or stored.bits else ""
-        shown = "" if stored.rank is None else f"{weight:.2f}"
-        rows.append([stored.name, num_bytes, *(f"{error:.3f}" for error in errors), shown])
-    return aligned(rows)
-
-
-def noisy(teacher: PreTrainedModel, deviation: float) -> PreTrainedModel:
-    """The teacher with noise in each weight, of so many standard deviations of its matrix."""
-    model, random = deepcopy(teacher), torch.Generator().manual_seed(0)
-    for weights in model.parameters():
-        weights.add_(torch.randn(weights.shape, generator=random), alpha=deviation * float(weights.std()))
-    return model
-
-
-def late_student(heldout: KnownTeacher, teacher: PreTrainedModel, fkl: float) -> Tensor:
-    """Logits of the teacher with as much noise as puts it so far from itself: float32 [N, V]."""
-    low, high = 1e-3, 1.0
-    while high / low > 1.02:
-        middle = math.sqrt(low * high)
-        near = forward_kl(heldout, heldout.of(noisy(teacher, middle), NOISE_ROWS)) < fkl
-        low, high = (middle, high) if near else (low, middle)
-    return heldout.of(noisy(teacher, low))
 
 
 def train(seeds: Sequence[int], losses: Sequence[str], teacher: PreTrainedModel) -> Results:
@@ -141,10 +108,10 @@ def main() -> None:
     print(f"entropy {-(p * heldout.log_p).sum(1).mean():.2f} nats, tail mass beyond 16 entries {tail:.3f}")
     print(f"\nthe rebuilt tail\n{tail_table(heldout, teacher.config.hidden_size)}")
     students = {"early": heldout.of(wide_task.student())}
-    students |= {f"late, {fkl:g}": late_student(heldout, teacher, fkl) for fkl in LATE_FKL}
+    students |= {f"late, {fkl:g}": with_noise(heldout, teacher, fkl) for fkl in LATE_FKL}
     for name, student in students.items():
         print(f"\nerror of the gradient, {name}: FKL {forward_kl(heldout, student):.3f}", flush=True)
-        print(gradient_table(heldout, student), flush=True)
+        print(gradient_table(heldout, student, STORED), flush=True)
 
     if arguments.seeds:
         results = train(arguments.seeds, arguments.losses, teacher)
