@@ -2,8 +2,9 @@
 
     python tools/studies/cached_against_online.py [--seeds 1 2 3] [--jobs 2]
 
-Asked: for FKL, RKL, AKL and ToDi, what 8 … 256 entries with the tail in one bucket leave of the gain, and what a capped
-tail, 32 tail groups, 16 tail samples or a ragged number of entries (mass 0.8, 8 at least) change, per byte.
+Asked: for FKL, RKL, AKL and ToDi, what 8 … 256 entries with the tail in one bucket leave of the gain; what a low-rank tail of
+8 … 128 coefficients in 2 … 6 bits beside 4 … 64 entries leaves; and what a capped tail, 32 tail groups, 16 tail samples or a
+ragged number of entries (mass 0.8, 8 at least) change, per byte.
 
 Measured: the demo's student after 400 steps on hard labels goes on for 100 steps of 8 sequences, on hard labels or with KD
 alone (λ = 1) at T = 1. Online runs the teacher on every batch and takes the divergence over the whole vocabulary. The
@@ -11,7 +12,7 @@ seed draws the order of the rows; all students of a seed see the same. Each is h
 distribution on 128 held-out rows. The share of the gain is (hard − cached) / (hard − online) within a seed, its mean over
 the seeds with a 95 % t-interval. Bytes are of the cache's shards, everything counted.
 
-Takes 135 students, about 12 minutes on two cores, and 5 before them for the caches; a second run goes on where the first
+Takes 315 students, about XX minutes on two cores, and 10 before them for the caches; a second run goes on where the first
 stopped (studies/students.jsonl). Delete studies/ to begin anew.
 """
 
@@ -30,7 +31,10 @@ from task import FOLDER
 from logitcache.table import aligned
 
 BUCKETS = [("bucket", f"k{k}") for k in (8, 16, 32, 64, 128, 256)]
+RANKS = [("low_rank", f"k16+{rank}r") for rank in (8, 16, 32, 64, 128)]
+LOW_RANK = [*RANKS, *(("low_rank", name) for name in task.LOW_RANK if ("low_rank", name) not in RANKS)]
 OTHERS = [("cap", "k16"), ("groups", "k16+32g"), ("samples", "k16+16s"), ("bucket", "p.8≥8")]
+WAYS = [*BUCKETS, *LOW_RANK, *OTHERS]
 RAGGED = "p.8≥8"
 METRICS = {"fkl": "FKL", "rkl": "RKL", "ce": "CE", "agreement": "agreement"}
 
@@ -38,7 +42,7 @@ NO_GAIN = "–"
 TICKS_BYTES = (25, 50, 100, 200, 400)
 
 
-def students(seeds: Sequence[int], ways: Sequence[tuple[str, str]] = (*BUCKETS, *OTHERS)) -> list[Student]:
+def students(seeds: Sequence[int], ways: Sequence[tuple[str, str]] = WAYS) -> list[Student]:
     """Every student of the study. ways: (tail, what is stored), beside hard labels and online."""
     chosen = []
     for seed in seeds:
@@ -79,7 +83,7 @@ class Gains:
 def share_table(gains: Gains, metric: str | None) -> str:
     """Share of the gain in %, a row for what is stored."""
     rows = [["stored", "entries", "bytes/position", *(NAMES[loss] for loss in LOSSES)]]
-    for tail, source in BUCKETS + OTHERS:
+    for tail, source in WAYS:
         size = [f"{task.entries_per_position(source):.1f}", f"{task.bytes_per_position(source):.1f}"]
         rows.append([_name(source, tail), *size, *(gains.cell(loss, source, tail, metric) for loss in LOSSES)])
     return aligned(rows)
@@ -90,7 +94,7 @@ def metric_table(results: Results, seeds: Sequence[int]) -> str:
     groups = {HARD: [Student(HARD, seed) for seed in seeds]}
     for loss in LOSSES:
         groups[f"{NAMES[loss]}, online"] = [Student(ONLINE, seed, loss) for seed in seeds]
-        for tail, source in BUCKETS + OTHERS:
+        for tail, source in WAYS:
             name = f"{NAMES[loss]}, {_name(source, tail)}"
             groups[name] = [Student(source, seed, loss, tail=tail) for seed in seeds]
     rows = [["trained with", *METRICS.values()]]
@@ -109,12 +113,15 @@ def draw(gains: Gains, picture: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(LOSSES), figsize=(16, 4.5), sharey=True, layout="constrained")
     for axis, loss in zip(axes, LOSSES, strict=True):
-        sizes = [task.bytes_per_position(source) for _, source in BUCKETS]
-        points = [
-            mean_and_interval([100 * value for value in gains.shares(loss, source, tail)]) for tail, source in BUCKETS
-        ]
-        means, halves = zip(*points, strict=True)
-        axis.errorbar(sizes, means, halves, color=COLOURS[loss], marker=MARKERS[loss], capsize=3, label="bucket")
+        for ways, style, name in ((BUCKETS, "--", "entries, bucket"), (RANKS, "-", "16 entries, R = 8 … 128")):
+            sizes = [task.bytes_per_position(source) for _, source in ways]
+            points = [
+                mean_and_interval([100 * value for value in gains.shares(loss, source, tail)]) for tail, source in ways
+            ]
+            means, halves = zip(*points, strict=True)
+            axis.errorbar(
+                sizes, means, halves, color=COLOURS[loss], marker=MARKERS[loss], linestyle=style, capsize=3, label=name
+            )
         for number, (tail, source) in enumerate(OTHERS):
             mean = 100 * mean_and_interval(gains.shares(loss, source, tail))[0]
             x = task.bytes_per_position(source)
@@ -134,6 +141,9 @@ def _name(source: str, tail: str) -> str:
     if source == RAGGED:
         return "mass 0.8, k ≥ 8, bucket"
     k, _, extra = source.removeprefix("k").partition("+")
+    if tail == "low_rank":
+        rank, _, bits = extra.partition("r")
+        return f"k = {k}, R = {rank}, {bits or task.BITS} bits"
     count = extra[:-1] + " " if extra else ""
     return f"k = {k}, {count}{tail}"
 

@@ -32,6 +32,7 @@ WIDEST = (
 )
 EXTRAS = ("tail_groups", "temperatures", "tail_entropy", "tail_samples", "tail_rank")
 PRECISION = "balanced"
+BITS = COEFFICIENT_BITS[PRECISION]
 NARROWEST = "k8"
 SUBSET_ROWS = 150
 
@@ -62,11 +63,16 @@ def _low_rank(k: int, rank: int, bits: int | None = None) -> Stored:
     return Stored({"top_k": k, "tail_rank": rank}, ("tail_rank",), bits)
 
 
-STORED = {
-    **{f"k{k}": Stored({"top_k": k}) for k in (8, 16, 32, 64, 128, 256)},
+LOW_RANK = {
     **{f"k16+{rank}r": _low_rank(16, rank) for rank in (8, 16, 32, 64, 128)},
     **{f"k16+64r{bits}": _low_rank(16, 64, bits) for bits in (2, 3, 5, 6)},
     **{f"k{k}+64r": _low_rank(k, 64) for k in (4, 8, 32, 64)},
+    **{f"k8+{rank}r": _low_rank(8, rank) for rank in (96, 128)},
+    **{f"k{k}+128r3": _low_rank(k, 128, 3) for k in (4, 8)},
+}
+STORED = {
+    **{f"k{k}": Stored({"top_k": k}) for k in (8, 16, 32, 64, 128, 256)},
+    **LOW_RANK,
     "k16+32g": Stored({"top_k": 16}, ("tail_groups",)),
     "k16+16s": Stored({"top_k": 16}, ("tail_samples",)),
     "p.8≥8": Stored({"top_p": 0.8, "min_k": 8}),
@@ -141,7 +147,7 @@ def _narrowed(rows: str, name: str) -> Path:
     if not finished(out):
         stored = STORED[name]
         print(f"{CACHES / rows} → {out}", flush=True)
-        with patch.dict(COEFFICIENT_BITS, {PRECISION: stored.bits or COEFFICIENT_BITS[PRECISION]}):
+        with patch.dict(COEFFICIENT_BITS, {PRECISION: stored.bits or BITS}):
             dropped = [extra for extra in EXTRAS if extra not in stored.keeps]
             logitcache.recode(CACHES / rows, out, precision=PRECISION, drop=dropped, **stored.options)
     return out
