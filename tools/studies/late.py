@@ -44,7 +44,9 @@ WAYS: list[tuple[str, str, float | None]] = [
     (ONLINE, "bucket", None),
     ("k64", "bucket", None),
     ("k16", "bucket", None),
-    *(("k16+64r", "low_rank", weight) for weight in (0.0, 1.0, None)),
+    ("k16+64r", "low_rank", 0.0),
+    ("k16+64r", "low_rank", 1.0),
+    ("k16+64r", "low_rank", None),
     ("k16+64r6", "low_rank", None),
 ]
 LOSSES = ("fkl", "rkl")

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from logitcache import CachedSequence, LogitCache
+from logitcache import LogitCache
 from trainer import DistillConfig, DistillTrainer
 from trainer.data.collator import Batch, Collator
 from trainer.run.callbacks import ResidualWeight
@@ -93,18 +93,20 @@ class StudyTrainer(DistillTrainer):
         """One epoch of all steps."""
         args = self.args
         [cache] = self._data.caches
-        batches = BatchesOfRows(cache, args.max_steps, args.per_device_train_batch_size, args.seed)
-        return DataLoader(batches, batch_size=None, collate_fn=Collator(self._needed_tail_parts()))
+        collator = Collator(self._needed_tail_parts())
+        batches = BatchesOfRows(cache, args.max_steps, args.per_device_train_batch_size, args.seed, collator)
+        return DataLoader(batches, batch_size=None)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Of the epoch."""
         return self.args.max_steps * self.args.per_device_train_batch_size
 
 
-class BatchesOfRows(Dataset[list[CachedSequence]]):
+class BatchesOfRows(Dataset[Batch]):
     """The rows of each step: all rows of a cache in an order drawn from the seed, and again in others while steps are left."""
 
-    def __init__(self, cache: LogitCache, steps: int, batch_size: int, seed: int) -> None:
+    def __init__(self, cache: LogitCache, steps: int, batch_size: int, seed: int, collator: Collator) -> None:
+        self._collator = collator
         random = np.random.default_rng(seed)
         epochs = -(-steps * batch_size // len(cache))
         drawn = np.concatenate([random.permutation(len(cache)) for _ in range(epochs)])
@@ -114,8 +116,8 @@ class BatchesOfRows(Dataset[list[CachedSequence]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, step: int) -> list[CachedSequence]:
-        return [self._sequences[row] for row in self._rows[step].tolist()]
+    def __getitem__(self, step: int) -> Batch:
+        return self._collator([self._sequences[row] for row in self._rows[step].tolist()])
 
 
 class OnlineTrainer(StudyTrainer):

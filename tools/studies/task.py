@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from rebuilding import noisy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import logitcache
 from logitcache import LogitCache
-from logitcache.capture.calibration import COEFFICIENT_BITS
+from logitcache.format.quantization import COEFFICIENT_BITS
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 TEACHER, STUDENT = DEMO / "teacher", DEMO / "student"
@@ -145,12 +146,20 @@ def student(start: str) -> PreTrainedModel:
 def _narrowed(rows: str, name: str) -> Path:
     out = CACHES / f"{rows},{name}"
     if not finished(out):
-        stored = STORED[name]
+        stored, widest = STORED[name], cache(rows)
         print(f"{CACHES / rows} → {out}", flush=True)
-        with patch.dict(COEFFICIENT_BITS, {PRECISION: stored.bits or BITS}):
+        bits = (stored.bits or BITS) - _bits_of_a_smaller_step(widest, stored.options.get("tail_rank"))
+        with patch.dict(COEFFICIENT_BITS, {PRECISION: bits}):
             dropped = [extra for extra in EXTRAS if extra not in stored.keeps]
-            logitcache.recode(CACHES / rows, out, precision=PRECISION, drop=dropped, **stored.options)
+            logitcache.recode(widest, out, precision=PRECISION, drop=dropped, **stored.options)
     return out
+
+
+def _bits_of_a_smaller_step(cache: LogitCache, rank: int | None) -> float:
+    """By which the step of the cache's own rank is smaller than that of a build of the first coefficients alone."""
+    assert cache.tail_basis is not None
+    variances = cache.tail_basis.variances
+    return float(np.log2(variances[:rank].mean() / variances.mean()) / 2)
 
 
 def finished(path: Path) -> bool:
