@@ -72,7 +72,10 @@ def table(results: Results, seeds: Sequence[int]) -> str:
 def main() -> None:
     arguments = options(__doc__).parse_args()
     students = [
-        student(source, seed, loss, *way) for seed in arguments.seeds for loss in LOSSES for source, *way in WAYS
+        student(source, seed, loss, tail, weight)
+        for seed in arguments.seeds
+        for loss in LOSSES
+        for source, tail, weight in WAYS
     ]
     results = finish(students, arguments.jobs)
     print(f"\nheld out, against the whole teacher (nats)\n{table(results, arguments.seeds)}", flush=True)
