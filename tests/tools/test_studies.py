@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from logitcache import LogitCache
+from logitcache.format.layout import Layout
+from logitcache.format.tail_parts import TailParts
 from tests.helpers.cachemaking import VOCAB, llama, random_sequences, write_cache
+from tests.helpers.smallcaches import tail_basis
 from trainer import sparse_divergence
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -25,6 +28,7 @@ sys.path.insert(0, str(TOOLS / "studies"))
 
 import cached_against_online  # noqa: E402
 import epochs  # noqa: E402
+import late  # noqa: E402
 import tail_left_out  # noqa: E402
 import task  # noqa: E402
 import temperature  # noqa: E402
@@ -43,7 +47,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     path = tmp_path_factory.mktemp("everything")
     groups = np.arange(VOCAB) % 5
     sequences = random_sequences(16, seed=1)
-    return write_cache(path, sequences, groups=groups, temperatures=(2.0,), tail_entropy=True, num_tail_samples=4)
+    basis = tail_basis(Layout(VOCAB, TailParts(rank=3)))
+    more: dict[str, Any] = {"groups": groups, "tail_entropy": True, "num_tail_samples": 4, "tail_basis": basis}
+    return write_cache(path, sequences, temperatures=(2.0,), **more)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +158,7 @@ def all_students() -> Iterator[Student]:
     yield from tail_left_out.students([1])
     yield from (temperature.student(way, loss, 1) for way in temperature.WAYS for loss in temperature.LOSSES)
     yield from (epochs.student(loss, 1, 4, source) for loss in LOSSES for source in ("k64", ONLINE))
+    yield from (late.student(source, 1, "rkl", tail, weight) for source, tail, weight in late.WAYS)
 
 
 @pytest.mark.slow
@@ -159,16 +166,48 @@ def test_every_kind_of_student_trains(cache: LogitCache, entropy_cache: LogitCac
     judges = {"heldout": Judge(llama(), cache, 2, (1.0, 2.0))}
     kinds = {  # one of each way of training
         (one.source if one.source in (ONLINE, HARD) or "entropy" in one.source else "cache")
-        + f"{one.tail} {one.temperature} {one.power_tail} {bool(one.judged_at)}": one
+        + f"{one.tail} {one.temperature} {one.power_tail} {one.residual_weight} {bool(one.judged_at)}": one
         for one in all_students()
     }
-    assert len(kinds) == 15
+    assert len(kinds) == 18
     for one in kinds.values():
         kind = replace(one, steps=2, judged_at=(0, 1) if one.judged_at else ())
         held = entropy_cache if "entropy" in kind.source else cache
         found = judged(kind, new_student, held, llama(), judges)["judged"]
         assert [record["step"] for record in found] == list(kind.judged_at or (2,)), kind
         assert all(math.isfinite(value) for record in found for value in record["heldout"].values()), kind
+
+
+def test_rows_come_as_the_seed_draws_them_whatever_a_cache_holds(cache: LogitCache, entropy_cache: LogitCache) -> None:
+    def drawn(held: LogitCache, seed: int, source: str = "k8") -> list[list[int]]:
+        student = Student(source, seed, steps=5, batch_size=5)
+        loader = trainer_of(student, new_student(), held, llama()).get_train_dataloader()
+        return [batch.input_ids.flatten().tolist() for batch in loader]
+
+    assert drawn(cache, 1) == drawn(entropy_cache, 1) == drawn(entropy_cache, 1, ONLINE) != drawn(cache, 2)
+    assert len(drawn(cache, 1)) == 5  # more rows than there are: some come again
+
+
+def test_a_residual_weight_that_is_given_is_that_of_every_step(cache: LogitCache) -> None:
+    student = replace(late.student("k8", 1, "rkl", "low_rank", 0.5), steps=2)
+    trainer = trainer_of(student, new_student(), cache, llama())
+    seen = []
+    original = trainer._distil
+
+    def watched(model: Any, batch: Any, settings: Any, *others: Any, **options: Any) -> Any:
+        seen.append(settings.residual_weight)
+        return original(model, batch, settings, *others, **options)
+
+    trainer._distil = watched  # type: ignore[method-assign]
+    trainer.train()
+    assert seen == [0.5, 0.5]
+
+
+def test_a_damaged_teacher_is_its_teacher_with_noise() -> None:
+    damaged, teacher = task.student(task.DAMAGED), task.teacher()
+    moved, weights = (torch.cat([one.detach().flatten() for one in model.parameters()]) for model in (damaged, teacher))
+    assert 0.01 < float((moved - weights).norm() / weights.norm()) < 0.5
+    assert all(one.requires_grad for one in damaged.parameters())
 
 
 def test_the_wrong_tail_is_the_power_of_its_mass(cache: LogitCache) -> None:

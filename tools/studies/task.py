@@ -43,7 +43,7 @@ RANDOM = "random"
 """Begins with the demo's student with random weights."""
 DAMAGED = "damaged"
 """Begins with the teacher itself, but with noise in its weights, which puts it a quarter of a nat from itself."""
-DAMAGE = 0.2
+DAMAGE = 0.24
 START_OPTIONS = """--from_scratch true --kd_weight 0 --max_steps 400 --per_device_train_batch_size 8 --learning_rate 3e-3
 --lr_scheduler_type cosine --warmup_steps 20 --save_strategy no --logging_steps 100"""
 
