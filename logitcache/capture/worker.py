@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from logitcache.storage.folder import Folder
 
 WAITING_SEQUENCES = 16
 """Scored sequences that may wait to be written: then the engine waits."""
+
+logger = logging.getLogger("logitcache")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class ShardWorker:
                 folder, make_tail_groups(teacher, first[:CALIBRATION_SEQUENCES], parts.groups), PARTITION_NAME
             )
         if BASIS_NAME in missing:
+            logger.info("finding the %d directions in which the teacher's logits vary most", parts.rank)
             write_tail_basis(folder, make_tail_basis(teacher, first, parts.rank), BASIS_NAME)
 
     def capture(self, shards: Sequence[int], advance: Callable[[int], None] = lambda tokens: None) -> None:

@@ -243,8 +243,8 @@ def test_one_run_of_several_ranks_is_done_at_a_time(
 
 def test_the_demo_is_a_recipe() -> None:
     runs = read_recipe(Path(__file__).parents[3] / "tools" / "recipes" / "demo.yaml").runs
-    assert len(runs) == 15
-    assert {run.config.max_steps for run in runs} == {300}
+    assert len(runs) == 27
+    assert {run.config.max_steps for run in runs} == {100}
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
