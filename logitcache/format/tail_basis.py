@@ -6,7 +6,6 @@ The teacher's logits l of a position, up to a shift, are about m + U·z for the 
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from typing import BinaryIO
@@ -169,22 +168,11 @@ def extended(targets: SparseTargets, basis: TailBasis, top_k: int) -> SparseTarg
 
 def check_tail_basis(basis: TailBasis, layout: Layout) -> None:
     """Raises ValueError if the positions of a cache with this layout cannot have their coefficients in this basis."""
-    step = (layout.quantization and layout.quantization.coefficient_step) or basis.step
-    if (
-        len(basis.offset) != layout.vocab_size
-        or basis.rank < layout.tail_parts.rank
-        or not _is_multiple(step, basis.step)
-    ):
+    if len(basis.offset) != layout.vocab_size or basis.rank < layout.tail_parts.rank:
         raise ValueError(
-            f"it has {basis.rank} directions of {len(basis.offset):,} ids in steps of {basis.step:g}, the cache "
-            f"{layout.tail_parts.rank} of {layout.vocab_size:,} in steps of {step:g}"
+            f"it has {basis.rank} directions of {len(basis.offset):,} ids, the cache "
+            f"{layout.tail_parts.rank} of {layout.vocab_size:,}"
         )
-
-
-def _is_multiple(step: float, of: float) -> bool:
-    """Tells whether one step is 1, 2, 4, 8, … of the other."""
-    mantissa, exponent = math.frexp(step / of)
-    return mantissa == 0.5 and exponent > 0
 
 
 def _floats(array: pa.Array, arrow_type: pa.DataType) -> np.ndarray:

@@ -52,6 +52,8 @@ def finish(students: Iterable[Student], jobs: int, temperatures: Sequence[float]
         futures = {pool.submit(_train_and_judge, student, tuple(temperatures)): student for student in missing}
         for number, future in enumerate(as_completed(futures), start=1):
             student = futures[future]
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
             results.add(student, future.result())
             left = (time.perf_counter() - began) / number * (len(missing) - number)
             print(f"{number}/{len(missing)}  {describe(student)}  {left / 60:.0f} min left", flush=True)

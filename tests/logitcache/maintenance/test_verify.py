@@ -672,7 +672,7 @@ def test_tail_groups_that_cannot_be_the_vocabularys_are_found(root: Path, groups
 @pytest.mark.parametrize(
     ("change", "kind", "what"),
     [
-        (lambda basis: basis.first(2), "layout", "it has 2 directions of 50 ids in steps of 0.125, the cache 3 of 50"),
+        (lambda basis: basis.first(2), "layout", "it has 2 directions of 50 ids, the cache 3 of 50"),
         (lambda basis: tail_basis(replace(EVERYTHING, vocab_size=51)), "layout", "it has 3 directions of 51 ids"),
         (lambda basis: replace(basis, weights=basis.weights * 2), "damaged", "not positive numbers of sum 1"),
     ],
