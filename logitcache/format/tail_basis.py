@@ -38,8 +38,8 @@ class TailBasis:
     """The basis in which all positions of a cache have their coefficients.
 
     offset: m, float32 [V].  directions: U, float32 [V, R], centred and orthonormal under the weights, in falling order of
-    importance, so that any first ones are a basis too.  weights: w, float32 [V], ≥ 0, of sum 1.  step: of all coefficients
-    where they are rounded; 1/2, 1/4 … of theirs in a coarser cache.  variances: of each coefficient where it was calibrated,
+    importance, so that any first ones are a basis too.  weights: w, float32 [V], ≥ 0, of sum 1.  step: of all coefficients at the
+    bits of `balanced`; the layout of a cache has its own.  variances: of each coefficient where it was calibrated,
     float32 [R].
     """
 

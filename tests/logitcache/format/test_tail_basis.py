@@ -22,7 +22,6 @@ from logitcache.format.tail_parts import TAIL_BASIS_NAME, TailParts
 from logitcache.storage.atomic import file_sha256
 from logitcache.storage.folder import Folder
 from tests.helpers.smallcaches import (
-    COEFFICIENT_STEP,
     EVERYTHING,
     VOCAB,
     full_distributions,
