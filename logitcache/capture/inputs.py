@@ -70,12 +70,12 @@ class Inputs:
     def fitted(self, sequences: Sequence[TokenSequence]) -> Inputs:
         """Returns the inputs without a rank if the sequences are too short for its basis and it is a default.
 
-        Raises UserError if they are and it was given.
+        Raises UserError if they are and it, or a number of probes, was given.
         """
         try:
             check_positions(sequences, self.settings.tail_parts.rank)
         except UserError as error:
-            if "tail_rank" in self.given:
+            if self.given.keys() & {"tail_rank", "tail_probes"}:
                 raise
             logger.info("%s; so no coefficients are stored, and up to %d entries", error, self.bucket.top_k)
             return replace(self, settings=self.bucket)

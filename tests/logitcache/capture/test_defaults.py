@@ -178,8 +178,9 @@ def test_a_corpus_too_short_for_a_basis_that_nobody_asked_for_gets_none(
     assert "and there are 5: choose at most 2, or a longer corpus; so no coefficients are stored" in caplog.text
     caplog.clear()
     assert build(teacher, data, tmp_path / "c").identity == cache.identity
-    with pytest.raises(UserError, match=r"--tail-rank 6: .* there are 5"):
-        build(teacher, data, tmp_path / "d", tail_rank=6)
+    for given in ({"tail_rank": 6}, {"tail_probes": 1}):
+        with pytest.raises(UserError, match=r"--tail-rank 6: .* there are 5"):
+            build(teacher, data, tmp_path / "d", **given)
     plan = logitcache.plan(str(teacher), str(data), backend="transformers")
     assert {plan.settings.tail_parts.rank, *(choice.tail_rank for choice in plan.choices)} == {0}
     assert captured(build(teacher, data, tmp_path / "d", tail_rank=2)) == LOW_RANK | {"tail_rank": 2}
