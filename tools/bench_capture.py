@@ -237,7 +237,7 @@ def planned(folder: Path, k: int, sequences: int, shard_positions: int) -> tuple
     with corpus.open("w") as file:
         for sequence in random_sequences(4000, sequences):
             file.write(json.dumps({"input_ids": sequence.input_ids.tolist()}) + "\n")
-    inputs: Inputs = resolve_inputs(str(folder / "teacher"), str(corpus), backend="vllm", top_k=k)
+    inputs: Inputs = resolve_inputs(str(folder / "teacher"), str(corpus), backend="vllm", top_k=k, tail_rank=0)
     out = Folder(folder / "cache")
     plan = make_plan(out, inputs.spec(shard_positions), inputs.corpus(), shard_positions)
     save_tokenizer(out, inputs.model.tokenizer)

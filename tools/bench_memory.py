@@ -98,6 +98,7 @@ def main() -> None:
                 [
                     *(sys.executable, "-m", "logitcache", "build", "--backend", options.backend, "--out", str(cache)),
                     *("--teacher", str(folder / "model"), "--data", str(folder / "corpus.jsonl")),
+                    *("--top-k", "64", "--tail-rank", "0"),
                 ]
             )
             cache_mib = sum(path.stat().st_size for path in cache.rglob("*.parquet")) / 2**20

@@ -105,11 +105,13 @@ def build(
             that continues a build may name others or none.
         generate: The documents are prompts, which the teacher answers first; then its answers are scored.
         sampling_params: Fields of vLLM's SamplingParams under their own names, with `generate`.
-        top_k: Entries of a position. None: 64, or the whole of a smaller vocabulary.
+        top_k: Entries of a position. None: 16 with a rank, 64 without one or with a `top_p` below 1, or the whole of a smaller
+            vocabulary.
         top_p: Only as many entries are stored as hold this probability mass. None: 1.0, always `top_k`.
         min_k: Entries that `top_p` leaves at least. None: 32, or `top_k`.
         tail_groups: Number of groups of the vocabulary in which the tail's mass is stored. None: 0.
-        tail_rank: Coefficients from which the logits of the whole tail are rebuilt. None: 0.
+        tail_rank: Coefficients from which the logits of the whole tail are rebuilt. None: 64 where the engine shows the logits
+            and there are no tail groups, or fewer if the teacher is narrow; 0 otherwise, and if the corpus is too short for it.
         tail_probes: Random tokens of a position of which is stored what the coefficients leave. None: 2 with a rank.
         temperatures: Temperatures that training may use; the tail's normaliser is stored for each. None: 1 alone.
         tail_entropy: Stores the tail's entropy. None: not.

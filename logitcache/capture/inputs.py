@@ -164,7 +164,7 @@ def resolve_inputs(
     }
     given = {name: value for name, value in captured.items() if value is not None}
     hidden_size = getattr(loaded.config.get_text_config(), "hidden_size", None)
-    most_rank = min(loaded.vocab_size - 1, hidden_size or loaded.vocab_size)
+    most_rank = min(loaded.vocab_size, hidden_size or loaded.vocab_size) - 1  # a LayerNorm takes one direction away
     settings = CaptureSettings.of_options(given, loaded.vocab_size, most_rank)
     settings.check(loaded.vocab_size, hidden_size)
     bucket = CaptureSettings.of_options(given, loaded.vocab_size, 0)

@@ -10,12 +10,12 @@ from logitcache.errors import UserError
 from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
 from logitcache.format.tail_parts import TailParts
 
-DEFAULT_RANK = 0
-"""Coefficients of a position if --tail-rank is not given and the teacher's logits are seen. Otherwise there are none."""
+DEFAULT_RANK = 64
+"""Coefficients of a position if the teacher's logits are seen and neither --tail-rank nor --tail-groups is given."""
 BUCKET_TOP_K = 64
-"""Entries of a position if --top-k is not given and there are no coefficients."""
-LOW_RANK_TOP_K = 64
-"""The same beside coefficients."""
+"""Entries of a position if --top-k is not given and there are no coefficients, or --top-p has to leave some of them out."""
+LOW_RANK_TOP_K = 16
+"""Entries of a position if --top-k is not given, beside coefficients."""
 LOW_RANK_PROBES = 2
 """Probe tokens of a position beside coefficients."""
 
@@ -47,8 +47,9 @@ class CaptureSettings:
 
         given: the options that have a value, by the names of `to_json`.  most_rank: of the default; 0 where no logits are seen.
         """
-        rank = given.get("tail_rank", min(DEFAULT_RANK, most_rank))
-        top_k = max(LOW_RANK_TOP_K if rank else BUCKET_TOP_K, given.get("min_k", 0))
+        rank = given.get("tail_rank", 0 if given.get("tail_groups") else min(DEFAULT_RANK, most_rank))
+        few = rank and given.get("top_p", 1.0) >= 1
+        top_k = max(LOW_RANK_TOP_K if few else BUCKET_TOP_K, given.get("min_k", 0))
         defaults = {
             "top_k": min(top_k, vocab_size),
             "min_k": None,

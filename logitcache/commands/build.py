@@ -77,11 +77,16 @@ def input_options(parser: argparse.ArgumentParser) -> None:
     teacher_options(parser.add_argument_group("teacher"))
 
     group = parser.add_argument_group("what is stored of each distribution")
-    group.add_argument("--top-k", type=int, metavar="K", help="entries per position (default 64)")
+    group.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="entries per position (default 16 with --tail-rank, 64 without or with --top-p)",
+    )
     group.add_argument(
         "--top-p", type=float, metavar="P", help="only as many entries as hold this mass (default 1: always K)"
     )
-    group.add_argument("--min-k", type=int, metavar="K", help="floor under --top-p (default 32)")
+    group.add_argument("--min-k", type=int, metavar="K", help="floor under --top-p (default 32, or --top-k if less)")
     group.add_argument(
         "--tail-groups",
         type=int,
@@ -92,7 +97,8 @@ def input_options(parser: argparse.ArgumentParser) -> None:
         "--tail-rank",
         type=int,
         metavar="R",
-        help="R coefficients from which the whole tail is rebuilt, in a basis made from the first positions (default 0)",
+        help="R coefficients from which the whole tail is rebuilt, in a basis made from the first positions (default 64 where "
+        "the engine shows the logits and there are no --tail-groups, less for a narrow teacher; otherwise 0)",
     )
     group.add_argument(
         "--tail-probes",

@@ -72,7 +72,10 @@ def _refuse_different(one: LogitCache, other: LogitCache) -> None:
     what = first_of([f"{name} is {a} in {one.path}, {b} in {other.path}" for name, a, b in found])
     other_files = {Path(part.file).stem for part in PARTS if part.file and part.layout_key not in parts}
     if parts & {"teacher", "tokenizer", "vocab_size", *other_files}:
-        hint = "Only caches of one teacher, tokenizer, set of tail groups and tail basis can be merged"
+        hint = (
+            "Only caches of one teacher, tokenizer, set of tail groups and tail basis can be merged; `logitcache build --reuse` "
+            "takes groups and basis of another cache"
+        )
     else:
         hint = "`logitcache recode` can bring both to what the smaller one holds"
     raise UserError(f"these caches cannot be merged: {what}. {hint}")

@@ -41,8 +41,9 @@ def capped(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Any) -> 
 
 
 def build(teacher: Path, corpus: Path, out: Path, **options: Any) -> logitcache.LogitCache:
+    stored: dict[str, Any] = {"top_k": 8, "tail_rank": 0, "precision": "exact"}
     cache: logitcache.LogitCache = logitcache.build(
-        str(teacher), str(corpus), out, backend="transformers", top_k=8, precision="exact", max_length=64, **options
+        str(teacher), str(corpus), out, backend="transformers", max_length=64, **stored, **options
     )
     return cache
 

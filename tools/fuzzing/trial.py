@@ -116,7 +116,7 @@ def make_material(root: Path) -> None:
         "shard_positions": 300,
     }
     logitcache.build(str(root / "teacher"), str(documents), root / "cache", **common, **rich)
-    logitcache.build(str(root / "teacher"), str(documents), root / "exact", **common, precision="exact")
+    logitcache.build(str(root / "teacher"), str(documents), root / "exact", **common, tail_rank=0, precision="exact")
     caches = ["--cache", str(root / "cache"), "--eval_cache", str(root / "exact"), "--student", str(root / "student")]
     if trainer(["fit", *caches, *FIT, "--output_dir", str(root / "run")]):
         raise SystemExit("the run that the others are damaged copies of did not end")

@@ -20,7 +20,7 @@ WIDEST_RANK = 256
 BUILT = {
     "calibration": f"--top-k 1 --tail-rank {WIDEST_RANK}",
     "train": "--top-k 64 --tail-rank 64",
-    "heldout": "--top-k 1",
+    "heldout": "--top-k 1 --tail-rank 0",
 }
 """By the name of their rows."""
 RECODED = {"k64": "--top-k 64 --drop tail_rank", "k16": "--top-k 16 --drop tail_rank", "k16,R64": "--top-k 16"}

@@ -146,7 +146,7 @@ class Estimate:
         sample, settings = self.sample, self.settings
         scale = sample.num_documents / sample.num_sampled
         left_out = [f"{count * scale:,.0f} {reason}" for reason, count in sample.skipped.items()]
-        tail = f" + {settings.tail_parts.groups} groups" if settings.tail_parts.groups else ""
+        parts = settings.tail_parts
         lines = [
             f"documents  {sample.num_documents:,}, {sample.num_sampled:,} of them tokenised (layout {sample.document_type})",
             f"sequences  {sample.num_sequences}, the longest seen has {sample.longest:,} tokens",
@@ -154,7 +154,7 @@ class Estimate:
             f"left out   {', '.join(left_out) or 'nothing'}"
             + (f"; first bad: {sample.first_bad}" if sample.first_bad else ""),
             f"bytes      {_size(self.num_bytes)}, {self.bytes_per_position:,.0f} per position "
-            f"(k = {settings.top_k}{tail}, {settings.precision})",
+            f"({_stored(settings.top_k, parts.groups, parts.rank)}, {settings.precision})",
             f"time       {duration(self.scoring_s)} at {self.tokens_per_s:,.0f} tokens/s of one engine",
             "",
             aligned([self._heading(), *(self._cells(choice) for choice in self.choices)]),
@@ -166,7 +166,7 @@ class Estimate:
                 "Relative error of the gradient summed over positions, for stand-ins of an early and a late student; "
                 f"{self.not_told_apart:.2%} of the probability is known by group only."
             )
-            if settings.tail_parts.rank:
+            if parts.rank:
                 lines.append(
                     "With a rank: the share of the logits' variance at random tokens, the KL of the rebuilt tail, errors with "
                     "the student's residuals as in training."
@@ -179,14 +179,12 @@ class Estimate:
         return ["stored", "bytes/position", "cache", "mass covered", *low_rank, *errors]
 
     def _cells(self, choice: Choice) -> list[str]:
-        tail = f" + {choice.tail_groups} groups" if choice.tail_groups else ""
-        tail += f" + rank {choice.tail_rank}" if choice.tail_rank else ""
         of_rank = [
             "" if choice.variance_captured is None else f"{choice.variance_captured:.1%}",
             "" if choice.tail_divergence is None else f"{choice.tail_divergence:.3f}",
         ]
         return [
-            f"k = {choice.top_k}{tail}",
+            _stored(choice.top_k, choice.tail_groups, choice.tail_rank),
             f"{choice.bytes_per_position:,.0f}",
             _size(choice.bytes_per_position * self.sample.num_positions.value),
             f"{choice.mass_covered:.2%}",
@@ -326,6 +324,11 @@ def _num_positions(sequences: Sequence[TokenSequence]) -> int:
 
 def _num_tokens(sequences: Sequence[TokenSequence]) -> int:
     return sum(len(sequence.input_ids) for sequence in sequences)
+
+
+def _stored(top_k: int, tail_groups: int, tail_rank: int) -> str:
+    groups, rank = f" + {tail_groups} groups" * bool(tail_groups), f" + rank {tail_rank}" * bool(tail_rank)
+    return f"k = {top_k}{groups}{rank}"
 
 
 def _size(num_bytes: float) -> str:

@@ -24,7 +24,7 @@ from tests.helpers.references import assert_scores_agree, full_logprobs
 
 
 def build(teacher: Path, corpus: Path, out: Path, **settings: Any) -> logitcache.LogitCache:
-    defaults: dict[str, Any] = {"backend": "transformers", "top_k": 16, "shard_positions": 400}
+    defaults: dict[str, Any] = {"backend": "transformers", "top_k": 16, "tail_rank": 0, "shard_positions": 400}
     cache: logitcache.LogitCache = logitcache.build(str(teacher), str(corpus), out, **{**defaults, **settings})
     return cache
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,21 @@ import pytest
 
 import logitcache
 from logitcache import LogitCache, UserError
+from logitcache.capture import engine, worker
 from logitcache.capture import settings as settings_module
-from logitcache.capture import worker
 from logitcache.capture.finish import finish
+from logitcache.capture.inputs import resolve_inputs
 from logitcache.capture.plan import BuildPlan
 from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.teachers.vllm import engine as vllm_engine
+from logitcache.capture.teachers.vllm import pooling as vllm_pooling
 from logitcache.storage.folder import Folder
 from tests.logitcache.capture.test_build import rows, stop_at_shard
 
 BUCKET = {"top_k": 64, "min_k": 32}
-LOW_RANK = {"top_k": 8, "min_k": 8, "tail_rank": 6, "tail_probes": 2}
+LOW_RANK = {"top_k": 16, "min_k": 16, "tail_rank": 64, "tail_probes": 2}
+NARROW = LOW_RANK | {"tail_rank": 63}
+"""Of a teacher with hidden states of 64 numbers."""
 
 
 def build(teacher: Path, corpus: Path, out: Path | str, **options: Any) -> LogitCache:
@@ -30,22 +37,26 @@ def build(teacher: Path, corpus: Path, out: Path | str, **options: Any) -> Logit
     return cache
 
 
-def captured(cache: LogitCache) -> dict[str, Any]:
-    """Those of `LOW_RANK`'s settings that a cache has."""
-    capture = cache.manifest.fingerprint["capture"]
+def stored(capture: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `LOW_RANK`'s settings that there are."""
     return {name: capture[name] for name in LOW_RANK if name in capture}
 
 
+def captured(cache: LogitCache) -> dict[str, Any]:
+    return stored(cache.manifest.fingerprint["capture"])
+
+
 @pytest.fixture
-def bucket_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings_module, "DEFAULT_RANK", 0)
-    monkeypatch.setattr(settings_module, "BUCKET_TOP_K", 64)
+def earlier(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """Inside it are the defaults of versions before coefficients: 64 entries and the mass of the tail."""
 
+    @contextmanager
+    def patched() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(settings_module, "DEFAULT_RANK", 0)
+            yield
 
-def low_rank_by_default(patch: pytest.MonkeyPatch) -> None:
-    """A later version, by whose defaults there are coefficients."""
-    patch.setattr(settings_module, "DEFAULT_RANK", 6)
-    patch.setattr(settings_module, "LOW_RANK_TOP_K", 8)
+    return patched
 
 
 def begin(teacher: Path, corpus: Path, out: Path | str, patch: pytest.MonkeyPatch, **options: Any) -> None:
@@ -64,45 +75,84 @@ def begin(teacher: Path, corpus: Path, out: Path | str, patch: pytest.MonkeyPatc
         ({"tail_rank": 0}, 100, BUCKET),
         ({"tail_rank": 9}, 0, LOW_RANK | {"tail_rank": 9}),
         ({"tail_rank": 9, "top_k": 33, "tail_probes": 0}, 100, {"top_k": 33, "min_k": 32, "tail_rank": 9}),
+        ({"tail_groups": 4}, 100, BUCKET),
+        ({"tail_groups": 4, "tail_rank": 9}, 100, LOW_RANK | {"tail_rank": 9}),
+        ({"tail_groups": 0}, 100, LOW_RANK),
+        ({"top_k": 64}, 100, LOW_RANK | BUCKET),
         ({"tail_probes": 1}, 100, LOW_RANK | {"tail_probes": 1}),
         ({"top_k": 5}, 100, LOW_RANK | {"top_k": 5, "min_k": 5}),
-        ({"min_k": 20, "top_p": 0.9}, 100, LOW_RANK | {"top_k": 20, "min_k": 20}),
+        ({"min_k": 20}, 100, LOW_RANK | {"top_k": 20, "min_k": 20}),
+        ({"top_p": 0.9}, 100, LOW_RANK | BUCKET),
+        ({"top_p": 0.9, "min_k": 8}, 100, LOW_RANK | {"top_k": 64, "min_k": 8}),
+        ({"top_p": 1.0}, 100, LOW_RANK),
     ],
 )
 def test_the_defaults_go_by_what_the_route_shows_and_by_what_is_given(
-    given: dict[str, Any], most_rank: int, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], most_rank: int, expected: dict[str, Any]
 ) -> None:
-    low_rank_by_default(monkeypatch)
     found = CaptureSettings.of_options(given, 1000, most_rank)
     found.check(1000)
-    assert {name: value for name, value in found.to_json().items() if name in LOW_RANK} == expected
+    assert stored(found.to_json()) == expected
     assert CaptureSettings.of_options({}, 3, 2).top_k == 3
+
+
+@pytest.mark.parametrize(
+    ("route", "expected"),
+    [
+        ({"backend": "transformers"}, NARROW),
+        ({"backend": "vllm"}, NARROW),
+        ({"backend": "vllm", "capture_route": "flat"}, BUCKET),
+        ({"backend": "openai", "base_url": "http://localhost:1/v1"}, BUCKET),
+    ],
+)
+def test_coefficients_are_the_default_where_the_route_shows_logits(
+    teacher: Path, corpus: Path, route: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "why_not_vllm", lambda: None)
+    monkeypatch.setattr(vllm_engine, "why_not_engine", lambda *_: None)
+    monkeypatch.setattr(vllm_pooling, "why_not_pooling", lambda *_: None)
+    monkeypatch.setattr(engine.EngineChoice, "describe_server", lambda _: {"name": "tiny"})
+    assert stored(resolve_inputs(str(teacher), str(corpus), **route).settings.to_json()) == expected
+    monkeypatch.setattr(vllm_pooling, "why_not_pooling", lambda *_: "it has no logits")
+    if route == {"backend": "vllm"}:
+        assert stored(resolve_inputs(str(teacher), str(corpus), **route).settings.to_json()) == BUCKET
+
+
+@pytest.mark.slow
+def test_a_plan_shows_the_default_and_the_row_of_it(teacher: Path, corpus: Path) -> None:
+    found = logitcache.plan(str(teacher), str(corpus), backend="transformers")
+    lines = found.table().splitlines()
+    assert [line.endswith("(k = 16 + rank 63, balanced)") for line in lines if line.startswith("bytes")] == [True]
+    assert sum(line.startswith("k = 16 + rank 63 ") for line in lines) == 1
+    [default] = [choice for choice in found.choices if (choice.top_k, choice.tail_rank) == (16, 63)]
+    assert default.bytes_per_position == pytest.approx(found.bytes_per_position, rel=0.05)
 
 
 def test_a_build_begun_with_other_defaults_is_continued_and_opened_by_the_same_command(
     teacher: Path,
     corpus: Path,
     tmp_path: Path,
-    bucket_by_default: None,
+    earlier: Callable[[], AbstractContextManager[None]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    whole = build(teacher, corpus, tmp_path / "whole")
     out = f"memory://{tmp_path}/c"
-    begin(teacher, corpus, out, monkeypatch)
-    low_rank_by_default(monkeypatch)
+    with earlier():
+        whole = build(teacher, corpus, tmp_path / "whole")
+        begin(teacher, corpus, out, monkeypatch)
     with caplog.at_level(logging.INFO, "logitcache"):
         continued = build(teacher, corpus, out)
         assert captured(continued) == BUCKET
         assert rows(continued) == rows(whole)
-        note = (
-            "--top-k 64, --min-k 32, --tail-rank 0, --tail-probes 0 (by default: --top-k 8, --min-k 8, --tail-rank 6, "
-        )
+        note = "--top-k 64, --min-k 32, --tail-rank 0, --tail-probes 0 (by default: --top-k 16, --min-k 16, --tail-rank 63, "
         assert caplog.text.count(f"what is not given is as in {out}: {note}--tail-probes 2)") == 1
     build(teacher, corpus, tmp_path / "whole", top_k=64)
     with pytest.raises(UserError, match=r"a finished cache made otherwise: capture\.tail_rank was None, now 6; format"):
         build(teacher, corpus, tmp_path / "whole", tail_rank=6)
-    assert captured(build(teacher, corpus, tmp_path / "anew")) == LOW_RANK
+    anew = build(teacher, corpus, tmp_path / "anew")
+    assert captured(anew) == NARROW
+    assert (anew.manifest.layout.tail_parts.rank, anew.manifest.layout.tail_parts.probes) == (63, 2)
+    assert anew[0].targets.token_ids.shape[1] == 16
 
 
 def test_a_setting_that_was_given_may_be_left_out_and_is_compared_where_it_is_given(
@@ -124,14 +174,13 @@ def test_overwriting_continues_what_the_same_command_may_have_begun_and_nothing_
     begin(teacher, corpus, tmp_path, monkeypatch, tail_rank=0, overwrite=True, **given)
     first = next((tmp_path / "data").iterdir())
     written = first.stat().st_mtime_ns
-    low_rank_by_default(monkeypatch)
     cache = build(teacher, corpus, tmp_path, overwrite=True)
-    assert captured(cache) == (LOW_RANK if given else BUCKET)
+    assert captured(cache) == (NARROW if given else BUCKET)
     assert (first.stat().st_mtime_ns == written) == (not given)
 
 
 def test_ranges_of_a_build_take_what_the_first_one_began_with(
-    teacher: Path, corpus: Path, tmp_path: Path, bucket_by_default: None, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("logitcache.capture.build.LOOK_AGAIN_S", 0.01)
     build_range = {"backend": "transformers", "shard_positions": 400}
@@ -140,7 +189,6 @@ def test_ranges_of_a_build_take_what_the_first_one_began_with(
         args=(str(teacher), str(corpus), tmp_path),
         kwargs=build_range | {"shard_range": (1, 2)},
     )
-    low_rank_by_default(monkeypatch)
     started.start()
     build(teacher, corpus, tmp_path, shard_range=(0, 2), tail_rank=0)
     started.join()
@@ -151,15 +199,16 @@ def test_a_reused_cache_gives_what_is_not_given(
     teacher: Path,
     corpus: Path,
     tmp_path: Path,
-    bucket_by_default: None,
+    earlier: Callable[[], AbstractContextManager[None]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    old = build(teacher, corpus, tmp_path / "old", temperatures=(2,))
-    low_rank_by_default(monkeypatch)
+    with earlier():
+        old = build(teacher, corpus, tmp_path / "old", temperatures=(2,))
     monkeypatch.setattr(worker, "start_teacher", lambda *_: pytest.fail("weights were loaded"))
     with caplog.at_level(logging.INFO, "logitcache"):
         cache = build(teacher, corpus, tmp_path / "c", reuse=old.path)
+    assert captured(cache) == BUCKET
     assert rows(cache) == rows(old)
     assert f"what is not given is as in --reuse {old.path}: --top-k 64" in caplog.text
     with pytest.raises(UserError, match=r"--reuse .*: capture\.tail_rank is None there, 6 here\. Its"):
@@ -167,9 +216,8 @@ def test_a_reused_cache_gives_what_is_not_given(
 
 
 def test_a_corpus_too_short_for_a_basis_that_nobody_asked_for_gets_none(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    low_rank_by_default(monkeypatch)
     data = tmp_path / "rows.jsonl"
     data.write_text((json.dumps({"input_ids": [1, 2, 3, 4, 5, 6]}) + "\n") * 20)  # 100 positions, 5 different ones
     with caplog.at_level(logging.INFO, "logitcache"):
@@ -179,7 +227,7 @@ def test_a_corpus_too_short_for_a_basis_that_nobody_asked_for_gets_none(
     caplog.clear()
     assert build(teacher, data, tmp_path / "c").identity == cache.identity
     for given in ({"tail_rank": 6}, {"tail_probes": 1}):
-        with pytest.raises(UserError, match=r"--tail-rank 6: .* there are 5"):
+        with pytest.raises(UserError, match=r"--tail-rank (6|63): .* there are 5"):
             build(teacher, data, tmp_path / "d", **given)
     plan = logitcache.plan(str(teacher), str(data), backend="transformers")
     assert {plan.settings.tail_parts.rank, *(choice.tail_rank for choice in plan.choices)} == {0}

@@ -46,7 +46,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def build(teacher: Path, data: Path, out: Path, **settings: Any) -> logitcache.LogitCache:
-    defaults: dict[str, Any] = {"backend": "transformers", "top_k": 8, "shard_positions": 5}
+    defaults: dict[str, Any] = {"backend": "transformers", "top_k": 8, "tail_rank": 0, "shard_positions": 5}
     cache: logitcache.LogitCache = logitcache.build(str(teacher), str(data), out, **{**defaults, **settings})
     return cache
 

@@ -31,9 +31,8 @@ from tests.helpers.references import full_logprobs
 def built(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 rows of the tiny teacher, stored exactly."""
     out = tmp_path_factory.mktemp("built") / "cache"
-    logitcache.build(
-        str(teacher), str(corpus), out, backend="transformers", top_k=24, precision="exact", shard_positions=500
-    )
+    stored: dict[str, Any] = {"top_k": 24, "tail_rank": 0, "precision": "exact"}
+    logitcache.build(str(teacher), str(corpus), out, backend="transformers", shard_positions=500, **stored)
     return out
 
 

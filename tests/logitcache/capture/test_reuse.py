@@ -50,7 +50,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 def build(teacher: Path, documents: Path, out: Path, **settings: Any) -> LogitCache:
-    defaults: dict[str, Any] = {"backend": "transformers", "top_k": 16, "shard_positions": 400}
+    defaults: dict[str, Any] = {"backend": "transformers", "top_k": 16, "tail_rank": 0, "shard_positions": 400}
     cache: LogitCache = logitcache.build(str(teacher), str(documents), out, **{**defaults, **settings})
     return cache
 

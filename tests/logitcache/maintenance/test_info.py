@@ -150,7 +150,8 @@ def test_the_history_is_told_step_by_step(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_built_cache_names_teacher_tokenizer_engine_and_settings(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    logitcache.build(str(teacher), str(corpus), tmp_path / "c", backend="transformers", top_k=16, temperatures=(1, 2))
+    settings: dict[str, Any] = {"backend": "transformers", "top_k": 16, "tail_rank": 0, "temperatures": (1, 2)}
+    logitcache.build(str(teacher), str(corpus), tmp_path / "c", **settings)
     cache = logitcache.open(tmp_path / "c")
     text = info(cache)
     fingerprint = cache.manifest.fingerprint

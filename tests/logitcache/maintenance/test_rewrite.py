@@ -381,7 +381,14 @@ class TestPlaces:
 
 class TestBuildsInTheSameFolder:
     def settings(self, teacher: Path, corpus: Path, out: Path) -> dict[str, Any]:
-        return {"teacher": str(teacher), "data": str(corpus), "out": out, "backend": "transformers", "top_k": 4}
+        return {
+            "teacher": str(teacher),
+            "data": str(corpus),
+            "out": out,
+            "backend": "transformers",
+            "top_k": 4,
+            "tail_rank": 0,
+        }
 
     @pytest.mark.slow
     def test_an_unfinished_recode_is_not_continued(self, root: Path, teacher: Path, corpus: Path) -> None:

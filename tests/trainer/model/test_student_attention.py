@@ -41,7 +41,7 @@ def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> logitcache.LogitCache:
     out = tmp_path_factory.mktemp("caches") / "cache"
-    return logitcache.build(str(teacher), str(corpus), out, backend="transformers", top_k=8)
+    return logitcache.build(str(teacher), str(corpus), out, backend="transformers", top_k=8, tail_rank=0)
 
 
 def config(cache: logitcache.LogitCache, student: Path, out: Path, **settings: Any) -> DistillConfig:

@@ -148,7 +148,7 @@ def test_weights_that_are_not_in_the_files_are_not_drawn_at_random(teacher: Path
 def build_command(path: Path, corpus: Path, out: Path) -> list[str]:
     return [
         *("logitcache", "build", "--teacher", str(path), "--data", str(corpus), "--out", str(out), "--backend", "vllm"),
-        *("--top-k", "16", "--precision", "exact", "--max-length", "100", "--max-num-seqs", "8"),
+        *("--top-k", "16", "--tail-rank", "0", "--precision", "exact", "--max-length", "100", "--max-num-seqs", "8"),
         *("--distributed-executor-backend", "mp"),
     ]
 

@@ -36,7 +36,7 @@ def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
     # Fewer tokens a step than the longest sequence has: prompts are prefilled in chunks.
     passed_on = ["--max-num-batched-tokens", "64", "--max-num-seqs=32"]
     return [
-        *("logitcache", "build", "--backend", "vllm", "--top-k", "16", "--shard-positions", "60"),
+        *("logitcache", "build", "--backend", "vllm", "--top-k", "16", "--tail-rank", "0", "--shard-positions", "60"),
         *("--precision", "exact"),
         *("--teacher", str(teacher), "--data", str(corpus), "--out", str(out), *passed_on),
     ]
@@ -74,7 +74,7 @@ def test_scores_are_those_of_transformers_in_float32(cache: logitcache.LogitCach
 def test_rows_are_those_of_a_build_with_transformers(
     cache: logitcache.LogitCache, teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"backend": "transformers", "top_k": 16, "precision": "exact"}
+    settings: dict[str, Any] = {"backend": "transformers", "top_k": 16, "tail_rank": 0, "precision": "exact"}
     reference = logitcache.build(str(teacher), str(corpus), tmp_path / "c", **settings)
     assert len(cache) == len(reference)
     for ours, theirs in zip(cache, reference, strict=True):
