@@ -45,7 +45,7 @@ SHAPE: dict[str, Any] = {
 TOKENS_PER_STEP, EPOCHS, PEAK_LR, WARMUP_STEPS = 2048, 4, 1.5e-3, 100
 JUDGED_BATCHES = 16
 PIECE_CHARS = 1000
-ROWS = {"train": 1200, "heldout": 100}
+ROWS = {"train": 900, "heldout": 100}
 
 
 def causal_models() -> dict[str, str]:
