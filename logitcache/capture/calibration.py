@@ -162,8 +162,13 @@ def make_tail_basis(teacher: LogitTeacher, sequences: Sequence[TokenSequence], r
             f"--tail-rank {rank}: the teacher's logits vary in {len(variances)} directions only, choose at most as many"
         )
     rounded = np.clip(directions, -HALF_LIMIT, HALF_LIMIT).astype(np.float16).astype(np.float32)
-    step = 6 * float(np.sqrt(variances.mean())) / 2**FINEST_COEFFICIENT_BITS
+    step = coefficient_step(variances, FINEST_COEFFICIENT_BITS)
     return TailBasis(offset, centred(rounded, weights), weights, step, variances)
+
+
+def coefficient_step(variances: np.ndarray, bits: int) -> float:
+    """Returns the step that parts ±3 mean standard deviations of coefficients with such variances by so many bits."""
+    return 6 * float(np.sqrt(variances.mean())) / float(2**bits)
 
 
 def check_positions(sequences: Sequence[TokenSequence], rank: int) -> None:

@@ -12,8 +12,8 @@ seed draws the order of the rows; all students of a seed see the same. Each is h
 distribution on 128 held-out rows. The share of the gain is (hard − cached) / (hard − online) within a seed, its mean over
 the seeds with a 95 % t-interval. Bytes are of the cache's shards, everything counted.
 
-Takes 339 students, about 45 minutes on two cores, and 10 before them for the caches; a second run goes on where the first
-stopped (studies/students.jsonl). Delete studies/ to begin anew.
+Takes 339 students, after the caches; a second run goes on where the first stopped (studies/students.jsonl). Delete studies/ to
+begin anew.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ def metric_table(results: Results, seeds: Sequence[int]) -> str:
             groups[name] = [Student(source, seed, loss, tail=tail) for seed in seeds]
     rows = [["trained with", *METRICS.values()]]
     for name, group in groups.items():
-        finals = [results.final(student) for student in group]
-        rows.append([name, *(cell([final[metric] for final in finals]) for metric in METRICS)])
+        rows.append([name, *results.cells(group, METRICS)])
     return aligned(rows)
 
 

@@ -8,7 +8,7 @@ tail, and online.
 Measured: 300 steps of 8 sequences, λ = 0.9, T = 1; held out, against the teacher's whole distribution, mean over the seeds with
 a 95 % t-interval. The seed draws the weights and the order of the rows.
 
-Takes 39 students, about 25 minutes on two cores, beside the caches of cached_against_online.py.
+Takes 39 students beside the caches of cached_against_online.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from common import finish, options
 from definitions import LOSSES, NAMES
-from results import Results, cell
+from results import Results
 from students import HARD, ONLINE, Student
 from task import RANDOM
 
@@ -49,8 +49,7 @@ def table(results: Results, seeds: Sequence[int]) -> str:
             f"{NAMES[loss]}, {source}": [student(source, seed, loss, tail) for seed in seeds] for source, tail in WAYS
         }
     for name, group in groups.items():
-        finals = [results.final(one) for one in group]
-        rows.append([name, *(cell([final[metric] for final in finals]) for metric in METRICS)])
+        rows.append([name, *results.cells(group, METRICS)])
     return aligned(rows)
 
 

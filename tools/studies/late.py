@@ -11,7 +11,7 @@ Measured: the student is the demo's teacher itself with noise in its weights. Th
 RKL, from noise at .25, judged against the teacher's whole distribution on 128 held-out rows. Mean over the seeds, which draw the
 order of the rows, with a 95 % t-interval.
 
-Takes 39 students, about 15 minutes on two cores, beside the caches of cached_against_online.py.
+Takes 42 students beside the caches of cached_against_online.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import task
 from common import finish, options
 from definitions import NAMES
 from rebuilding import KnownTeacher, Stored, forward_kl, gradient_table, with_noise
-from results import Results, cell
+from results import Results
 from students import ONLINE, Student, judged
 from task import DAMAGED
 from transformers import PreTrainedModel
@@ -62,10 +62,9 @@ def table(results: Results, seeds: Sequence[int]) -> str:
     rows = [["trained with", "stored", "ρ", "FKL", "RKL"]]
     for loss in LOSSES:
         for source, tail, weight in WAYS:
-            finals = [results.final(student(source, seed, loss, tail, weight)) for seed in seeds]
+            group = [student(source, seed, loss, tail, weight) for seed in seeds]
             shown = "probes" if tail == "low_rank" and weight is None else "" if weight is None else f"{weight:g}"
-            cells = (cell([final[metric] for final in finals]) for metric in LOSSES)
-            rows.append([NAMES[loss], source, shown, *cells])
+            rows.append([NAMES[loss], source, shown, *results.cells(group, LOSSES)])
     return aligned(rows)
 
 

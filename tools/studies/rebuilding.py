@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcache import CachedSequence
+from logitcache.capture.calibration import coefficient_step
 from logitcache.capture.estimate.estimate import stored_bytes
 from logitcache.format.layout import Layout
 from logitcache.format.probes import probe_ids
@@ -83,8 +84,7 @@ class KnownTeacher:
 
     def step(self, rank: int, bits: int) -> float:
         """Of the coefficients, as a build has it."""
-        mean: float = self.variances[:rank].mean().item()
-        return 6 * math.sqrt(mean) / 2.0**bits
+        return coefficient_step(self.variances[:rank], bits)
 
     @cached_property
     def _entries(self) -> tuple[Tensor, Tensor]:
@@ -123,9 +123,7 @@ class KnownTeacher:
             known = replace(known, tail_coefficients=coefficients.numpy(), probe_residuals=residuals.numpy())
         sequences, of_rows, start = [], [], 0
         for row in self.rows:
-            mask = np.zeros(len(row.input_ids), dtype=bool)
-            mask[np.array(row.positions) + 1] = True
-            sequences.append(TokenSequence(np.array(row.input_ids), mask))
+            sequences.append(TokenSequence(row.input_ids, row.loss_mask))
             of_rows.append(known[start : start + len(row.positions)])
             start += len(row.positions)
         return stored_bytes(sequences, of_rows, layout) / start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +50,11 @@ class Results:
         """The last judgement by one judge."""
         metrics: dict[str, float] = self.judged(student)[-1][judge]
         return metrics
+
+    def cells(self, students: Sequence[Student], metrics: Iterable[str]) -> list[str]:
+        """`cell` of each metric of the last held-out judgements of students that differ in their seed."""
+        finals = [self.final(student) for student in students]
+        return [cell([final[metric] for final in finals]) for metric in metrics]
 
     def training_s(self, student: Student) -> float:
         """Wall time of its steps."""

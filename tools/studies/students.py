@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from definitions import divergence
+from task import TRAINED
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
@@ -50,7 +51,7 @@ class Student:
     learning_rate: float = 2e-3
     warmup_steps: int = 10
     schedule: str = "cosine"
-    start: str = "trained"
+    start: str = TRAINED
     kd_weight: float = 1.0
     residual_weight: float | None = None
     judged_at: tuple[int, ...] = ()

@@ -21,7 +21,7 @@ import cached_against_online
 from cached_against_online import Gains
 from common import finish, options
 from definitions import LOSSES, NAMES
-from results import Results, cell
+from results import Results
 from students import HARD, ONLINE, Student
 
 from logitcache.table import aligned
@@ -41,8 +41,7 @@ def table(results: Results, seeds: Sequence[int]) -> str:
     rows = [["trained with", "gain, %", *METRICS.values()]]
 
     def add(name: str, gain: str, group: Sequence[Student]) -> None:
-        finals = [results.final(student) for student in group]
-        rows.append([name, gain, *(cell([final[metric] for final in finals]) for metric in METRICS)])
+        rows.append([name, gain, *results.cells(group, METRICS)])
 
     gains = Gains(results, seeds)
     add(HARD, "0", [Student(HARD, seed) for seed in seeds])

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from common import finish, options
 from definitions import NAMES
-from results import Results, cell
+from results import Results
 from students import ONLINE, Student
 
 from logitcache.table import aligned
@@ -40,9 +40,8 @@ def table(results: Results, seeds: Sequence[int]) -> str:
     rows = [["trained with", *METRICS.values(), "agreement"]]
     for loss in LOSSES:
         for way in WAYS:
-            finals = [results.final(student(way, loss, seed)) for seed in seeds]
-            cells = [cell([final[metric] for final in finals]) for metric in (*METRICS, "agreement")]
-            rows.append([f"{NAMES[loss]}, {way}", *cells])
+            group = [student(way, loss, seed) for seed in seeds]
+            rows.append([f"{NAMES[loss]}, {way}", *results.cells(group, (*METRICS, "agreement"))])
     return aligned(rows)
 
 
