@@ -203,8 +203,9 @@ def test_a_residual_weight_that_is_given_is_that_of_every_step(cache: LogitCache
     assert seen == [0.5, 0.5]
 
 
-def test_a_damaged_teacher_is_its_teacher_with_noise() -> None:
-    damaged, teacher = task.student(task.DAMAGED), task.teacher()
+def test_a_damaged_teacher_is_its_teacher_with_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "teacher", llama)
+    damaged, teacher = task.student(task.DAMAGED), llama()
     moved, weights = (torch.cat([one.detach().flatten() for one in model.parameters()]) for model in (damaged, teacher))
     assert 0.01 < float((moved - weights).norm() / weights.norm()) < 0.5
     assert all(one.requires_grad for one in damaged.parameters())
