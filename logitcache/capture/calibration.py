@@ -12,6 +12,7 @@ while it scores, and a few such products span a space (block Lanczos) that holds
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -45,6 +46,8 @@ NEGLIGIBLE = 1e-7
 INNER_ROWS = 1 << 14
 HALF_LIMIT = 60_000.0
 """Numbers beyond it do not fit in half precision."""
+
+logger = logging.getLogger("logitcache")
 
 
 def calibration_sequences(corpus: Iterable[TokenSequence], rank: int) -> list[TokenSequence]:
@@ -134,7 +137,8 @@ def make_tail_basis(teacher: LogitTeacher, sequences: Sequence[TokenSequence], r
     """Returns the `rank` directions in which the teacher's logits vary most at stored positions drawn at random.
 
     A token's weight is the square root of its mean probability. Directions are rounded to half precision, as they are stored.
-    Raises UserError if there are too few positions, if the logits vary in fewer directions, or are no numbers.
+    Where the logits vary in fewer directions, as over a corpus that repeats itself, random ones of variance 0 follow.
+    Raises UserError if there are too few positions or tokens, if the logits do not vary, or are no numbers.
     """
     check_positions(sequences, rank)
     sequences = list(_some_positions(sequences, POSITIONS_PER_DIRECTION * rank))
@@ -158,12 +162,29 @@ def make_tail_basis(teacher: LogitTeacher, sequences: Sequence[TokenSequence], r
 
     directions, variances = leading_directions(covariance, weights, rank)
     if len(variances) < rank:
-        raise UserError(
-            f"--tail-rank {rank}: the teacher's logits vary in {len(variances)} directions only, choose at most as many"
-        )
+        directions, variances = _filled(directions, variances, weights, rank)
     rounded = np.clip(directions, -HALF_LIMIT, HALF_LIMIT).astype(np.float16).astype(np.float32)
     step = coefficient_step(variances, FINEST_COEFFICIENT_BITS)
     return TailBasis(offset, centred(rounded, weights), weights, step, variances)
+
+
+def _filled(
+    directions: np.ndarray, variances: np.ndarray, weights: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns directions [V, R] and their variances [R], random ones of variance 0 behind those that were found."""
+    found = len(variances)
+    block = np.random.default_rng(0).standard_normal((len(weights), rank - found), np.float32)
+    others = _orthonormal(block, weights, directions)
+    if not found or found + others.shape[1] < rank:
+        raise UserError(
+            f"--tail-rank {rank}: the teacher's logits vary in {found} directions only, choose at most as many"
+        )
+    logger.info(
+        "the teacher's logits vary in %d directions only at the corpus's beginning: the other %d are random",
+        found,
+        rank - found,
+    )
+    return np.hstack([directions, others]), np.pad(variances, (0, rank - found))
 
 
 def coefficient_step(variances: np.ndarray, bits: int) -> float:

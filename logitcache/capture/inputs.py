@@ -53,7 +53,8 @@ class Inputs:
         default = self.settings.to_json()
         try:
             theirs = CaptureSettings.from_json({"precision": default["precision"], **recorded})
-            settings = CaptureSettings.from_json({**theirs.to_json(), **self.given})
+            without_rank = {"tail_probes": 0} if self.given.get("tail_rank") == 0 else {}
+            settings = CaptureSettings.from_json({**theirs.to_json(), **without_rank, **self.given})
         except (KeyError, TypeError, ValueError):
             return self
         if defaults_only and settings not in (self.settings, self.bucket):

@@ -175,6 +175,15 @@ def test_a_basis_that_cannot_be_made_is_refused(logits: np.ndarray, rank: int, m
         basis_of(logits, random_sequences(6, 10), rank)
 
 
+def test_random_directions_follow_where_the_logits_vary_in_few() -> None:
+    logits = np.outer(np.arange(200) % 3, LOGITS[0, :20])
+    basis = basis_of(logits, random_sequences(20, 60), 6)
+    assert (basis.variances > 0).tolist() == [True] + 5 * [False]
+    products = basis.directions.T @ (basis.weights[:, None] * basis.directions)
+    assert np.allclose(products, np.eye(6), atol=1e-3)
+    assert np.abs(basis.weights @ basis.directions).max() <= 1e-5
+
+
 def test_positions_come_from_many_sequences_and_each_of_them_once() -> None:
     sequences = random_sequences(50, 40)
     drawn = list(calibration._some_positions(sequences + sequences, 400))

@@ -150,6 +150,10 @@ def test_a_build_begun_with_other_defaults_is_continued_and_opened_by_the_same_c
     with pytest.raises(UserError, match=r"a finished cache made otherwise: capture\.tail_rank was None, now 6; format"):
         build(teacher, corpus, tmp_path / "whole", tail_rank=6)
     anew = build(teacher, corpus, tmp_path / "anew")
+    with pytest.raises(
+        UserError, match=r"made otherwise: capture\.tail_rank was 63, now None; capture.tail_probes was 2"
+    ):
+        build(teacher, corpus, tmp_path / "anew", tail_rank=0)
     assert captured(anew) == NARROW
     assert (anew.manifest.layout.tail_parts.rank, anew.manifest.layout.tail_parts.probes) == (63, 2)
     assert anew[0].targets.token_ids.shape[1] == 16
@@ -232,6 +236,19 @@ def test_a_corpus_too_short_for_a_basis_that_nobody_asked_for_gets_none(
     plan = logitcache.plan(str(teacher), str(data), backend="transformers")
     assert {plan.settings.tail_parts.rank, *(choice.tail_rank for choice in plan.choices)} == {0}
     assert captured(build(teacher, data, tmp_path / "d", tail_rank=2)) == LOW_RANK | {"tail_rank": 2}
+
+
+def test_a_corpus_that_repeats_itself_is_built_by_default(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    lengths = range(60, 63)  # other positions than each other's, but the same few contexts
+    data.write_text("".join(json.dumps({"input_ids": [1, 2] * length}) + "\n" for length in lengths))
+    with caplog.at_level(logging.INFO, "logitcache"):
+        cache = build(teacher, data, tmp_path / "c")
+    assert "directions only at the corpus's beginning: the other" in caplog.text
+    assert captured(cache) == NARROW
+    assert not logitcache.verify(cache).findings
 
 
 def test_groups_and_basis_are_the_same_whatever_the_size_of_the_shards(
