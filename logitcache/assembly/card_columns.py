@@ -27,7 +27,8 @@ def decoding(layout: Layout) -> tuple[str, str]:
         "D": quantization.uniform_step,
     }
     names["half"] = f"{quantization.bound(np.log([1e-3]))[0]:.3f}"
-    return _ROUNDED.format(**names) + _low_rank(layout), _ROUNDED_SQL.format(**names)
+    groups = _GROUPS if layout.tail_parts.groups else ""
+    return (_ROUNDED + groups).format(**names) + _low_rank(layout), _ROUNDED_SQL.format(**names)
 
 
 def _low_rank(layout: Layout) -> str:
@@ -65,13 +66,16 @@ Log-probabilities are rounded to levels: level c stands for p = (1 − c/{n})² 
 {D:g} nats (an error of at most {half} nats where p ≥ 0.001). An entry's level is `lowest_level` of its position minus
 `levels_above_lowest`. A position's entries are in ascending order of rank; a rank is the sum of the gaps so far plus the
 number of entries before. The token of rank r is
-`frequent_ids[r]` where there are so many, otherwise r − len(frequent_ids). That list and the groups' profile are in
-the file metadata of each shard, under the key `logitcache.codebook`. `group_levels` is 0 for an empty group; from level v > 0,
-the log of the group's share of the tail is (profile + z)·{group_step:g}, z = (v − 1)/2 for odd v and −v/2 for even v. The tail,
-its normalisers and its entropy are rounded to multiples of {tail_step:g}, sampled log-probabilities to {sample_step:g}."""
+`frequent_ids[r]` where there are so many, otherwise r − len(frequent_ids). That list is in the file metadata of each shard,
+under the key `logitcache.codebook`. The tail, its normalisers and its entropy are rounded to multiples of {tail_step:g},
+sampled log-probabilities to {sample_step:g}."""
+
+_GROUPS = """
+
+`group_levels` is 0 for an empty group; from level v > 0, the log of the group's share of the tail is
+(profile + z)·{group_step:g}, z = (v − 1)/2 for odd v and −v/2 for even v. The groups' profile is beside `frequent_ids`."""
 
 _LOW_RANK = """
-
 
 A position has {rank} `tail_coefficients`. With `tail_basis.parquet`, a row per token in the order of their ids, they give the
 logits of the whole vocabulary, about and up to a shift: offset + directions · coefficients. Outside the entries a token's

@@ -25,7 +25,7 @@ BAR_WIDTH = 32
 def info(cache: LogitCache | str | Path) -> str:
     """Describes what a cache holds and what it was made from, without reading its rows.
 
-    It reads the tail groups, the tail basis and the footers of at most `footers.READ_SHARDS` shards, and their column num_entries
+    It reads the tail groups, on this machine the tail basis too, and the footers of at most `footers.READ_SHARDS` shards, and their column num_entries
     if positions have different numbers of entries.
 
     Args:
@@ -59,10 +59,10 @@ def info(cache: LogitCache | str | Path) -> str:
 
 
 def _damaged(cache: LogitCache) -> Iterator[tuple[str, str]]:
-    """Says which of the files that all positions need is missing or damaged."""
-    for read in (lambda: cache.tail_groups, lambda: cache.tail_basis):
+    """Says which of the files that all positions need is missing or damaged; of a URL, the basis is too long to be fetched."""
+    for name in ("tail_groups", "tail_basis") if cache.folder.local else ("tail_groups",):
         try:
-            read()
+            getattr(cache, name)
         except UserError as error:
             yield "damaged", one_line(error)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from logitcache.format.manifest import Manifest, fingerprint_digest
+from logitcache.format.tail_basis import tail_basis_bytes
 from logitcache.format.tail_parts import PARTS
 from logitcache.urls import public_url
 
@@ -93,7 +94,9 @@ def amounts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         "mass covered",
         f"{1 - manifest.mean_tail_mass:.3%} by {manifest.num_entries / max(positions, 1):.1f} entries (means)",
     )
-    yield "bytes", f"{manifest.num_bytes:,}, {manifest.num_bytes / max(positions, 1):.1f} per position"
+    rank = manifest.layout.tail_parts.rank
+    basis = f"; the basis about {tail_basis_bytes(manifest.layout.vocab_size, rank):,} once" if rank else ""
+    yield "bytes", f"{manifest.num_bytes:,}, {manifest.num_bytes / max(positions, 1):.1f} per position{basis}"
     if sizes:
         between = f"{min(sizes):,} to {max(sizes):,}" if len(sizes) > 1 else f"{sizes[0]:,}"
         groups = sum(len(shard.row_group_sizes) for shard in manifest.shards)

@@ -50,10 +50,9 @@ def test_the_screen_says_what_the_manifest_says(root: Path) -> None:
     assert value(text, "teacher") == "tiny (Tiny, float32)"
     assert value(text, "rows") == f"40, the longest of {manifest.longest} tokens"
     assert value(text, "positions").startswith(f"{manifest.num_positions:,} of ")
-    assert (
-        value(text, "bytes")
-        == f"{manifest.num_bytes:,}, {manifest.num_bytes / manifest.num_positions:.1f} per position"
-    )
+    per_position = f"{manifest.num_bytes / manifest.num_positions:.1f} per position"
+    basis = manifest.layout.vocab_size * (2 * 3 + 8)
+    assert value(text, "bytes") == f"{manifest.num_bytes:,}, {per_position}; the basis about {basis} once"
     assert f"{1 - manifest.mean_tail_mass:.3%} by {manifest.num_entries / manifest.num_positions:.1f} entries" in text
     assert (
         value(text, "of the tail") == "mass, 3 groups, normalisers at T = 0.5, 2, entropy, 2 samples, rank 3, 2 probes"
@@ -218,3 +217,11 @@ def test_a_file_that_all_positions_need_is_missed(tmp_path: Path, name: str) -> 
     (root / name).unlink()
     (line,) = (line for line in info(root).splitlines() if line.startswith("damaged"))
     assert name in line
+
+
+def test_the_basis_of_a_cache_at_a_url_is_not_fetched(root: Path) -> None:
+    url = "memory://info-basis"
+    fsspec.filesystem("memory").put(str(root), url, recursive=True)
+    with patch("logitcache.reading.cache.read_tail_basis", side_effect=AssertionError("it was read")) as read:
+        assert not lines_of(info(url), "damaged")
+    assert not read.called
