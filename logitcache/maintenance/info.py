@@ -25,8 +25,8 @@ BAR_WIDTH = 32
 def info(cache: LogitCache | str | Path) -> str:
     """Describes what a cache holds and what it was made from, without reading its rows.
 
-    It reads the tail groups, on this machine the tail basis too, and the footers of at most `footers.READ_SHARDS` shards, and their column num_entries
-    if positions have different numbers of entries.
+    It reads the tail groups, on this machine the tail basis too, the footers of at most `footers.READ_SHARDS` shards, and
+    their column num_entries if positions have different numbers of entries.
 
     Args:
         cache: A cache, or its folder or URL.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from logitcache import UserError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 PANEL_INCHES = (6, 4.5)
+LABEL_SIGNS = 44
+"""Signs of a line of an axis's label that a panel's height has room for."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Okabe and Ito's, told apart by the colour-blind too, with a grey that is seen on dark paper; line styles repeat it."""
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
@@ -47,7 +50,7 @@ def draw(rows: Sequence[Row], curves: Sequence[str], picture: Path) -> None:
             mean = [fmean(values) for values in seeds]
             [lines[number]] = axis.plot(steps, mean, color=colour, linestyle=style, marker="o", markersize=3)
             axis.fill_between(steps, [min(v) for v in seeds], [max(v) for v in seeds], color=colour, alpha=0.2, lw=0)
-        axis.set(xlabel="step", ylabel=f"held-out {metric_of(name).description}")
+        axis.set(xlabel="step", ylabel=fill(f"held-out {metric_of(name).description}", LABEL_SIGNS))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     drawn = sorted(lines)
