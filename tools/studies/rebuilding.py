@@ -64,7 +64,8 @@ class KnownTeacher:
         self.basis = basis_tensors(basis, "cpu")
         self.logits = self.of(teacher)  # [N, V]
         self.log_p = self.logits.log_softmax(1)
-        self.coefficients = self.basis.project(self.logits)  # [N, R]
+        moments = self.basis.moments(self.logits)
+        self.coefficients, self._mean = moments[:, :-1], moments[:, -1]  # [N, R]
         self.vocab_size = self.logits.shape[1]
         drawn = [probe_ids(row.row_id, np.array(row.positions), PROBES, self.vocab_size) for row in self.rows]
         self._probes = torch.from_numpy(np.concatenate(drawn)).long()
@@ -100,7 +101,7 @@ class KnownTeacher:
         basis, coefficients = self.first(stored.rank), self.coefficients[:, : stored.rank]
         own = self.logits - basis.offset
         explained = (basis.directions[self._probes] * coefficients[:, None]).sum(2)
-        residuals = own.gather(1, self._probes) - explained - basis.mean(self.logits)[:, None]
+        residuals = own.gather(1, self._probes) - explained - self._mean[:, None]
         if stored.bits:
             step = self.step(stored.rank, stored.bits)
             coefficients = (coefficients / step).round() * step

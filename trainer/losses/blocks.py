@@ -9,6 +9,7 @@ For a divergence with slope u over q = softmax(log masses), D = u − q·Σu.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from math import inf
@@ -25,10 +26,33 @@ from trainer.losses.transform import LogitTransform
 # On a CPU 4 MB at a time, which stay in its cache; on an accelerator enough to make the launches' cost vanish.
 BLOCK_ELEMENTS_CPU = 2**20
 BLOCK_ELEMENTS_ACCELERATOR = 2**27
-# A low-rank tail reads a basis as large as this once a block, and makes some ten tensors of the size of a few rows.
-BLOCK_ELEMENTS_CPU_LOW_RANK = 2**23
-CACHED_ELEMENTS_CPU = 2**18
+# A low-rank tail reads a basis of some 2^23 elements twice a block, and makes some five tensors of the size of a few rows.
+BLOCK_ELEMENTS_CPU_LOW_RANK = 2**25
+CACHED_ELEMENTS_CPU = 5 * 2**17
 BLOCK_ELEMENTS_DENSE = 2**24  # on an accelerator, for tails that make several tensors of the block's size
+
+
+# The weights [n] of each position's divergence and cross-entropy in a scalar; None stands for 0.
+TermWeights = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class BlockTerms:
+    """What a block of logits [n, V] leaves behind.
+
+    Attributes:
+        kd: [n], the divergence in nats.
+        log_masses: [n, k + 1], of the stored entries and of all other tokens together, at T = 1, up to the normaliser.
+        largest: [n], the largest logit.
+        label_logits: [n], or None without labels.
+        own_terms: fields of DistillationTerms that the block knows better than the log masses tell, by name.
+    """
+
+    kd: Tensor
+    log_masses: Tensor
+    largest: Tensor
+    label_logits: Tensor | None
+    own_terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TailBackend(Protocol):
@@ -69,11 +93,19 @@ def row_blocks(logits: Tensor, tail: str) -> list[slice]:
 
 def cached_rows(logits: Tensor) -> list[slice]:
     """Cut a block [n, V] into rows of which several tensors stay in a CPU's cache; on an accelerator not at all."""
-    return _slices(logits, CACHED_ELEMENTS_CPU if logits.device.type == "cpu" else logits.numel())
+    if logits.device.type != "cpu":
+        return _slices(logits, logits.numel())
+    # A row is a thread's work.
+    return _slices(logits, CACHED_ELEMENTS_CPU, torch.get_num_threads())
 
 
-def _slices(logits: Tensor, elements: int) -> list[slice]:
-    rows = max(1, elements // max(1, logits.shape[1]))
+def dense_rows(logits: Tensor) -> list[slice]:
+    """Cut a block [n, V] into rows of which a few tensors may be made on an accelerator."""
+    return _slices(logits, BLOCK_ELEMENTS_DENSE)
+
+
+def _slices(logits: Tensor, elements: int, multiple: int = 1) -> list[slice]:
+    rows = max(1, elements // max(1, logits.shape[1]) // multiple) * multiple
     return [slice(start, min(start + rows, len(logits))) for start in range(0, len(logits), rows)]
 
 

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 
+import torch
 from torch import Tensor
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ left·right of each row of [N, C], without the products."""
+    result: Tensor = torch.linalg.vecdot(left, right)
+    return result
 
 
 @dataclass(frozen=True)
@@ -20,13 +27,10 @@ class Coarse:
     counted: Tensor  # [N, C] bool; outcomes outside it (padding, an empty tail) contribute exactly 0
     num_entries: int
     estimated_p: Tensor | None = None  # [N, C] unbiased estimate that stands in for p (sampled tails)
-    whole: tuple[Tensor, Tensor] | None = None  # p and q [N, C] that are known already, where every outcome counts
 
     @cached_property
     def p(self) -> Tensor:
         """The teacher's mass of each counted outcome, [N, C], or its estimate if there is one."""
-        if self.whole is not None:
-            return self.whole[0]
         if self.estimated_p is not None:
             return self.estimated_p.masked_fill(~self.counted, 0.0)
         return self._of_counted(self.log_p, -inf).exp()
@@ -34,8 +38,6 @@ class Coarse:
     @cached_property
     def q(self) -> Tensor:
         """The student's mass of each counted outcome, [N, C]."""
-        if self.whole is not None:
-            return self.whole[1]
         return self._of_counted(self.log_q, -inf).exp()
 
     @cached_property
@@ -46,12 +48,42 @@ class Coarse:
     @cached_property
     def fkl(self) -> Tensor:
         """Σ p log(p/q) over the counted outcomes, [N]."""
-        return -(self.p * self.log_ratio).sum(1)
+        return -dot(self.p, self.log_ratio)
 
     @cached_property
     def rkl(self) -> Tensor:
         """Σ q log(q/p) over the counted outcomes, [N]."""
-        return (self.q * self.log_ratio).sum(1)
+        return dot(self.q, self.log_ratio)
 
     def _of_counted(self, values: Tensor, otherwise: float) -> Tensor:
-        return values if self.whole is not None else values.masked_fill(~self.counted, otherwise)
+        return values.masked_fill(~self.counted, otherwise)
+
+
+class EveryToken(Coarse):
+    """Teacher and student over all V tokens, of which p, q and log(q/p) are known already; every one counts."""
+
+    logits: Tensor  # [N, V] the student's
+    largest: Tensor  # [N] of them
+    log_normaliser: Tensor  # [N] by which they exceed log q
+
+    def __init__(
+        self, p: Tensor, q: Tensor, log_ratio: Tensor, logits: Tensor, largest: Tensor, log_normaliser: Tensor
+    ) -> None:
+        """Take tensors [N, V], then [N]."""
+        self.__dict__.update(p=p, q=q, log_ratio=log_ratio, num_entries=p.shape[1], estimated_p=None)
+        self.__dict__.update(logits=logits, largest=largest, log_normaliser=log_normaliser)
+
+    @cached_property
+    def log_q(self) -> Tensor:
+        """The log of the student's mass of each token, [N, V] nats."""
+        return self.logits - self.log_normaliser[:, None]
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        """The log of the teacher's mass of each token, [N, V] nats."""
+        return self.log_q - self.log_ratio
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """True throughout, [N, V]."""
+        return torch.ones(1, 1, dtype=torch.bool, device=self.p.device).expand_as(self.p)

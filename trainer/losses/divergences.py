@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.losses.coarse import Coarse
+from trainer.losses.coarse import Coarse, dot
 
 HEAD_MASS = 0.5  # μ of AKL: the share of the teacher's mass that makes up the head
 HEAD_SEARCH = 64  # tokens among which the first attempt looks for the head
@@ -31,7 +31,7 @@ def forward_kl(coarse: Coarse) -> tuple[Tensor, Tensor]:
 
 def reverse_kl(coarse: Coarse) -> tuple[Tensor, Tensor]:
     """RKL, Σ q log(q/p). Gu et al. 2024 (MiniLLM), arXiv 2306.08543."""
-    return coarse.rkl, coarse.q * (1 + coarse.log_ratio)
+    return coarse.rkl, torch.addcmul(coarse.q, coarse.q, coarse.log_ratio)
 
 
 def jeffreys(coarse: Coarse) -> tuple[Tensor, Tensor]:
@@ -49,18 +49,15 @@ def adaptive_kl(coarse: Coarse, *, akl_split: str = "official") -> tuple[Tensor,
     """
     if akl_split not in AKL_SPLITS:
         raise ValueError(f"akl_split is {akl_split!r}; accepted are {', '.join(AKL_SPLITS)}")
-    k = coarse.num_entries
-    gap = (coarse.p - coarse.q).detach().abs_()  # [N, C]
-    entry_p, order = _largest_entries(coarse.p[:, :k])
-    entry_gap = gap.gather(1, order)
-    head = AKL_SPLITS[akl_split](entry_p.cumsum(1))
-    head[:, :1] = True
-    head_gap = (entry_gap * head).sum(1)
-    w = head_gap / gap.sum(1).clamp_min(torch.finfo(gap.dtype).tiny)
+    difference = (coarse.p - coarse.q).detach()  # [N, C]
+    entry_p, order = _largest_entries(coarse.p[:, : coarse.num_entries])
+    head_gap = (difference.gather(1, order).abs() * akl_head(entry_p, akl_split)).sum(1)
+    gap = torch.linalg.vector_norm(difference, ord=1, dim=1)
+    w = head_gap / gap.clamp_min(torch.finfo(gap.dtype).tiny)
 
-    forward, forward_slope = forward_kl(coarse)
-    reverse, reverse_slope = reverse_kl(coarse)
-    return w * forward + (1 - w) * reverse, torch.lerp(reverse_slope, forward_slope, w[:, None])
+    reverse, slope = reverse_kl(coarse)
+    slope = slope.mul_(1 - w[:, None]).addcmul_(coarse.p, -w[:, None])
+    return w * coarse.fkl + (1 - w) * reverse, slope
 
 
 def token_wise_kl(coarse: Coarse, *, beta: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -70,9 +67,10 @@ def token_wise_kl(coarse: Coarse, *, beta: float = 1.0) -> tuple[Tensor, Tensor]
     """
     _check_finite("beta", beta)
     p, q, r = coarse.p, coarse.q, coarse.log_ratio
-    forward_weight, reverse_weight = torch.sigmoid(-beta * r).detach(), torch.sigmoid(beta * r).detach()
-    value = (reverse_weight * q * r - forward_weight * p * r).sum(1)
-    return value, reverse_weight * q * (1 + r) - forward_weight * p
+    reverse_weight = torch.sigmoid(r if beta == 1 else beta * r).detach()
+    reverse = reverse_weight * q
+    difference = (reverse - p).addcmul_(reverse_weight, p)  # (1−α)·q − α·p
+    return dot(difference, r), torch.addcmul(difference, reverse, r)
 
 
 def jensen_shannon(coarse: Coarse, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -136,6 +134,13 @@ def alpha_beta(coarse: Coarse, *, alpha: float = 0.2, beta: float = 0.7) -> tupl
     larger = torch.maximum(exponents[1], exponents[2])
     slope = r * ((alpha + beta) * log_p + larger).exp() * _first_difference(-(alpha * r).abs())
     return value.sum(1), slope
+
+
+def akl_head(p: Tensor, akl_split: str) -> Tensor:
+    """Tell which of a teacher's most probable tokens, p [N, k] in descending order, are in AKL's head: [N, k] bool."""
+    head = AKL_SPLITS[akl_split](p.cumsum(1))
+    head[:, :1] = True
+    return head
 
 
 def _largest_entries(p: Tensor) -> tuple[Tensor, Tensor]:

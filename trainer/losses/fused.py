@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainer.losses.blocks import row_blocks
+from trainer.losses.low_rank import LOW_RANK, student_moments
 from trainer.losses.settings import LossSettings
 from trainer.losses.targets import TailBasis, TeacherTargets
 from trainer.losses.terms import DistillationTerms, TermBuffers, distillation_block
@@ -215,6 +216,10 @@ class _FusedTerms(torch.autograd.Function):
         weights_of_terms = [hiddens[0].new_full((), factor, dtype=sums) if factor else None for factor in factors]
         chunk_rows = rows_per_chunk(hiddens[0], call.vocabulary)
         memory = hiddens[0].new_empty(min(chunk_rows, num_positions), call.vocabulary)
+        moments = student_moments(hiddens, weights, bias_row, targets, call.settings, call.transform)
+        teacher_memory = None
+        if call.settings.tail == LOW_RANK and num_positions:
+            teacher_memory = torch.empty_like(memory[row_blocks(memory, LOW_RANK)[0]], dtype=sums)
         for start in range(0, num_positions, chunk_rows):
             rows = slice(start, min(start + chunk_rows, num_positions))
             logits = memory[: rows.stop - start]
@@ -226,10 +231,14 @@ class _FusedTerms(torch.autograd.Function):
             for block_rows in row_blocks(logits, call.settings.tail):
                 raw, positions = logits[block_rows], slice(start + block_rows.start, start + block_rows.stop)
                 block_labels = None if labels is None else labels[positions]
-                block = distillation_block(raw, targets[positions], block_labels, call.settings, call.transform)
+                kd_weights, ce_weights = (None if w is None else w.expand(len(raw)) for w in weights_of_terms)
+                wanted = (kd_weights, ce_weights) if any(needs_grad) else None
+                block = distillation_block(
+                    *(raw, targets[positions], block_labels, call.settings, call.transform, wanted),
+                    moments=None if moments is None else moments[positions],
+                    memory=None if teacher_memory is None else teacher_memory[: len(raw)],
+                )
                 buffers.write(positions, block)
-                if any(needs_grad):
-                    block.write_gradient_(*(None if w is None else w.expand(len(raw)) for w in weights_of_terms))
             grads.add(logits, rows, hiddens, weights)
 
         ctx.grads, terms = grads, buffers.terms()

@@ -10,18 +10,22 @@ with R = 0 is the bucket. ρ = E[ε_p ε_q] / E[ε_q²] over probe tokens, of wh
 logits are those of the softmax, after a scale or a cap, and matter up to a shift.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 from math import inf
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from trainer.losses.blocks import cached_rows
-from trainer.losses.coarse import Coarse
+from trainer.losses.blocks import BlockTerms, TermWeights, cached_rows, dense_rows
+from trainer.losses.coarse import EveryToken
 from trainer.losses.registry import evaluate_divergence
 from trainer.losses.settings import LossSettings
 from trainer.losses.tail import LOG_TAIL_FLOOR
-from trainer.losses.targets import TailBasis, TeacherTargets, mask_tokens_
+from trainer.losses.targets import TeacherTargets, mask_tokens_
 from trainer.losses.temperature import tempered
 from trainer.losses.transform import LogitTransform
 
@@ -29,91 +33,118 @@ LOW_RANK = "low_rank"
 """The name of this treatment of the tail."""
 
 
-class LowRankBlock:
-    """A `terms.Block` whose outcomes are all V tokens.
+@cache
+def low_rank_kernels(device_type: str) -> ModuleType | None:
+    """Return the module of the Triton kernels for a kind of device, where they run."""
+    if device_type == "cuda" and find_spec("triton"):
+        from trainer.losses import low_rank_triton, tail_triton
 
-    It holds one more tensor like the logits: the teacher's logits, which become the gradient of the divergence. Products
-    with the basis are of the whole block; all else is of few rows at a time, so that it stays in a CPU's cache.
+        if tail_triton.SUPPORTED:
+            return low_rank_triton
+    return None
+
+
+def low_rank_block(
+    raw: Tensor,
+    targets: TeacherTargets,
+    labels: Tensor | None,
+    settings: LossSettings,
+    transform: LogitTransform,
+    weights: TermWeights | None,
+    moments: Tensor | None,
+    memory: Tensor | None,
+) -> BlockTerms:
+    """Compute a `terms.distillation_block` whose outcomes are all V tokens.
+
+    In plain torch it holds one more tensor like the logits, the teacher's. The products with the basis are of the whole block;
+    all else is of few rows at a time, which stay in a CPU's cache until their gradient is written.
     """
+    basis, kernels = targets.tail_basis, low_rank_kernels(raw.device.type)
+    assert basis is not None
+    with torch.autocast(raw.device.type, enabled=False):
+        if kernels and kernels.has_kernels(raw, targets, settings.loss):
+            if moments is None and _needs_moments(targets, settings):
+                moments = torch.cat([basis.moments(transform.apply(raw[rows].float())) for rows in dense_rows(raw)])
+            at_probes = transform.apply(raw.gather(1, _probes(targets)).float())
+            coefficients, own_terms = _without_student(targets, settings, at_probes, moments)
+            block: BlockTerms | None = kernels.low_rank_block(
+                raw, coefficients, targets, labels, settings, transform, weights
+            )
+            if block is not None:
+                return replace(block, own_terms=block.own_terms | own_terms)
 
-    def __init__(
-        self,
-        raw: Tensor,
-        targets: TeacherTargets,
-        labels: Tensor | None,
-        settings: LossSettings,
-        transform: LogitTransform,
-    ) -> None:
-        """See `terms.distillation_block`."""
-        self._raw, self._labels, self._settings, self._transform = raw, labels, settings, transform
-        with torch.autocast(raw.device.type, enabled=False):
-            self._compute(targets)
-
-    def _compute(self, targets: TeacherTargets) -> None:
-        basis, coefficients = targets.tail_basis, targets.tail_coefficients
-        residual_weight = self._settings.residual_weight
-        assert basis is not None and coefficients is not None
-        self._logits = logits = _transformed(self._raw, self._transform)
-        self.own_terms: dict[str, Tensor] = {}
-        if residual_weight or targets.probe_ids is not None:
-            of_student = basis.project(logits)
-            coefficients = coefficients - residual_weight * of_student
-            if targets.probe_ids is not None and targets.probe_residuals is not None:
-                self.own_terms["residual_products"] = _residual_products(
-                    logits, of_student, basis, targets.probe_ids, targets.probe_residuals
-                )
-        self._teacher = coefficients @ basis.directions.t()  # to which _diverge adds (1 − ρ)·m + ρ·s
-        self._offset = basis.offset * (1 - residual_weight)
-        self.label_logits = None if self._labels is None else logits.gather(1, self._labels[:, None])[:, 0]
-        self._entries = logits.gather(1, targets.token_ids.clamp_min(0)).masked_fill_(targets.token_ids < 0, -inf)
-        self.kd, self.largest, self._log_normaliser, fkl, rkl, tail_mass = logits.new_empty(6, len(logits))
+        logits = _transformed(raw, transform)
+        if moments is None and _needs_moments(targets, settings):
+            moments = basis.moments(logits)
+        coefficients, own_terms = _without_student(targets, settings, logits.gather(1, _probes(targets)), moments)
+        teacher = basis.logits(coefficients, 1 - settings.residual_weight, out=memory)
+        label_logits = None if labels is None else logits.gather(1, labels[:, None])[:, 0]
+        kd, largest, tail, fkl, rkl = logits.new_empty(5, len(logits))
+        entries = logits.gather(1, targets.token_ids.clamp_min(0)).masked_fill_(targets.token_ids < 0, -inf)
         for rows in cached_rows(logits):
-            student = _Softmax(logits[rows])
-            self.largest[rows], self._log_normaliser[rows] = student.largest, student.log_normaliser
-            at_one = self._diverge(rows, student, targets[rows])
-            fkl[rows], rkl[rows] = at_one.fkl, at_one.rkl
-            tail_mass[rows] = _write_(at_one.q, targets.token_ids[rows], torch.zeros_like(self._entries[rows])).sum(1)
-        self._tail = (tail_mass.log() + self._log_normaliser)[:, None]
-        self.own_terms |= {"fkl": fkl, "rkl": rkl}
+            if settings.residual_weight:
+                teacher[rows].add_(logits[rows], alpha=settings.residual_weight)
+            at_one, at_temperature = _distributions(logits[rows], teacher[rows], targets[rows], settings.temperature)
+            fkl[rows], rkl[rows], largest[rows] = at_one.fkl, at_one.rkl, at_one.largest
+            tail[rows] = _tail_log_mass(at_one, targets.token_ids[rows])
+            kd[rows], slope = evaluate_divergence(settings.loss, at_temperature, settings.loss_args)
+            if weights is not None:
+                of_kd, of_ce = (None if weight is None else weight[rows, None].to(slope.dtype) for weight in weights)
+                of_kd = None if of_kd is None else of_kd / settings.temperature
+                label = None if labels is None else labels[rows]
+                grad = _gradient(at_one, at_temperature, slope, label, (of_kd, of_ce))
+                if transform != LogitTransform():
+                    grad.mul_(transform.slope(logits[rows]))
+                raw[rows] = grad
+    own_terms |= {"fkl": fkl, "rkl": rkl}
+    return BlockTerms(kd, torch.cat([entries, tail[:, None]], 1), largest, label_logits, own_terms)
 
-    def _diverge(self, rows: slice, student: "_Softmax", targets: TeacherTargets) -> Coarse:
-        """Compute the divergence of some rows, and its gradient in place of the teacher; return the coarse pair at T = 1."""
-        logits, teacher, temperature = self._logits[rows], self._teacher[rows], self._settings.temperature
-        teacher.add_(self._offset)
-        if self._settings.residual_weight:
-            teacher.add_(logits, alpha=self._settings.residual_weight)
-        mask_tokens_(teacher, targets.token_ids)
-        tail = _Softmax(teacher)
-        at_one = coarse = _every_token(tail, student, targets, 1.0)
-        if temperature != 1.0:
-            hot = _Softmax(teacher / temperature)
-            if targets.tempered_tail is None:
-                estimate = (targets.tail_logprob - tail.log_normaliser) / temperature + hot.log_normaliser
-                targets = replace(targets, tempered_tail=estimate.masked_fill(tail.largest == -inf, -inf))
-            coarse = _every_token(hot, _Softmax(logits / temperature), targets, temperature)
-        self.kd[rows], slope = evaluate_divergence(self._settings.loss, coarse, self._settings.loss_args)
-        torch.addcmul(slope, coarse.q, slope.sum(1, keepdim=True), value=-1, out=teacher)
-        return at_one
 
-    def bucket_log_masses(self, num_entries: int) -> Tensor:
-        """See `terms.Block`."""
-        return torch.cat([self._entries, self._tail], 1)
+def student_moments(
+    hiddens: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    targets: TeacherTargets,
+    settings: LossSettings,
+    transform: LogitTransform,
+) -> Tensor | None:
+    """Return the moments [N, R + 1] of the student's logits where they cost less through its hidden states, or else None."""
+    basis, fewer = targets.tail_basis, len(hiddens[0]) >= sum(hidden.shape[1] for hidden in hiddens)
+    if settings.tail != LOW_RANK or not _needs_moments(targets, settings) or not fewer or transform != LogitTransform():
+        return None
+    assert basis is not None
+    return basis.moments_of_maps(hiddens, weights, bias)
 
-    def write_gradient_(self, kd_weights: Tensor | None, ce_weights: Tensor | None) -> None:
-        """See `terms.Block`."""
-        for rows in cached_rows(self._logits):
-            logits, grad = self._logits[rows], self._teacher[rows]
-            if kd_weights is None:
-                grad.zero_()
-            else:
-                grad.mul_((kd_weights[rows, None] / self._settings.temperature).to(grad.dtype))
-            if ce_weights is not None and self._labels is not None:
-                weights = ce_weights[rows, None].to(grad.dtype)
-                grad.addcmul_((logits - self._log_normaliser[rows, None]).exp_(), weights)
-                grad.scatter_add_(1, self._labels[rows, None], -weights)
-            if self._transform != LogitTransform():
-                grad.mul_(self._transform.slope(logits))
-            self._raw[rows] = grad
+
+def _needs_moments(targets: TeacherTargets, settings: LossSettings) -> bool:
+    return settings.residual_weight > 0 or targets.probe_ids is not None
+
+
+def _probes(targets: TeacherTargets) -> Tensor:
+    """Return the probes' columns, [n, P]."""
+    return targets.token_ids[:, :0] if targets.probe_ids is None else targets.probe_ids.clamp_min(0)
+
+
+def _without_student(
+    targets: TeacherTargets, settings: LossSettings, at_probes: Tensor, moments: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return z less ρ times the student's, [n, R], and the term of the probes.
+
+    That term is the sum over the probes of the teacher's residual times the student's, and of the student's squared: [n, 2].
+    at_probes: the student's logits there, [n, P].  moments: [n, R + 1], of all its logits.
+    """
+    basis, coefficients, of_teacher = targets.tail_basis, targets.tail_coefficients, targets.probe_residuals
+    assert basis is not None and coefficients is not None
+    if moments is None:
+        return coefficients, {}
+    of_student, mean = moments[:, :-1], moments[:, -1:]
+    own_terms = {}
+    if targets.probe_ids is not None and of_teacher is not None:
+        probes = _probes(targets)
+        explained = (basis.directions[probes] * of_student[:, None]).sum(2)
+        own = (at_probes - basis.offset[probes] - explained - mean).masked_fill(targets.probe_ids < 0, 0.0)
+        own_terms["residual_products"] = torch.stack([(own * of_teacher).sum(1), own.square().sum(1)], 1)
+    return coefficients - settings.residual_weight * of_student, own_terms
 
 
 def _transformed(raw: Tensor, transform: LogitTransform) -> Tensor:
@@ -127,38 +158,74 @@ def _transformed(raw: Tensor, transform: LogitTransform) -> Tensor:
     return raw
 
 
-def _residual_products(
-    student: Tensor, coefficients: Tensor, basis: TailBasis, probe_ids: Tensor, probe_residuals: Tensor
-) -> Tensor:
-    """Multiply the residuals of teacher and student at the probes [n, P], where an id is not −1, and sum them: [n, 2]."""
-    ids = probe_ids.clamp_min(0)
-    explained = (basis.directions[ids] * coefficients[:, None, :]).sum(2)
-    own = student.gather(1, ids) - basis.offset[ids] - explained - basis.mean(student)[:, None]
-    own = own.masked_fill(probe_ids < 0, 0.0)
-    return torch.stack([(own * probe_residuals).sum(1), own.square().sum(1)], 1)
+def _distributions(
+    student: Tensor, teacher: Tensor, targets: TeacherTargets, temperature: float
+) -> tuple[EveryToken, EveryToken]:
+    """Return teacher and student over all V tokens at T = 1 and at T, from logits [n, V]; the teacher's become scratch."""
+    mask_tokens_(teacher, targets.token_ids)
+    at_temperature = None
+    if temperature != 1.0:
+        if targets.tempered_tail is None:
+            mass, tempered_mass = teacher.logsumexp(1), (teacher / temperature).logsumexp(1)
+            estimate = (targets.tail_logprob - mass) / temperature + tempered_mass
+            targets = replace(targets, tempered_tail=estimate.masked_fill(mass == -inf, -inf))
+        at_temperature = _every_token(student / temperature, teacher / temperature, targets, temperature)
+    at_one = _every_token(student, teacher, targets, 1.0)
+    return at_one, at_temperature or at_one
 
 
-class _Softmax:
-    """The softmax of logits [n, V], and its logarithm; not numbers in a row that is −inf throughout."""
+def _every_token(student: Tensor, teacher: Tensor, targets: TeacherTargets, temperature: float) -> EveryToken:
+    """Return both distributions at T, of logits [n, V] divided by it.
 
-    def __init__(self, logits: Tensor) -> None:
-        self.largest = logits.amax(1)
-        self.log_p = logits - self.largest[:, None]
-        self.p = self.log_p.exp()
-        total = self.p.sum(1)
-        self.p.div_(total[:, None])
-        self.log_p.sub_(total.log()[:, None])
-        self.log_normaliser = self.largest + total.log()
-
-
-def _every_token(teacher: _Softmax, student: _Softmax, targets: TeacherTargets, temperature: float) -> Coarse:
-    """Return both distributions over all V tokens at T. teacher: over the tail alone; becomes that over all tokens."""
+    teacher: −inf at the entries; its memory becomes that of p.
+    """
     entries, tail, _ = tempered(targets, temperature)
-    tail = tail.clamp_min(LOG_TAIL_FLOOR)[:, None]
-    _write_(teacher.log_p.add_(tail), targets.token_ids, entries)
-    _write_(teacher.p.mul_(tail.exp()), targets.token_ids, entries.exp())
-    counted = torch.ones(1, 1, dtype=torch.bool, device=tail.device).expand_as(teacher.p)
-    return Coarse(teacher.log_p, student.log_p, counted, counted.shape[1], whole=(teacher.p, student.p))
+    tail = tail.clamp_min(LOG_TAIL_FLOOR)
+    ids = targets.token_ids
+    q, largest = torch.softmax(student, 1), student.amax(1)
+    log_normaliser = largest - q.amax(1).log()
+    log_ratio = student - teacher
+    largest_of_tail = teacher.amax(1)
+    p = torch.softmax(teacher, 1, out=teacher)
+    log_ratio.add_((largest_of_tail - p.amax(1).log() - tail - log_normaliser)[:, None])
+    p.mul_(tail.exp()[:, None])
+    of_entries = student.gather(1, ids.clamp_min(0)) - log_normaliser[:, None]
+    _write_(log_ratio, ids, of_entries - entries)
+    _write_(p, ids, entries.exp())
+    return EveryToken(p, q, log_ratio, student, largest, log_normaliser)
+
+
+def _gradient(
+    at_one: EveryToken, at_temperature: EveryToken, slope: Tensor, labels: Tensor | None, weights: TermWeights
+) -> Tensor:
+    """Return the gradient [n, V] in the logits of the weighted terms; the memory of q at T = 1 becomes its own.
+
+    slope: that of the divergence, at T.  weights: [n, 1] each, that of the divergence divided by T.
+    """
+    kd_weights, ce_weights = weights
+    zero = slope.new_zeros(len(slope), 1)
+    of_q, of_q_at_temperature = (zero if ce_weights is None else ce_weights), zero
+    if kd_weights is not None:
+        of_q_at_temperature = -kd_weights * slope.sum(1, keepdim=True)
+    if at_temperature is at_one:
+        of_q = of_q + of_q_at_temperature
+    grad = at_one.q.mul_(of_q)
+    if at_temperature is not at_one:
+        grad.addcmul_(at_temperature.q, of_q_at_temperature)
+    if kd_weights is not None:
+        grad.addcmul_(slope, kd_weights)
+    if labels is not None and ce_weights is not None:
+        grad.scatter_add_(1, labels[:, None], -ce_weights)
+    return grad
+
+
+def _tail_log_mass(pair: EveryToken, token_ids: Tensor) -> Tensor:
+    """Return the log of the student's mass outside some tokens, up to its normaliser, [n]."""
+    of_tokens = pair.q.gather(1, token_ids.clamp_min(0))
+    _write_(pair.q, token_ids, torch.zeros_like(of_tokens))
+    mass = pair.q.sum(1)
+    _write_(pair.q, token_ids, of_tokens)
+    return mass.log() + pair.log_normaliser
 
 
 def _write_(values: Tensor, token_ids: Tensor, new: Tensor) -> Tensor:

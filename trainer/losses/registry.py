@@ -2,14 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from math import inf
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from trainer.losses.coarse import Coarse
+from trainer.losses.coarse import Coarse, EveryToken
 from trainer.losses.divergences import DIVERGENCES
 from trainer.losses.settings import LossSettings
 from trainer.losses.targets import TeacherTargets
@@ -109,13 +109,15 @@ def evaluate_divergence(name: str, coarse: Coarse, options: Mapping[str, Any]) -
     if name in DIVERGENCES:
         with torch.no_grad():
             value, slope = function(coarse, **options)
-        return value, slope if coarse.whole is not None else slope.masked_fill(~coarse.counted, 0.0)
+        return value, slope if isinstance(coarse, EveryToken) else slope.masked_fill(~coarse.counted, 0.0)
 
     with torch.inference_mode(False), torch.enable_grad():
         if coarse.log_q.is_inference():  # autograd takes no tensor of inference mode
             coarse = Coarse(coarse.log_p.clone(), coarse.log_q.clone(), coarse.counted.clone(), coarse.num_entries)
         log_q = coarse.log_q.detach().requires_grad_()
-        result = function(replace(coarse, log_q=log_q, whole=None), **options)
+        result = function(
+            Coarse(coarse.log_p, log_q, coarse.counted, coarse.num_entries, coarse.estimated_p), **options
+        )
     value, slope = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     _check_shape(name, "value", value, [coarse.log_q.shape[0]])
     if slope is None:

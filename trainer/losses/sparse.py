@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.losses.blocks import row_blocks
+from trainer.losses.blocks import BlockTerms, TermWeights, row_blocks
 from trainer.losses.settings import LossSettings
 from trainer.losses.targets import TailBasis, TeacherTargets
-from trainer.losses.terms import Block, DistillationTerms, TermBuffers, distillation_block
+from trainer.losses.terms import DistillationTerms, TermBuffers, distillation_block
 from trainer.losses.transform import LogitTransform
 from trainer.losses.validation import check_settings, check_targets
 
@@ -127,7 +127,7 @@ class _SparseTerms(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         buffers = TermBuffers(ctx.targets, labels is not None)
         for rows in row_blocks(logits, settings.tail):
-            buffers.write(rows, _block(ctx, logits, rows)[1])
+            buffers.write(rows, _block(ctx, logits, rows, None)[1])
         terms = buffers.terms()
         ctx.mark_non_differentiable(*(term for term in terms[2:] if term is not None))
         return tuple(terms)
@@ -139,13 +139,12 @@ class _SparseTerms(torch.autograd.Function):
         grad = torch.empty_like(logits)
         grad[:, ctx.vocabulary :] = 0
         for rows in row_blocks(logits, ctx.settings.tail):
-            raw, block = _block(ctx, logits, rows)
-            block.write_gradient_(*(None if w is None else w[rows] for w in (kd_weights, ce_weights)))
-            grad[rows, : ctx.vocabulary] = raw
+            kd, cross_entropy = (None if w is None else w[rows] for w in (kd_weights, ce_weights))
+            grad[rows, : ctx.vocabulary] = _block(ctx, logits, rows, (kd, cross_entropy))[0]
         return grad, None, None, None, None
 
 
-def _block(ctx: Any, logits: Tensor, rows: slice) -> tuple[Tensor, Block]:
+def _block(ctx: Any, logits: Tensor, rows: slice, weights: TermWeights | None) -> tuple[Tensor, BlockTerms]:
     raw = logits[rows, : ctx.vocabulary].clone(memory_format=torch.contiguous_format)
     labels = None if ctx.labels is None else ctx.labels[rows]
-    return raw, distillation_block(raw, ctx.targets[rows], labels, ctx.settings, LogitTransform())
+    return raw, distillation_block(raw, ctx.targets[rows], labels, ctx.settings, LogitTransform(), weights)

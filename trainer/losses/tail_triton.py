@@ -83,7 +83,7 @@ class TritonTail:
 
 
 @triton.jit
-def _load_logits(block_row, columns, V, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, dtype: tl.constexpr):
+def load_logits(block_row, columns, V, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, dtype: tl.constexpr):
     """Load z and dz/draw; −inf for a hidden token and beyond V. tanh x = sign(x)·(1 − e)/(1 + e) with e = exp(−2|x|)."""
     raw = tl.load(block_row + columns, mask=columns < V, other=float("-inf")).to(dtype)
     z = raw * SCALE
@@ -109,7 +109,7 @@ def _read_kernel(
     tempered_total = tl.full([COLUMNS], 0, dtype)
     for start in tl.range(0, V, COLUMNS, num_stages=3):
         columns = start + tl.arange(0, COLUMNS)
-        z, _ = _load_logits(block + row * stride, columns, V, SCALE, SOFTCAP, dtype)
+        z, _ = load_logits(block + row * stride, columns, V, SCALE, SOFTCAP, dtype)
         # One exponential serves both cases: it rescales the sum if z is the new maximum, else it is z's term. A NaN is
         # no maximum, so it ends in the sum.
         higher = z > maximum
@@ -146,7 +146,7 @@ def _read_groups_kernel(
     tempered_total = tl.full([GROUPS, COLUMNS], 0, dtype)
     for start in tl.range(0, V, COLUMNS, num_stages=3):
         columns = start + tl.arange(0, COLUMNS)
-        z, _ = _load_logits(block + row * stride, columns, V, SCALE, SOFTCAP, dtype)
+        z, _ = load_logits(block + row * stride, columns, V, SCALE, SOFTCAP, dtype)
         group = tl.load(tail_groups + columns, mask=columns < V, other=0).to(tl.int32)
         top = tl.where(z > top, z, top)
         member = group[None, :] == groups[:, None]
@@ -179,7 +179,7 @@ def _write_kernel(
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = log_mass.dtype.element_ty
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    z, slope = _load_logits(block + row * stride, columns, V, SCALE, SOFTCAP, dtype)
+    z, slope = load_logits(block + row * stride, columns, V, SCALE, SOFTCAP, dtype)
     group = 0 if tail_groups is None else tl.load(tail_groups + columns, mask=columns < V, other=0).to(tl.int32)
     grad = tl.full([COLUMNS], 0, dtype)
     if weight is not None:

@@ -1,6 +1,6 @@
 """The known part of the teacher, as tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import inf
@@ -11,6 +11,8 @@ from torch import Tensor
 
 OF_THE_CACHE = ("tail_groups", "tail_basis")
 """The fields of TeacherTargets that belong to no position."""
+MULTIPLIED_TOKENS = 2**14
+"""Tokens of a vocabulary that a product of weights is formed of at a time."""
 
 
 def mask_tokens_(logits: Tensor, token_ids: Tensor) -> None:
@@ -36,20 +38,50 @@ class TailBasis:
     directions: Tensor
     weights: Tensor
 
+    def _weighted_rows(self, rows: slice) -> Tensor:
+        """diag(w) (U, 1) of some tokens."""
+        ones = torch.ones_like(self.offset[rows, None])
+        return torch.cat([self.directions[rows], ones], 1).mul_(self.weights[rows, None])
+
     @cached_property
     def _weighted(self) -> tuple[Tensor, Tensor]:
-        """diag(w) U, and the coefficients of the offset."""
-        weighted = self.directions * self.weights[:, None]
+        """diag(w) (U, 1), and what it makes of the offset."""
+        weighted = self._weighted_rows(slice(None))
         return weighted, self.offset @ weighted
 
-    def project(self, logits: Tensor) -> Tensor:
-        """Return the coefficients Uᵀ diag(w) (logits − m), [n, R], of logits [n, V]."""
+    @cached_property
+    def _directions_and_offset(self) -> Tensor:
+        return torch.cat([self.directions, self.offset[:, None]], 1)
+
+    def logits(self, coefficients: Tensor, of_offset: float, out: Tensor | None = None) -> Tensor:
+        """Return directions · coefficients + of_offset · offset, [n, V], of coefficients [n, R]."""
+        factors = torch.cat([coefficients, coefficients.new_full((len(coefficients), 1), of_offset)], 1)
+        return torch.mm(factors, self._directions_and_offset.t(), out=out)
+
+    def moments(self, logits: Tensor) -> Tensor:
+        """Return of logits [n, V] less m the coefficients Uᵀ diag(w) (logits − m) and the mean under w, [n, R + 1]."""
         weighted, of_offset = self._weighted
         return logits @ weighted - of_offset
 
-    def mean(self, logits: Tensor) -> Tensor:
-        """Return the mean of logits − m under the weights, [n], of logits [n, V]."""
-        return logits @ self.weights - self.offset @ self.weights
+    def moments_of_maps(self, hiddens: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """Return the moments of the logits Σ h_i W_iᵀ + b without these: [n, R + 1] for hidden states [n, D_i].
+
+        The moments are linear in the logits, and so in the hidden states, by a factor [D_i, R + 1].
+        """
+        dtype = self.offset.dtype
+        factors = [self.offset.new_zeros(weight.shape[1], self.directions.shape[1] + 1) for weight in weights]
+        constant = factors[0].new_zeros(factors[0].shape[1])
+        for start in range(0, len(self.offset), MULTIPLIED_TOKENS):
+            rows = slice(start, start + MULTIPLIED_TOKENS)
+            weighted = self._weighted_rows(rows)
+            constant += ((0 if bias is None else bias[rows].to(dtype)) - self.offset[rows]) @ weighted
+            for factor, weight in zip(factors, weights, strict=True):
+                factor.addmm_(weight[rows].t().to(dtype), weighted)
+        return constant + sum(hidden.to(dtype) @ factor for hidden, factor in zip(hiddens, factors, strict=True))
+
+    def project(self, logits: Tensor) -> Tensor:
+        """Return the coefficients Uᵀ diag(w) (logits − m), [n, R], of logits [n, V]."""
+        return self.moments(logits)[:, :-1]
 
     def to(self, dtype: torch.dtype) -> "TailBasis":
         """Convert every tensor; a basis of that dtype stays, with what it has computed."""

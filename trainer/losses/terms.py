@@ -6,15 +6,15 @@ and one pass in place spreads its gradient over the row.
 
 from dataclasses import replace
 from math import inf
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.losses.blocks import LogitBlock
+from trainer.losses.blocks import BlockTerms, LogitBlock, TermWeights
 from trainer.losses.coarse import Coarse
 from trainer.losses.divergences import LINEAR_IN_P, forward_kl, reverse_kl
-from trainer.losses.low_rank import LOW_RANK, LowRankBlock
+from trainer.losses.low_rank import LOW_RANK, low_rank_block
 from trainer.losses.registry import evaluate_divergence
 from trainer.losses.settings import LossSettings
 from trainer.losses.tail import LOG_TAIL_FLOOR, TAILS, StudentRows
@@ -50,10 +50,10 @@ class TermBuffers:
         self._label_logits = torch.empty_like(self.kd) if with_labels else None
         self._own_terms: dict[str, list[Tensor]] = {}
 
-    def write(self, rows: slice, block: "Block") -> None:
+    def write(self, rows: slice, block: BlockTerms) -> None:
         """Fill in the numbers of some positions."""
         self.kd[rows] = block.kd
-        self._log_masses[rows] = block.bucket_log_masses(self._targets.token_ids.shape[1])
+        self._log_masses[rows] = block.log_masses
         self._largest[rows] = block.largest
         if self._label_logits is not None and block.label_logits is not None:
             self._label_logits[rows] = block.label_logits
@@ -86,91 +86,71 @@ class TermBuffers:
         return terms._replace(**{name: torch.cat(values) for name, values in self._own_terms.items()})
 
 
-class Block(Protocol):
-    """A block of raw logits [n, V] with its divergence; overwrites the logits, in the end with their gradient.
-
-    Attributes:
-        kd: [n], the divergence in nats.
-        largest: [n], the largest logit.
-        label_logits: [n], or None without labels.
-        own_terms: fields of DistillationTerms that the block knows better than the log masses tell, by name.
-    """
-
-    kd: Tensor
-    largest: Tensor
-    label_logits: Tensor | None
-    own_terms: dict[str, Tensor]
-
-    def bucket_log_masses(self, num_entries: int) -> Tensor:
-        """Return the log masses of the stored entries and of all other tokens together at T = 1, [n, k + 1]."""
-
-    def write_gradient_(self, kd_weights: Tensor | None, ce_weights: Tensor | None) -> None:
-        """Overwrite the raw logits with the gradient of Σ kd_weights·kd + ce_weights·cross_entropy; once only.
-
-        Weights are [n] floating, or None for 0.
-        """
-
-
 def distillation_block(
-    raw: Tensor, targets: TeacherTargets, labels: Tensor | None, settings: LossSettings, transform: LogitTransform
-) -> Block:
-    """Compute the divergence of raw logits [n, V] from targets as `for_arithmetic` gives them; labels are int64 [n]."""
-    made = LowRankBlock if settings.tail == LOW_RANK else CoarseBlock
-    return made(raw, targets, labels, settings, transform)
+    raw: Tensor,
+    targets: TeacherTargets,
+    labels: Tensor | None,
+    settings: LossSettings,
+    transform: LogitTransform,
+    weights: TermWeights | None,
+    moments: Tensor | None = None,
+    memory: Tensor | None = None,
+) -> BlockTerms:
+    """Compute the divergence of raw logits, and overwrite these with their gradient.
+
+    Args:
+        raw: [n, V] floating; scratch memory if no gradient is wanted.
+        targets: the teacher there, as `for_arithmetic` gives it.
+        labels: [n] int64, or None.
+        settings: the loss.
+        transform: what follows before the softmax.
+        weights: of kd and cross-entropy in the scalar whose gradient is wanted; None for no gradient.
+        moments: of the low-rank tail, if `low_rank.student_moments` knows them.
+        memory: for the teacher's logits of a low-rank tail, [n, V] as wide as its arithmetic; None to allocate it.
+    """
+    if settings.tail == LOW_RANK:
+        return low_rank_block(raw, targets, labels, settings, transform, weights, moments, memory)
+    return _coarse_block(raw, targets, labels, settings, transform, weights)
 
 
-class CoarseBlock:
-    """A Block whose outcomes are tokens and parts of the tail, as a treatment of tail.py makes them."""
+def _coarse_block(
+    raw: Tensor,
+    targets: TeacherTargets,
+    labels: Tensor | None,
+    settings: LossSettings,
+    transform: LogitTransform,
+    weights: TermWeights | None,
+) -> BlockTerms:
+    """Do so where the outcomes are tokens and parts of the tail, as a treatment of tail.py makes them."""
+    temperature = settings.temperature
+    if temperature != 1.0 and targets.tempered_tail is None and targets.tail_entropy is not None:
+        estimate = approximate_tempered_tail(targets, temperature, raw.shape[1])
+        targets = replace(targets, tempered_tail=estimate)
+    outcomes = TAILS[settings.tail](targets, temperature, StudentRows(raw, transform))
+    ids, num_tokens = outcomes.token_ids, outcomes.token_ids.shape[1]
+    num_groups = outcomes.log_p.shape[1] - num_tokens
+    temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
+    block = LogitBlock(raw, ids, labels, transform, temperatures, outcomes.tail_groups, num_groups)
+    log_q_at_one = block.log_masses[0].log_softmax(1)  # [n, K + G]
+    log_q = log_q_at_one if temperature == 1.0 else block.log_masses[1].log_softmax(1)
 
-    def __init__(
-        self,
-        raw: Tensor,
-        targets: TeacherTargets,
-        labels: Tensor | None,
-        settings: LossSettings,
-        transform: LogitTransform,
-    ) -> None:
-        """See `distillation_block`."""
-        temperature = settings.temperature
-        if temperature != 1.0 and targets.tempered_tail is None and targets.tail_entropy is not None:
-            estimate = approximate_tempered_tail(targets, temperature, raw.shape[1])
-            targets = replace(targets, tempered_tail=estimate)
-        outcomes = TAILS[settings.tail](targets, temperature, StudentRows(raw, transform))
-        ids, num_tokens = outcomes.token_ids, outcomes.token_ids.shape[1]
-        num_groups = outcomes.log_p.shape[1] - num_tokens
-        temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
-        self._temperature = temperature
-        block = LogitBlock(raw, ids, labels, transform, temperatures, outcomes.tail_groups, num_groups)
-        self._block = block
-        self._log_q = block.log_masses[0].log_softmax(1)  # [n, K + G] at T = 1
-        log_q = self._log_q if temperature == 1.0 else block.log_masses[1].log_softmax(1)
-
-        # A part of the tail that no token of the vocabulary is in does not count.
-        occupied = block.log_masses[-1] != -inf
-        occupied[:, :num_tokens] = True
-        estimated_p = outcomes.estimated_p if settings.loss in LINEAR_IN_P else None
-        coarse = Coarse(outcomes.log_p, log_q, outcomes.counted & occupied, num_tokens, estimated_p)
-        self.kd, slope = evaluate_divergence(settings.loss, coarse, settings.loss_args)
-        # With the student's tail in q even where the treatment does not count it.
-        self._kd_grad = (slope - log_q.exp() * slope.sum(1, keepdim=True)) / temperature
-        self.largest, self.label_logits = block.largest, block.label_logits
-        self.own_terms: dict[str, Tensor] = {}
-
-    def bucket_log_masses(self, num_entries: int) -> Tensor:
-        """See Block."""
-        log_masses = self._block.log_masses[0]
-        if log_masses.shape[1] == num_entries + 1:
-            return log_masses
-        tail = log_masses[:, num_entries:].logsumexp(1, keepdim=True)
-        return torch.cat([log_masses[:, :num_entries], tail], dim=1)
-
-    def write_gradient_(self, kd_weights: Tensor | None, ce_weights: Tensor | None) -> None:
-        """See Block."""
-        at_temperature = None if kd_weights is None else self._kd_grad * kd_weights[:, None]
-        at_one = None if ce_weights is None else self._log_q.exp() * ce_weights[:, None]
-        if self._temperature == 1.0:
-            given = [grad for grad in (at_one, at_temperature) if grad is not None]
-            grads: list[Tensor | None] = [given[0] + given[1] if len(given) == 2 else given[0] if given else None]
-        else:
-            grads = [at_one, at_temperature]
-        self._block.write_gradient_(grads, ce_weights)
+    # A part of the tail that no token of the vocabulary is in does not count.
+    occupied = block.log_masses[-1] != -inf
+    occupied[:, :num_tokens] = True
+    estimated_p = outcomes.estimated_p if settings.loss in LINEAR_IN_P else None
+    coarse = Coarse(outcomes.log_p, log_q, outcomes.counted & occupied, num_tokens, estimated_p)
+    kd, slope = evaluate_divergence(settings.loss, coarse, settings.loss_args)
+    if weights is not None:
+        kd_weights, ce_weights = weights
+        grads: list[Tensor | None] = [None if ce_weights is None else log_q_at_one.exp() * ce_weights[:, None]]
+        if temperature != 1.0:
+            grads.append(None)
+        if kd_weights is not None:
+            # With the student's tail in q even where the treatment does not count it.
+            kd_grad = (slope - log_q.exp() * slope.sum(1, keepdim=True)) / temperature * kd_weights[:, None]
+            grads[-1] = kd_grad if grads[-1] is None else grads[-1] + kd_grad
+        block.write_gradient_(grads, ce_weights)
+    k, log_masses = targets.token_ids.shape[1], block.log_masses[0]
+    if log_masses.shape[1] > k + 1:
+        log_masses = torch.cat([log_masses[:, :k], log_masses[:, k:].logsumexp(1, keepdim=True)], dim=1)
+    return BlockTerms(kd, log_masses, block.largest, block.label_logits)

@@ -255,7 +255,7 @@ def test_without_gradients_none_is_formed(monkeypatch: pytest.MonkeyPatch) -> No
     parameters, arguments = student(5), teacher_of(5)
     expected = trainer.fused_linear_divergence(*parameters, labels=labels_of(5), **arguments)
     monkeypatch.setattr(
-        "trainer.losses.terms.CoarseBlock.write_gradient_", lambda *a: pytest.fail("a gradient was formed")
+        "trainer.losses.terms.LogitBlock.write_gradient_", lambda *a: pytest.fail("a gradient was formed")
     )
     with torch.no_grad():
         loss = trainer.fused_linear_divergence(*parameters, labels=labels_of(5), **arguments)

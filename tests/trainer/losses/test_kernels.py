@@ -4,14 +4,12 @@ On a CUDA machine the kernels run there. Elsewhere Triton's interpreter runs the
 Triton is imported, and engines must never see the switch, so these tests then run in a process of their own.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
 from math import inf, nan
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -19,16 +17,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers.kernels import (
+    CUDA,
+    DEVICE,
+    HAS_TRITON,
+    INTERPRETED,
+    Launch,
+    compiled,
+    compiles,
+    recorded,
+    runs_kernels,
+)
 from tests.helpers.matrix import every_pair
 from trainer.losses.transform import LogitTransform
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA and not INTERPRETED else "cpu"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-runs_kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="run in the interpreter's own process, see below")
 PLAIN = LogitTransform()
 TRANSFORMS = [PLAIN, LogitTransform(scale=0.25), LogitTransform(softcap=30.0), LogitTransform(2.0, 5.0)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -311,7 +314,10 @@ def test_a_whole_vocabulary_at_the_sizes_used_in_training(num_groups: int) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run here")
 def test_the_kernels_and_the_losses_on_them_pass_in_the_interpreter() -> None:
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "loss_paths", "fused")]
+    files = [
+        str(Path(__file__).with_name(f"test_{name}.py"))
+        for name in ("kernels", "low_rank_kernels", "loss_paths", "fused")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     result = subprocess.run(
@@ -326,71 +332,21 @@ def test_the_kernels_and_the_losses_on_them_pass_in_the_interpreter() -> None:
 
 def launches(
     block: Tensor, softcap: float | None, temperatures: tuple[float, ...], num_groups: int | None
-) -> list[Any]:
-    """Kernel, arguments and options of each launch for a block, recorded instead of run."""
+) -> list[Launch]:
+    """Each launch for a block."""
     from trainer.losses import tail_triton as kernels
 
-    recorded = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *arguments, **options: recorded.append((self.kernel, arguments, options))
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_read_kernel", "_read_groups_kernel", "_write_kernel"):
-            patch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+    with recorded(kernels, "_read_kernel", "_read_groups_kernel", "_write_kernel") as made:
         groups = None if num_groups is None else torch.zeros(block.shape[1], dtype=torch.int64)
         transform = LogitTransform(softcap=softcap)
         tail = kernels.TritonTail(block, transform, temperatures, groups, num_groups or 1)
         weights: list[Tensor | None] = [torch.zeros(len(block), num_groups or 1) for _ in temperatures]
         tail.write_gradient_(weights, torch.zeros(len(block), dtype=torch.int64), torch.zeros(len(block)))
-    return recorded
-
-
-def compiled(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int = 90) -> dict[str, Any]:
-    """Compile a launch as Triton would: an int of 1 or None is a constant, a multiple of 16 is known to be one."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    element = {
-        torch.bfloat16: "*bf16",
-        torch.float16: "*fp16",
-        torch.float32: "*fp32",
-        torch.float64: "*fp64",
-        torch.int64: "*i64",
-        torch.int32: "*i32",
-    }
-    kernel, arguments, options = launch
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = arguments[index] if index < len(arguments) else options[name]
-        if index >= len(arguments) or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[(index,)] = "constexpr", value
-            continue
-        signature[name] = element[value.dtype] if isinstance(value, Tensor) else "i32"
-        if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    made: dict[str, Any] = triton.compile(source, target=target, options={"num_warps": options["num_warps"]}).asm
     return made
 
 
-@pytest.fixture
-def _compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Skip without NVIDIA's compiler; keep its cache away from the user's."""
-    from triton.backends import backends
-
-    if "nvidia" not in backends:
-        pytest.skip("this Triton has no NVIDIA backend")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="compiles in the main process")
+@compiles
 @pytest.mark.usefixtures("_compiler")
 @every_pair(
     dtype=[torch.bfloat16, torch.float32], num_groups=[None, 3, 32, 256], options=[((1.0,), None), ((1.0, 2.0), 30.0)]
@@ -407,7 +363,7 @@ def test_every_launch_compiles(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="compiles in the main process")
+@compiles
 @pytest.mark.usefixtures("_compiler")
 @every_pair(
     block=[torch.empty(2, 50_257, dtype=torch.float16), torch.empty(2, 1), torch.empty(1, 77, dtype=torch.float64)],

@@ -189,6 +189,19 @@ def test_probes_tell_how_much_of_the_residual_is_the_students() -> None:
     assert weight(teacher + other) == pytest.approx(0.5, abs=0.05)
 
 
+def test_moments_of_logits_follow_from_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.losses.targets.MULTIPLIED_TOKENS", 5)
+    basis, generator = random_basis(14, 4), seeded(3)
+    hiddens = [torch.randn(9, size, dtype=torch.float64, generator=generator) for size in (6, 2)]
+    weights = [torch.randn(14, size, dtype=torch.float64, generator=generator) for size in (6, 2)]
+    bias = torch.randn(14, dtype=torch.float64, generator=generator)
+    for added in (bias, None):
+        logits = torch.stack([hidden @ weight.T for hidden, weight in zip(hiddens, weights, strict=True)]).sum(0)
+        logits = logits if added is None else logits + added
+        torch.testing.assert_close(basis.moments_of_maps(hiddens, weights, added), basis.moments(logits))
+        torch.testing.assert_close(basis.moments(logits)[:, -1], (logits - basis.offset) @ basis.weights)
+
+
 @either_temperature
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5), LogitTransform(1.0, 4.0)], ids=str)
 def test_the_fused_loss_is_the_unfused_one_in_value_gradient_and_terms(

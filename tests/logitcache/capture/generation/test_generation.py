@@ -468,9 +468,7 @@ class TestVllm:
         with started_command(*command(teacher, prompts, out)) as run:
             while run.is_alive() and not list(out.glob(".build/answers/answered/*.parquet")):
                 time.sleep(0.001)
-            build = psutil.Process(run.pid)
-            build.suspend()  # before the children are looked for, in which time it would answer all prompts
-            engine = build.children(recursive=True)
+            engine = psutil.Process(run.pid).children(recursive=True)
             run.kill()
         assert run.exitcode == -signal.SIGKILL, run.said
         assert not psutil.wait_procs(engine, timeout=60)[1], "the engine outlived the build"
