@@ -32,7 +32,8 @@ from measure import TrainingStep, available_bytes, machine, peak_beyond, synthet
 from torch import Tensor
 
 from logitcache.table import aligned
-from trainer import fused_linear_divergence
+from trainer import fused_linear_divergence, register_divergence
+from trainer.losses.coarse import Coarse
 from trainer.losses.fused import accumulate_product, rows_per_chunk
 from trainer.losses.registry import divergence_names
 
@@ -43,7 +44,15 @@ RANK = 64
 NUM_ENTRIES = (16, 64, 256)
 WARM_UP_POSITIONS = 64  # on a CPU; on CUDA the warm-up is a whole step, for which kernels are compiled and chosen
 
+OWN = "own_rkl"  # a user's, whose slope autograd finds
+
 Run = Callable[[], None]
+
+
+@register_divergence(OWN)
+def own_rkl(coarse: Coarse) -> Tensor:
+    """RKL, as a user may write it."""
+    return (coarse.q * coarse.log_ratio).sum(1)
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,23 @@ CPU_SHAPES = (
         1024,
         1024,
         3,
-        ("jsd", "jeffreys", "sfkl", "srkl", "tvd", "ab", "todi, *", "*, low rank*", *FULL_LOGITS),
+        (
+            "jsd",
+            "jeffreys",
+            "sfkl",
+            "srkl",
+            "tvd",
+            "ab",
+            "todi, groups*",
+            "todi, T*",
+            "todi, cap",
+            "todi, s*",
+            "todi, k*",
+            *FULL_LOGITS,
+        ),
     ),
+    Shape(151_936, 2048, 1024, 3, ("*, low rank*",)),
+    Shape(151_936, 2048, 2048, 3, ("*, low rank*",)),
     Shape(32_000, 1024, 1024, 3, (*CORE, "todi, groups*", *FULL_LOGITS)),
 )
 CUDA_SHAPES = (Shape(151_936, 8192, 4096, 10), Shape(151_936, 32_768, 4096, 10))
@@ -216,7 +240,7 @@ def rows_of(k: int, num_groups: int) -> dict[str, Row]:
     return {
         LIGER: Row(liger_cross_entropy(None), package="liger_kernel"),
         CHUNKED: Row(chunked_cross_entropy),
-        **{loss: ours(loss, k) for loss in divergence_names()},
+        **{loss: ours(loss, k) for loss in divergence_names() if loss != OWN},
         f"todi, groups G={num_groups}": ours("todi", k, "tail_groups", "group_logprobs", tail="groups"),
         f"todi, T={TEMPERATURE:g}": ours("todi", k, "tempered_tail", temperature=TEMPERATURE),
         "todi, cap": ours("todi", k, tail="cap"),
@@ -226,7 +250,7 @@ def rows_of(k: int, num_groups: int) -> dict[str, Row]:
                 tail="low_rank",
                 residual_weight=0.5,
             )
-            for loss in CORE
+            for loss in (*CORE, OWN)
         },
         "todi, samples": ours("todi", k, "sample_ids", "sample_logprobs", tail="samples"),
         **{f"todi, k={entries}": ours("todi", entries) for entries in others},

@@ -49,11 +49,10 @@ def adaptive_kl(coarse: Coarse, *, akl_split: str = "official") -> tuple[Tensor,
     """
     if akl_split not in AKL_SPLITS:
         raise ValueError(f"akl_split is {akl_split!r}; accepted are {', '.join(AKL_SPLITS)}")
-    difference = (coarse.p - coarse.q).detach()  # [N, C]
+    gap = (coarse.p - coarse.q).detach().abs_()  # [N, C]
     entry_p, order = _largest_entries(coarse.p[:, : coarse.num_entries])
-    head_gap = (difference.gather(1, order).abs() * akl_head(entry_p, akl_split)).sum(1)
-    gap = torch.linalg.vector_norm(difference, ord=1, dim=1)
-    w = head_gap / gap.clamp_min(torch.finfo(gap.dtype).tiny)
+    head_gap = (gap.gather(1, order) * akl_head(entry_p, akl_split)).sum(1)
+    w = head_gap / gap.sum(1).clamp_min(torch.finfo(gap.dtype).tiny)
 
     reverse, slope = reverse_kl(coarse)
     slope = slope.mul_(1 - w[:, None]).addcmul_(coarse.p, -w[:, None])
@@ -67,7 +66,10 @@ def token_wise_kl(coarse: Coarse, *, beta: float = 1.0) -> tuple[Tensor, Tensor]
     """
     _check_finite("beta", beta)
     p, q, r = coarse.p, coarse.q, coarse.log_ratio
-    reverse_weight = torch.sigmoid(r if beta == 1 else beta * r).detach()
+    if beta == 1:
+        reverse_weight = (q / (p + q).clamp_min_(torch.finfo(p.dtype).tiny)).detach()
+    else:
+        reverse_weight = torch.sigmoid(beta * r).detach()
     reverse = reverse_weight * q
     difference = (reverse - p).addcmul_(reverse_weight, p)  # (1−α)·q − α·p
     return dot(difference, r), torch.addcmul(difference, reverse, r)

@@ -77,11 +77,12 @@ def low_rank_block(
         if moments is None and _needs_moments(targets, settings):
             moments = basis.moments(logits)
         coefficients, own_terms = _without_student(targets, settings, logits.gather(1, _probes(targets)), moments)
-        teacher = basis.logits(coefficients, 1 - settings.residual_weight, out=memory)
+        teacher = torch.mm(coefficients, basis.directions.t(), out=memory)
         label_logits = None if labels is None else logits.gather(1, labels[:, None])[:, 0]
         kd, largest, tail, fkl, rkl = logits.new_empty(5, len(logits))
         entries = logits.gather(1, targets.token_ids.clamp_min(0)).masked_fill_(targets.token_ids < 0, -inf)
         for rows in cached_rows(logits):
+            teacher[rows].add_(basis.offset, alpha=1 - settings.residual_weight)
             if settings.residual_weight:
                 teacher[rows].add_(logits[rows], alpha=settings.residual_weight)
             at_one, at_temperature = _distributions(logits[rows], teacher[rows], targets[rows], settings.temperature)

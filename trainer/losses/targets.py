@@ -49,15 +49,6 @@ class TailBasis:
         weighted = self._weighted_rows(slice(None))
         return weighted, self.offset @ weighted
 
-    @cached_property
-    def _directions_and_offset(self) -> Tensor:
-        return torch.cat([self.directions, self.offset[:, None]], 1)
-
-    def logits(self, coefficients: Tensor, of_offset: float, out: Tensor | None = None) -> Tensor:
-        """Return directions · coefficients + of_offset · offset, [n, V], of coefficients [n, R]."""
-        factors = torch.cat([coefficients, coefficients.new_full((len(coefficients), 1), of_offset)], 1)
-        return torch.mm(factors, self._directions_and_offset.t(), out=out)
-
     def moments(self, logits: Tensor) -> Tensor:
         """Return of logits [n, V] less m the coefficients Uᵀ diag(w) (logits − m) and the mean under w, [n, R + 1]."""
         weighted, of_offset = self._weighted
