@@ -182,7 +182,7 @@ def main() -> None:
         flush=True,
     )
     cells = [["", "ms/step", "ratio", "CPU", "tokens/s", "peak MiB", "ratio"]]
-    notes = []
+    notes, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder), shape, options.device, WARM_UP_STEPS + options.repeats, options.threads)
         for row in asked:
@@ -197,14 +197,17 @@ def main() -> None:
                 )
             except RowError as error:
                 notes.append(f"not run: {row} (failed: {error})")
+                failed = True
                 continue
             figures = [f"{found.seconds * 1e3:,.0f}", f"{found.time_ratio:.3f}", f"{found.cpu_ratio:.3f}"]
             figures += [f"{shape.batch * shape.tokens / found.seconds:,.0f}"]
             figures += [f"{found.peak_mib:,.0f}", f"{found.memory_ratio:.3f}"]
             cells.append([f"{row} {version}" if row == GKD else row, *figures])
+            print(*cells[-1], sep="  ", file=sys.stderr, flush=True)  # the table comes when all is measured
     print(aligned(cells))
     for note in notes:
         print(note)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Every row is measured in a process of its own, on the same inputs. After a warm-up it takes turns with the yardstick:
 the ratio is of the medians of that process, so that a machine's slow drift cancels. The yardstick is cross-entropy in
-equal chunks, its gradient formed in place; on CUDA Liger's fused linear cross-entropy, where it is installed.
+equal chunks, its gradient formed in place; on CUDA Liger's fused linear cross-entropy, where it is installed and runs.
 
 "Extra peak" is memory beyond inputs and gradients, in a run with no other before it but the warm-up: the high-water
 mark of resident memory (CUDA: of allocated memory), less what was held before and the gradients that are returned.
@@ -38,6 +38,7 @@ from trainer.losses.fused import accumulate_product, rows_per_chunk
 from trainer.losses.registry import divergence_names
 
 MIB, GIB = 2**20, 2**30
+FAILED = "failed: "
 KD_WEIGHT = 0.5
 TEMPERATURE = 2.0
 RANK = 64
@@ -276,11 +277,10 @@ class Measured:
     extra_bytes: int
 
 
-def measure(name: str, rows: dict[str, Row], folder: Path, device: str, repeats: int) -> Measured:
+def measure(name: str, yardstick: str, rows: dict[str, Row], folder: Path, device: str, repeats: int) -> Measured:
     """Measure one row in this process, on the inputs in a folder."""
     step = TrainingStep(**torch.load(folder / "step.pt", map_location=device))
     step = step.first(len(step.hidden))
-    yardstick = yardstick_name(device)
     prepare, prepare_yardstick = rows[name].prepare, rows[yardstick].prepare
     warm_up = step.first(len(step.hidden) if device == "cuda" else WARM_UP_POSITIONS)
     prepare_yardstick(warm_up)()
@@ -362,7 +362,7 @@ def table(shape: Shape, options: argparse.Namespace, device: str) -> Iterator[st
         for name in dict.fromkeys([yardstick, *asked]):
             problem = why_not(rows[name], shape, device, held_bytes)
             if problem is None:
-                command = [sys.executable, __file__, "--measure", name, folder, "--device", device]
+                command = [sys.executable, __file__, "--measure", name, yardstick, folder, "--device", device]
                 command += ["--k", str(options.k), "--groups", str(options.groups), "--repeats", str(shape.repeats)]
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode == 0:
@@ -370,10 +370,14 @@ def table(shape: Shape, options: argparse.Namespace, device: str) -> Iterator[st
                     figures = [f"{found.seconds * 1e3:,.1f}", f"{found.seconds / found.yardstick_s:.3f}"]
                     figures += [f"{found.extra_bytes / MIB:,.0f}", f"{found.extra_bytes / full_bytes:.3f}"]
                     cells.append([name, *figures])
+                    print(*cells[-1], sep="  ", file=sys.stderr, flush=True)  # the table comes when all is measured
                     continue
-                problem = f"failed: {(result.stderr.splitlines() or [f'exit status {result.returncode}'])[-1]}"
+                problem = f"{FAILED}{(result.stderr.splitlines() or [f'exit status {result.returncode}'])[-1]}"
             notes.append(f"not run: {name} ({problem})")
-    cells[1][0] += " = 1"
+            if name == yardstick:
+                yardstick = CHUNKED
+    for row in cells:
+        row[0] += " = 1" if row[0] == yardstick else ""
     yield (
         f"V = {shape.vocab_size:,}, N = {shape.positions:,}, D = {shape.hidden_size:,}, k = {options.k}, "
         f"{str(dtype).removeprefix('torch.')}, median of {shape.repeats}; one float32 [N, V] is "
@@ -394,12 +398,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="timed steps of each row, in turns with the yardstick")
     parser.add_argument("--losses", nargs="+", default=["*"], help="rows to measure, names or shell patterns")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = options.device
     if options.measure:
-        name, folder = options.measure
-        found = measure(name, rows_of(options.k, options.groups), Path(folder), device, options.repeats)
+        name, yardstick, folder = options.measure
+        found = measure(name, yardstick, rows_of(options.k, options.groups), Path(folder), device, options.repeats)
         print(json.dumps(vars(found)))
         return
     shapes: tuple[Shape, ...] = CUDA_SHAPES if device == "cuda" else CPU_SHAPES
@@ -422,9 +426,12 @@ def main() -> None:
         parser.error(f"--vocab must exceed the {most} entries that a row stores")
     where = torch.cuda.get_device_name() if device == "cuda" else f"{machine()}, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}; λ = {KD_WEIGHT}")
+    failed = False
     for shape in shapes:
         for line in table(replace(shape, repeats=options.repeats or shape.repeats), options, device):
             print(line, flush=True)
+            failed |= FAILED in line
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

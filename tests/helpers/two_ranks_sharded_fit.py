@@ -1,4 +1,4 @@
-"""What each of two processes runs in test_launch: `trainer fit` with FSDP, which accelerate does not do on CPUs."""
+"""What each process runs in test_launch: `trainer fit` with FSDP, which accelerate does not do on CPUs."""
 
 import sys
 from typing import Any
@@ -21,3 +21,7 @@ def fit_sharded(arguments: list[str]) -> None:
     accelerator: Any = sys.modules["accelerate.accelerator"]
     accelerator.AcceleratorState = CalledGpus
     sys.exit(main(["fit", *arguments]))
+
+
+if __name__ == "__main__":
+    fit_sharded(sys.argv[1:])

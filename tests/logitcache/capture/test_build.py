@@ -57,6 +57,7 @@ def rows(cache: logitcache.LogitCache) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
 def test_a_build_agrees_with_the_full_distribution(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     cache = build(teacher, corpus, tmp_path / "cache")
     assert len(cache) == 40
@@ -66,6 +67,7 @@ def test_a_build_agrees_with_the_full_distribution(teacher: Path, corpus: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
 def test_groups_tempered_tails_entropy_and_samples_are_those_of_the_full_distribution(
     teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +129,7 @@ def test_a_teacher_that_bans_tokens_gives_finite_coefficients(teacher: Path, cor
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRESETS)
 def test_every_precision_is_as_near_as_it_declares(teacher: Path, corpus: Path, tmp_path: Path, precision: str) -> None:
     cache = build(teacher, corpus, tmp_path / "c", precision=precision)

@@ -20,7 +20,10 @@ from logitcache.format.layout import Layout
 from logitcache.format.tail_parts import TailParts
 from logitcache.format.targets import concatenate, find_defect
 from logitcache.format.truncation import nucleus
+from tests.helpers.kernels import DEVICE
 from tests.helpers.smallcaches import small, sparse_targets
+
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,16 +57,16 @@ def selected(
     """What `select` packs, on a copy that it may overwrite; with `basis_of` and `probes_of` if the settings have a rank."""
     parts = settings.tail_parts
     packed = select(
-        logits.clone(),
+        logits.to(DEVICE, copy=True),
         settings,
-        None if group_of is None else TailGroups(group_of, "cpu"),
-        None if uniforms is None else torch.from_numpy(uniforms),
-        DeviceBasis(*basis_of(logits.shape[1], parts.rank), "cpu") if parts.rank else None,
-        torch.from_numpy(probes_of(logits, parts.probes)) if parts.probes else None,
+        None if group_of is None else TailGroups(group_of, DEVICE),
+        None if uniforms is None else torch.from_numpy(uniforms).to(DEVICE),
+        DeviceBasis(*basis_of(logits.shape[1], parts.rank), DEVICE) if parts.rank else None,
+        torch.from_numpy(probes_of(logits, parts.probes)).to(DEVICE) if parts.probes else None,
     )
     assert packed.dtype == torch.int32
     assert packed.shape == (len(logits), position_width(settings))
-    return unpack(packed.numpy(), settings)
+    return unpack(packed.cpu().numpy(), settings)
 
 
 def basis_of(vocab_size: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -152,6 +155,30 @@ def test_coefficients_and_residuals_are_by_their_definition(
     assert_close(found.probe_residuals, residuals.astype(np.float32), 1e-4 * largest)
     shifted = selected(logits + shift, captured(top_k=1, tail_rank=rank))
     assert_close(shifted.tail_coefficients, coefficients.astype(np.float32), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_vocabulary_is_selected_as_in_float64(dtype: torch.dtype) -> None:
+    """Of logits in bfloat16 many are equal: any of them may be the entry."""
+    vocab_size, k, rank = 151_936, 64, 8
+    logits = random_logits(2, 6, vocab_size).to(dtype)
+    group_of = np.arange(vocab_size) % 32
+    settings = captured(top_k=k, tail_groups=32, temperatures=(2.0,), tail_entropy=True, tail_rank=rank, tail_probes=2)
+    found, exact = selected(logits, settings, group_of), full(logits)
+    assert_close(found.logprobs, -np.sort(-exact, axis=1)[:, :k].astype(np.float32))
+    assert_close(found.logprobs, np.take_along_axis(exact, found.token_ids, axis=1).astype(np.float32))
+    tail = exact.copy()
+    np.put_along_axis(tail, found.token_ids, -np.inf, axis=1)
+    masses = np.stack([np.exp(tail)[:, group_of == group].sum(axis=1) for group in range(32)], axis=1)
+    assert_close(found.group_logprobs, np.log(masses).astype(np.float32))
+    assert_close(found.tail_logprob, np.log(masses.sum(axis=1)).astype(np.float32))
+    assert_close(found.tempered_tail[2.0], np.log(np.exp(tail / 2).sum(axis=1)).astype(np.float32), 1e-4)
+    entropy = np.sum(np.exp(tail) * np.where(np.isneginf(tail), 0, tail), axis=1) / masses.sum(axis=1)
+    assert_close(found.tail_entropy, entropy.astype(np.float32), 1e-4)
+    directions, offset, weights = (array.astype(np.float64) for array in basis_of(vocab_size, rank))
+    coefficients = (logits.double().numpy() - offset) @ (weights[:, None] * directions)
+    assert_close(found.tail_coefficients, coefficients.astype(np.float32), 1e-4)
 
 
 def test_banned_tokens_leave_coefficients_finite() -> None:

@@ -32,6 +32,7 @@ from logitcache.reading.cache import SHUFFLE_ROW_GROUPS
 from logitcache.reading.shard_reader import ShardReader
 from logitcache.storage.folder import Folder
 from logitcache.storage.prefetch import AHEAD
+from tests.helpers.kernels import DEVICE
 from tests.helpers.smallcaches import (
     EVERYTHING,
     VOCAB,
@@ -334,6 +335,20 @@ def test_tensors_outlive_the_row_and_its_row_group(
 def test_tensors_go_to_the_device_that_is_asked_for(exact_cache: LogitCache) -> None:
     tensors = exact_cache[0].targets.to_torch("meta")
     assert {values.device.type for name, values in tensors.items() if name != "tempered_tail"} == {"meta"}
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_device_hold_what_the_cache_holds(cache: LogitCache, exact_cache: LogitCache) -> None:
+    """A copy to CUDA does not wait, and what it copies from is gone at once."""
+    found = [(row.targets, row.targets.to_torch(DEVICE)) for _ in range(20) for row in (*cache, *exact_cache)]
+    for targets, tensors in found:
+        expected = targets.to_torch()
+        copied = [*tensors.pop("tempered_tail").items(), *tensors.items()]
+        assert dict(copied).keys() == {**expected.pop("tempered_tail"), **expected}.keys()
+        for name, tensor in copied:
+            assert tensor.device.type == DEVICE
+            original = targets.tempered_tail[name] if isinstance(name, float) else getattr(targets, name)
+            assert np.array_equal(tensor.cpu().numpy(), original)
 
 
 @pytest.mark.slow

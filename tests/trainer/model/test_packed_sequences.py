@@ -17,8 +17,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from logitcache import LogitCache, UserError
+from logitcache.errors import one_line
 from tests.helpers.batches import equal
 from tests.helpers.cachemaking import TINY, VOCAB, random_sequences, write_cache
+from tests.helpers.distilling import CatchGradient, Gradient, config, relative_difference
+from tests.helpers.kernels import DEVICE
 from tests.helpers.matrix import every_pair
 from trainer.config.config import DistillConfig
 from trainer.data.collator import Batch, Collator
@@ -96,6 +99,30 @@ def test_packed_sequences_have_the_loss_and_gradient_of_each_alone(
     for parameter, found in gradient.items():
         difference = (found - expected_gradient[parameter]).norm() / expected_gradient[parameter].norm()
         assert difference < 1e-5, parameter
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", *(f"flash_attention_{version}" for version in (2, 3, 4))])
+def test_a_packed_step_on_a_device_takes_the_gradient_of_each_sequence_alone(
+    attention: str, long_cache: LogitCache, tmp_path: Path
+) -> None:
+    """In bfloat16 on a GPU, as flash attention needs it; each alone in float32."""
+    settings = SIZES | {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.05}
+    half = DEVICE == "cuda"
+
+    def gradient(attention: str, **options: Any) -> Gradient:
+        caught = CatchGradient()
+        options |= {"use_cpu": DEVICE == "cpu", "per_device_train_batch_size": len(long_cache), "max_steps": 1}
+        model = model_of("Llama", attention, settings)
+        DistillTrainer(model, long_cache, config(tmp_path, **options), callbacks=[caught]).train()
+        return caught.gradient
+
+    try:
+        found = gradient(attention, packing=True, packed_length=64, bf16=half)
+    except ImportError as error:
+        pytest.skip(f"{attention}: {one_line(error)}")
+    assert relative_difference(found, gradient("eager")) < (0.03 if half else 1e-5)
 
 
 def test_a_packed_batch_begins_anew_at_every_sequence_and_in_the_padding(cache: LogitCache) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from logitcache import LogitCache
+from tests.helpers.kernels import DEVICE
 from tests.helpers.processes import on_two_ranks, run_command
 from tests.helpers.two_ranks_sharded_fit import fit_sharded
 from trainer.cli import main
@@ -28,11 +29,11 @@ SPLIT = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", 
 pytestmark = pytest.mark.programs
 
 
-def settings(cache: LogitCache, heldout: LogitCache, student: str, out: Path) -> list[str]:
+def settings(cache: LogitCache, heldout: LogitCache, student: str, out: Path, device: str = "cpu") -> list[str]:
     given = {"cache": cache.path, "eval_cache": heldout.path, "student": student, "output_dir": str(out)}
     given |= {"optim": "sgd", "num_train_epochs": "2", "learning_rate": "5e-2", "eval_strategy": "epoch"}
     return [
-        "--use_cpu",
+        *(["--use_cpu"] if device == "cpu" else []),
         "--disable_tqdm",
         "true",
         *(part for name, value in given.items() for part in (f"--{name}", value)),
@@ -105,6 +106,18 @@ def test_two_ranks_make_the_student_of_one(
         main(["fit", *settings(cache, heldout, student_folder, out), *SPLIT, "--resume_from_checkpoint", "true"]) == 2
     )
     assert "the number of ranks was 2, is 1" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_one_sharded_device_makes_the_student_of_a_cpu(
+    alone: Path, cache: LogitCache, heldout: LogitCache, student_folder: str, tmp_path: Path
+) -> None:
+    fit = ("trainer", "fit") if DEVICE == "cuda" else ("tests.helpers.two_ranks_sharded_fit",)
+    given = [*TORCHRUN[:-1], "1", "-m", *fit, "--fsdp", *settings(cache, heldout, student_folder, tmp_path, DEVICE)]
+    done = subprocess.run([sys.executable, "-m", *given, *WHOLE], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert (tmp_path / "checkpoint-2" / "pytorch_model_fsdp.bin").exists()
+    assert relative_difference(weights(tmp_path), weights(alone), weights(Path(student_folder))) < 1e-4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks find their GPUs")
