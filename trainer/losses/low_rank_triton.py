@@ -27,9 +27,9 @@ from trainer.losses.targets import TailBasis, TeacherTargets, mask_tokens_
 from trainer.losses.temperature import tempered
 from trainer.losses.transform import LogitTransform
 
-# A tile of the block. Its rows share what is read of the basis, otherwise more than the logits. A larger tile does not fit in the
-# registers of 8 warps: for sm_80, NVIDIA's compiler spills at 64 rows.
-TILE_ROWS = 32
+# A tile's rows share what is read of the basis, 256 bytes a column at a rank of 64: with 32 rows 8 bytes an element, out of the
+# L2 cache, where the logits are 2 to 4. From sm_90 on the compiler has registers for 64 rows; before, it spills.
+TILE_ROWS, TILE_ROWS_HOPPER = 32, 64
 TILE_COLUMNS = 64
 # Programs of a launch that reads: several for each multiprocessor of a large GPU, whatever the number of rows.
 PROGRAMS = 1024
@@ -37,6 +37,12 @@ MIXED = ("fkl", "rkl", "jeffreys", "akl")
 """Divergences that are w·FKL + v·RKL."""
 FORMULAS = (*MIXED, "todi", "jsd", "sfkl", "srkl", "tvd")
 """Divergences that the kernels know."""
+
+
+def tile_rows(device: torch.device) -> int:
+    """Return the rows of a tile on a device."""
+    is_large = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return TILE_ROWS_HOPPER if is_large else TILE_ROWS
 
 
 def has_kernels(raw: Tensor, targets: TeacherTargets, loss: str) -> bool:
@@ -77,6 +83,7 @@ class LowRankTail:
     ) -> None:
         """Read the block. coefficients: z less ρ times the student's, [n, R]."""
         (n, vocabulary), rank, temperature = raw.shape, coefficients.shape[1], settings.temperature
+        rows = tile_rows(raw.device)
         teacher = [each.contiguous() for each in (coefficients, basis.directions, basis.offset)]
         self._raw = raw
         self._arguments = (raw, raw.stride(0), n, vocabulary, *teacher, rank, float(settings.residual_weight))
@@ -85,12 +92,12 @@ class LowRankTail:
             "SOFTCAP": transform.softcap,
             "TEMPERATURE": temperature,
             "RANK": max(16, triton.next_power_of_2(rank)),
-            "ROWS": TILE_ROWS,
+            "ROWS": rows,
             "COLUMNS": TILE_COLUMNS,
             "num_warps": 8,
         }
         self._loss = {"LOSS": settings.loss, "OPTION": _option(settings)}
-        row_tiles, tiles = triton.cdiv(n, TILE_ROWS), triton.cdiv(vocabulary, TILE_COLUMNS)
+        row_tiles, tiles = triton.cdiv(n, rows), triton.cdiv(vocabulary, TILE_COLUMNS)
         self._tiles = triton.cdiv(tiles, max(1, PROGRAMS // row_tiles))  # of a program, one after the other
         self._grid = (row_tiles, triton.cdiv(tiles, self._tiles))
         found = raw.new_empty(2, 4, self._grid[1], n, dtype=torch.float32)

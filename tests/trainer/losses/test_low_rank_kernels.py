@@ -31,7 +31,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module, with tiles so small that short rows need several, in several programs."""
     from trainer.losses import low_rank_triton
 
-    for name, value in (("TILE_ROWS", 16), ("TILE_COLUMNS", 16), ("PROGRAMS", 3)):
+    for name, value in (("TILE_ROWS", 16), ("TILE_ROWS_HOPPER", 16), ("TILE_COLUMNS", 16), ("PROGRAMS", 3)):
         monkeypatch.setattr(low_rank_triton, name, value)
     return low_rank_triton
 
@@ -184,7 +184,9 @@ def test_numbers_that_are_none_stay_so(kernels: ModuleType) -> None:
 # The interpreter takes what the compiler refuses.
 
 
-def launches(dtype: torch.dtype, loss: str, temperature: float, rank: int, transform: LogitTransform) -> list[Launch]:
+def launches(
+    dtype: torch.dtype, loss: str, temperature: float, rank: int, transform: LogitTransform, capability: int
+) -> list[Launch]:
     """Each launch for a block of a large vocabulary."""
     from trainer.losses import low_rank_triton
 
@@ -193,7 +195,12 @@ def launches(dtype: torch.dtype, loss: str, temperature: float, rank: int, trans
         torch.zeros(2, vocabulary, dtype=dtype),
         TailBasis(*(torch.zeros(vocabulary, *size) for size in ((), (rank,), ()))),
     )
-    with recorded(low_rank_triton, "_read_kernel", "_sum_kernel", "_write_kernel") as made:
+    with (
+        recorded(low_rank_triton, "_read_kernel", "_sum_kernel", "_write_kernel") as made,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if capability >= 90:
+            patch.setattr(low_rank_triton, "TILE_ROWS", low_rank_triton.TILE_ROWS_HOPPER)
         tail = low_rank_triton.LowRankTail(raw, torch.zeros(2, rank), basis, settings_of(loss, temperature), transform)
         tail.sums(torch.zeros(2, 2))
         mixture = torch.zeros(2, 2) if loss in low_rank_triton.MIXED else None
@@ -219,7 +226,7 @@ def launches(dtype: torch.dtype, loss: str, temperature: float, rank: int, trans
 def test_every_launch_compiles(
     dtype: torch.dtype, loss: str, temperature: float, rank: int, transform: LogitTransform, capability: int
 ) -> None:
-    made = launches(dtype, loss, temperature, rank, transform)
+    made = launches(dtype, loss, temperature, rank, transform, capability)
     assert len(made) == 3
     for launch in made:
         assert compiled(launch, capability)["cubin"]
