@@ -56,23 +56,23 @@ PYTEST = "-m pytest -v -rs --tb short --durations 5 -p no:cacheprovider"
 PARALLEL = "-n 8" if find_spec("xdist") else ""  # compilation takes longer than computation
 BASE = "torch pytest hypothesis numpy pyarrow zstandard fsspec tqdm"
 MODELS = f"{BASE} transformers accelerate datasets psutil"
-CAPTURE = "tests/logitcache/capture"
+CAPTURE, LOSSES = "tests/logitcache/capture", "tests/trainer/losses"
 LOSS_ROWS = "'cross-entropy, chunked' fkl todi '[ft]*, low rank*' 'todi, groups*' jsd 'jsd, Liger*'"
-# Together with the minute of an installation at most nine minutes. New tests of the kernels join by their names.
+# Together with the installation at most nine minutes. New tests of the kernels join by their names.
 STEPS = [
     Step(
-        "kernels against float64", 75, f"{BASE} triton",
-        f"{PYTEST} {PARALLEL} tests/trainer/losses -k 'kernels and not compile'",
-        f"{PYTEST} tests/trainer/losses/test_kernels.py -k temperature_without_weights",
+        "kernels against float64", 90, f"{BASE} triton",
+        f"{PYTEST} {PARALLEL} {LOSSES} -k 'kernels and not compile'",
+        f"{PYTEST} {LOSSES}/test_kernels.py {LOSSES}/test_low_rank_kernels.py -k 'without_weights or options'",
     ),
     Step(
         "losses on the kernels", 60, f"{MODELS} triton",
-        f"{PYTEST} {PARALLEL} tests/trainer/losses -k '(kernel or gpu) and not kernels'", "",
+        f"{PYTEST} {PARALLEL} {LOSSES} -k '(kernel or gpu) and not kernels'", "",
     ),
     Step(
         "losses beside Liger's", 100, "torch triton numpy pyarrow zstandard",
         f"tools/bench_loss.py --vocab 151936 --positions 8192 --hidden 2048 --losses {LOSS_ROWS}",
-        "tools/bench_loss.py --vocab 300 --positions 64 --hidden 16 --repeats 1 --losses todi",
+        "tools/bench_loss.py --vocab 300 --positions 64 --hidden 16 --repeats 1 --losses 'todi, low rank*'",
     ),
     Step(
         "training steps", 75, f"{MODELS} triton",

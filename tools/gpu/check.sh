@@ -11,7 +11,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
 wheels=${WHEELS:-$root/build/gpu}
 
-if [ -d "$wheels" ]; then
+if compgen -G "$wheels/*/*.whl.1-of-*" >/dev/null; then
   temporary=$(mktemp -d)
   "$python" -m venv --without-pip "$temporary/venv"
   # What this Python sees, it sees after its own; --system-site-packages would not show those of a virtual environment.
@@ -24,7 +24,7 @@ if [ -d "$wheels" ]; then
     done 2>/dev/null
     [ -e "$temporary/$name" ] || echo "check: a piece of $name is missing: left out" >&2
   done
-  timeout 60 "$python" -m pip --python "$temporary/venv/bin/python" install --quiet --disable-pip-version-check \
+  timeout 45 "$python" -m pip --python "$temporary/venv/bin/python" install --quiet --disable-pip-version-check \
     --no-index --no-deps --no-compile --no-cache-dir "$temporary"/*.whl ||
     echo "check: pip could not install the wheels of $wheels: only what $python has is there" >&2
   python=$temporary/venv/bin/python

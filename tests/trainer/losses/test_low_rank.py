@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import trainer
+from tests.helpers.kernels import DEVICE
 from tests.helpers.largest_tensors import LargestTensors
 from tests.helpers.lossmaking import (
     F_DIVERGENCES,
@@ -69,6 +70,13 @@ def stored(teacher: Tensor, kept: list[list[int]], basis: TailBasis, num_probes:
         probe_ids=probes if num_probes else None,
         probe_residuals=residuals.gather(1, probes) if num_probes else None,
     )
+
+
+def on_device(targets: TeacherTargets) -> TeacherTargets:
+    basis = targets.tail_basis
+    assert basis is not None
+    moved = TailBasis(*(tensor.to(DEVICE) for tensor in (basis.offset, basis.directions, basis.weights)))
+    return replace(targets.each(lambda _, tensor: tensor.to(DEVICE)), tail_basis=moved)
 
 
 def loss_of(logits: Tensor, targets: TeacherTargets, **options: Any) -> Tensor:
@@ -235,6 +243,33 @@ def test_the_fused_loss_is_the_unfused_one_in_value_gradient_and_terms(
     torch.testing.assert_close(terms.fkl, (p * (p.log() - log_q)).sum(1), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(terms.rkl, (log_q.exp() * (log_q - p.log())).sum(1), rtol=1e-8, atol=1e-10)
     assert terms.residual_products is not None and terms.residual_products.shape == (9, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@either_temperature
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "akl"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)], ids=str)
+def test_products_of_low_precision_stay_close_to_float64_on_a_cpu(
+    dtype: torch.dtype, tolerance: float, loss: str, temperature: float
+) -> None:
+    """Of AKL's head rounding decides the last token."""
+    teacher = 2 * random_logits(64, 300, 12)
+    targets = stored(teacher, teacher.topk(16).indices.tolist(), random_basis(300, 8), num_probes=4)
+    low = [torch.randn(rows, 16, generator=seeded(rows)).to(dtype) / 2 for rows in (64, 300)]
+    results = []
+    for stored_there, device, precision in ((on_device(targets), DEVICE, dtype), (targets, "cpu", torch.float64)):
+        hidden, weight = parameters = [tensor.to(device, precision).requires_grad_() for tensor in low]
+        value = trainer.fused_linear_divergence(
+            *(hidden, weight, None), labels=torch.arange(64, device=device), targets=stored_there, tail="low_rank",
+            loss=loss, temperature=temperature, residual_weight=0.3,
+        )  # fmt: skip
+        results.append((value, *torch.autograd.grad(value, parameters)))
+    (value, *gradients), (exact_value, *exact_gradients) = results
+    assert value.item() == pytest.approx(exact_value.item(), rel=tolerance)
+    for gradient, exact in zip(gradients, exact_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert (gradient.cpu().double() - exact).norm() < tolerance * exact.norm()
 
 
 @either_temperature

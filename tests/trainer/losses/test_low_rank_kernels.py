@@ -1,6 +1,5 @@
 """The GPU kernels of the low-rank tail against plain torch in float64, and their passage through the real compiler."""
 
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from tests.helpers.kernels import DEVICE, HAS_TRITON, Launch, compiled, compiles, recorded, runs_kernels
 from tests.helpers.lossmaking import random_logits, seeded
-from tests.trainer.losses.test_low_rank import random_basis, stored
+from tests.trainer.losses.test_low_rank import on_device, random_basis, stored
 from trainer.losses import low_rank
 from trainer.losses.blocks import BlockTerms
 from trainer.losses.settings import LossSettings
@@ -45,13 +44,6 @@ def problem(
     order = teacher.argsort(1, descending=True).tolist()
     kept = [ids[:size] for ids, size in zip(order, sizes, strict=True)]
     return 2 * student.to(dtype), stored(teacher, kept, random_basis(VOCABULARY, rank), num_probes=2)
-
-
-def on_device(targets: TeacherTargets) -> TeacherTargets:
-    basis = targets.tail_basis
-    assert basis is not None
-    moved = TailBasis(*(tensor.to(DEVICE) for tensor in (basis.offset, basis.directions, basis.weights)))
-    return replace(targets.each(lambda _, tensor: tensor.to(DEVICE)), tail_basis=moved)
 
 
 def assert_agrees(
