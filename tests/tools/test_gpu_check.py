@@ -200,7 +200,7 @@ def test_wheels_travel_in_parts_and_are_installed_beside_what_is_there(tmp_path:
     assert len(parts) > 2 and all(piece.stat().st_size <= 900 for piece in parts)
     assert b"".join(piece.read_bytes() for piece in parts) == tiny.read_bytes()
 
-    given = {"PYTHON": sys.executable, "WHEELS": tmp_path / "parts"}
+    given = {"PYTHON": sys.executable, "WHEELS": tmp_path / "parts", "TMPDIR": tmp_path}
     checked = bash(tools / "check.sh", "OUT", "--device", "cpu", **given)
     assert checked.stdout == "1500 ['OUT', '--device', 'cpu']\n", checked.stderr
     parts[1].unlink()
