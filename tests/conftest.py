@@ -67,6 +67,15 @@ def forked_vllm() -> None:
 
 
 @pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """Two cores of this machine."""
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Forty documents of different lengths."""
     return [" ".join(TEXT[(i + j) % len(TEXT)] for j in range(1 + i % 3)) + f" Document {i}." for i in range(40)]

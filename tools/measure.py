@@ -151,7 +151,10 @@ def write_synthetic_cache(
     for name in names[1:]:
         (root / name).hardlink_to(root / names[0])
     shards = tuple(replace(writer.info, name=name) for name in names)
-    Manifest(layout, {}, shards, {}, "tools/measure.py").write(Folder(root))
+    k = rows[0][1].token_ids.shape[1]
+    teacher = {"name": "synthetic", "architecture": "none", "dtype": "float32", "engine": "none", "engine_version": "0"}
+    fingerprint = {"teacher": teacher, "corpus": {"sources": []}, "capture": {"top_k": k}}
+    Manifest(layout, fingerprint, shards, {}, "tools/measure.py").write(Folder(root))
 
 
 @dataclass(frozen=True)

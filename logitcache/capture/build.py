@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, overload
 
+from logitcache.assembly.placement import Placement, wait_for
 from logitcache.assembly.plan import PLAN_NAME, SHARD_POSITIONS
 from logitcache.assembly.resume import begun_plan, finished_cache, made_with
 from logitcache.assembly.workspace import lock_range, workspace
 from logitcache.assembly.write import complete_shards
-from logitcache.capture.executors import Placement, capture_here, capture_on_ray
+from logitcache.capture.executors import capture_here, capture_on_ray
 from logitcache.capture.finish import finish_plan
 from logitcache.capture.generation.completions import complete_prompts
 from logitcache.capture.inputs import Inputs, resolve_inputs
@@ -32,8 +32,6 @@ from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder, refuse_overlap
 
 logger = logging.getLogger("logitcache")
-
-LOOK_AGAIN_S = 2.0
 
 
 class BuildOptions(InputOptions, total=False):
@@ -145,17 +143,15 @@ def build(
     """
     if sampling_params and not generate:
         raise UserError("--sampling-params needs --generate")
-    placement = Placement(executor, ray_address, engines, shard_range)
+    placement = Placement(executor, ray_address, engines, shard_range, "--engines", overwrite)
     if shard_positions < 1:
         raise UserError(f"--shard-positions {shard_positions}: at least 1 is needed")
-    if overwrite and shard_range:
-        raise UserError("--overwrite contradicts --shard-range: remove the old cache first")
     folder = Folder(out)
     reused = _reused(one_or_more(reuse), folder)
     inputs = resolve_inputs(teacher, data, (sampling_params or {}) if generate else None, **options)
     with workspace(folder, shared=shard_range is not None), space_needed(out):
         if not placement.is_first and not folder.exists(MANIFEST_NAME):
-            _wait_for(folder, PLAN_NAME, "has the answers" if inputs.generation else "reads the corpus")
+            wait_for(folder, PLAN_NAME, "has the answers" if inputs.generation else "reads the corpus")
         inputs = _following(inputs, folder, reused, overwrite)
         spec = inputs.spec(shard_positions)
         if not overwrite and (finished := finished_cache(folder, spec)):
@@ -177,7 +173,7 @@ def build(
             _capture(plan, job, placement)
         if shard_range is None:
             return finish_plan(plan)
-    logger.info("shards of range %d/%d are complete; when all ranges are: logitcache finish %s", *shard_range, folder)
+    placement.tell_complete(folder)
     return None
 
 
@@ -205,14 +201,6 @@ def _fitted(plan: BuildPlan, inputs: Inputs) -> BuildPlan:
         return plan
     fitted = inputs.fitted(plan.calibration_sequences())
     return replace(plan, spec=fitted.spec(plan.spec["capture"]["shard_positions"]))
-
-
-def _wait_for(folder: Folder, name: str, what: str) -> None:
-    """Waits until the process of the first shard range has written a file."""
-    if not folder.exists(name):
-        logger.info("waiting until --shard-range 0/… %s", what)
-    while not folder.exists(name):
-        time.sleep(LOOK_AGAIN_S)
 
 
 def _announce(plan: BuildPlan, job: Job) -> None:
@@ -254,7 +242,7 @@ def _capture(plan: BuildPlan, job: Job, placement: Placement) -> None:
         plan.folder.remove_leftovers("data")
     if not placement.is_first:
         for name in calibration_files(job.settings.tail_parts):
-            _wait_for(plan.folder, name, f"has made {name}")
+            wait_for(plan.folder, name, f"has made {name}")
     to_score = {index: plan.shards[index].num_tokens for index in missing}
     if job.reused:
         to_score = _copy(plan, job.reused, missing)
@@ -264,7 +252,7 @@ def _capture(plan: BuildPlan, job: Job, placement: Placement) -> None:
     progress = Progress("scoring", done + sum(to_score.values()), done, "tokens")
     try:
         if placement.executor == "ray":
-            capture_on_ray(job, plan, to_score, progress, placement.ray_address, placement.engines)
+            capture_on_ray(job, plan, to_score, progress, placement.ray_address, placement.workers)
         else:
             capture_here(job, to_score, progress)
     finally:

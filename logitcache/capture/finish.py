@@ -1,4 +1,4 @@
-"""logitcache finish: the complete shards of a build become a cache."""
+"""logitcache finish: the complete shards of a build, or of another command, become a cache."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from logitcache.assembly.finalize import finalize_cache, trusted_files
 from logitcache.assembly.plan import PLAN_NAME
 from logitcache.assembly.resume import recorded_spec
 from logitcache.assembly.workspace import workspace
+from logitcache.assembly.write import written_shards
 from logitcache.capture.plan import BuildPlan
 from logitcache.capture.reuse import copied_history
 from logitcache.errors import UserError
+from logitcache.exchange.import_plan import ImportPlan
+from logitcache.exchange.importing import finish_import
 from logitcache.format.manifest import BUILD_DIRECTORY, MANIFEST_NAME, Manifest
 from logitcache.format.tail_parts import TAIL_FILES
+from logitcache.maintenance.rewrite import RewritePlan, finish_rewrite
 from logitcache.reading.cache import LogitCache, open_cache
 from logitcache.storage.folder import Folder
 from logitcache.version import CREATED_BY
@@ -27,7 +31,7 @@ logger = logging.getLogger("logitcache")
 
 
 def finish(out: str | Path) -> LogitCache:
-    """Makes a cache of the shards that builds with a `shard_range` left.
+    """Makes a cache of the shards that calls with a `shard_range` left.
 
     Args:
         out: The folder or URL that they shared.
@@ -36,7 +40,7 @@ def finish(out: str | Path) -> LogitCache:
         The cache.
 
     Raises:
-        UserError: No build was begun, shards are missing (the message names them), or one is being written.
+        UserError: Nothing was begun, shards are missing (the message names them), or one is being written.
     """
     folder = Folder(out)
     with workspace(folder):
@@ -44,22 +48,20 @@ def finish(out: str | Path) -> LogitCache:
             if folder.exists(MANIFEST_NAME):
                 return open_cache(out)
             raise UserError(f"{folder}: nothing to finish, no build was begun there")
-        if command := (recorded_spec(folder) or {}).get("command"):
-            raise UserError(f"{folder} is an unfinished `logitcache {command}`: run the same command again")
-        return finish_plan(BuildPlan.read(folder))
+        command = (recorded_spec(folder) or {}).get("command", "build")
+        if command == "build":
+            return finish_plan(BuildPlan.read(folder))
+        if command == "import":
+            imported = ImportPlan.read(folder)
+            return finish_import(imported, written_shards(imported, {}, command))
+        rewritten = RewritePlan.read(folder)
+        return finish_rewrite(rewritten, written_shards(rewritten, {}, command))
 
 
 def finish_plan(plan: BuildPlan) -> LogitCache:
     """Makes a cache of the shards of a build whose folder is locked; see `finish`."""
     folder = plan.folder
-    shards = [plan.finished(index) for index in range(len(plan.shards))]
-    missing = [index for index, shard in enumerate(shards) if shard is None]
-    if missing:
-        some = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(shards)} shards are not complete ({some}): run `logitcache build` with the "
-            "shard range that holds them again"
-        )
+    shards = written_shards(plan, {}, "build")
     for name in TAIL_FILES:
         folder.remove(name)  # of a cache that was overwritten
     for name in plan.cache_layout.tail_parts.files:
@@ -70,11 +72,10 @@ def finish_plan(plan: BuildPlan) -> LogitCache:
     if reasons := [reason for rows in left_out.values() for reason in rows.values()]:
         skipped[NOT_SCORED] = len(reasons)
         logger.warning("left out: %s %s; the first: %s", f"{len(reasons):,}", NOT_SCORED, reasons[0])
-    complete = tuple(shard for shard in shards if shard is not None)
     manifest = Manifest(
         layout=plan.cache_layout,
         fingerprint=fingerprint,
-        shards=complete,
+        shards=shards,
         skipped=skipped,
         created_by=CREATED_BY,
         files=trusted_files(folder),

@@ -99,6 +99,10 @@ class ShardWorker:
             for targets in self._teacher.score(to_score, self._job.settings):
                 writing.put(targets)
 
+    def capture_shard(self, shard: int) -> None:
+        """Scores one shard, as an actor does."""
+        self.capture([shard])
+
     def close(self) -> None:
         """Frees the engine."""
         self._teacher.close()

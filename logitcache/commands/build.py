@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from logitcache.assembly.placement import EXECUTORS
 from logitcache.capture.corpus.chat import TURNS
 from logitcache.capture.corpus.tokenize import LONG_POLICIES
-from logitcache.capture.executors import EXECUTORS
-from logitcache.commands.shared import engines_needed, output_options, print_cache, teacher_options
+from logitcache.commands.shared import engines_needed, output_options, print_cache, ray_address_option, teacher_options
 from logitcache.commands.values import assignments, mapping, names, numbers, part_of
 from logitcache.format.quantization import PRESETS
 
@@ -49,11 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("many engines")
     group.add_argument("--executor", choices=EXECUTORS, help="ray: several engines, on one host or many")
     group.add_argument("--engines", type=int, metavar="N", help="engines on Ray (default: as many as its GPUs hold)")
-    group.add_argument(
-        "--ray-address",
-        metavar="HOST:PORT",
-        help="of a running Ray cluster (default: that of RAY_ADDRESS or of this machine, otherwise one is started here)",
-    )
+    ray_address_option(group)
     group.add_argument(
         "--shard-range",
         type=part_of,
@@ -151,6 +147,4 @@ def run(options: dict[str, Any], rest: list[str]) -> None:
         from logitcache.capture.build import build
         from logitcache.capture.options import parse_engine_options
 
-    cache = build(**options, **parse_engine_options(rest))
-    if cache is not None:
-        print_cache(cache)
+    print_cache(build(**options, **parse_engine_options(rest)))

@@ -7,8 +7,11 @@ from typing import Any
 
 from logitcache.commands.shared import engines_needed, print_cache
 
-HELP = "make a cache of the shards that `logitcache build --shard-range` left"
-DESCRIPTION = "Makes a cache of the shards that several `logitcache build --shard-range` processes left in DIR."
+HELP = "make a cache of the shards that `logitcache build --shard-range` left, or recode, slice, merge, import"
+DESCRIPTION = (
+    "Makes a cache of the shards that several `logitcache build --shard-range` processes left in DIR, or those of recode, slice, "
+    "merge or import."
+)
 CONTINUES = True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import engines_needed, output_options, print_cache
+from logitcache.commands.shared import engines_needed, output_options, placement_options, print_cache
 from logitcache.commands.values import names
 from logitcache.exchange.formats import FORMATS
 from logitcache.format.quantization import PRESETS
@@ -57,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out and count them")
     output_options(parser)
+    placement_options(parser, "write", "then `logitcache finish DIR`")
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:

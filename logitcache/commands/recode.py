@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import output_options, print_rewritten
+from logitcache.commands.shared import output_options, placement_options, print_rewritten
 from logitcache.commands.values import names
 from logitcache.format.quantization import PRESETS
 from logitcache.format.tail_parts import PARTS
@@ -32,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"leave out: {', '.join(part.option for part in PARTS)}, or kept columns",
     )
     output_options(parser)
+    placement_options(parser, "write", "then `logitcache finish DIR`")
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:

@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from logitcache.assembly.placement import EXECUTORS
 from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.capture.engine import BACKENDS, ROUTES
+from logitcache.commands.values import part_of
 from logitcache.errors import UserError
 from logitcache.reading.cache import LogitCache
 
@@ -47,6 +49,31 @@ def output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def placement_options(parser: argparse.ArgumentParser, work: str, then: str) -> None:
+    """Adds the options that say which processes work.  work: what each does of shards.  then: what follows the last."""
+    group = parser.add_argument_group("many processes")
+    group.add_argument("--executor", choices=EXECUTORS, help="ray: several workers, on one host or many")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="on Ray, with a core each (default: as many as the cluster has cores)"
+    )
+    ray_address_option(group)
+    group.add_argument(
+        "--shard-range",
+        type=part_of,
+        metavar="I/N",
+        help=f"{work} the I-th of N parts of the shards, counted from 0, which N processes share without Ray; {then}",
+    )
+
+
+def ray_address_option(group: argparse._ArgumentGroup) -> None:
+    """Adds the option that names a Ray cluster."""
+    group.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="of a running Ray cluster (default: that of RAY_ADDRESS or of this machine, otherwise one is started here)",
+    )
+
+
 @contextmanager
 def engines_needed() -> Iterator[None]:
     """Wraps the import of modules that run teachers. Raises UserError if a package that they need is not installed."""
@@ -67,8 +94,10 @@ def refuse_unknown(rest: list[str], command: str) -> None:
         raise UserError(f"unknown argument {rest[0]} (`logitcache {command} --help` lists the options)")
 
 
-def print_cache(cache: LogitCache) -> None:
-    """Prints where a cache is, what it holds and its identity."""
+def print_cache(cache: LogitCache | None) -> None:
+    """Prints where a cache is, what it holds and its identity; nothing of None, which a shard range gives."""
+    if cache is None:
+        return
     manifest = cache.manifest
     print(f"cache      {cache.path}")
     print(f"sequences  {len(cache):,}")
@@ -81,9 +110,11 @@ def print_cache(cache: LogitCache) -> None:
     print(f"identity   {cache.identity}")
 
 
-def print_rewritten(cache: LogitCache) -> None:
+def print_rewritten(cache: LogitCache | None) -> None:
     """Prints a cache, and what the last step of its history changed."""
     print_cache(cache)
+    if cache is None:
+        return
     step = cache.manifest.history[-1]
     num_bytes, num_rows = (sum(source[name] for source in step["from"]) for name in ("bytes", "sequences"))
     duplicates = f", {step['duplicates']:,} duplicates left out" if "duplicates" in step else ""

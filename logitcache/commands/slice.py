@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from logitcache.commands.shared import output_options, print_rewritten
+from logitcache.commands.shared import output_options, placement_options, print_rewritten
 
 HELP = "some rows of a cache"
 DESCRIPTION = (
@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="so many of them, at random")
     parser.add_argument("--seed", type=int, help="of --sample (default 0)")
     output_options(parser)
+    placement_options(parser, "write", "then `logitcache finish DIR`")
 
 
 def run(options: dict[str, Any], rest: list[str]) -> None:

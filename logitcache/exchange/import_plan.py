@@ -22,6 +22,7 @@ from logitcache.exchange.sequences import SequenceReader
 from logitcache.exchange.source_files import SourceFile
 from logitcache.exchange.source_rows import SourceRow, read_rows
 from logitcache.exchange.values import BadRow
+from logitcache.format.layout import Layout
 from logitcache.format.manifest import BUILD_DIRECTORY
 from logitcache.format.sequences import ColumnTypes, TokenSequence
 from logitcache.progress import Progress
@@ -63,7 +64,25 @@ class Written:
         self.most_entries = max(self.most_entries, other.most_entries)
 
 
-def cut(folder: Folder, spec: Mapping[str, Any], files: Sequence[SourceFile], reader: SequenceReader) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class ImportPlan(Plan):
+    """The plan of an import.  tokenizer: its fingerprint, which `finish` needs. Empty in a plan that an earlier version wrote."""
+
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cache_layout(self) -> Layout:
+        """The columns of every shard."""
+        return Layout(self.spec["vocab_size"], columns=self.column_types, precision=self.spec["precision"])
+
+
+def cut(
+    folder: Folder,
+    spec: Mapping[str, Any],
+    files: Sequence[SourceFile],
+    reader: SequenceReader,
+    tokenizer: Mapping[str, Any],
+) -> ImportPlan:
     """Reads the tokens of all rows and deals the rows to shards: each takes rows until it has `shard_positions`.
 
     Raises UserError for a bad row that is not skipped, if nothing is trained, and for a kept column that no row has.
@@ -100,7 +119,7 @@ def cut(folder: Folder, spec: Mapping[str, Any], files: Sequence[SourceFile], re
         )
     if never_kept:
         raise UserError(f"--keep {', '.join(sorted(never_kept))}: no row has this column")
-    return Plan(folder=folder, spec=spec, shards=tuple(shards), column_types=types.names())
+    return ImportPlan(folder=folder, spec=spec, shards=tuple(shards), column_types=types.names(), tokenizer=tokenizer)
 
 
 def rows_from(

@@ -8,22 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
 from logitcache.assembly.finalize import finalize_cache, history_step, trusted_files
-from logitcache.assembly.plan import SHARD_POSITIONS, Plan, PlannedShard, new_plan
-from logitcache.assembly.resume import begun_plan, finished_cache
-from logitcache.assembly.workspace import workspace
-from logitcache.assembly.write import StoredRow, write_missing
+from logitcache.assembly.make import Work, make_cache
+from logitcache.assembly.placement import OutputOptions, Placement
+from logitcache.assembly.plan import SHARD_POSITIONS, Plan, PlannedShard
+from logitcache.assembly.write import RowsOf, StoredRow
 from logitcache.errors import UserError, one_line
 from logitcache.exchange.formats import FORMATS, SourceFormat
-from logitcache.exchange.import_plan import Written, bad_row, cut, no_positions, rows_from
+from logitcache.exchange.import_plan import ImportPlan, Written, bad_row, cut, no_positions, rows_from
 from logitcache.exchange.sequences import SequenceReader
 from logitcache.exchange.source_files import SourceFile, find_sources
 from logitcache.exchange.source_rows import SourceRow
 from logitcache.exchange.tails import APPROXIMATE, finish_targets
 from logitcache.exchange.values import BadRow
-from logitcache.format.layout import Layout
 from logitcache.format.manifest import MAX_VOCAB_SIZE, Manifest
 from logitcache.format.quantization import DEFAULT_PRECISION, check_precision
 from logitcache.format.sequences import stored_columns
@@ -32,7 +31,6 @@ from logitcache.format.tail_parts import TAIL_FILES
 from logitcache.format.tokenizer import save_tokenizer, tokenizer_fingerprint
 from logitcache.ranges import one_or_more
 from logitcache.reading.cache import LogitCache
-from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
 from logitcache.urls import public_url
 from logitcache.version import CREATED_BY
@@ -40,6 +38,41 @@ from logitcache.version import CREATED_BY
 logger = logging.getLogger("logitcache")
 
 
+class ImportOptions(OutputOptions, total=False):
+    """The options of `import_logits` that may be left out, but for its shard range."""
+
+    vocab_size: int | None
+    config: str | None
+    loss_mask: str | None
+    top_k: int | None
+    precision: str
+    keep: Sequence[str]
+    data_name: str | None
+    skip_bad: bool
+
+
+@overload
+def import_logits(
+    sources: str | Sequence[str],
+    out: str | Path,
+    *,
+    source_format: str,
+    teacher: str,
+    tokenizer: str,
+    shard_range: None = None,
+    **options: Unpack[ImportOptions],
+) -> LogitCache: ...
+@overload
+def import_logits(
+    sources: str | Sequence[str],
+    out: str | Path,
+    *,
+    source_format: str,
+    teacher: str,
+    tokenizer: str,
+    shard_range: tuple[int, int],
+    **options: Unpack[ImportOptions],
+) -> None: ...
 def import_logits(
     sources: str | Sequence[str],
     out: str | Path,
@@ -56,8 +89,12 @@ def import_logits(
     data_name: str | None = None,
     skip_bad: bool = False,
     shard_positions: int = SHARD_POSITIONS,
+    executor: str = "local",
+    ray_address: str | None = None,
+    workers: int | None = None,
+    shard_range: tuple[int, int] | None = None,
     overwrite: bool = False,
-) -> LogitCache:
+) -> LogitCache | None:
     """Writes the rows of a logit dataset in another tool's format to a cache.
 
     The same call continues an interrupted one.
@@ -78,14 +115,19 @@ def import_logits(
         data_name: Name of the corpus in the cache. None: the source's name.
         skip_bad: Leaves bad rows out and counts them.
         shard_positions: Stored positions of a shard.
+        executor: "local", this process; "ray", several in a cluster.
+        ray_address: HOST:PORT of a running Ray cluster. None: one is started on this machine.
+        workers: Processes on Ray, with a core each. None: as many as the cluster has cores.
+        shard_range: (i, n): this call writes the i-th of n parts of the shards, which n processes share; then call `finish`.
         overwrite: Replaces what `out` holds.
 
     Returns:
-        The new cache.
+        The new cache; None with a `shard_range`.
 
     Raises:
         UserError: Bad input (the message names file and row), or settings or sources that `out` was not begun with.
     """
+    placement = Placement(executor, ray_address, workers, shard_range, overwrite=overwrite)
     if source_format not in FORMATS:
         raise UserError(f"--from {source_format}: choose one of {', '.join(FORMATS)}")
     check_precision(precision)
@@ -133,23 +175,28 @@ def import_logits(
         "shard_positions": shard_positions,
         "from": [{**source.identity(), **named} for source in found],
     }
-    with workspace(folder), space_needed(out):
-        if not overwrite and (finished := finished_cache(folder, spec)):
-            return finished
-        plan = begun_plan(Plan, folder, spec, overwrite)
-        if plan is None:
-            plan = new_plan(folder, lambda: cut(folder, spec, job.files, reader))
+
+    def prepare(folder: Folder) -> None:
         for name in TAIL_FILES:
             folder.remove(name)
         save_tokenizer(folder, loaded)
-        layout = Layout(vocabulary, columns=plan.column_types, precision=precision)
-        shards = write_missing(plan, layout, _Rows(job, plan).of, "importing")
-        return _finish(plan, shards, layout, tokens)
+
+    work = Work(
+        kind=ImportPlan,
+        spec=spec,
+        label="importing",
+        cut=lambda folder: cut(folder, spec, job.files, reader, tokens),
+        prepare=prepare,
+        layout=lambda plan: plan.cache_layout,
+        open_rows=job.rows,
+        finish=lambda plan, shards: finish_import(replace(plan, tokenizer=tokens), shards),
+    )
+    return make_cache(work, folder, placement, overwrite)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Knows how rows are read, and what is stored of them."""
+    """Knows how rows are read, and what is stored of them; it travels to other hosts."""
 
     kind: SourceFormat
     files: Sequence[SourceFile]
@@ -158,6 +205,10 @@ class _Job:
     top_k: int | None
     precision: str
     skip_bad: bool
+
+    def rows(self, plan: Plan) -> RowsOf:
+        """Returns what yields the rows of a shard."""
+        return _Rows(self, plan).of
 
     def read(self, row: SourceRow, types: Mapping[str, str], written: Written) -> StoredRow | None:
         """Returns what a shard stores of a row; None if the row is left out, which `written` counts."""
@@ -222,8 +273,11 @@ class _Rows:
             raise UserError("the sources were changed while they were read: import them again with --overwrite")
 
 
-def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: Mapping[str, Any]) -> LogitCache:
-    folder, spec = plan.folder, plan.spec
+def finish_import(plan: ImportPlan, shards: Sequence[ShardInfo]) -> LogitCache:
+    """Makes a cache of all shards. Raises UserError if none of them has a row, and for the plan of an earlier version."""
+    if not plan.tokenizer:
+        raise UserError(f"{plan.folder} was begun by an earlier version: run the same command again")
+    folder, spec, layout = plan.folder, plan.spec, plan.cache_layout
     digest, total = hashlib.sha256(), Written()
     for index in range(len(plan.shards)):
         written, row_ids = Written.of(folder, index)
@@ -242,7 +296,7 @@ def _finish(plan: Plan, shards: Sequence[ShardInfo], layout: Layout, tokenizer: 
             "engine_version": "",
             "vocab_size": layout.vocab_size,
         },
-        "tokenizer": tokenizer,
+        "tokenizer": plan.tokenizer,
         "corpus": {
             "sources": [{name: value for name, value in source.items() if name != "path"} for source in spec["from"]],
             "keep": spec["keep"],

@@ -6,8 +6,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
+from logitcache.assembly.placement import OutputOptions, Placement
 from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.assembly.resume import compared, first_of
 from logitcache.errors import UserError
@@ -22,13 +23,33 @@ from logitcache.storage.atomic import space_needed
 from logitcache.storage.folder import Folder
 
 
+@overload
+def merge(
+    paths: Sequence[LogitCache | str | Path],
+    out: str | Path,
+    *,
+    shard_range: None = None,
+    **options: Unpack[OutputOptions],
+) -> LogitCache: ...
+@overload
+def merge(
+    paths: Sequence[LogitCache | str | Path],
+    out: str | Path,
+    *,
+    shard_range: tuple[int, int],
+    **options: Unpack[OutputOptions],
+) -> None: ...
 def merge(
     paths: Sequence[LogitCache | str | Path],
     out: str | Path,
     *,
     shard_positions: int = SHARD_POSITIONS,
+    executor: str = "local",
+    ray_address: str | None = None,
+    workers: int | None = None,
+    shard_range: tuple[int, int] | None = None,
     overwrite: bool = False,
-) -> LogitCache:
+) -> LogitCache | None:
     """Writes the rows of several caches to one, in their order. Of rows with the same id the first is kept.
 
     The same call continues an interrupted one.
@@ -37,15 +58,20 @@ def merge(
         paths: At least two caches, or their folders or URLs.
         out: The new cache: a folder, or a URL that fsspec writes.
         shard_positions: Stored positions of a shard.
+        executor: "local", this process; "ray", several in a cluster.
+        ray_address: HOST:PORT of a running Ray cluster. None: one is started on this machine.
+        workers: Processes on Ray, with a core each. None: as many as the cluster has cores.
+        shard_range: (i, n): this call writes the i-th of n parts of the shards, which n processes share; then call `finish`.
         overwrite: Replaces what `out` holds.
 
     Returns:
-        The new cache.
+        The new cache; None with a `shard_range`.
 
     Raises:
         UserError: Teacher, tokenizer, capture settings or columns differ (the message names them), a cache is damaged, or `out`
             holds something else.
     """
+    placement = Placement(executor, ray_address, workers, shard_range, overwrite=overwrite)
     if len(paths := one_or_more(paths)) < 2:
         raise UserError("merge needs at least two caches")
     sources = [open_source(path) for path in paths]
@@ -61,7 +87,7 @@ def merge(
         select=lambda folder: _distinct(sources, folder),
         left_out="duplicates",
     )
-    return rewrite(work, out, shard_positions, overwrite)
+    return rewrite(work, out, shard_positions, overwrite, placement)
 
 
 def _refuse_different(one: LogitCache, other: LogitCache) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack, overload
 
 import numpy as np
 
+from logitcache.assembly.placement import OutputOptions, Placement
 from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.errors import UserError
 from logitcache.format.layout import Layout
@@ -29,6 +31,25 @@ DEFAULT_MIN_K = 32
 """Floor under a new --top-p, as when capturing."""
 
 
+class RecodeOptions(OutputOptions, total=False):
+    """The options of `recode`, but for its shard range."""
+
+    top_k: int | None
+    top_p: float | None
+    min_k: int | None
+    precision: str | None
+    tail_rank: int | None
+    drop: Sequence[str]
+
+
+@overload
+def recode(
+    path: LogitCache | str | Path, out: str | Path, *, shard_range: None = None, **options: Unpack[RecodeOptions]
+) -> LogitCache: ...
+@overload
+def recode(
+    path: LogitCache | str | Path, out: str | Path, *, shard_range: tuple[int, int], **options: Unpack[RecodeOptions]
+) -> None: ...
 def recode(
     path: LogitCache | str | Path,
     out: str | Path,
@@ -40,8 +61,12 @@ def recode(
     tail_rank: int | None = None,
     drop: Sequence[str] = (),
     shard_positions: int = SHARD_POSITIONS,
+    executor: str = "local",
+    ray_address: str | None = None,
+    workers: int | None = None,
+    shard_range: tuple[int, int] | None = None,
     overwrite: bool = False,
-) -> LogitCache:
+) -> LogitCache | None:
     """Writes the rows of a cache to another with less of each position.
 
     What leaves the entries joins the tail, exactly. The same call continues an interrupted one.
@@ -56,14 +81,19 @@ def recode(
         tail_rank: Coefficients of the low-rank tail that a position keeps, the first. None: all.
         drop: What is left out: options of tail parts, such as "tail_groups", and kept columns; the probes go with "tail_rank".
         shard_positions: Stored positions of a shard.
+        executor: "local", this process; "ray", several in a cluster.
+        ray_address: HOST:PORT of a running Ray cluster. None: one is started on this machine.
+        workers: Processes on Ray, with a core each. None: as many as the cluster has cores.
+        shard_range: (i, n): this call writes the i-th of n parts of the shards, which n processes share; then call `finish`.
         overwrite: Replaces what `out` holds.
 
     Returns:
-        The new cache.
+        The new cache; None with a `shard_range`.
 
     Raises:
         UserError: The cache does not hold what is asked for, is damaged, or `out` holds something else.
     """
+    placement = Placement(executor, ray_address, workers, shard_range, overwrite=overwrite)
     if (top_k, top_p, min_k, precision, tail_rank) == (None,) * 5 and not drop:
         raise UserError("nothing to recode: give --top-k, --top-p, --min-k, --precision, --tail-rank or --drop")
     source = open_source(path)
@@ -90,9 +120,9 @@ def recode(
         fingerprint={**source.manifest.fingerprint, "capture": {**kept, **stored, **absent}},
         skipped=source.manifest.skipped,
         select=lambda folder: (rows for rows, _ in scan([source])),
-        transform=_Recoder(entries, layout, source),
+        transform=partial(_Recoder, entries, layout),
     )
-    return rewrite(work, out, shard_positions, overwrite)
+    return rewrite(work, out, shard_positions, overwrite, placement)
 
 
 class _Entries(NamedTuple):

@@ -8,11 +8,12 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
 import numpy as np
 import pyarrow as pa
 
+from logitcache.assembly.placement import OutputOptions, Placement
 from logitcache.assembly.plan import SHARD_POSITIONS
 from logitcache.errors import UserError, one_line
 from logitcache.format.probes import splitmix64
@@ -25,6 +26,25 @@ COUNTS = ("row_id", "num_tokens", "num_positions")
 """What an expression may speak of beside the kept columns."""
 
 
+class SliceOptions(OutputOptions, total=False):
+    """The options of `slice_cache`, but for its shard range."""
+
+    rows: str | None
+    row_ids: str | Path | None
+    where: str | None
+    sample: int | None
+    seed: int
+    against: str | None
+
+
+@overload
+def slice_cache(
+    path: LogitCache | str | Path, out: str | Path, *, shard_range: None = None, **options: Unpack[SliceOptions]
+) -> LogitCache: ...
+@overload
+def slice_cache(
+    path: LogitCache | str | Path, out: str | Path, *, shard_range: tuple[int, int], **options: Unpack[SliceOptions]
+) -> None: ...
 def slice_cache(
     path: LogitCache | str | Path,
     out: str | Path,
@@ -36,8 +56,12 @@ def slice_cache(
     seed: int = 0,
     against: str | None = None,
     shard_positions: int = SHARD_POSITIONS,
+    executor: str = "local",
+    ray_address: str | None = None,
+    workers: int | None = None,
+    shard_range: tuple[int, int] | None = None,
     overwrite: bool = False,
-) -> LogitCache:
+) -> LogitCache | None:
     """Writes the rows of a cache that meet all of the given conditions to another cache.
 
     The same call continues an interrupted one.
@@ -52,15 +76,20 @@ def slice_cache(
         seed: Random seed of `sample`.
         against: Identity that the cache must have, see `logitcache.open`.
         shard_positions: Stored positions of a shard.
+        executor: "local", this process; "ray", several in a cluster.
+        ray_address: HOST:PORT of a running Ray cluster. None: one is started on this machine.
+        workers: Processes on Ray, with a core each. None: as many as the cluster has cores.
+        shard_range: (i, n): this call writes the i-th of n parts of the shards, which n processes share; then call `finish`.
         overwrite: Replaces what `out` holds.
 
     Returns:
-        The new cache.
+        The new cache; None with a `shard_range`.
 
     Raises:
         UserError: The conditions cannot be met, DuckDB refuses the expression, or it reaches for anything but these columns, no
             row meets the conditions, the cache is damaged, or `out` holds something else.
     """
+    placement = Placement(executor, ray_address, workers, shard_range, overwrite=overwrite)
     if rows is None and row_ids is None and where is None and sample is None:
         raise UserError("nothing to slice by: give --rows, --row-ids, --where or --sample")
     if seed < 0:
@@ -84,7 +113,7 @@ def slice_cache(
         skipped=source.manifest.skipped,
         select=lambda folder: choice.rows(),
     )
-    return rewrite(work, out, shard_positions, overwrite)
+    return rewrite(work, out, shard_positions, overwrite, placement)
 
 
 @dataclass(frozen=True)

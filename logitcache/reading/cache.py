@@ -82,7 +82,7 @@ class LogitCache(Sequence[CachedSequence]):
 
     path: where it lies, without the secrets of a URL; `folder` opens it again.
     manifest: fingerprint, layout, shards.  num_positions: stored positions of all rows.  identity: SHA-256 of the manifest as
-    it was read, by which a cache is told from an altered one.
+    it was read, by which a cache is told from an altered one.  is_checked: whether it was opened with an identity.
     """
 
     def __init__(self, path: str, against: str | None = None) -> None:
@@ -91,6 +91,7 @@ class LogitCache(Sequence[CachedSequence]):
         content = manifest_content(self.folder)
         self.identity = hashlib.sha256(content).hexdigest()
         check_identity(self.identity, against, path)
+        self.is_checked = against is not None
         self.manifest: Manifest = parse_manifest(content, self.folder.where(MANIFEST_NAME))
         self._copies = None if self.folder.local else LocalCopies(self.manifest.shards)
         whole = TemporaryCopies() if self._copies is not None and against is not None else None

@@ -60,7 +60,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], row_group_size: in
 
 def import_topk(source: Path | str, out: Path, tokenizer: Path, **settings: Any) -> LogitCache:
     settings = {"teacher": "big", "precision": "exact", **settings}
-    return import_logits(str(source), out, source_format="topk", tokenizer=str(tokenizer), **settings)
+    cache: LogitCache = import_logits(str(source), out, source_format="topk", tokenizer=str(tokenizer), **settings)
+    return cache
 
 
 def findings(cache: LogitCache) -> list[str]:

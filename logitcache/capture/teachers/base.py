@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from logitcache.assembly.placement import WorkerLost
 from logitcache.capture.settings import CaptureSettings
 from logitcache.errors import UserError, one_line
 from logitcache.format.sequences import TokenSequence
@@ -20,7 +21,7 @@ from logitcache.format.tokenizer import tokenizer_fingerprint
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class EngineLost(UserError):
+class EngineLost(WorkerLost):
     """The engine ended while it was working: its last request is lost, another engine can take it over."""
 
 

@@ -186,7 +186,7 @@ def test_overwriting_continues_what_the_same_command_may_have_begun_and_nothing_
 def test_ranges_of_a_build_take_what_the_first_one_began_with(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.capture.build.LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr("logitcache.assembly.placement.LOOK_AGAIN_S", 0.01)
     build_range = {"backend": "transformers", "shard_positions": 400}
     started = threading.Thread(
         target=logitcache.build,

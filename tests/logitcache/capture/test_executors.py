@@ -19,6 +19,7 @@ import pytest
 
 import logitcache
 from logitcache import SparseTargets, UserError
+from logitcache.assembly import ray_actors
 from logitcache.assembly.workspace import lock_range
 from logitcache.capture import executors
 from logitcache.capture.finish import finish
@@ -186,7 +187,7 @@ def test_engines_that_find_no_room_are_told_of(
 
     other: Any = Other.remote()  # type: ignore[attr-defined]
     ray.get(other.__ray_ready__.remote())
-    monkeypatch.setattr(executors, "STARTED_S", 0.1)
+    monkeypatch.setattr(ray_actors, "STARTED_S", 0.1)
     building = threading.Thread(
         target=build, args=(teacher, corpus, tmp_path / "c"), kwargs={"executor": "ray", "engines": 1}
     )
@@ -212,7 +213,7 @@ def test_a_cluster_that_does_not_answer_is_named(teacher: Path, corpus: Path, tm
 def test_ray_that_is_not_installed_is_named(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.capture.executors.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("logitcache.assembly.placement.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"Ray is not installed; pip install 'logitcache\[ray\]'"):
         build(teacher, corpus, tmp_path / "c", executor="ray")
 
@@ -271,7 +272,7 @@ def test_a_later_range_waits_for_the_first_one(
     teacher: Path, corpus: Path, tmp_path: Path, whole: logitcache.LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "c"
-    monkeypatch.setattr("logitcache.capture.build.LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr("logitcache.assembly.placement.LOOK_AGAIN_S", 0.01)
     later = threading.Thread(target=build, args=(teacher, corpus, out), kwargs={"shard_range": (1, 2)})
     later.start()
     time.sleep(0.5)

@@ -56,7 +56,7 @@ def test_a_wrong_keyword_is_refused_by_name(teacher: Path, corpus: Path, tmp_pat
     with pytest.raises(UserError, match=r"^--top-k "):
         logitcache.plan(str(teacher), str(corpus), generate=False, backend="transformers", top_k=0)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="top_kk"):
-        logitcache.recode("c", tmp_path / "c", top_kk=3)  # type: ignore[call-arg]
+        logitcache.recode("c", tmp_path / "c", top_kk=3)  # type: ignore[call-overload]
     with pytest.raises(UserError, match="--seed needs --rescore"):
         logitcache.verify("c", seed=3)
     assert not list(tmp_path.iterdir())
@@ -94,4 +94,5 @@ def typed() -> None:
     text: str = logitcache.info(cache)
     print(rows, text, logitcache.slice(cache.path, "part", rows="0:8").num_positions)
     logitcache.build("teacher", "data", "out", top_kk=8)  # type: ignore[call-overload]
+    len(logitcache.recode(cache, "out", top_k=8, shard_range=(0, 2)))  # type: ignore[arg-type]
     logitcache.verify(cache.path, top_k=8)  # type: ignore[call-arg]

@@ -58,7 +58,10 @@ def medium_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def import_distillkit(source: Path | str, out: Path, tokenizer: Path, **settings: Any) -> LogitCache:
     settings = {"teacher": "big", "precision": "exact", **settings}
-    return import_logits(str(source), out, source_format="distillkit", tokenizer=str(tokenizer), **settings)
+    cache: LogitCache = import_logits(
+        str(source), out, source_format="distillkit", tokenizer=str(tokenizer), **settings
+    )
+    return cache
 
 
 def assert_holds_rows(cache: LogitCache, rows: list[dict[str, Any]]) -> None:

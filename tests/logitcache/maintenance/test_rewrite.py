@@ -42,11 +42,15 @@ Command = Callable[[Path, Path], LogitCache]
 
 
 def recode(root: Path, out: Path, **settings: Any) -> LogitCache:
-    return logitcache.recode(root / "a", out, **{"top_k": 4, "shard_positions": SHARD_POSITIONS, **settings})
+    cache: LogitCache = logitcache.recode(
+        root / "a", out, **{"top_k": 4, "shard_positions": SHARD_POSITIONS, **settings}
+    )
+    return cache
 
 
 def merge(root: Path, out: Path, **settings: Any) -> LogitCache:
-    return logitcache.merge([root / "a", root / "b"], out, shard_positions=SHARD_POSITIONS, **settings)
+    cache: LogitCache = logitcache.merge([root / "a", root / "b"], out, shard_positions=SHARD_POSITIONS, **settings)
+    return cache
 
 
 @pytest.fixture
@@ -125,7 +129,8 @@ def test_an_unfinished_cache_does_not_open(root: Path) -> None:
         recode(root, root / "out")
     with pytest.raises(UserError, match="unfinished build: run the same `logitcache` command again"):
         logitcache.open(root / "out")
-    with pytest.raises(UserError, match="out is an unfinished `logitcache recode`: run the same command again"):
+    missing = r"6 of 7 shards are not complete \(1, 2, 3, 4, 5, 6\): run the same `logitcache recode` again"
+    with pytest.raises(UserError, match=missing):
         finish(root / "out")
 
 
