@@ -55,8 +55,6 @@ class Placement:
         if self.executor == "local" and (self.ray_address or self.workers):
             flag = "--ray-address" if self.ray_address else self.counted
             raise UserError(f"{flag} needs --executor ray")
-        if self.executor == "ray" and importlib.util.find_spec("ray") is None:
-            raise UserError("--executor ray: Ray is not installed; pip install 'logitcache[ray]'")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"{self.counted} {self.workers}: at least 1 is needed")
         if self.shard_range is not None and not 0 <= self.shard_range[0] < self.shard_range[1]:
@@ -64,6 +62,8 @@ class Placement:
             raise UserError(f"--shard-range {index}/{count}: write i/n with i from 0 to n - 1")
         if overwrite and self.shard_range is not None:
             raise UserError("--overwrite contradicts --shard-range: remove the old cache first")
+        if self.executor == "ray" and importlib.util.find_spec("ray") is None:
+            raise UserError("--executor ray: Ray is not installed; pip install 'logitcache[ray]'")
 
     @property
     def is_first(self) -> bool:
