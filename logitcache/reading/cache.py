@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from io import BytesIO
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
@@ -174,13 +175,11 @@ class LogitCache(Sequence[CachedSequence]):
     @cached_property
     def _row_groups(self) -> np.ndarray:
         """(shard, row group, first row, rows) of every row group: int64 [R, 4]."""
-        table = []
-        first = 0
-        for shard, info in enumerate(self.manifest.shards):
-            for index, rows in enumerate(info.row_group_sizes):
-                table.append((shard, index, first, rows))
-                first += rows
-        return np.array(table, dtype=np.int64).reshape(-1, 4)
+        counts = np.array([len(info.row_group_sizes) for info in self.manifest.shards], dtype=np.int64)
+        sizes = chain.from_iterable(info.row_group_sizes for info in self.manifest.shards)
+        rows = np.fromiter(sizes, dtype=np.int64, count=int(counts.sum()))
+        index = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.stack([np.repeat(np.arange(len(counts)), counts), index, np.cumsum(rows) - rows, rows], axis=1)
 
     def __getitem__(self, row: int) -> CachedSequence:  # type: ignore[override]
         if row < 0:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, NoReturn, cast
@@ -93,8 +93,12 @@ class ShardReader:
         self._copies = copies
         self._whole = whole
         self._copy: Path | None = None
-        self._schema = layout.schema()
         self._claims_checked = False
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        """The columns; made when the shard is read, for a cache may have many that are not."""
+        return self._layout.schema()
 
     def check_size(self) -> None:
         """Raises UserError if the file is missing or does not have the manifest's size."""
