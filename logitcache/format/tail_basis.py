@@ -59,11 +59,6 @@ class TailBasis:
         return TailBasis(self.offset, self.directions[:, :rank], self.weights, self.step, self.variances[:rank])
 
 
-def tail_basis_bytes(vocab_size: int, rank: int) -> int:
-    """Returns the bytes of a basis as it is stored, before compression."""
-    return vocab_size * (2 * rank + 8)  # directions in half precision; offset and weight in single
-
-
 def write_tail_basis(folder: Folder, basis: TailBasis, name: str = TAIL_BASIS_NAME) -> None:
     """Writes a basis; its directions in half precision."""
     directions = pa.array(basis.directions.astype(np.float16).reshape(-1))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from logitcache.assembly.card import read_card
 from logitcache.errors import UserError, one_line
 from logitcache.format.manifest import Manifest
 from logitcache.format.shards import ShardInfo
+from logitcache.format.tail_parts import TAIL_BASIS_NAME
 from logitcache.reading.cache import LogitCache, opened
 from logitcache.report.description import amounts, history, origin
 from logitcache.report.footers import column_bytes, entry_counts, spread
@@ -51,11 +53,18 @@ def info(cache: LogitCache | str | Path) -> str:
                 *_last_steps(manifest),
             ]
         ),
-        _labelled(amounts(manifest)),
+        _labelled(amounts(manifest, _basis_bytes(cache))),
         _entries(manifest, folder, chosen),
         _bytes_by_column(manifest, folder, chosen),
     ]
     return "\n\n".join(paragraphs)
+
+
+def _basis_bytes(cache: LogitCache) -> int:
+    """Returns the bytes of the tail basis, 0 without one or if it is missing; of fewer coefficients it keeps all directions."""
+    with suppress(FileNotFoundError):
+        return cache.folder.num_bytes(TAIL_BASIS_NAME) if cache.manifest.layout.tail_parts.rank else 0
+    return 0
 
 
 def _damaged(cache: LogitCache) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from logitcache.format.manifest import Manifest, fingerprint_digest
-from logitcache.format.tail_basis import tail_basis_bytes
 from logitcache.format.tail_parts import PARTS
 from logitcache.urls import public_url
 
@@ -84,8 +83,8 @@ def _assignments(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, [], False)) or "?"
 
 
-def amounts(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Yields (label, value) of how much it holds."""
+def amounts(manifest: Manifest, basis_bytes: int = 0) -> Iterator[tuple[str, str]]:
+    """Yields (label, value) of how much it holds. basis_bytes: of its tail basis, if that is to be told."""
     positions, sizes = manifest.num_positions, [shard.num_bytes for shard in manifest.shards]
     tokens = sum(shard.num_tokens for shard in manifest.shards)
     yield "rows", f"{manifest.num_sequences:,}, the longest of {manifest.longest:,} tokens"
@@ -94,8 +93,7 @@ def amounts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         "mass covered",
         f"{1 - manifest.mean_tail_mass:.3%} by {manifest.num_entries / max(positions, 1):.1f} entries (means)",
     )
-    rank = manifest.layout.tail_parts.rank
-    basis = f"; the basis about {tail_basis_bytes(manifest.layout.vocab_size, rank):,} once" if rank else ""
+    basis = f"; the basis {basis_bytes:,} once" if basis_bytes else ""
     yield "bytes", f"{manifest.num_bytes:,}, {manifest.num_bytes / max(positions, 1):.1f} per position{basis}"
     if sizes:
         between = f"{min(sizes):,} to {max(sizes):,}" if len(sizes) > 1 else f"{sizes[0]:,}"

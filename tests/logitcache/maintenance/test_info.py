@@ -51,8 +51,8 @@ def test_the_screen_says_what_the_manifest_says(root: Path) -> None:
     assert value(text, "rows") == f"40, the longest of {manifest.longest} tokens"
     assert value(text, "positions").startswith(f"{manifest.num_positions:,} of ")
     per_position = f"{manifest.num_bytes / manifest.num_positions:.1f} per position"
-    basis = manifest.layout.vocab_size * (2 * 3 + 8)
-    assert value(text, "bytes") == f"{manifest.num_bytes:,}, {per_position}; the basis about {basis} once"
+    basis = (root / "tail_basis.parquet").stat().st_size
+    assert value(text, "bytes") == f"{manifest.num_bytes:,}, {per_position}; the basis {basis:,} once"
     assert f"{1 - manifest.mean_tail_mass:.3%} by {manifest.num_entries / manifest.num_positions:.1f} entries" in text
     assert (
         value(text, "of the tail") == "mass, 3 groups, normalisers at T = 0.5, 2, entropy, 2 samples, rank 3, 2 probes"
