@@ -17,18 +17,13 @@ EXECUTORS = ("local", "ray")
 LOOK_AGAIN_S = 2.0
 
 
-class PlacementOptions(TypedDict, total=False):
-    """The options of a placement, but for its shard range."""
-
-    executor: str
-    ray_address: str | None
-    workers: int | None
-
-
-class OutputOptions(PlacementOptions, total=False):
+class OutputOptions(TypedDict, total=False):
     """The options of every command that makes a cache without a teacher, but for its shard range."""
 
     shard_positions: int
+    executor: str
+    ray_address: str | None
+    workers: int | None
     overwrite: bool
 
 

@@ -66,7 +66,7 @@ def token_wise_kl(coarse: Coarse, *, beta: float = 1.0) -> tuple[Tensor, Tensor]
     """
     _check_finite("beta", beta)
     p, q, r = coarse.p, coarse.q, coarse.log_ratio
-    if beta == 1:
+    if beta == 1:  # σ(log(q/p)), without an exponential
         reverse_weight = (q / (p + q).clamp_min_(torch.finfo(p.dtype).tiny)).detach()
     else:
         reverse_weight = torch.sigmoid(beta * r).detach()

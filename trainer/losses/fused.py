@@ -218,7 +218,9 @@ class _FusedTerms(torch.autograd.Function):
         memory = hiddens[0].new_empty(min(chunk_rows, num_positions), call.vocabulary)
         moments = student_moments(hiddens, weights, bias_row, targets, call.settings, call.transform)
         teacher_memory = None
-        if call.settings.tail == LOW_RANK and num_positions:
+        if (
+            call.settings.tail == LOW_RANK and num_positions and memory.device.type == "cpu"
+        ):  # others keep what is freed
             teacher_memory = torch.empty_like(memory[row_blocks(memory, LOW_RANK)[0]], dtype=sums)
         for start in range(0, num_positions, chunk_rows):
             rows = slice(start, min(start + chunk_rows, num_positions))

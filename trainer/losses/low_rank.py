@@ -26,7 +26,7 @@ from trainer.losses.registry import evaluate_divergence
 from trainer.losses.settings import LossSettings
 from trainer.losses.tail import LOG_TAIL_FLOOR
 from trainer.losses.targets import TeacherTargets, mask_tokens_
-from trainer.losses.temperature import tempered
+from trainer.losses.temperature import tempered, with_rebuilt_tail
 from trainer.losses.transform import LogitTransform
 
 LOW_RANK = "low_rank"
@@ -167,9 +167,8 @@ def _distributions(
     at_temperature = None
     if temperature != 1.0:
         if targets.tempered_tail is None:
-            mass, tempered_mass = teacher.logsumexp(1), (teacher / temperature).logsumexp(1)
-            estimate = (targets.tail_logprob - mass) / temperature + tempered_mass
-            targets = replace(targets, tempered_tail=estimate.masked_fill(mass == -inf, -inf))
+            log_mass, tempered_log_mass = teacher.logsumexp(1), (teacher / temperature).logsumexp(1)
+            targets = with_rebuilt_tail(targets, log_mass, tempered_log_mass, temperature)
         at_temperature = _every_token(student / temperature, teacher / temperature, targets, temperature)
     at_one = _every_token(student, teacher, targets, 1.0)
     return at_one, at_temperature or at_one

@@ -7,7 +7,7 @@ that is two or three reads and one write of the block, and no other tensor of it
 """
 # mypy: allow-untyped-defs
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -24,7 +24,7 @@ from trainer.losses.settings import LossSettings
 from trainer.losses.tail import LOG_TAIL_FLOOR
 from trainer.losses.tail_triton import FLOAT32_LOWEST, load_logits
 from trainer.losses.targets import TailBasis, TeacherTargets, mask_tokens_
-from trainer.losses.temperature import tempered
+from trainer.losses.temperature import tempered, with_rebuilt_tail
 from trainer.losses.transform import LogitTransform
 
 # A tile's rows share what is read of the basis, 256 bytes a column at a rank of 64: with 32 rows 8 bytes an element, out of the
@@ -196,9 +196,7 @@ def low_rank_block(
     at_one = pair = _Pair(targets.logprobs, targets.tail_logprob, entries, stored, tail.log_masses)
     kl_at_one = at_one.kl_of_tail(tail.gaps)
     if temperature != 1.0:
-        if targets.tempered_tail is None:
-            estimate = (targets.tail_logprob - tail.log_masses[1]) / temperature + tail.tempered[1]
-            targets = replace(targets, tempered_tail=estimate.masked_fill(tail.log_masses[1] == -inf, -inf))
+        targets = with_rebuilt_tail(targets, tail.log_masses[1], tail.tempered[1], temperature)
         log_p, mass, _ = tempered(targets, temperature)
         pair = _Pair(log_p, mass, entries / temperature, stored, tail.tempered)
     if settings.loss == "akl" and not _head_is_of_entries(pair, tail.largest[1] / temperature):

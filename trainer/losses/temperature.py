@@ -1,5 +1,6 @@
 """The teacher at a temperature other than 1, from its log-probabilities at T = 1."""
 
+from dataclasses import replace
 from math import inf
 
 import torch
@@ -19,6 +20,19 @@ def tempered(targets: TeacherTargets, temperature: float) -> tuple[Tensor, Tenso
     entries = targets.logprobs.masked_fill(~targets.stored, -inf) / temperature
     log_total = torch.logaddexp(entries.logsumexp(1), targets.tempered_tail)
     return entries - log_total[:, None], targets.tempered_tail - log_total, log_total
+
+
+def with_rebuilt_tail(
+    targets: TeacherTargets, log_mass: Tensor, tempered_log_mass: Tensor, temperature: float
+) -> TeacherTargets:
+    """Give targets that lack it the tempered tail of a tail that is rebuilt from its coefficients.
+
+    log_mass, tempered_log_mass: [n], the logsumexp of the rebuilt logits, and of these divided by T; −inf without a token.
+    """
+    if targets.tempered_tail is not None:
+        return targets
+    estimate = (targets.tail_logprob - log_mass) / temperature + tempered_log_mass
+    return replace(targets, tempered_tail=estimate.masked_fill(log_mass == -inf, -inf))
 
 
 def approximate_tempered_tail(targets: TeacherTargets, temperature: float, vocabulary: int) -> Tensor:
